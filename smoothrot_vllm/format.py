@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint format: one schema, used by the converter that writes it and the plugin that loads it.
+
+``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantised linear ``P``
+stores ``P.weight_packed``, ``P.weight_scale`` and, if it has one, ``P.bias``. ``docs/format.md`` is the
+byte-level description.
+"""
+
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.hadamard import factorize
+
+QUANT_METHOD = "smoothrot"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "smoothrot_manifest.json"
+GROUP_SIZES = (-1, 32, 64, 128)
+WEIGHT_PACKED = "weight_packed"
+WEIGHT_SCALE = "weight_scale"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class WeightScheme(_Model):
+    """Symmetric weight quantisation: per output channel (``group_size`` -1) or per group of consecutive inputs."""
+
+    bits: Literal[4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = -1
+    symmetric: Literal[True] = True
+
+
+class ActivationScheme(_Model):
+    """Dynamic symmetric per-token activation quantisation with ``scale = clip * max|x| / quant_max``."""
+
+    bits: Literal[4, 8] = 4
+    dynamic: Literal[True] = True
+    granularity: Literal["token"] = "token"
+    clip: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class LinearScheme(_Model):
+    """How one linear layer is quantised."""
+
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+
+
+class OnlineHadamard(_Model):
+    """Rotation of a linear's input at run time by ``I (x) H_block``; ``size`` is the whole (unsharded) input width.
+
+    Random signs need no place here: they are folded into the layer that produces the input.
+    """
+
+    size: int = Field(gt=0)
+    block: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _block_is_usable(self) -> Self:
+        if self.size % self.block or factorize(self.block) is None:
+            raise ValueError(f"block {self.block} must divide size {self.size} and be a Hadamard order")
+        return self
+
+
+class Online(_Model):
+    """The rotations a server applies, by the projection whose input they rotate."""
+
+    down_proj: OnlineHadamard | None = None
+
+
+class QuantizationSchema(_Model):
+    """The whole of ``config.json["quantization_config"]``.
+
+    ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses instead of the
+    default; ``ignore`` lists full module names of linears that stay 16-bit. ``lm_head`` is None for a 16-bit head.
+    """
+
+    quant_method: Literal["smoothrot"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme = ActivationScheme()
+    online: Online = Online()
+    lm_head: LinearScheme | None = None
+    overrides: dict[str, LinearScheme] = {}
+    ignore: list[str] = []
+    max_tensor_parallel: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _blocks_fit_tensor_parallel(self) -> Self:
+        rotation = self.online.down_proj
+        if rotation is not None and rotation.size % (rotation.block * self.max_tensor_parallel):
+            raise ValueError(
+                f"online.down_proj block {rotation.block} must divide size / max_tensor_parallel = "
+                f"{rotation.size} / {self.max_tensor_parallel}"
+            )
+        return self
+
+    def scheme(self, name: str) -> LinearScheme | None:
+        """Scheme of the linear with this full module name (``lm_head`` included), or None if it stays 16-bit."""
+        if name in self.ignore:
+            return None
+        if name in self.overrides:
+            return self.overrides[name]
+        if name.split(".")[-1] == "lm_head":
+            return self.lm_head
+        return LinearScheme(weights=self.weights, activations=self.activations)
+
+
+def parse_schema(config: dict[str, Any]) -> QuantizationSchema:
+    """Validate ``quantization_config``.
+
+    Raises:
+        ConfigError: an unknown version, an unknown or missing field, or a value out of range; the message names each.
+    """
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ConfigError(
+            f"quantization_config.format_version: expected {FORMAT_VERSION}, got {version!r}. "
+            "Convert the model again with this version of smoothrot, or install the version that wrote it."
+        )
+    try:
+        return QuantizationSchema.model_validate(config)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"quantization_config of quant_method {QUANT_METHOD!r} is not valid: {problems}") from None
+
+
+def check_tensor_parallel(schema: QuantizationSchema, size: int) -> None:
+    """Refuse a tensor-parallel size that the checkpoint's Hadamard blocks were not made for.
+
+    Raises:
+        ConfigError: ``size`` does not divide the rotated width into whole blocks.
+    """
+    rotation = schema.online.down_proj
+    if rotation is not None and rotation.size % (rotation.block * size):
+        raise ConfigError(
+            f"tensor parallel size {size}: each rank would hold {rotation.size}/{size} down_proj inputs, not a whole number "
+            f"of Hadamard blocks of {rotation.block} (this checkpoint serves up to {schema.max_tensor_parallel}). "
+            f"Serve with --tensor-parallel-size {schema.max_tensor_parallel} or less, "
+            f"or convert again with --max-tp {size}."
+        )
+
+
+def weight_tensors(out_features: int, in_features: int, scheme: WeightScheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """Shape and dtype of each stored tensor of a quantised linear, by the suffix of its name.
+
+    Raises:
+        ConfigError: ``in_features`` is odd, or is no multiple of the group size.
+    """
+    if in_features % 2 or (scheme.group_size != -1 and in_features % scheme.group_size):
+        raise ConfigError(
+            f"linear with {in_features} inputs: expected an even number and a multiple of group size {scheme.group_size}. "
+            "Choose another --group-size."
+        )
+    groups = 1 if scheme.group_size == -1 else in_features // scheme.group_size
+    packed = ((out_features, in_features // 2), torch.uint8) if scheme.bits == 4 else ((out_features, in_features), torch.int8)
+    return {WEIGHT_PACKED: packed, WEIGHT_SCALE: ((out_features, groups), torch.float32)}
