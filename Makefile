@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?=
+
+.PHONY: env demo test check bench clean
+
+env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
+
+$(VENV)/.ready: requirements/make_env.sh requirements/lock.txt pyproject.toml setup.py $(shell find csrc -type f)
+	VENV=$(VENV) requirements/make_env.sh
+
+demo: env  ## convert a real model, serve it, talk to it
+	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL))
+
+test: env  ## every test
+	$(BIN)/pytest
+
+check: env  ## style and types, as CI runs them
+	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+bench: env  ## kernels against their peers and the machine's limits
+	$(BIN)/python benchmarks/kernels.py
+
+clean:
+	rm -rf build demo-output *.egg-info smoothrot_vllm/*.so
