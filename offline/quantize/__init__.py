@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight quantisers: from a float matrix to codes and scales."""
+
+from smoothrot_offline.quantize.rtn import QuantizedWeight, quantize_rtn
+
+__all__ = ["QuantizedWeight", "quantize_rtn"]
