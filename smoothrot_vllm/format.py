@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.hadamard import factorize
 
-QUANT_METHOD = "smoothrot"
-FORMAT_VERSION = 1
+QUANT_METHOD: Literal["smoothrot"] = "smoothrot"
+FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "smoothrot_manifest.json"
 GROUP_SIZES = (-1, 32, 64, 128)
 WEIGHT_PACKED = "weight_packed"
@@ -105,7 +105,7 @@ class QuantizationSchema(_Model):
             return None
         if name in self.overrides:
             return self.overrides[name]
-        if name.split(".")[-1] == "lm_head":
+        if name.rpartition(".")[2] == "lm_head":
             return self.lm_head
         return LinearScheme(weights=self.weights, activations=self.activations)
 

@@ -6,6 +6,7 @@ power of two is Sylvester's and ``H_m`` is a base matrix built by Paley's first 
 or from a Williamson quadruple. ``size * (m + k)`` additions apply it, instead of ``size ** 2``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -131,7 +132,7 @@ def _sylvester(order: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=512)
-def _constructor(order: int):
+def _constructor(order: int) -> Callable[[], list[list[int]]] | None:
     """The function that builds ``order`` as rows of +1/-1, or None."""
     if order in (1, 2):
         return lambda: _sylvester(order).int().tolist()

@@ -7,6 +7,7 @@ against these functions.
 
 import torch
 
+from smoothrot_vllm.errors import UnsupportedModelError
 from smoothrot_vllm.hadamard import base_matrix, factorize
 
 QUANT_MIN_SCALE = 2.0**-100
@@ -48,7 +49,8 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
     above 1, the sum over the runs b = 0, 1, 2 ... from left to right, of ``+`` or ``-`` the run.
     """
     factors = factorize(block)
-    assert factors is not None and x.shape[-1] % block == 0
+    if factors is None or x.shape[-1] % block:
+        raise UnsupportedModelError(f"block {block}: expected a Hadamard order that divides {x.shape[-1]}")
     y = x if x.dtype == torch.float64 else x.float()
     stride = 1
     while stride < factors.power:
