@@ -46,7 +46,7 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
 
     Dividing by ``sqrt(block)`` makes it orthonormal. The order of float additions is part of the
     definition: butterflies at strides 1, 2, 4 ... within each run of ``power`` values, then, for a base
-    above 1, the sum over the runs b = 0, 1, 2 ... from left to right, of ``+`` or ``-`` the run.
+    above 1, the sum from left to right over groups of four runs, each ``(+-r0 +-r1) + (+-r2 +-r3)``.
     """
     factors = factorize(block)
     if factors is None or x.shape[-1] % block:
@@ -60,9 +60,10 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
     if factors.base > 1:
         runs = y.reshape(-1, factors.base, 1, factors.power)
         signs = base_matrix(factors.base).to(y)
-        y = runs[:, 0] * signs[0, :, None]
-        for b in range(1, factors.base):
-            y = y + runs[:, b] * signs[b, :, None]
+        y = torch.zeros_like(runs[:, 0])
+        for b in range(0, factors.base, 4):
+            r = [runs[:, i] * signs[i, :, None] for i in range(b, b + 4)]
+            y = y + ((r[0] + r[1]) + (r[2] + r[3]))
     return y.reshape(x.shape)
 
 

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shapes of the kernel-side layouts: prepacked weights and packed activations.
+//
+// Everything here has internal linkage, because translation units built for different instruction
+// sets include it and must not share one out-of-line copy.
+#pragma once
+
+#include <cstdint>
+
+namespace smoothrot {
+
+// A panel is 32 output columns; it holds, one after the other,
+//   scales: float [groups][32]
+//   codes:  [groups][steps][64 bytes] for 4 bits, [groups][steps][128 bytes] for 8 bits
+// where a step is 4 consecutive inputs. Byte 4*c + j of a 4-bit step holds input j of column c in its
+// low nibble and of column 16 + c in its high nibble; byte 4*c + j of an 8-bit step holds input j of
+// column c. So a 32-bit lane is one column and four inputs, which is what vpdpbusd and its kin consume
+// without any horizontal sum. Codes are stored unsigned, code + offset, with offset 8 or 128; the
+// kernels take offset * sum(activation codes) back. Groups are padded to whole steps with the
+// activation side zero, columns to whole panels.
+static constexpr int kPanelColumns = 32;
+static constexpr int kHalfColumns = kPanelColumns / 2;
+static constexpr int kStepInputs = 4;
+
+struct WeightLayout {
+  int64_t columns;      // N
+  int64_t inputs;       // K
+  int64_t groups;       // G
+  int64_t group_size;   // K / G
+  int64_t group_steps;  // steps of one group, padded
+  int64_t panels;
+  int64_t step_bytes;
+  int64_t panel_bytes;
+  int32_t offset;  // stored code = code + offset
+};
+
+static inline WeightLayout weight_layout(int64_t columns, int64_t inputs, int64_t groups, int64_t bits) {
+  WeightLayout w{};
+  w.columns = columns;
+  w.inputs = inputs;
+  w.groups = groups;
+  w.group_size = inputs / groups;
+  w.group_steps = (w.group_size + kStepInputs - 1) / kStepInputs;
+  w.panels = (columns + kPanelColumns - 1) / kPanelColumns;
+  w.step_bytes = kPanelColumns * kStepInputs * bits / 8;
+  w.panel_bytes = groups * (kPanelColumns * int64_t{sizeof(float)} + w.group_steps * w.step_bytes);
+  w.offset = bits == 4 ? 8 : 128;
+  return w;
+}
+
+// Tokens are cut into tiles of nearly equal height, at most max_rows. Tile t holds int32 words
+// [groups][steps][rows], each word the four signed codes of one step of one token.
+struct TileLayout {
+  int64_t tokens;
+  int64_t tiles;
+  int64_t rows;   // height of a tile
+  int64_t extra;  // this many leading tiles hold one row more
+};
+
+static inline TileLayout tile_layout(int64_t tokens, int64_t max_rows) {
+  TileLayout t{};
+  t.tokens = tokens;
+  t.tiles = (tokens + max_rows - 1) / max_rows;
+  t.rows = t.tiles ? tokens / t.tiles : 0;
+  t.extra = t.tiles ? tokens % t.tiles : 0;
+  return t;
+}
+
+static inline int64_t tile_begin(const TileLayout& t, int64_t tile) {
+  return tile * t.rows + (tile < t.extra ? tile : t.extra);
+}
+
+}  // namespace smoothrot

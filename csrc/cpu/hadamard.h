@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// The block Hadamard transform of one row, in the order of additions that reference.hadamard_transform defines.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace smoothrot {
+namespace {
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// ---- Sylvester part: butterflies at strides 1, 2, 4 ... within runs of `power` values ----
+
+// Radix `Regs` butterflies over vectors `stride` floats apart.
+template <class S, int Regs>
+inline void butterflies(typename S::F32* v) {
+  for (int distance = 1; distance < Regs; distance *= 2) {
+    for (int i = 0; i < Regs; ++i) {
+      if (i & distance) continue;
+      const typename S::F32 a = v[i], b = v[i + distance];
+      v[i] = S::add(a, b);
+      v[i + distance] = S::sub(a, b);
+    }
+  }
+}
+
+template <class S>
+inline typename S::F32 butterflies_in_lanes(typename S::F32 v) {
+  v = S::template butterfly<1>(v);
+  v = S::template butterfly<2>(v);
+  if constexpr (S::kLanes > 4) v = S::template butterfly<4>(v);
+  if constexpr (S::kLanes > 8) v = S::template butterfly<8>(v);
+  return v;
+}
+
+// Strides 1 .. Regs * kLanes / 2 of `count` consecutive values.
+template <class S, int Regs>
+inline void first_pass(float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i += Regs * S::kLanes) {
+    typename S::F32 v[Regs];
+    for (int r = 0; r < Regs; ++r) v[r] = butterflies_in_lanes<S>(S::load(y + i + r * S::kLanes));
+    butterflies<S, Regs>(v);
+    for (int r = 0; r < Regs; ++r) S::store(y + i + r * S::kLanes, v[r]);
+  }
+}
+
+// Strides `stride` .. stride * Regs / 2 of `count` consecutive values.
+template <class S, int Regs>
+inline void next_pass(float* y, int64_t count, int64_t stride) {
+  for (int64_t block = 0; block < count; block += stride * Regs) {
+    for (int64_t i = block; i < block + stride; i += S::kLanes) {
+      typename S::F32 v[Regs];
+      for (int r = 0; r < Regs; ++r) v[r] = S::load(y + i + r * stride);
+      butterflies<S, Regs>(v);
+      for (int r = 0; r < Regs; ++r) S::store(y + i + r * stride, v[r]);
+    }
+  }
+}
+
+// Every run of `power` values among `count`.
+template <class S>
+inline void sylvester(float* y, int64_t count, int64_t power) {
+  int64_t stride = 1;
+  if (power >= 8 * S::kLanes) {
+    first_pass<S, 8>(y, count);
+    stride = 8 * S::kLanes;
+  } else if (power >= S::kLanes) {
+    first_pass<S, 1>(y, count);
+    stride = S::kLanes;
+  }
+  if (stride > 1) {
+    for (; power >= stride * 8; stride *= 8) next_pass<S, 8>(y, count, stride);
+    if (power == stride * 4) next_pass<S, 4>(y, count, stride);
+    if (power == stride * 2) next_pass<S, 2>(y, count, stride);
+    return;
+  }
+  for (; stride < power; stride *= 2) {  // runs shorter than a vector
+    for (int64_t i = 0; i < count; ++i) {
+      if (i & stride) continue;
+      const float a = y[i], b = y[i + stride];
+      y[i] = a + b;
+      y[i + stride] = a - b;
+    }
+  }
+}
+
+// ---- Base part: y_j = sum over groups of four runs of ((+-x_0 +- x_1) + (+-x_2 +- x_3)) ----
+//
+// The sixteen signed sums of a group are formed once and looked up by each output: base^2 / 4 additions in place
+// of base^2 (the method of four Russians).
+
+constexpr int kGroupRuns = 4;
+constexpr int kCombinations = 16;
+constexpr int64_t kTableBytes = 16 * 1024;  // half of a first-level cache
+
+template <class S, int Vecs>
+constexpr int64_t groups_per_table() {
+  return kTableBytes / (kCombinations * Vecs * S::kLanes * int64_t{sizeof(float)});
+}
+
+// All signed sums of four runs at x, x + pitch ...: bit i of the index negates run i.
+template <class S, int Vecs>
+inline void tabulate(const float* x, int64_t pitch, float* table) {
+  using F32 = typename S::F32;
+  constexpr int kWidth = Vecs * S::kLanes;
+  const F32 zero = S::set1(-0.0f);
+  for (int v = 0; v < Vecs; ++v) {
+    const F32 x0 = S::load(x + v * S::kLanes), x1 = S::load(x + pitch + v * S::kLanes);
+    const F32 x2 = S::load(x + 2 * pitch + v * S::kLanes), x3 = S::load(x + 3 * pitch + v * S::kLanes);
+    const F32 p[4] = {S::add(x0, x1), S::sub(x1, x0), S::sub(x0, x1), S::sub(zero, S::add(x0, x1))};
+    const F32 q[4] = {S::add(x2, x3), S::sub(x3, x2), S::sub(x2, x3), S::sub(zero, S::add(x2, x3))};
+    for (int i = 0; i < kCombinations; ++i) {
+      S::store(table + i * kWidth + v * S::kLanes, S::add(p[i % 4], q[i / 4]));
+    }
+  }
+}
+
+// Rows outputs at once: enough independent chains of additions to hide their latency.
+template <class S, int Vecs, int Rows>
+inline void look_up(const float* table, const uint8_t* signs, int64_t sign_pitch, int64_t groups, bool first, float* y,
+                    int64_t pitch) {
+  using F32 = typename S::F32;
+  constexpr int kWidth = Vecs * S::kLanes;
+  F32 sum[Rows][Vecs];
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vecs; ++v) {
+      sum[r][v] = first ? S::set1(-0.0f) : S::load(y + r * pitch + v * S::kLanes);
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g, table += kCombinations * kWidth) {
+    for (int r = 0; r < Rows; ++r) {
+      const float* row = table + signs[r * sign_pitch + g] * kWidth;
+      for (int v = 0; v < Vecs; ++v) sum[r][v] = S::add(sum[r][v], S::load(row + v * S::kLanes));
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vecs; ++v) S::store(y + r * pitch + v * S::kLanes, sum[r][v]);
+  }
+}
+
+// One slab of Vecs vectors out of runs `pitch` floats apart.
+template <class S, int Vecs>
+inline void base_slab(const float* x, float* y, int64_t pitch, const Rotation& h, float* table) {
+  const int64_t groups = h.base / kGroupRuns;
+  for (int64_t first = 0; first < groups; first += groups_per_table<S, Vecs>()) {
+    const int64_t left = groups - first;
+    const int64_t count = left < groups_per_table<S, Vecs>() ? left : groups_per_table<S, Vecs>();
+    for (int64_t g = 0; g < count; ++g) {
+      tabulate<S, Vecs>(x + (first + g) * kGroupRuns * pitch, pitch, table + g * kCombinations * Vecs * S::kLanes);
+    }
+    for (int64_t j = 0; j < h.base; j += 4) {
+      look_up<S, Vecs, 4>(table, h.signs + j * groups + first, groups, count, first == 0, y + j * pitch, pitch);
+    }
+  }
+}
+
+// Distance between runs in the work buffers: whole vectors.
+template <class S>
+inline int64_t run_pitch(const Rotation& h) {
+  return round_up(h.power, S::kLanes);
+}
+
+// Bytes that rotate_block wants beside its values.
+template <class S>
+inline int64_t rotation_scratch(const Rotation& h) {
+  return h.base == 1 ? 0 : kTableBytes + 2 * h.base * run_pitch<S>(h) * int64_t{sizeof(float)};
+}
+
+// One block of base * power values, in place.
+template <class S>
+inline void rotate_block(float* y, const Rotation& h, void* scratch) {
+  sylvester<S>(y, h.base * h.power, h.power);
+  if (h.base == 1) return;
+  const int64_t pitch = run_pitch<S>(h);
+  float* table = static_cast<float*>(scratch);
+  float* in = table + kTableBytes / sizeof(float);
+  float* out = in + h.base * pitch;
+  for (int64_t b = 0; b < h.base; ++b) {
+    for (int64_t i = 0; i < pitch; ++i) in[b * pitch + i] = i < h.power ? y[b * h.power + i] : 0.0f;
+  }
+  int64_t i = 0;
+  for (; i + 2 * S::kLanes <= pitch; i += 2 * S::kLanes) base_slab<S, 2>(in + i, out + i, pitch, h, table);
+  if (i < pitch) base_slab<S, 1>(in + i, out + i, pitch, h, table);
+  for (int64_t b = 0; b < h.base; ++b) {
+    for (int64_t k = 0; k < h.power; ++k) y[b * h.power + k] = out[b * pitch + k];
+  }
+}
+
+}  // namespace
+}  // namespace smoothrot

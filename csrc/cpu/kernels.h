@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a CPU instruction-set path offers. The kernels know nothing of torch and start no threads: the
+// caller splits the range and gives each thread its scratch.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/layout.h"
+
+namespace smoothrot {
+
+enum class Float : int { f32, bf16, f16 };
+
+// y = x (I (x) H_base (x) H_power), unnormalised, on each run of base * power values.
+struct Rotation {
+  int64_t base;
+  int64_t power;
+  // uint8 [base][base / 4]: bit i of entry (j, g) is set where H_base[4 g + i][j] is -1. Null for base 1.
+  const uint8_t* signs;
+};
+
+struct QuantArgs {
+  const void* x;  // [rows][inputs], contiguous
+  Float dtype;
+  int64_t inputs;
+  const Rotation* rotation;  // null: none
+  float factor;              // clip / quant_max
+  float norm;                // 1 / sqrt(block), or 1
+  int bits;
+};
+
+// Activations in tiles: the left operand of the gemm.
+struct TileArgs {
+  TileLayout tiles;
+  WeightLayout weight;
+  int32_t* words;  // see TileLayout
+  int32_t* start;  // per tile [groups][rows]: -offset * sum of codes, where accumulators begin
+  float* scale;    // [tokens]
+};
+
+struct GemmArgs {
+  TileArgs act;
+  const uint8_t* packed;  // panels, see WeightLayout
+  int weight_bits;
+  const void* bias;  // [columns] or null
+  Float bias_dtype;
+  void* out;  // [tokens][columns]
+  Float out_dtype;
+  int64_t block_tiles;  // tiles that stay in cache while the panels go by
+};
+
+struct Kernels {
+  const char* name;
+  // Tallest tile the gemm takes, for one scale per column and for group scales.
+  int max_rows;
+  int max_rows_grouped;
+  // Bytes of scratch that quant_rows, quant_tiles and decode_tiles want, 64-byte aligned, per thread.
+  int64_t (*scratch_bytes)(const QuantArgs&, int64_t max_rows);
+  // Rows [begin, end) to stored codes and scales.
+  void (*quant_rows)(const QuantArgs&, void* codes, float* scale, int64_t begin, int64_t end, void* scratch);
+  // Tiles [begin, end): quantise straight into the gemm's layout.
+  void (*quant_tiles)(const QuantArgs&, const TileArgs&, int64_t begin, int64_t end, void* scratch);
+  // Tiles [begin, end): stored codes, already quantised, into the gemm's layout.
+  void (*decode_tiles)(const void* codes, int bits, const TileArgs&, int64_t begin, int64_t end, void* scratch);
+  // Tasks [begin, end) of gemm_tasks(): task = block of tiles * panels + panel.
+  void (*gemm)(const GemmArgs&, int64_t begin, int64_t end);
+};
+
+static inline int64_t gemm_tasks(const GemmArgs& g) {
+  return (g.act.tiles.tiles + g.block_tiles - 1) / g.block_tiles * g.act.weight.panels;
+}
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512VnniKernels;
+#endif
+
+// The path named, or the best one for an empty name. Throws std::runtime_error for an unknown name and for a
+// path that this CPU cannot run.
+const Kernels& select_kernels(const char* name);
+
+// Stored codes [columns][inputs / 2] or [columns][inputs] and scales [columns][groups] to panels [begin, end).
+void prepack(const void* codes, const float* scale, int bits, const WeightLayout& layout, uint8_t* packed,
+             int64_t begin, int64_t end);
+
+}  // namespace smoothrot

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// Per-token quantisation, with or without the rotation before it, into stored codes or into the gemm's tiles.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../common/float16.h"
+#include "hadamard.h"
+#include "kernels.h"
+
+namespace smoothrot {
+namespace {
+
+constexpr int32_t kInfinityBits = 0x7F800000;
+// reference.QUANT_MIN_SCALE, 2^-100.
+constexpr uint32_t kMinScaleBits = 0x0D800000;
+
+inline float load_scalar(const void* x, Float dtype, int64_t i) {
+  switch (dtype) {
+    case Float::f32:
+      return static_cast<const float*>(x)[i];
+    case Float::bf16:
+      return bf16_to_f32(static_cast<const uint16_t*>(x)[i]);
+    default:
+      return f16_to_f32(static_cast<const uint16_t*>(x)[i]);
+  }
+}
+
+template <class S>
+inline typename S::F32 load_vector(const void* x, Float dtype, int64_t i) {
+  switch (dtype) {
+    case Float::f32:
+      return S::load(static_cast<const float*>(x) + i);
+    case Float::bf16:
+      return S::load_bf16(static_cast<const uint16_t*>(x) + i);
+    default:
+      return S::load_f16(static_cast<const uint16_t*>(x) + i);
+  }
+}
+
+// The scratch of one thread.
+struct Scratch {
+  float* values;   // one row, padded with zeros to whole vectors
+  int8_t* codes;   // max_rows rows of code_pitch bytes
+  void* rotation;  // see rotation_scratch
+};
+
+template <class S>
+inline int64_t padded(int64_t inputs) {
+  return round_up(inputs, 64);
+}
+
+template <class S>
+inline Scratch divide(void* scratch, int64_t inputs, int64_t max_rows) {
+  auto* bytes = static_cast<uint8_t*>(scratch);
+  const int64_t pitch = padded<S>(inputs);
+  Scratch s{};
+  s.values = reinterpret_cast<float*>(bytes);
+  s.codes = reinterpret_cast<int8_t*>(bytes + pitch * int64_t{sizeof(float)});
+  s.rotation = s.codes + max_rows * pitch;
+  return s;
+}
+
+template <class S>
+int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
+  const int64_t rotation = q.rotation ? rotation_scratch<S>(*q.rotation) : 0;
+  return round_up(padded<S>(q.inputs) * (int64_t{sizeof(float)} + max_rows) + rotation, 64);
+}
+
+// Row `row` to one signed code a byte; returns its scale.
+template <class S>
+float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
+  const int64_t first = row * q.inputs, width = padded<S>(q.inputs);
+  float* y = scratch.values;
+  int64_t i = 0;
+  for (; i + S::kLanes <= q.inputs; i += S::kLanes) S::store(y + i, load_vector<S>(q.x, q.dtype, first + i));
+  for (; i < q.inputs; ++i) y[i] = load_scalar(q.x, q.dtype, first + i);
+  for (; i < width; ++i) y[i] = 0.0f;
+  if (q.rotation) {
+    const int64_t block = q.rotation->base * q.rotation->power;
+    for (int64_t b = 0; b < q.inputs; b += block) rotate_block<S>(y + b, *q.rotation, scratch.rotation);
+  }
+  typename S::I32 top = S::zero();
+  for (i = 0; i < width; i += S::kLanes) top = S::max_abs_bits(top, S::load(y + i));
+  const int32_t top_bits = S::reduce_max(top);
+  if (top_bits >= kInfinityBits) {
+    std::memset(codes, 0, size_t(width));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  float scale = f32_from_bits(uint32_t(top_bits)) * q.factor;
+  if (scale < f32_from_bits(kMinScaleBits)) scale = float(1.0 / double(q.norm));
+  const float high = q.bits == 4 ? 7.0f : 127.0f;
+  const typename S::F32 inverse = S::set1(1.0f / scale);
+  for (i = 0; i < width; i += S::kLanes) S::store_codes(codes + i, S::mul(S::load(y + i), inverse), -high - 1, high);
+  return scale * q.norm;
+}
+
+inline void join_nibbles(const int8_t* codes, uint8_t* out, int64_t inputs) {
+  for (int64_t i = 0; i < inputs / 2; ++i) out[i] = uint8_t((codes[2 * i] & 0xF) | (codes[2 * i + 1] << 4));
+}
+
+inline void split_nibbles(const uint8_t* in, int8_t* codes, int64_t inputs) {
+  for (int64_t i = 0; i < inputs / 2; ++i) {
+    codes[2 * i] = int8_t(int8_t(in[i] << 4) >> 4);
+    codes[2 * i + 1] = int8_t(int8_t(in[i]) >> 4);
+  }
+}
+
+template <class S>
+void quant_rows(const QuantArgs& q, void* codes, float* scale, int64_t begin, int64_t end, void* scratch) {
+  const Scratch s = divide<S>(scratch, q.inputs, 1);
+  auto* out = static_cast<uint8_t*>(codes);
+  for (int64_t row = begin; row < end; ++row) {
+    scale[row] = quant_row<S>(q, row, s, s.codes);
+    if (q.bits == 4) {
+      join_nibbles(s.codes, out + row * q.inputs / 2, q.inputs);
+    } else {
+      std::memcpy(out + row * q.inputs, s.codes, size_t(q.inputs));
+    }
+  }
+}
+
+// Rows of codes into tile `tile`: words interleaved by row, and where each accumulator starts.
+template <class S>
+void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pitch) {
+  const WeightLayout& w = t.weight;
+  const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
+  int32_t* words = t.words + first * w.groups * w.group_steps;
+  int32_t* start = t.start + first * w.groups;
+  const int64_t whole = w.group_size / kStepInputs;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int8_t* group = codes + g * w.group_size;
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < w.group_size; ++k) sum += group[r * pitch + k];
+      start[g * rows + r] = -w.offset * sum;
+    }
+    for (int64_t s = 0; s < whole; ++s) {
+      for (int64_t r = 0; r < rows; ++r) {
+        std::memcpy(words + s * rows + r, group + r * pitch + s * kStepInputs, kStepInputs);
+      }
+    }
+    if (whole < w.group_steps) {
+      for (int64_t r = 0; r < rows; ++r) {
+        int32_t word = 0;
+        std::memcpy(&word, group + r * pitch + whole * kStepInputs, size_t(w.group_size - whole * kStepInputs));
+        words[whole * rows + r] = word;
+      }
+    }
+    words += w.group_steps * rows;
+  }
+}
+
+template <class S>
+void quant_tiles(const QuantArgs& q, const TileArgs& t, int64_t begin, int64_t end, void* scratch) {
+  const Scratch s = divide<S>(scratch, q.inputs, t.tiles.rows + 1);
+  const int64_t pitch = padded<S>(q.inputs);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
+    for (int64_t r = 0; r < rows; ++r) t.scale[first + r] = quant_row<S>(q, first + r, s, s.codes + r * pitch);
+    pack_tile<S>(t, tile, s.codes, pitch);
+  }
+}
+
+template <class S>
+void decode_tiles(const void* codes, int bits, const TileArgs& t, int64_t begin, int64_t end, void* scratch) {
+  const int64_t inputs = t.weight.inputs, pitch = padded<S>(inputs);
+  auto* rows_of_codes = static_cast<int8_t*>(scratch);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
+    if (bits == 8) {
+      pack_tile<S>(t, tile, static_cast<const int8_t*>(codes) + first * inputs, inputs);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      split_nibbles(static_cast<const uint8_t*>(codes) + (first + r) * inputs / 2, rows_of_codes + r * pitch, inputs);
+    }
+    pack_tile<S>(t, tile, rows_of_codes, pitch);
+  }
+}
+
+}  // namespace
+}  // namespace smoothrot

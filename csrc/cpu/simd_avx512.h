@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector vocabulary of the kernels, for AVX-512 F/BW/DQ/VL/VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace smoothrot {
+namespace {
+
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxRows = 14;        // 28 accumulators, 2 weights, 1 activation
+  static constexpr int kMaxRowsGrouped = 7;  // the same again in float
+  using F32 = __m512;
+  using I32 = __m512i;
+
+  static F32 load(const float* p) { return _mm512_loadu_ps(p); }
+  static F32 load_bf16(const uint16_t* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  static F32 load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+  static void store_bf16(uint16_t* p, F32 v) {
+    // Round to nearest even by integer arithmetic: vcvtneps2bf16 would flush subnormals.
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  static void store_f16(uint16_t* p, F32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F32 set1(float v) { return _mm512_set1_ps(v); }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+  static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+
+  // Lane i becomes v[i] + v[i ^ Stride], or v[i ^ Stride] - v[i] where bit Stride of i is set.
+  template <int Stride>
+  static F32 butterfly(F32 v) {
+    F32 partner;
+    if constexpr (Stride == 1) partner = _mm512_permute_ps(v, 0b10110001);
+    if constexpr (Stride == 2) partner = _mm512_permute_ps(v, 0b01001110);
+    if constexpr (Stride == 4) partner = _mm512_shuffle_f32x4(v, v, 0b10110001);
+    if constexpr (Stride == 8) partner = _mm512_shuffle_f32x4(v, v, 0b01001110);
+    constexpr __mmask16 kUpper = Stride == 1 ? 0xAAAA : Stride == 2 ? 0xCCCC : Stride == 4 ? 0xF0F0 : 0xFF00;
+    return _mm512_mask_sub_ps(_mm512_add_ps(partner, v), kUpper, partner, v);
+  }
+
+  static I32 zero() { return _mm512_setzero_si512(); }
+  static I32 set1(int32_t v) { return _mm512_set1_epi32(v); }
+  static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
+
+  // Largest |v| so far, as float bits: their integer order is that of the values, infinity then NaN on top.
+  static I32 max_abs_bits(I32 top, F32 v) {
+    return _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
+  }
+  static int32_t reduce_max(I32 v) { return _mm512_reduce_max_epi32(v); }
+  static int32_t reduce_add(I32 v) { return _mm512_reduce_add_epi32(v); }
+
+  // v clamped to [low, high] and rounded to nearest even, one byte per lane.
+  static void store_codes(int8_t* p, F32 v, float low, float high) {
+    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(low)), _mm512_set1_ps(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
+
+  static I32 load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+  // Two vectors of unsigned bytes out of one of nibbles.
+  static void split_nibbles(I32 packed, I32& low, I32& high) {
+    const __m512i mask = _mm512_set1_epi8(0x0F);
+    low = _mm512_and_si512(packed, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+  }
+  // sum + four products a lane: unsigned bytes of w (at most 15 for Bits == 4) times signed bytes of a.
+  template <int Bits>
+  static I32 dot4(I32 sum, I32 w, I32 a) {
+    return _mm512_dpbusd_epi32(sum, w, a);
+  }
+};
+
+}  // namespace
+}  // namespace smoothrot

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled ops: Python signatures, fake kernels for tracing, and the loading of the library.
+
+Each function computes what its namesake in :mod:`smoothrot_vllm.reference` defines, codes and integer sums bit for
+bit. They are ``torch.ops.smoothrot.*`` ops, so ``torch.compile`` keeps each as one opaque call. Importing this
+module loads ``_C.abi3.so``; the first call picks the best kernels of the CPU, or those named by the environment
+variable ``SMOOTHROT_CPU_ISA`` (``avx512_vnni``, ``avx2`` or ``portable``).
+"""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
+from smoothrot_vllm.hadamard import base_matrix, factorize
+
+logger = logging.getLogger("smoothrot_vllm")
+
+LIBRARY = Path(__file__).parent / "_C.abi3.so"
+PANEL_COLUMNS = 32
+"""Output columns of one panel of the prepacked layout, see csrc/common/layout.h."""
+
+
+def _load_library() -> None:
+    if not LIBRARY.exists():
+        raise UnsupportedPlatformError(
+            f"compiled ops: expected the library {LIBRARY}, found none. "
+            "Install the package with pip (a C++17 compiler is needed), or build it with `python setup.py build_ext --inplace`."
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise UnsupportedPlatformError(
+            f"compiled ops: {LIBRARY} does not load into torch {torch.__version__}: {error}. Rebuild it with this torch."
+        ) from error
+
+
+_load_library()
+_OPS = torch.ops.smoothrot
+
+
+def _call(op: Any, *args: Any) -> Any:
+    """Call an op; its refusals, which the library can only raise as RuntimeError, become ConfigError."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        message = str(error)
+        if message.startswith("smoothrot::"):
+            raise ConfigError(message) from None
+        raise
+
+
+@cache
+def kernel_name() -> str:
+    """Instruction-set path of the kernels: ``avx512_vnni``, ``avx2`` or ``portable``. Logged once.
+
+    Raises:
+        UnsupportedPlatformError: ``SMOOTHROT_CPU_ISA`` names an unknown path or one this CPU cannot run.
+    """
+    try:
+        name: str = _OPS.kernel_name()
+    except RuntimeError as error:
+        raise UnsupportedPlatformError(str(error)) from None
+    logger.info("SmoothRot CPU kernels: %s, %d threads", name, torch.get_num_threads())
+    return name
+
+
+@torch.compiler.assume_constant_result
+@cache
+def prepare_rotation(block: int) -> int:
+    """Make the rotation by ``H_block`` known to the kernels, once per process; returns ``block``.
+
+    The functions below do it on their own. Code that runs a compiled graph without tracing it in the same process
+    must call it when it loads the layer.
+
+    Raises:
+        ConfigError: ``block`` is not a Hadamard order.
+    """
+    factors = factorize(block)
+    if factors is None:
+        raise ConfigError(f"Hadamard block {block}: no such order is implemented. Use hadamard.choose_block to pick one.")
+    kernel_name()
+    _OPS.prepare_rotation(base_matrix(factors.base), factors.power)
+    return block
+
+
+def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dynamic symmetric per-token quantisation, :func:`reference.quant`.
+
+    Args:
+        x: ``(T, K)`` contiguous float32, bfloat16 or float16; K even.
+        clip: the scale is ``max|x| * (clip / quant_max)``, 0 < clip <= 1.
+        bits: 4 or 8.
+
+    Returns:
+        codes ``(T, K/2)`` uint8 or ``(T, K)`` int8, and scale ``(T,)`` float32.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    return _call(_OPS.quant, x, clip, bits)
+
+
+def hadamard_quant(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`; ``block`` divides K."""
+    return _call(_OPS.hadamard_quant, x, prepare_rotation(block), clip, bits)
+
+
+def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Stored codes and scales to the kernels' own layout, once at load.
+
+    Args:
+        weight: ``(N, K/2)`` uint8 (4 bits, low nibble = even input) or ``(N, K)`` int8 (8 bits).
+        weight_scale: ``(N, G)`` float32; G = 1 per channel, else groups of K/G consecutive inputs.
+        bits: 4 or 8.
+
+    Returns:
+        One opaque uint8 tensor that holds codes and scales, N padded to a multiple of 32.
+
+    Raises:
+        ConfigError: an argument has another dtype or shape; the message names it.
+    """
+    return _call(_OPS.prepack_weight, weight, weight_scale, bits)
+
+
+def gemm(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    """``y = scale * sum_g(accumulator_g * weight_scale_g) + bias``, :func:`reference.gemm`.
+
+    Args:
+        codes, scale: from :func:`quant` or :func:`hadamard_quant` with ``act_bits``.
+        packed: from :func:`prepack_weight` with ``weight_bits``.
+        weight_scale: ``(N, G)`` float32, as given to :func:`prepack_weight`; only its shape is read here.
+        bias: ``(N,)`` of any of the three float dtypes, or None.
+        out_dtype: float32, bfloat16 or float16.
+
+    Returns:
+        ``(T, N)`` in ``out_dtype``: exact int32 sums, float32 epilogue, rounded once.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    return _call(_OPS.gemm, codes, scale, packed, weight_scale, bias, out_dtype, act_bits, weight_bits)
+
+
+def linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    """A whole quantised linear layer: (hadamard) quantise ``x`` per token, then :func:`gemm`.
+
+    Args:
+        x: ``(..., K)`` contiguous float32, bfloat16 or float16.
+        packed, weight_scale, bias: as for :func:`gemm`.
+        block: Hadamard block that rotates the input, 0 for none.
+        clip: activation clip, 0 < clip <= 1.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    if block:
+        prepare_rotation(block)
+    return _call(_OPS.linear, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
+
+
+@torch.library.register_fake("smoothrot::quant")
+def _quant_fake(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, inputs = x.shape
+    codes = x.new_empty((tokens, inputs // 2), dtype=torch.uint8) if bits == 4 else x.new_empty(x.shape, dtype=torch.int8)
+    return codes, x.new_empty((tokens,), dtype=torch.float32)
+
+
+@torch.library.register_fake("smoothrot::hadamard_quant")
+def _hadamard_quant_fake(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quant_fake(x, clip, bits)
+
+
+@torch.library.register_fake("smoothrot::prepack_weight")
+def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    inputs = weight.shape[1] * (2 if bits == 4 else 1)
+    groups = weight_scale.shape[1]
+    steps = (inputs // groups + 3) // 4
+    panels = (weight.shape[0] + PANEL_COLUMNS - 1) // PANEL_COLUMNS
+    return weight.new_empty((panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("smoothrot::gemm")
+def _gemm_fake(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=out_dtype)
+
+
+@torch.library.register_fake("smoothrot::linear")
+def _linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
