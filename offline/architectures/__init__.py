@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model families can be converted: one table each, and the refusal of everything else by name."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from smoothrot_offline.architectures.base import Architecture, ModelSpec
+from smoothrot_offline.architectures.llama import LLAMA
+from smoothrot_offline.architectures.mistral import MISTRAL
+from smoothrot_offline.architectures.qwen2 import QWEN2
+from smoothrot_vllm.errors import UnsupportedModelError
+
+__all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
+
+SUPPORTED = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2)}
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+
+
+def resolve(config: dict[str, Any]) -> ModelSpec:
+    """The family and the sizes of a model.
+
+    Args:
+        config: ``config.json`` as read.
+
+    Raises:
+        UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
+    """
+    table = _supported_table(config)
+    try:
+        parsed = CONFIG_MAPPING[table.model_type].from_dict(config)
+    except Exception as error:
+        # transformers validates with several libraries and raises whatever each of them raises.
+        raise UnsupportedModelError(f"config.json: transformers refuses it as {table.model_type}: {_one_line(error)}") from error
+    spec = ModelSpec(
+        architecture=table,
+        config=parsed,
+        layers=parsed.num_hidden_layers,
+        hidden=parsed.hidden_size,
+        intermediate=parsed.intermediate_size,
+        heads=parsed.num_attention_heads,
+        kv_heads=parsed.num_key_value_heads,
+        # Qwen2's configuration class has no default for it.
+        head_dim=getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads,
+        vocab=parsed.vocab_size,
+        tied=bool(parsed.tie_word_embeddings),
+    )
+    if parsed.hidden_act not in table.activations:
+        raise UnsupportedModelError(
+            f"config.json: hidden_act: expected one of {', '.join(table.activations)} (what the server runs for "
+            f"{table.class_name}), got {parsed.hidden_act!r}."
+        )
+    return spec
+
+
+def _supported_table(config: dict[str, Any]) -> Architecture:
+    model_type = config.get("model_type")
+    names = ", ".join(config.get("architectures") or [str(model_type)])
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"{names} is already quantised (quantization_config, quant_method {method!r}). "
+            "Convert the 16-bit model it was made from."
+        )
+    if config.get("auto_map"):
+        raise UnsupportedModelError(
+            f"{names} needs its own Python code (auto_map in config.json), which is never run. "
+            "Convert a model whose architecture transformers itself implements."
+        )
+    experts = next((key for key in _EXPERT_KEYS if config.get(key)), None)
+    if experts is not None:
+        raise UnsupportedModelError(
+            f"{names} is a mixture of experts ({experts} = {config[experts]}): only dense models convert."
+        )
+    table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
+    if table is None:
+        raise UnsupportedModelError(
+            f"{names} (model_type {model_type!r}) is not supported. Supported model types: {', '.join(SUPPORTED)}."
+        )
+    classes = config.get("architectures") or [table.class_name]
+    if classes != [table.class_name]:
+        raise UnsupportedModelError(
+            f"config.json: architectures: expected {table.class_name} for model_type {model_type!r}, got {', '.join(classes)}."
+        )
+    if table.model_type != "qwen2" and config.get("layer_types"):
+        raise UnsupportedModelError(
+            f"{names} mixes attention kinds (layer_types), which transformers ignores for {model_type!r}."
+        )
+    return table
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family must say about itself, and the sizes of one model of it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from smoothrot_vllm.format import QuantizationSchema, weight_tensors
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the rotations and scales of one model family are folded. Names are relative to a decoder layer.
+
+    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query or value.
+    ``biases`` gives the linears that have a bias, under the configuration flag that says so ("" = always).
+    ``readers`` gives, for each norm, the linears that read its output; ``writers`` add to the residual stream.
+    ``value`` produces the heads that ``output`` consumes; ``up`` is the factor of the gated product
+    ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
+    """
+
+    model_type: str
+    class_name: str
+    linears: Mapping[str, tuple[str, str]]
+    biases: Mapping[str, tuple[str, ...]]
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    value: str
+    output: str
+    up: str
+    down: str
+    activations: tuple[str, ...] = ("silu",)
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    lm_head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: its family's table and its sizes."""
+
+    architecture: Architecture
+    config: PreTrainedConfig
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a decoder linear, named relative to its layer."""
+        sizes = {
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "query": self.heads * self.head_dim,
+            "value": self.kv_heads * self.head_dim,
+        }
+        out, inputs = self.architecture.linears[linear]
+        return sizes[out], sizes[inputs]
+
+    def biased(self) -> set[str]:
+        """Decoder linears that have a bias, named relative to their layer."""
+        flags = self.architecture.biases.items()
+        return {linear for flag, linears in flags if not flag or getattr(self.config, flag) for linear in linears}
+
+    def layer_prefix(self, index: int) -> str:
+        """Prefix of the tensors of decoder layer ``index``, with its final dot."""
+        return f"{self.architecture.layers}.{index}."
+
+    def layer_tensors(self) -> dict[str, Shape]:
+        """Shape of each tensor of any decoder layer in the source, named relative to the layer."""
+        shapes: dict[str, Shape] = {}
+        for linear in self.architecture.linears:
+            shape = self.linear_shape(linear)
+            shapes[f"{linear}.weight"] = shape
+            if linear in self.biased():
+                shapes[f"{linear}.bias"] = shape[:1]
+        return shapes | {f"{norm}.weight": (self.hidden,) for norm in self.architecture.readers}
+
+    def source_tensors(self) -> dict[str, Shape]:
+        """Shape of each tensor the source checkpoint must hold."""
+        table = self.architecture
+        shapes: dict[str, Shape] = {f"{table.embedding}.weight": (self.vocab, self.hidden)}
+        for index in range(self.layers):
+            shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.layer_tensors().items()}
+        shapes[f"{table.final_norm}.weight"] = (self.hidden,)
+        if not self.tied:
+            shapes[f"{table.lm_head}.weight"] = (self.vocab, self.hidden)
+        return shapes
+
+    def output_linears(self, tied: bool) -> Iterator[tuple[str, int, int]]:
+        """``(full name, out_features, in_features)`` of each linear of the output; the head unless it stays ``tied``."""
+        for index in range(self.layers):
+            for linear in self.architecture.linears:
+                yield self.layer_prefix(index) + linear, *self.linear_shape(linear)
+        if not tied:
+            yield self.architecture.lm_head, self.vocab, self.hidden
+
+    def output_tensors(self, schema: QuantizationSchema, tied: bool, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and dtype of each tensor of the converted checkpoint; ``dtype`` is that of the 16-bit tensors.
+
+        Raises:
+            ConfigError: a linear does not fit its scheme.
+        """
+        tensors = {name: (shape, dtype) for name, shape in self.source_tensors().items()}
+        for name, out, inputs in self.output_linears(tied):
+            scheme = schema.scheme(name)
+            if scheme is None:
+                tensors[f"{name}.weight"] = ((out, inputs), dtype)
+                continue
+            tensors.pop(f"{name}.weight", None)
+            for suffix, stored in weight_tensors(out, inputs, scheme.weights).items():
+                tensors[f"{name}.{suffix}"] = stored
+        return tensors

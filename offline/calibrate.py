@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the original model one decoder layer at a time, in float32, and gather statistics of what its linears read."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+
+Observer = Callable[[torch.Tensor], None]
+"""Receives what a linear reads, float32 ``(tokens, in_features)``, a chunk of sequences at a time."""
+
+_CHUNK_TOKENS = 4096
+
+
+class ChannelStatistics:
+    """What smoothing needs to know of a linear's input, accumulated over chunks of tokens.
+
+    ``largest`` is ``max |X_j|`` per channel, float32 ``(channels,)``; ``tokens`` counts what was seen.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.largest = torch.zeros(channels)
+        self.tokens = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add the tokens of ``x (tokens, channels)``."""
+        self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
+        self.tokens += x.shape[0]
+
+
+class LayerRunner:
+    """Runs single decoder layers of the original model through transformers' own code.
+
+    Each call builds the family's base model with one layer, on the meta device, and gives that layer its weights:
+    masks, sliding windows and rotary tables are then transformers' own, for any family, at the cost of one layer.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def run(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        hidden: torch.Tensor,
+        observers: Mapping[str, Observer],
+    ) -> None:
+        """Replace ``hidden`` by the output of decoder layer ``index``, in place.
+
+        Args:
+            index: which layer.
+            weights: its tensors by names relative to the layer, any float dtype.
+            hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads.
+            observers: by linear (named relative to the layer), called with what it reads.
+
+        Raises:
+            CheckpointError: the output has a NaN or an infinity.
+        """
+        model, layer = self._one_layer(index, weights)
+        hooks = [layer.get_submodule(linear).register_forward_pre_hook(_observe(observers[linear])) for linear in observers]
+        with torch.no_grad():
+            for chunk in hidden.split(max(1, _CHUNK_TOKENS // hidden.shape[1])):
+                chunk.copy_(model(inputs_embeds=chunk, use_cache=False).last_hidden_state)
+        for hook in hooks:
+            hook.remove()
+        if not hidden.isfinite().all():
+            raise CheckpointError(
+                f"decoder layer {index}: expected finite activations in float32, got a NaN or an infinity. "
+                "The weights are damaged, or the calibration text is not of this model's vocabulary."
+            )
+
+    def _one_layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
+        config = copy.deepcopy(self._spec.config)
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index]]
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        # The rotary tables are computed, not loaded, so they must be made again outside the meta device.
+        model.rotary_emb = type(model.rotary_emb)(config)
+        model.norm = nn.Identity()
+        model.layers[0].load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        return model.eval(), model.layers[0]
+
+
+def embed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``.
+
+    Raises:
+        ConfigError: a token is outside the vocabulary.
+    """
+    if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= embedding.shape[0]:
+        raise ConfigError(
+            f"--calib: expected tokens below the vocabulary size {embedding.shape[0]}, got "
+            f"{'none' if tokens.numel() == 0 else int(tokens.max())}. Use the tokenizer of this model."
+        )
+    return nn.functional.embedding(tokens, embedding).float()
+
+
+def tokens_digest(tokens: torch.Tensor) -> str:
+    """SHA-256 of the calibration tokens as little-endian int64, in hexadecimal."""
+    return hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def check_seqlen(spec: ModelSpec, seqlen: int) -> None:
+    """Refuse calibration sequences longer than the model's context.
+
+    Raises:
+        ConfigError: ``seqlen`` exceeds ``max_position_embeddings``.
+    """
+    if seqlen > spec.config.max_position_embeddings:
+        raise ConfigError(
+            f"--calib-seqlen {seqlen}: expected at most the model's context of {spec.config.max_position_embeddings} tokens."
+        )
+
+
+def _observe(observer: Observer) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        observer(inputs[0].flatten(0, -2))
+
+    return hook

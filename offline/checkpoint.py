@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open a Hugging Face checkpoint, check it from its headers, and read it a few tensors at a time."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from smoothrot_vllm.errors import CheckpointError
+
+CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""What is fetched and copied beside the weights: tokenizer, generation settings, chat template, licence."""
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_SOURCE_DTYPES = ("BF16", "F16", "F32")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; ``dtype`` in safetensors' spelling."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors: its configuration and its headers. Weights are read only by :meth:`load`."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files, sorted."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Read tensors in their stored dtype.
+
+        Raises:
+            CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.info(name).file, []).append(name)
+        loaded: dict[str, torch.Tensor] = {}
+        for file, members in by_file.items():
+            try:
+                with safe_open(self.path / file, framework="pt") as handle:
+                    loaded |= {name: handle.get_tensor(name) for name in members}
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.path / file}: reading {', '.join(members)}: {error}. Fetch the file again."
+                ) from error
+        for name, tensor in loaded.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                count = int((~tensor.isfinite()).sum())
+                raise CheckpointError(
+                    f"{self.path / self.tensors[name].file}: tensor {name}: expected finite values, got {count} NaN or infinite "
+                    "ones. The checkpoint is damaged: fetch it again."
+                )
+        return loaded
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor.
+
+        Raises:
+            CheckpointError: no file holds it.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing from {', '.join(self.files)}.")
+        return self.tensors[name]
+
+
+def resolve_source(model: str) -> Path:
+    """Directory of a model given as a path or as a Hugging Face hub id (fetched only if no such path exists).
+
+    Raises:
+        CheckpointError: there is no such directory, and the hub has or gives no such model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"{model}: expected a directory with {CONFIG_NAME} and safetensors files, or a hub id like org/name."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
+    except Exception as error:
+        # The hub client raises its own, requests' and the OS's errors.
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{model}: not a local directory, and the hub did not give it: {reason}") from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read configuration and headers; no weight is read.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or malformed, or the weights are not safetensors.
+    """
+    config = read_json(path / CONFIG_NAME)
+    if (path / SINGLE_NAME).is_file():
+        return Checkpoint(path, config, _read_header(path, SINGLE_NAME))
+    if not (path / INDEX_NAME).is_file():
+        pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{path}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. "
+                "Save the model as safetensors first (transformers: save_pretrained)."
+            )
+        raise CheckpointError(f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.")
+    weight_map = read_json(path / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path / INDEX_NAME}: expected an object weight_map from tensor names to file names.")
+    headers = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{path / INDEX_NAME}: weight_map: expected plain file names, got {file!r}.")
+        headers[file] = _read_header(path, file)
+    for name, file in weight_map.items():
+        if name not in headers[file]:
+            raise CheckpointError(f"{path / INDEX_NAME}: tensor {name} should be in {file}, whose header does not list it.")
+    return Checkpoint(path, config, {name: headers[file][name] for name, file in weight_map.items()})
+
+
+def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()) -> None:
+    """Compare headers with the tensors a model must have.
+
+    Args:
+        checkpoint: the source.
+        expected: shape of each tensor.
+        ignorable: tensors that may be there and are not used.
+
+    Raises:
+        CheckpointError: a tensor is missing or unexpected, or has another shape or no float dtype of 16 or 32 bits.
+    """
+    for name, shape in expected.items():
+        info = checkpoint.info(name)
+        where = f"{checkpoint.path / info.file}: tensor {name}"
+        if info.dtype not in _SOURCE_DTYPES:
+            raise CheckpointError(
+                f"{where}: expected dtype {', '.join(_SOURCE_DTYPES)}, got {info.dtype}. Convert the 16-bit original."
+            )
+        if info.shape != shape:
+            raise CheckpointError(f"{where}: expected shape {shape} from config.json, got {info.shape}.")
+    # Old checkpoints carry the rotary tables, which every loader recomputes.
+    known = {*expected, *ignorable}
+    unknown = [name for name in checkpoint.tensors if name not in known and not name.endswith(".rotary_emb.inv_freq")]
+    if unknown:
+        info = checkpoint.tensors[unknown[0]]
+        raise CheckpointError(
+            f"{checkpoint.path / info.file}: tensor {unknown[0]} (one of {len(unknown)}) has no place in this "
+            "architecture: converting without it would change the model. Check model_type and the bias flags in config.json."
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the file is missing.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def side_files(path: Path) -> list[Path]:
+    """Files that are copied to the output as they are, sorted by name."""
+    found = {file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name != CONFIG_NAME and not file.name.endswith(".index.json"))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes, row-major, in hexadecimal."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def source_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16 for a float32 source."""
+    dtype = DTYPES[checkpoint.info(name).dtype]
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path / file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path / file}: the file is missing. Fetch the checkpoint again.") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / file}: not a whole safetensors file: {error}. Fetch it again.") from error

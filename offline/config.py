@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of a conversion in one validated place, and the checkpoint schema they lead to."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online, OnlineHadamard, QuantizationSchema, WeightScheme
+from smoothrot_vllm.hadamard import HadamardFactors, choose_block
+
+ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
+"""Per-token clip by activation bits: 0.9 is the best of QuaRot's ablation at 4 bits (arXiv 2404.00456, table 11)."""
+
+MEBIBYTE = 1 << 20
+
+
+class ConvertConfig(BaseModel):
+    """Options of ``smoothrot-convert run``; every one of them changes the output, and the manifest records them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weight_bits: Literal[4, 8] = 4
+    activation_bits: Literal[4, 8] = 4
+    group_size: Literal[-1, 32, 64, 128] = -1
+    scales: Literal["max", "none"] = "max"
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    rounding: Literal["rtn"] = "rtn"
+    lm_head_bits: Literal[8, 16] = 16
+    max_tp: int = Field(default=1, ge=1)
+    calib: str = "generated"
+    calib_samples: int = Field(default=64, ge=1)
+    calib_seqlen: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    rotate: bool = True
+    shard_mib: int = Field(default=1024, ge=1)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the model must be run at all."""
+        return self.scales != "none"
+
+
+def make_config(**options: Any) -> ConvertConfig:
+    """Validate options.
+
+    Raises:
+        ConfigError: an unknown option or a value out of range; the message names each.
+    """
+    try:
+        return ConvertConfig(**options)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+        raise ConfigError(f"conversion options: {problems}") from None
+
+
+def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:
+    """Whether the output shares the embedding with the head, which no fold and no quantised head allows."""
+    return spec.tied and not config.rotate and config.lm_head_bits == 16
+
+
+def online_block(spec: ModelSpec, config: ConvertConfig) -> HadamardFactors:
+    """Order of R4's Hadamard blocks, whole on each of ``config.max_tp`` shards.
+
+    Raises:
+        UnsupportedModelError: the size cannot be split so.
+    """
+    return choose_block(spec.intermediate, config.max_tp)
+
+
+def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
+    """The output's ``quantization_config``.
+
+    Raises:
+        ConfigError: a linear of the model does not fit the group size or ``max_tp``.
+        UnsupportedModelError: a size has no Hadamard block.
+    """
+    clip = ACTIVATION_CLIP[config.activation_bits]
+    rotation = OnlineHadamard(size=spec.intermediate, block=online_block(spec, config).size) if config.rotate else None
+    head = LinearScheme(weights=WeightScheme(bits=8), activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
+    schema = QuantizationSchema(
+        weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
+        activations=ActivationScheme(bits=config.activation_bits, clip=clip),
+        online=Online(down_proj=rotation),
+        lm_head=head if config.lm_head_bits == 8 else None,
+        max_tensor_parallel=config.max_tp,
+    )
+    _check_shards(spec, schema, config.max_tp)
+    return schema
+
+
+def _check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> None:
+    """Refuse what the format cannot shard: the writers are split along their inputs, in whole pairs of codes and whole groups."""
+    unit = max(2, schema.weights.group_size)
+    for linear in spec.architecture.linears:
+        inputs = spec.linear_shape(linear)[1]
+        split = shards if linear in spec.architecture.writers else 1
+        if inputs % (unit * split):
+            raise ConfigError(
+                f"{linear}: {inputs} inputs over {split} shard(s): expected a whole number of runs of {unit} inputs on each "
+                f"(group size {schema.weights.group_size}). Choose another --group-size or a lower --max-tp."
+            )

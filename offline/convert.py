@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conversion: one decoder layer at a time from the source's files to the output's shards.
+
+For each layer: read its tensors; run the original layer on the calibration tokens, gathering what smoothing
+needs; fold norms, R1, R2, S and R4 in float64; quantise; hand the result to the shard writer. What is held in
+memory is one layer, the calibration's hidden states, the shard being filled, and once each the embedding and
+the head, which are transformed a slice of rows at a time.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.calibrate import ChannelStatistics, LayerRunner, check_seqlen, embed, tokens_digest
+from smoothrot_offline.calibration_data import load_calibration
+from smoothrot_offline.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    check_source,
+    file_digest,
+    open_checkpoint,
+    side_files,
+    source_dtype,
+)
+from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
+from smoothrot_offline.manifest import (
+    CalibrationRecord,
+    LayerRecord,
+    Manifest,
+    RotationRecord,
+    SmoothingRecord,
+    SourceRecord,
+    package_versions,
+)
+from smoothrot_offline.progress import ProgressCallback, no_progress
+from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.smooth import smoothing_scales
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_offline.write import OutputDirectory, ShardWriter
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import MANIFEST_NAME, WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
+from smoothrot_vllm.hadamard import choose_block
+from smoothrot_vllm.reference import encode
+
+_ROWS = 4096
+"""Rows of the embedding and of the head that are held in float64 at a time."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a finished conversion did: its manifest, its seconds, and the dead runs' leftovers it removed."""
+
+    manifest: Manifest
+    seconds: float
+    removed: list[Path]
+
+
+def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCallback = no_progress) -> Conversion:
+    """Convert the checkpoint in ``source`` into a new directory ``out``, which appears only when it is complete.
+
+    Raises:
+        UnsupportedModelError: the architecture or one of its sizes cannot be converted.
+        ConfigError: the options do not fit the model, or ``out`` is taken.
+        CheckpointError: the source is damaged, or the output cannot be written.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    spec = resolve(checkpoint.config)
+    schema = make_schema(spec, config)
+    head = f"{spec.architecture.lm_head}.weight"
+    check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
+    if config.needs_calibration:
+        check_seqlen(spec, config.calib_seqlen)
+    with OutputDirectory(out) as directory:
+        run = _Run(checkpoint, spec, config, schema, ShardWriter(directory.path, config.shard_mib * MEBIBYTE), progress)
+        run.everything()
+        manifest = run.finish(directory)
+        directory.commit()
+    progress("done", spec.layers + 3, spec.layers + 3)
+    return Conversion(manifest, time.monotonic() - started, directory.removed)
+
+
+@dataclass
+class _Run:
+    """The state of one conversion between its stages."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    config: ConvertConfig
+    schema: QuantizationSchema
+    shards: ShardWriter
+    progress: ProgressCallback
+    layers: list[LayerRecord] = field(default_factory=list)
+    head_error: float | None = None
+    calibration: CalibrationRecord | None = None
+
+    def __post_init__(self) -> None:
+        self.transform = ModelTransform.of(self.spec, self.config)
+        self.embedding = f"{self.spec.architecture.embedding}.weight"
+        self.dtype = source_dtype(self.checkpoint, self.embedding)
+
+    def everything(self) -> None:
+        """From the embedding to the head, in the order the model computes."""
+        total = self.spec.layers + 3
+        self.progress("calibration text" if self.config.needs_calibration else "starting", 0, total)
+        tokens = self._calibration_tokens() if self.config.needs_calibration else None
+        self.progress("embedding", 1, total)
+        hidden = self._embedding(tokens)
+        runner = LayerRunner(self.spec)
+        for index in range(self.spec.layers):
+            self.progress(f"layer {index + 1} of {self.spec.layers}", 2 + index, total)
+            self._layer(index, runner, hidden)
+        self.progress("head and files", total - 1, total)
+        self._head()
+
+    def finish(self, directory: OutputDirectory) -> Manifest:
+        """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
+        self.shards.finish()
+        for file in side_files(self.checkpoint.path):
+            shutil.copyfile(file, directory.path / file.name)
+        config = dict(self.checkpoint.config)
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
+        config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
+        config["quantization_config"] = self.schema.model_dump(mode="json")
+        directory.write_json(CONFIG_NAME, config)
+        names = [CONFIG_NAME, *self.checkpoint.files]
+        others = sorted(file.name for file in directory.path.iterdir() if file.suffix != ".safetensors")
+        manifest = Manifest(
+            config=self.config,
+            source=SourceRecord(
+                model_type=self.spec.architecture.model_type,
+                files={name: file_digest(self.checkpoint.path / name) for name in names},
+            ),
+            packages=package_versions(),
+            calibration=self.calibration,
+            rotations=self._rotations(),
+            layers=self.layers,
+            lm_head_weight_error=self.head_error,
+            tensors=self.shards.records,
+            files={name: file_digest(directory.path / name) for name in others},
+        )
+        directory.write_json(MANIFEST_NAME, manifest.model_dump(mode="json"))
+        return manifest
+
+    def _calibration_tokens(self) -> torch.Tensor:
+        config = self.config
+        tokens = load_calibration(config.calib, self.checkpoint.path, config.calib_samples, config.calib_seqlen, config.seed)
+        self.calibration = CalibrationRecord(samples=tokens.shape[0], seqlen=tokens.shape[1], tokens_sha256=tokens_digest(tokens))
+        return tokens
+
+    def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
+        embedding = self.checkpoint.load([self.embedding])[self.embedding]
+        rows = [self._cast(self.transform.embedding(part.double()), self.embedding) for part in embedding.split(_ROWS)]
+        self.shards.add({self.embedding: torch.cat(rows)})
+        return None if tokens is None else embed(tokens, embedding)
+
+    def _layer(self, index: int, runner: LayerRunner, hidden: torch.Tensor | None) -> None:
+        prefix = self.spec.layer_prefix(index)
+        source = self.checkpoint.load(prefix + name for name in self.spec.layer_tensors())
+        layer = {name.removeprefix(prefix): tensor for name, tensor in source.items()}
+        del source
+        scales, smoothing = None, None
+        if hidden is not None:
+            down = self.spec.architecture.down
+            statistics = ChannelStatistics(self.spec.intermediate)
+            runner.run(index, layer, hidden, {down: statistics.update})
+            scales = smoothing_scales(statistics, layer[f"{down}.weight"].double(), self.config.alpha)
+            smoothing = SmoothingRecord(
+                policy=self.config.scales,
+                alpha=self.config.alpha,
+                activation_max=float(statistics.largest.max()),
+                scale_min=float(scales.min()),
+                scale_max=float(scales.max()),
+                scale_geometric_mean=float(scales.log().mean().exp()),
+            )
+        layer = {name: tensor.double() for name, tensor in layer.items()}
+        self.transform.layer(index, layer, scales)
+        errors = {}
+        for linear in self.spec.architecture.linears:
+            scheme = self.schema.scheme(prefix + linear)
+            if scheme is not None:
+                weight = layer.pop(f"{linear}.weight")
+                stored, errors[linear] = _quantized(iter([weight]), scheme.weights, prefix + linear)
+                self.shards.add(stored)
+        self.shards.add({prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()})
+        self.layers.append(LayerRecord(weight_error=errors, smoothing=smoothing))
+
+    def _head(self) -> None:
+        table = self.spec.architecture
+        norm, head = f"{table.final_norm}.weight", f"{table.lm_head}.weight"
+        gamma = self.checkpoint.load([norm])[norm].double()
+        self.shards.add({norm: self._cast(self.transform.final_norm(gamma), norm)})
+        source = self.embedding if self.spec.tied else head
+        weight = self.checkpoint.load([source])[source]
+        if self.spec.tied and head in self.checkpoint.tensors and not torch.equal(self.checkpoint.load([head])[head], weight):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: config.json says tie_word_embeddings, but {head} differs from {source}. "
+                "Correct tie_word_embeddings, or remove the head from the checkpoint."
+            )
+        if stays_tied(self.spec, self.config):
+            return
+        slices = (self.transform.head(part.double(), gamma) for part in weight.split(_ROWS))
+        scheme = self.schema.scheme(table.lm_head)
+        if scheme is None:
+            self.shards.add({head: torch.cat([self._cast(part, head) for part in slices])})
+        else:
+            stored, self.head_error = _quantized(slices, scheme.weights, table.lm_head)
+            self.shards.add(stored)
+
+    def _cast(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        cast = tensor.to(self.dtype)
+        if not cast.isfinite().all():
+            raise CheckpointError(
+                f"tensor {name}: largest magnitude {tensor.abs().max():.3g} after the folds exceeds the range of {self.dtype}. "
+                "Convert from a bfloat16 checkpoint."
+            )
+        return cast
+
+    def _rotations(self) -> RotationRecord | None:
+        residual = self.transform.residual
+        if residual is None:
+            return None
+        return RotationRecord(r1=residual.block, r2=choose_block(self.spec.head_dim).size, r4=self.transform.online_block)
+
+
+def _quantized(parts: Iterator[torch.Tensor], scheme: WeightScheme, name: str) -> tuple[dict[str, torch.Tensor], float]:
+    """Stored tensors of the linear whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
+    packed, scales, error, norm = [], [], 0.0, 0.0
+    for weight in parts:
+        quantized = quantize_rtn(weight, scheme, f"{name}.weight")
+        error += float((weight - quantized.dequantize()).square().sum())
+        norm += float(weight.square().sum())
+        packed.append(encode(quantized.codes, scheme.bits))
+        scales.append(quantized.scale)
+    stored = {f"{name}.{WEIGHT_PACKED}": torch.cat(packed), f"{name}.{WEIGHT_SCALE}": torch.cat(scales)}
+    return stored, (error / norm) ** 0.5 if norm else 0.0

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``smoothrot_manifest.json``: where a converted checkpoint came from, what was done, and what every byte must be.
+
+No times, no paths, no host: converting the same source twice gives the same manifest.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from smoothrot_offline.checkpoint import read_json
+from smoothrot_offline.config import ConvertConfig
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import MANIFEST_NAME
+
+PACKAGES = ("smoothrot-vllm", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceRecord(_Record):
+    """The source: model type and SHA-256 of ``config.json`` and of each weight file."""
+
+    model_type: str
+    files: dict[str, str]
+
+
+class CalibrationRecord(_Record):
+    """The calibration tokens: how many, and SHA-256 of them as little-endian int64."""
+
+    samples: int
+    seqlen: int
+    tokens_sha256: str
+
+
+class RotationRecord(_Record):
+    """Hadamard block of each rotation; signs follow from the seed."""
+
+    r1: int
+    r2: int
+    r4: int
+
+
+class SmoothingRecord(_Record):
+    """What a scale policy chose for one layer."""
+
+    policy: str
+    alpha: float
+    activation_max: float
+    scale_min: float
+    scale_max: float
+    scale_geometric_mean: float
+
+
+class LayerRecord(_Record):
+    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, and its smoothing."""
+
+    weight_error: dict[str, float]
+    smoothing: SmoothingRecord | None = None
+
+
+class TensorRecord(_Record):
+    """One tensor of the output: its file, dtype and shape as in the safetensors header, SHA-256 of its bytes."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+    sha256: str
+
+
+class Manifest(_Record):
+    """The whole file."""
+
+    manifest_version: Literal[1] = 1
+    config: ConvertConfig
+    source: SourceRecord
+    packages: dict[str, str]
+    calibration: CalibrationRecord | None
+    rotations: RotationRecord | None
+    layers: list[LayerRecord]
+    lm_head_weight_error: float | None
+    tensors: dict[str, TensorRecord]
+    files: dict[str, str]
+
+
+def package_versions() -> dict[str, str]:
+    """Installed version of each package that can change the output."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate the manifest of a converted directory.
+
+    Raises:
+        CheckpointError: there is none, or it is not valid.
+    """
+    path = directory / MANIFEST_NAME
+    content = read_json(path)
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "manifest"
+        raise CheckpointError(
+            f"{path}: {where}: {first['msg']} (one of {error.error_count()} problems). Convert the model again."
+        ) from None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norm fold, R1, R2 and the offline half of R4, in float64, on the tensors of one decoder layer.
+
+A linear computes ``y = x W^T + b`` with W stored ``(out, in)``. Rotating its input by an orthogonal Q
+(``x -> x Q``) means ``W -> W Q``; rotating its output means ``W -> Q^T W`` and ``b -> b Q`` (QuaRot, arXiv
+2404.00456; SpinQuant, arXiv 2405.16406). Every function here replaces entries of the mapping it is given
+and leaves the layer's function as it was, up to the rotations of what goes in and out.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from smoothrot_offline.architectures import Architecture
+from smoothrot_vllm.hadamard import choose_block, factorize, hadamard_matrix
+
+Tensors = dict[str, torch.Tensor]
+
+_SYLVESTER_STEP = 64
+"""Sylvester factors are applied as dense products of at most this order: fewer passes over memory than butterflies."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """``Q = D (I (x) H_block)``: random signs D, then an orthonormal Hadamard transform of each block."""
+
+    signs: torch.Tensor
+    block: int
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """``x Q`` for float64 ``x (..., size)``."""
+        return hadamard(x * self.signs, self.block)
+
+
+def random_rotation(size: int, seed: int) -> Rotation:
+    """A random-sign Hadamard rotation of the residual stream (R1), block-diagonal where ``size`` has no Hadamard order.
+
+    Raises:
+        UnsupportedModelError: not even a block of order 2 divides ``size``.
+    """
+    return Rotation(random_signs(size, seed, "R1"), choose_block(size).size)
+
+
+def random_signs(size: int, seed: int, purpose: str) -> torch.Tensor:
+    """Float64 ``(size,)`` of +1 and -1, a function of ``seed`` and ``purpose`` alone."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+
+
+def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
+    """``x (I (x) H_block)``, orthonormal, along the last axis of float64 ``x``.
+
+    Equals :func:`smoothrot_vllm.reference.hadamard_transform` over ``sqrt(block)`` up to the order of additions.
+    """
+    factors = factorize(block)
+    assert factors is not None
+    assert x.shape[-1] % block == 0
+    orders = [factors.base] if factors.base > 1 else []
+    power = factors.power
+    while power > 1:
+        orders.append(min(power, _SYLVESTER_STEP))
+        power //= orders[-1]
+    y, inner = x, block
+    for order in orders:
+        inner //= order
+        # H_block = H_a (x) H_b (x) ...: axis by axis, y_j = sum_i x_i H_ij.
+        y = hadamard_matrix(order).T @ y.reshape(-1, order, inner)
+    return y.reshape(x.shape)
+
+
+def fold_norms(layer: Tensors, table: Architecture) -> None:
+    """Move each norm's weight into the linears that read it: ``W -> W diag(gamma)``, ``gamma -> 1``."""
+    for norm, readers in table.readers.items():
+        gamma = layer[f"{norm}.weight"]
+        for reader in readers:
+            layer[f"{reader}.weight"] = layer[f"{reader}.weight"] * gamma
+        layer[f"{norm}.weight"] = torch.ones_like(gamma)
+
+
+def rotate_residual(layer: Tensors, table: Architecture, rotation: Rotation) -> None:
+    """R1: the residual stream becomes ``x Q``. The norms must have been folded: only a unit norm commutes with Q."""
+    for readers in table.readers.values():
+        for reader in readers:
+            layer[f"{reader}.weight"] = rotation.rotate(layer[f"{reader}.weight"])
+    for writer in table.writers:
+        layer[f"{writer}.weight"] = rotation.rotate(layer[f"{writer}.weight"].T).T.contiguous()
+        if f"{writer}.bias" in layer:
+            layer[f"{writer}.bias"] = rotation.rotate(layer[f"{writer}.bias"])
+
+
+def rotate_heads(layer: Tensors, table: Architecture, head_dim: int) -> None:
+    """R2: each head of the value projection is rotated, and undone in the output projection.
+
+    Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
+    rotates like a value. Every query head of a group reads the same rotated value head.
+    """
+    block = choose_block(head_dim).size
+    values = layer[f"{table.value}.weight"].T
+    layer[f"{table.value}.weight"] = hadamard(values, block).T.contiguous()
+    if f"{table.value}.bias" in layer:
+        layer[f"{table.value}.bias"] = hadamard(layer[f"{table.value}.bias"], block)
+    layer[f"{table.output}.weight"] = hadamard(layer[f"{table.output}.weight"], block)
+
+
+def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -> None:
+    """Offline half of R4: the signs go into the rows of up_proj, ``D (I (x) H)`` into the inputs of down_proj.
+
+    The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is the
+    Hadamard transform of down_proj's input, without signs.
+    """
+    layer[f"{table.up}.weight"] = layer[f"{table.up}.weight"] * rotation.signs[:, None]
+    if f"{table.up}.bias" in layer:
+        layer[f"{table.up}.bias"] = layer[f"{table.up}.bias"] * rotation.signs
+    layer[f"{table.down}.weight"] = rotation.rotate(layer[f"{table.down}.weight"])
