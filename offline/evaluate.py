@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of any Hugging Face or SmoothRot directory by the standard non-overlapping protocol."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel
+
+from smoothrot_offline.calibration_data import family_needs_bos, load_tokenizer, read_text, tokenize
+from smoothrot_offline.model import load_model
+from smoothrot_vllm.errors import ConfigError
+
+_LOGIT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What :func:`evaluate_perplexity` measured; ``tokens`` counts predicted tokens, ``nll`` is their mean in nats."""
+
+    perplexity: float
+    nll: float
+    tokens: int
+    chunks: int
+    seqlen: int
+    bos_in_each_chunk: bool
+    dtype: str
+    text: str
+    seconds: float
+
+
+def evaluate_perplexity(
+    directory: str | Path,
+    text_file: str | Path,
+    seqlen: int = 2048,
+    limit_chunks: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PerplexityResult:
+    """Perplexity ``exp(mean NLL)`` of a text, tokenised once and cut into windows that do not overlap.
+
+    The tail is kept: n tokens make ``ceil(n / seqlen)`` windows and each predicts its length - 1 tokens. The text is what
+    the tokenizer makes of it, its special tokens included; only families that fall apart without ``<bos>`` (Gemma) get it in
+    each window, as the first of its ``seqlen`` tokens.
+
+    Args:
+        directory: model directory, plain or SmoothRot.
+        text_file: UTF-8 text, used as is, or ``.jsonl`` with a ``text`` field, joined with spaces.
+        seqlen: window length in tokens, at least 2.
+        limit_chunks: only the first so many windows.
+        dtype: run in this dtype instead of the model's own; NLL is summed in float64 from float32 log-probabilities.
+
+    Raises:
+        ConfigError: an option out of range, or a text of fewer than two tokens.
+        CheckpointError: the directory does not load.
+    """
+    if seqlen < 2 or (limit_chunks is not None and limit_chunks < 1):
+        raise ConfigError(f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, got {seqlen} and {limit_chunks}.")
+    started = time.perf_counter()
+    text, tokenizer = read_text(text_file), load_tokenizer(directory)
+    bos = tokenizer.bos_token_id if family_needs_bos(directory) else None
+    chunks = windows(tokenize(tokenizer, text, special_tokens=bos is None), seqlen, bos)[:limit_chunks]
+    if not chunks:
+        raise ConfigError(f"{text_file}: expected at least 2 tokens, one to predict from another. Use a longer text.")
+    model = load_model(directory, dtype)
+    nll, tokens = total_nll(model, track(chunks, "perplexity", console=Console(stderr=True), transient=True))
+    return PerplexityResult(
+        perplexity=math.exp(nll / tokens),
+        nll=nll / tokens,
+        tokens=tokens,
+        chunks=len(chunks),
+        seqlen=seqlen,
+        bos_in_each_chunk=bos is not None,
+        dtype=str(model.dtype).removeprefix("torch."),
+        text=str(text_file),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def windows(tokens: torch.Tensor, seqlen: int, bos: int | None = None) -> list[torch.Tensor]:
+    """Consecutive int64 windows ``(<= seqlen,)`` that can predict a token, tail included, each after ``bos`` if given."""
+    if bos is None:
+        return [w for w in tokens.split(seqlen) if len(w) > 1]
+    return [torch.cat((torch.tensor([bos]), w)) for w in tokens.split(seqlen - 1) if len(w)]
+
+
+@torch.inference_mode()
+def total_nll(model: PreTrainedModel, chunks: Iterable[torch.Tensor]) -> tuple[float, int]:
+    """Summed negative log-likelihood in nats and the number of predicted tokens."""
+    nll, tokens = 0.0, 0
+    for chunk in chunks:
+        logits = model(chunk[None], use_cache=False).logits[0, :-1]
+        for rows, targets in zip(logits.split(_LOGIT_ROWS), chunk[1:].split(_LOGIT_ROWS), strict=True):
+            losses = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none")
+            nll += losses.double().sum().item()
+        tokens += len(chunk) - 1
+    return nll, tokens

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from smoothrot_offline.model import QuantizedLinear, load_model
+from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.format import (
+    ActivationScheme,
+    LinearScheme,
+    Online,
+    OnlineHadamard,
+    QuantizationSchema,
+    WeightScheme,
+)
+from smoothrot_vllm.hadamard import hadamard_matrix
+from smoothrot_vllm.reference import encode
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+DOWN = "model.layers.1.mlp.down_proj"
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model; Qwen2 has q/k/v biases and ties its embeddings."""
+    torch.manual_seed(0)
+    if request.param == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    return directory
+
+
+def quantized_copy(source: Path, target: Path, weight_bits: int, act_bits: int, lm_head: bool = False) -> Path:
+    """Quantise every decoder linear by RTN, down_proj behind an online Hadamard in blocks of 48, and store it."""
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    linear = LinearScheme(
+        weights=WeightScheme.model_validate({"bits": weight_bits}),
+        activations=ActivationScheme.model_validate({"bits": act_bits}),
+    )
+    schema = QuantizationSchema(
+        weights=linear.weights,
+        activations=linear.activations,
+        online=Online(down_proj=OnlineHadamard(size=96, block=48)),
+        lm_head=linear if lm_head else None,
+    )
+    config["quantization_config"] = schema.model_dump()
+    (target / "config.json").write_text(json.dumps(config))
+    stored = {}
+    rotation = torch.block_diag(*[hadamard_matrix(48)] * 2)
+    for name, tensor in load_file(source / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj") and not (lm_head and module == "lm_head"):
+            stored[name] = tensor
+            continue
+        weight = (tensor.double() @ rotation) if module.endswith("down_proj") else tensor
+        quantized = quantize_rtn(weight, linear.weights)
+        stored[f"{module}.weight_packed"] = encode(quantized.codes, weight_bits)
+        stored[f"{module}.weight_scale"] = quantized.scale
+    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def logits(directory: Path, **options: str) -> torch.Tensor:
+    model = load_model(directory, torch.float32, **options)
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("kernels", ["reference", "compiled"])
+def test_eight_bit_model_follows_the_original(plain: Path, tmp_path: Path, kernels: str) -> None:
+    original = logits(plain)
+    quantized = logits(quantized_copy(plain, tmp_path / "w8a8", 8, 8), kernels=kernels)
+    assert (quantized - original).norm() < 0.02 * original.norm()
+
+
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8)])
+def test_compiled_kernels_give_the_logits_of_the_reference(plain: Path, tmp_path: Path, weight_bits: int, act_bits: int) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", weight_bits, act_bits)
+    torch.testing.assert_close(
+        logits(directory, kernels="compiled"), logits(directory, kernels="reference"), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_auto_class_loads_the_directory_and_generates_greedily(plain: Path, tmp_path: Path) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", 4, 8)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 14
+    generated = model.generate(TOKENS[:, :4], max_new_tokens=8, do_sample=False)
+    with torch.inference_mode():
+        step_by_step = TOKENS[:, :4]
+        for _ in range(8):
+            best = model(step_by_step, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            step_by_step = torch.cat((step_by_step, best), dim=1)
+    assert torch.equal(generated, step_by_step)
+
+
+def test_lm_head_is_quantized_where_the_scheme_says_so(plain: Path, tmp_path: Path) -> None:
+    if json.loads((plain / "config.json").read_text())["tie_word_embeddings"]:
+        pytest.skip("a quantised head is stored untied")
+    directory = quantized_copy(plain, tmp_path / "q", 8, 8, lm_head=True)
+    model = load_model(directory, torch.float32, kernels="reference")
+    assert isinstance(model.lm_head, QuantizedLinear)
+    original = logits(plain)
+    assert (model(TOKENS).logits - original).norm() < 0.02 * original.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{DOWN}.weight_scale"), rf"missing \['{DOWN}.weight_scale'\], unexpected none"),
+        (lambda t: t.update({f"{DOWN}.weight": torch.ones(64, 96)}), rf"missing none, unexpected \['{DOWN}.weight'\]"),
+        (lambda t: t.update({f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"][:, 1:].clone()}), r"\(64, 48\).*got \(64, 47\)"),
+        (lambda t: t.update({f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"].float()}), "uint8, got .* torch.float32"),
+        (lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].bfloat16()}), "float32, got .* torch.bfloat16"),
+        (lambda t: t[f"{DOWN}.weight_scale"][3].fill_(torch.nan), r"weight_scale: expected finite .*got nan at \[3, 0\]"),
+        (lambda t: t[f"{DOWN}.weight_scale"][3].fill_(0), r"above zero, got 0.0 at \[3, 0\]"),
+        (lambda t: t["model.norm.weight"][5].fill_(torch.inf), r"model.norm.weight: expected finite values, got inf at \[5\]"),
+    ],
+)
+def test_unusable_tensors_are_refused_by_name(plain: Path, tmp_path: Path, change, message: str) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", 4, 4)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(directory, kernels="reference")
+
+
+def test_truncated_shard_is_refused(plain: Path, tmp_path: Path) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", 4, 4)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(directory)
+
+
+def test_missing_weights_and_missing_config_are_refused(plain: Path, tmp_path: Path) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", 4, 4)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot load the model"):
+        load_model(directory)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_model(tmp_path)
+
+
+def test_plain_directory_with_a_missing_tensor_is_refused(plain: Path, tmp_path: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    del tensors["model.norm.weight"]
+    (tmp_path / "config.json").write_text((plain / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        load_model(tmp_path)
+
+
+def test_unknown_format_version_is_refused(plain: Path, tmp_path: Path) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", 4, 4)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="format_version: expected 1, got 2"):
+        load_model(directory)
