@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantised linear layer: load stored codes and scales, repack them once, run one opaque op."""
+
+from collections.abc import Callable
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+
+from smoothrot_vllm import ops
+from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard, weight_tensors
+
+_QKV_PARTS = {"q": 0, "k": 1, "v": 2}
+
+
+@register_weight_loader_v2_supported_method
+class SmoothRotLinearMethod(LinearMethodBase):
+    """``y = dequantise(quantise(x (I (x) H)) @ W^T) + bias`` for one layer of vLLM (see ``reference.gemm``).
+
+    Args:
+        prefix: vLLM's full name of the layer.
+        scheme: bits, group size and activation clip.
+        rotation: the online Hadamard of the layer's whole input, or None.
+        parts: names of the stored linears whose rows this layer stacks; one name unless vLLM fuses.
+    """
+
+    def __init__(self, prefix: str, scheme: LinearScheme, rotation: OnlineHadamard | None, parts: list[str]) -> None:
+        self.prefix = prefix
+        self.scheme = scheme
+        self.rotation = rotation
+        self.parts = parts
+        # Plain numbers, so that torch.compile sees constants.
+        self.block = 0 if rotation is None else rotation.block
+        self.clip = scheme.activations.clip
+        self.act_bits = scheme.activations.bits
+        self.weight_bits = scheme.weights.bits
+        # vLLM does not notice tensors that a quantised checkpoint lacks, so remember which ones arrived.
+        self._loaded: set[str] = set()
+        self._random_weights = False
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Callable[..., None],
+    ) -> None:
+        """Register ``weight_packed`` and ``weight_scale`` of this rank's shard, with the shapes of ``format.weight_tensors``.
+
+        Raises:
+            ConfigError: the layer's width, or a rank's share of it, does not suit the Hadamard block or the group size.
+            UnsupportedModelError: vLLM fuses linears here without telling which.
+        """
+        self._check_widths(input_size, input_size_per_partition)
+        if len(self.parts) != len(output_partition_sizes):
+            raise UnsupportedModelError(
+                f"{self.prefix}: vLLM fuses {len(output_partition_sizes)} linears here, but the model's packed_modules_mapping "
+                f"names {len(self.parts)} ({', '.join(self.parts)}). This model class cannot be served quantised."
+            )
+        weights = self.scheme.weights
+        tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
+        whole = weight_tensors(sum(output_partition_sizes), input_size, weights)
+        config = get_current_vllm_config_or_none()
+        self._random_weights = config is not None and config.load_config.load_format == "dummy"
+
+        def loader(name: str) -> Callable[..., None]:
+            (_, columns), dtype = whole[name]
+            return self._recording_loader(extra_weight_attrs["weight_loader"], name, columns, dtype)
+
+        shape, dtype = tensors[WEIGHT_PACKED]
+        packing = {"packed_dim": 1, "packed_factor": 2} if weights.bits == 4 else {}
+        packed_class = PackedvLLMParameter if weights.bits == 4 else ModelWeightParameter
+        codes = torch.empty(shape, dtype=dtype)
+        packed = packed_class(data=codes, input_dim=1, output_dim=0, weight_loader=loader(WEIGHT_PACKED), **packing)
+        layer.register_parameter(WEIGHT_PACKED, packed)
+
+        shape, dtype = tensors[WEIGHT_SCALE]
+        # A row-parallel layer shards the columns of group scales; one scale per channel is the same on every rank.
+        columns_are_sharded = {} if weights.group_size == -1 else {"input_dim": 1}
+        scale_class = ChannelQuantScaleParameter if weights.group_size == -1 else GroupQuantScaleParameter
+        nan = torch.full(shape, torch.nan, dtype=dtype)
+        scale = scale_class(data=nan, output_dim=0, weight_loader=loader(WEIGHT_SCALE), **columns_are_sharded)
+        layer.register_parameter(WEIGHT_SCALE, scale)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that every part arrived with usable scales, then repack the codes for the kernels and free the originals.
+
+        Raises:
+            CheckpointError: a tensor is missing, or a scale is not a finite, non-negative number.
+        """
+        if not self._random_weights:  # --load-format dummy reads no checkpoint
+            self._check_complete()
+            self._check_scales(layer.get_parameter(WEIGHT_SCALE).data)
+        if self.block:
+            ops.prepare_rotation(self.block)  # a cached compiled graph calls the op without going through ops.linear
+        scale = layer.get_parameter(WEIGHT_SCALE).data
+        packed = ops.prepack_weight(layer.get_parameter(WEIGHT_PACKED).data, scale, self.weight_bits)
+        # Plain parameters: vLLM's loader classes have done their work and would only slow each access down.
+        layer.register_parameter(WEIGHT_PACKED, torch.nn.Parameter(packed, requires_grad=False))
+        layer.register_parameter(WEIGHT_SCALE, torch.nn.Parameter(scale, requires_grad=False))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``(..., input_size_per_partition)`` to ``(..., rows of this rank)`` in the dtype of ``x``."""
+        return ops.linear(
+            x, layer.weight_packed, layer.weight_scale, bias, self.block, self.clip, self.act_bits, self.weight_bits
+        )
+
+    def _check_widths(self, width: int, shard: int) -> None:
+        if self.rotation is not None and self.rotation.size != width:
+            raise ConfigError(
+                f"{self.prefix}: quantization_config.online rotates {self.rotation.size} inputs, but the layer has {width}. "
+                "config.json belongs to another model: convert again."
+            )
+        for unit, what in ((self.block, "Hadamard blocks"), (self.scheme.weights.group_size, "weight groups")):
+            if unit > 0 and shard % unit:
+                raise ConfigError(
+                    f"{self.prefix}: {shard} of {width} inputs on each of {width // shard} tensor-parallel ranks, expected "
+                    f"a whole number of {what} of {unit}. Serve with a smaller --tensor-parallel-size, or convert again "
+                    f"with --max-tp {width // shard} and a smaller --group-size."
+                )
+
+    def _tensor_name(self, part: str, tensor: str) -> str:
+        parent = self.prefix.rpartition(".")[0]
+        return ".".join(filter(None, (parent, part, tensor)))
+
+    def _recording_loader(self, load: Callable[..., None], tensor: str, columns: int, dtype: torch.dtype) -> Callable[..., None]:
+        """Wrap vLLM's loader: check the stored tensor, load it, remember the parts it filled."""
+
+        def loader(param: torch.nn.Parameter, stored: torch.Tensor, *shard: str | int | tuple[int, ...] | None) -> None:
+            parts = self._parts_of(shard[0] if shard else None)
+            names = [self._tensor_name(part, tensor) for part in parts]
+            where = ", ".join(names)
+            if stored.dtype != dtype or stored.ndim != 2 or stored.shape[1] != columns:
+                raise CheckpointError(
+                    f"{where}: expected {dtype} with {columns} columns, got {stored.dtype} {tuple(stored.shape)}. "
+                    "The checkpoint is damaged or its config.json belongs to another model: convert it again."
+                )
+            try:
+                load(param, stored, *shard)
+            except (AssertionError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{where}: stored {tuple(stored.shape)} does not fill this rank's {tuple(param.shape)} as the model's "
+                    "config.json says. The checkpoint is damaged or belongs to another model: convert it again."
+                ) from error
+            self._loaded.update(names)
+
+        return loader
+
+    def _parts_of(self, shard: str | int | tuple[int, ...] | None) -> list[str]:
+        """The parts that vLLM's shard id stands for; without one the tensor holds the whole layer."""
+        if shard is None:
+            return self.parts
+        if isinstance(shard, str):
+            return [self.parts[_QKV_PARTS[shard]]]
+        return [self.parts[i] for i in (shard if isinstance(shard, tuple) else (shard,))]
+
+    def _check_complete(self) -> None:
+        expected = [self._tensor_name(part, tensor) for part in self.parts for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)]
+        if missing := [name for name in expected if name not in self._loaded]:
+            raise CheckpointError(
+                f"{self.prefix}: expected tensors {', '.join(expected)} in the checkpoint, got none named "
+                f"{', '.join(missing)}. The checkpoint is incomplete: convert or download it again."
+            )
+
+    def _check_scales(self, scale: torch.Tensor) -> None:
+        bad = ~(scale.isfinite() & (scale >= 0))
+        if bad.any():
+            row = int(bad.any(dim=1).nonzero()[0])
+            raise CheckpointError(
+                f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}): expected finite scales >= 0, got "
+                f"{int(bad.sum())} others of {scale.numel()}, the first {float(scale[row][bad[row]][0])} in row {row} of this "
+                "rank. The checkpoint is damaged: convert or download it again."
+            )

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantised output head: a linear over vocabulary shards that vLLM pads to a multiple of 64 rows."""
+
+import torch
+from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+
+from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.format import LinearScheme
+from smoothrot_vllm.linear import SmoothRotLinearMethod
+
+
+@register_weight_loader_v2_supported_method
+class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
+    """``logits = linear(hidden)`` with stored codes; rows that pad the vocabulary have zero codes and scales.
+
+    vLLM's loader for vocabulary shards zeroes the padding and cuts its logits off.
+    """
+
+    def __init__(self, prefix: str, scheme: LinearScheme) -> None:
+        super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
+
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+        """Refuse to share the 16-bit embedding with a quantised head.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{self.prefix}: expected an untied output head, got one tied to the embedding, which stays 16-bit. "
+            "Convert the model again with smoothrot-convert, which unties them."
+        )

