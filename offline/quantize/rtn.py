@@ -4,8 +4,8 @@
 from dataclasses import dataclass
 
 import torch
-from smoothrot_offline.quantize.clip import clip_search_scale
 
+from smoothrot_offline.quantize.clip import clip_search_scale
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import WeightScheme, weight_tensors
 from smoothrot_vllm.reference import quant_max
