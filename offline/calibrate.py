@@ -15,7 +15,8 @@ from smoothrot_vllm.errors import CheckpointError, ConfigError
 Observer = Callable[[torch.Tensor], None]
 """Receives what a linear reads, float32 ``(tokens, in_features)``, a chunk of sequences at a time."""
 
-_CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 4096
+"""Tokens whose activations are held at a time while a layer runs (one sequence at least)."""
 
 
 class ChannelStatistics:
@@ -65,7 +66,7 @@ class LayerRunner:
         model, layer = self._one_layer(index, weights)
         hooks = [layer.get_submodule(linear).register_forward_pre_hook(_observe(observers[linear])) for linear in observers]
         with torch.no_grad():
-            for chunk in hidden.split(max(1, _CHUNK_TOKENS // hidden.shape[1])):
+            for chunk in hidden.split(max(1, CHUNK_TOKENS // hidden.shape[1])):
                 chunk.copy_(model(inputs_embeds=chunk, use_cache=False).last_hidden_state)
         for hook in hooks:
             hook.remove()

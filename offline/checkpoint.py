@@ -4,7 +4,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,33 @@ def resolve_source(model: str) -> Path:
     Raises:
         CheckpointError: there is no such directory, and the hub has or gives no such model.
     """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(model):
-        raise CheckpointError(
-            f"{model}: expected a directory with {CONFIG_NAME} and safetensors files, or a hub id like org/name."
-        )
+    if _is_local(model):
+        return Path(model)
     from huggingface_hub import snapshot_download
 
-    try:
+    with _hub_errors(model):
         return Path(snapshot_download(model, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
-    except Exception as error:
-        # The hub client raises its own, requests' and the OS's errors.
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{model}: not a local directory, and the hub did not give it: {reason}") from error
+
+
+def open_headers(model: str) -> Checkpoint:
+    """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight is fetched.
+
+    Raises:
+        CheckpointError: as :func:`resolve_source` and :func:`open_checkpoint`.
+    """
+    if _is_local(model):
+        return open_checkpoint(Path(model))
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
+    with _hub_errors(model):
+        config = read_json(Path(hf_hub_download(model, CONFIG_NAME)))
+        files = get_safetensors_metadata(model).files_metadata
+    headers = {
+        name: TensorInfo(file, info.dtype, tuple(info.shape))
+        for file, metadata in files.items()
+        for name, info in metadata.tensors.items()
+    }
+    return Checkpoint(Path(model), config, headers)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -216,6 +229,22 @@ def source_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16 for a float32 source."""
     dtype = DTYPES[checkpoint.info(name).dtype]
     return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def _is_local(model: str) -> bool:
+    path = Path(model)
+    if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(model)):
+        raise CheckpointError(f"{model}: expected a directory with {CONFIG_NAME} and safetensors, or a hub id like org/name.")
+    return path.is_dir()
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The hub client raises its own errors, its HTTP library's and the system's.
+        raise CheckpointError(f"{model}: not a local directory, and the hub did not give it: {error}") from error
 
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:

@@ -86,12 +86,16 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         lm_head=head if config.lm_head_bits == 8 else None,
         max_tensor_parallel=config.max_tp,
     )
-    _check_shards(spec, schema, config.max_tp)
+    check_shards(spec, schema, config.max_tp)
     return schema
 
 
-def _check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> None:
-    """Refuse what the format cannot shard: the writers are split along their inputs, in whole pairs of codes and whole groups."""
+def check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> None:
+    """Refuse what the format cannot shard: the writers are split along their inputs, in whole pairs of codes and whole groups.
+
+    Raises:
+        ConfigError: a linear has no whole number of pairs or groups of inputs on each of ``shards`` shards.
+    """
     unit = max(2, schema.weights.group_size)
     for linear in spec.architecture.linears:
         inputs = spec.linear_shape(linear)[1]

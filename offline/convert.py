@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ from smoothrot_offline.manifest import (
 )
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
 from smoothrot_offline.smooth import smoothing_scales
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_offline.write import OutputDirectory, ShardWriter
@@ -47,17 +49,34 @@ from smoothrot_vllm.format import MANIFEST_NAME, WEIGHT_PACKED, WEIGHT_SCALE, Qu
 from smoothrot_vllm.hadamard import choose_block
 from smoothrot_vllm.reference import encode
 
-_ROWS = 4096
+HEAD_ROWS = 4096
 """Rows of the embedding and of the head that are held in float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a finished conversion did: its manifest, its seconds, and the dead runs' leftovers it removed."""
+    """What a finished conversion did: its manifest, bytes, seconds, and the dead runs' leftovers it removed."""
 
     manifest: Manifest
+    source_bytes: Sizes
+    output_bytes: Sizes
     seconds: float
     removed: list[Path]
+
+    def summary(self) -> dict[str, Any]:
+        """The facts in one JSON-able object."""
+        errors = [error for layer in self.manifest.layers for error in layer.weight_error.values()]
+        return {
+            "tensors": len(self.manifest.tensors),
+            "source_bytes": self.source_bytes.model_dump(),
+            "output_bytes": self.output_bytes.model_dump(),
+            "ratio_total": self.source_bytes.total / self.output_bytes.total,
+            "ratio_linears": self.source_bytes.linears / self.output_bytes.linears,
+            "mean_weight_error": sum(errors) / len(errors),
+            "calibration": self.manifest.calibration.model_dump() if self.manifest.calibration else None,
+            "seconds": round(self.seconds, 1),
+            "removed_leftovers": [str(path) for path in self.removed],
+        }
 
 
 def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCallback = no_progress) -> Conversion:
@@ -82,7 +101,13 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
         manifest = run.finish(directory)
         directory.commit()
     progress("done", spec.layers + 3, spec.layers + 3)
-    return Conversion(manifest, time.monotonic() - started, directory.removed)
+    return Conversion(
+        manifest,
+        source_bytes=measure(spec, header_table(checkpoint, spec.source_tensors())),
+        output_bytes=output_sizes(spec, config, run.dtype),
+        seconds=time.monotonic() - started,
+        removed=directory.removed,
+    )
 
 
 @dataclass
@@ -134,6 +159,7 @@ class _Run:
             config=self.config,
             source=SourceRecord(
                 model_type=self.spec.architecture.model_type,
+                tied=self.spec.tied,
                 files={name: file_digest(self.checkpoint.path / name) for name in names},
             ),
             packages=package_versions(),
@@ -155,7 +181,7 @@ class _Run:
 
     def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
-        rows = [self._cast(self.transform.embedding(part.double()), self.embedding) for part in embedding.split(_ROWS)]
+        rows = [self._cast(self.transform.embedding(part.double()), self.embedding) for part in embedding.split(HEAD_ROWS)]
         self.shards.add({self.embedding: torch.cat(rows)})
         return None if tokens is None else embed(tokens, embedding)
 
@@ -204,7 +230,7 @@ class _Run:
             )
         if stays_tied(self.spec, self.config):
             return
-        slices = (self.transform.head(part.double(), gamma) for part in weight.split(_ROWS))
+        slices = (self.transform.head(part.double(), gamma) for part in weight.split(HEAD_ROWS))
         scheme = self.schema.scheme(table.lm_head)
         if scheme is None:
             self.shards.add({head: torch.cat([self._cast(part, head) for part in slices])})

@@ -23,9 +23,10 @@ class _Record(BaseModel):
 
 
 class SourceRecord(_Record):
-    """The source: model type and SHA-256 of ``config.json`` and of each weight file."""
+    """The source: model type, whether head and embedding were one, SHA-256 of ``config.json`` and each weight file."""
 
     model_type: str
+    tied: bool
     files: dict[str, str]
 
 

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval.
+
+Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit code 1 is a refusal or
+a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait until a command runs.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console, RenderableType
+
+from smoothrot_vllm.errors import SmoothRotError
+
+app = typer.Typer(
+    name="smoothrot-convert",
+    help="Convert Hugging Face checkpoints to SmoothRot INT4 and check the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
+Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
+ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
+GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
+Scales = Annotated[Literal["max", "none"], typer.Option(help="Smoothing of down_proj's input.")]
+Alpha = Annotated[float, typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight.")]
+Rounding = Annotated[Literal["rtn"], typer.Option(help="Weight rounding.")]
+HeadBits = Annotated[Literal[8, 16], typer.Option(help="Bits of the head; the embedding stays 16-bit.")]
+MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
+Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
+Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random signs and of the calibration text.")]
+NoRotate = Annotated[bool, typer.Option("--no-rotate", help="No rotation at all, online or offline.")]
+ShardMib = Annotated[int, typer.Option(min=1, help="Largest output shard, MiB; it is also held in memory.")]
+
+
+@app.command()
+def run(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False)],
+    weight_bits: WeightBits = 4,
+    activation_bits: ActivationBits = 4,
+    group_size: GroupSize = -1,
+    scales: Scales = "max",
+    alpha: Alpha = 0.5,
+    rounding: Rounding = "rtn",
+    lm_head_bits: HeadBits = 16,
+    max_tp: MaxTp = 1,
+    calib: Calib = "generated",
+    calib_samples: Samples = 64,
+    calib_seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    no_rotate: NoRotate = False,
+    shard_mib: ShardMib = 1024,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert MODEL into the new directory OUT."""
+    options = _options(locals())
+    # A polite kill unwinds like Ctrl-C, so that the partial output is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _reporting(as_json, debug) as show:
+        from smoothrot_offline.checkpoint import resolve_source
+        from smoothrot_offline.config import make_config
+        from smoothrot_offline.convert import convert
+        from smoothrot_offline.display import show_conversion
+        from smoothrot_offline.progress import progress_bar
+
+        with progress_bar() as progress:
+            done = convert(resolve_source(model), out, make_config(**options), progress)
+        for leftover in done.removed:
+            print(f"removed {leftover}, left by a conversion that was killed", file=sys.stderr)
+        show(done.summary() | {"output": str(out)}, show_conversion(done, str(out)))
+
+
+@app.command()
+def plan(
+    model: Model,
+    weight_bits: WeightBits = 4,
+    activation_bits: ActivationBits = 4,
+    group_size: GroupSize = -1,
+    scales: Scales = "max",
+    alpha: Alpha = 0.5,
+    rounding: Rounding = "rtn",
+    lm_head_bits: HeadBits = 16,
+    max_tp: MaxTp = 1,
+    calib: Calib = "generated",
+    calib_samples: Samples = 64,
+    calib_seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    no_rotate: NoRotate = False,
+    shard_mib: ShardMib = 1024,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
+    options = _options(locals())
+    with _reporting(as_json, debug) as show:
+        from smoothrot_offline.checkpoint import open_headers
+        from smoothrot_offline.config import make_config
+        from smoothrot_offline.display import show_plan
+        from smoothrot_offline.plan import plan_conversion
+
+        found = plan_conversion(open_headers(model), make_config(**options))
+        show(found.model_dump(mode="json"), show_plan(found))
+        _refuse(found.refusals)
+
+
+@app.command()
+def verify(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
+    """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
+    with _reporting(as_json, debug) as show:
+        from smoothrot_offline.progress import progress_bar
+        from smoothrot_offline.verify import verify as verify_directory
+
+        with progress_bar() as progress:
+            found = verify_directory(directory, progress)
+        summary = f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were written"
+        show(found.model_dump(mode="json"), summary if found.ok else f"{directory}: {len(found.problems)} problem(s)")
+        _refuse(found.problems)
+
+
+@app.command()
+def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
+    """Summarise the converted DIRECTORY."""
+    with _reporting(as_json, debug) as show:
+        from smoothrot_offline.display import show_inspection
+        from smoothrot_offline.inspect import inspect as inspect_directory
+
+        found = inspect_directory(directory)
+        show(found.model_dump(mode="json"), show_inspection(found))
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[str, typer.Argument(help="Any Hugging Face or SmoothRot directory.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl with a text field.", show_default=False)],
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
+    limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
+    with _reporting(as_json, debug) as show:
+        from smoothrot_offline.checkpoint import resolve_source
+        from smoothrot_offline.evaluate import evaluate_perplexity
+
+        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks)
+        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.seconds:.0f} s"
+        show(dataclasses.asdict(found), summary)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the conversion's configuration out of a command's arguments."""
+    options = {name: value for name, value in arguments.items() if name not in ("model", "out", "as_json", "debug", "no_rotate")}
+    return options | {"rotate": not arguments["no_rotate"]}
+
+
+@contextmanager
+def _reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
+    """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
+
+    Yields the function that prints a result: its facts as JSON, or its display.
+    """
+    stdout = sys.stdout
+
+    def show(facts: dict[str, Any], display: RenderableType) -> None:
+        if as_json:
+            print(json.dumps(facts, ensure_ascii=False), file=stdout)
+        else:
+            Console(file=stdout, markup=False, highlight=False).print(display)
+
+    try:
+        with redirect_stdout(sys.stderr):
+            yield show
+    except typer.Exit:
+        raise
+    except SmoothRotError as error:
+        if debug:
+            raise
+        _refuse([str(error)])
+    except Exception as error:
+        if debug:
+            raise
+        _refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
+
+
+def _refuse(problems: list[str]) -> None:
+    for problem in problems:
+        print("error: " + " ".join(problem.split()), file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as tables for people; every command prints the same facts as one JSON object under ``--json``."""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.filesize import decimal
+from rich.table import Table
+
+from smoothrot_offline.convert import Conversion
+from smoothrot_offline.inspect import Inspection
+from smoothrot_offline.plan import Plan
+from smoothrot_offline.sizes import Sizes
+
+
+def show_plan(plan: Plan) -> RenderableType:
+    """Sizes, Hadamard factorisations, tensor-parallel sizes, memory and time; or the refusal."""
+    parts: list[RenderableType] = [f"{plan.model}: {plan.architecture}, {plan.layers} layers"]
+    if plan.source_bytes is not None and plan.output_bytes is not None:
+        parts.append(_size_table("source", plan.source_bytes, plan.output_bytes))
+    if plan.hadamard:
+        table = _table("rotation", "width", "Hadamard blocks")
+        for name, rotation in plan.hadamard.items():
+            table.add_row(name, str(rotation.size), f"{rotation.size // rotation.block} of {rotation.block} = {rotation.factors}")
+        parts.append(table)
+    if plan.tensor_parallel:
+        table = _table("tensor parallel", "served")
+        for entry in plan.tensor_parallel:
+            table.add_row(str(entry.size), entry.refused or "yes")
+        parts.append(table)
+    if plan.seconds is not None and plan.memory_bytes is not None:
+        parts.append(f"memory: about {decimal(plan.memory_bytes)} ({plan.memory_method})")
+        parts.append(f"time: about {plan.seconds:.0f} s ({plan.time_method})")
+    return Group(*parts)
+
+
+def show_inspection(found: Inspection) -> RenderableType:
+    """What the checkpoint is, how it is stored, and how well each layer kept its weights."""
+    weights, acts, online = found.quantization.weights, found.quantization.activations, found.quantization.online.down_proj
+    groups = "per channel" if weights.group_size == -1 else f"groups of {weights.group_size}"
+    facts = _table("", "", header=False)
+    facts.add_row("architecture", f"{found.architecture}, {found.layers} layers, {found.dtype}")
+    facts.add_row("linears", f"W{weights.bits} ({groups}) A{acts.bits} (per token, clip {acts.clip})")
+    facts.add_row("head", "16 bits" if found.quantization.lm_head is None else f"{found.quantization.lm_head.weights.bits} bits")
+    facts.add_row("online Hadamard", "none" if online is None else f"down_proj input, {online.size} in blocks of {online.block}")
+    facts.add_row("tensor parallel", f"up to {found.quantization.max_tensor_parallel}")
+    errors = _table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
+    for index, layer in enumerate(found.origin["layers"]):
+        worst = max(layer["weight_error"], key=layer["weight_error"].get)
+        smoothing = layer["smoothing"]
+        errors.add_row(
+            str(index),
+            f"{sum(layer['weight_error'].values()) / len(layer['weight_error']):.4f}",
+            f"{layer['weight_error'][worst]:.4f} {worst}",
+            "none" if smoothing is None else f"{smoothing['scale_min']:.3g} to {smoothing['scale_max']:.3g}",
+            "not measured" if smoothing is None else f"{smoothing['activation_max']:.4g}",
+        )
+    return Group(facts, _size_table("16 bits", found.sixteen_bit_bytes, found.output_bytes), errors)
+
+
+def show_conversion(done: Conversion, out: str) -> RenderableType:
+    """Where the output is and what it took."""
+    return f"{out}: {len(done.manifest.tensors)} tensors, {decimal(done.output_bytes.total)}, in {done.seconds:.0f} s"
+
+
+def _size_table(before_name: str, before: Sizes, after: Sizes) -> Table:
+    table = _table("", before_name, "SmoothRot", "ratio")
+    for kind in Sizes.model_fields:
+        table.add_row(kind, *_size_cells(getattr(before, kind), getattr(after, kind)))
+    table.add_row("total", *_size_cells(before.total, after.total))
+    return table
+
+
+def _size_cells(before: int, after: int) -> tuple[str, str, str]:
+    return decimal(before), decimal(after), f"{before / after:.2f}x" if before and after else ""
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    return Table(*columns, box=box.SIMPLE, show_header=header)
