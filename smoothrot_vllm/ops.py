@@ -71,7 +71,6 @@ def kernel_name() -> str:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def prepare_rotation(block: int) -> int:
     """Make the rotation by ``H_block`` known to the kernels, once per process; returns ``block``.
 
@@ -81,6 +80,12 @@ def prepare_rotation(block: int) -> int:
     Raises:
         ConfigError: ``block`` is not a Hadamard order.
     """
+    return _prepare_rotation(block)
+
+
+# The cache lies inside: torch.compile looks through a cached function, and would trace it instead of calling it.
+@cache
+def _prepare_rotation(block: int) -> int:
     factors = factorize(block)
     if factors is None:
         raise ConfigError(f"Hadamard block {block}: no such order is implemented. Use hadamard.choose_block to pick one.")
