@@ -22,7 +22,8 @@ COMPILE_FLAGS = [
     "-std=c++17",
     "-O3",
     "-fvisibility=hidden",
-    "-Wno-maybe-uninitialized",  # GCC 12 gives it for its own AVX-512 intrinsics
+    "-Wno-uninitialized",  # GCC 12 gives this and the next for its own AVX-512 intrinsics
+    "-Wno-maybe-uninitialized",
     "-ffp-contract=off",  # a fused multiply-add would break bit-exactness with the reference
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "quant.h"
+#include "unroll.h"
 
 namespace smoothrot {
 namespace {
@@ -64,78 +65,105 @@ inline void store_vector(const Task& t, int64_t row, int64_t column, typename S:
   }
 }
 
-// `steps` steps of Rows tokens by two vectors of columns, added to `sum`.
+// Sums of Rows tokens by two vectors of columns.
+template <class S, int Rows>
+struct Sums {
+  typename S::I32 at[Rows][2];
+};
+
+// One step added to `sum`.
 template <class S, int Rows, int Bits>
-inline void accumulate(const int32_t* words, const uint8_t* codes, int64_t steps, typename S::I32 (&sum)[Rows][2]) {
+SMOOTHROT_INLINE void step(const int32_t* words, const uint8_t* codes, Sums<S, Rows>& sum) {
   using I32 = typename S::I32;
+  constexpr int64_t kHalfStepBytes = kHalfColumns * kStepInputs;
+  I32 low, high;
+  __builtin_prefetch(codes + kPrefetchBytes);
+  if constexpr (Bits == 4) {
+    S::split_nibbles(S::load_bytes(codes), low, high);
+  } else {
+    __builtin_prefetch(codes + kPrefetchBytes + kHalfStepBytes);
+    low = S::load_bytes(codes);
+    high = S::load_bytes(codes + kHalfStepBytes);
+  }
+  unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
+    const I32 a = S::set1(words[r]);
+    sum.at[r][0] = S::template dot4<Bits>(sum.at[r][0], low, a);
+    sum.at[r][1] = S::template dot4<Bits>(sum.at[r][1], high, a);
+  });
+}
+
+// The integer sums of one group of inputs.
+template <class S, int Rows, int Bits>
+SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, const uint8_t* codes, int64_t steps,
+                                 Sums<S, Rows>& sum) {
   constexpr int64_t kStepBytes = kPanelColumns * kStepInputs * Bits / 8;
-  // Few rows give few chains: split the inputs over several sets of accumulators so that latency stays hidden.
+  // Few rows give few chains: split the inputs over several sets of sums so that latency stays hidden.
   constexpr int kSets = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
-  I32 part[kSets][Rows][2];
-  for (int u = 1; u < kSets; ++u) {
-    for (int r = 0; r < Rows; ++r) part[u][r][0] = part[u][r][1] = S::zero();
-  }
-  for (int r = 0; r < Rows; ++r) part[0][r][0] = sum[r][0], part[0][r][1] = sum[r][1];
-  const auto step = [&](int64_t s, I32(&into)[Rows][2]) __attribute__((always_inline)) {
-    const uint8_t* at = codes + s * kStepBytes;
-    __builtin_prefetch(at + kPrefetchBytes);
-    I32 low, high;
-    if constexpr (Bits == 4) {
-      S::split_nibbles(S::load_bytes(at), low, high);
-    } else {
-      __builtin_prefetch(at + kPrefetchBytes + 64);
-      low = S::load_bytes(at);
-      high = S::load_bytes(at + kStepBytes / 2);
+  Sums<S, Rows> sets[kSets];
+  unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
+    unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
+      sets[set].at[r][0] = sets[set].at[r][1] = set == 0 ? S::set1(start[r]) : S::zero();
+    });
+  });
+  // A group has at least one step; loops that test at their end keep the sums in place in registers.
+  if constexpr (kSets > 1) {
+    for (int64_t turns = steps / kSets; turns > 0; --turns) {
+      unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
+        step<S, Rows, Bits>(words + set * Rows, codes + set * kStepBytes, sets[set]);
+      });
+      words += kSets * Rows;
+      codes += kSets * kStepBytes;
     }
-    for (int r = 0; r < Rows; ++r) {
-      const I32 a = S::set1(words[s * Rows + r]);
-      into[r][0] = S::template dot4<Bits>(into[r][0], low, a);
-      into[r][1] = S::template dot4<Bits>(into[r][1], high, a);
-    }
-  };
-  int64_t s = 0;
-  for (; s + kSets <= steps; s += kSets) {
-    for (int u = 0; u < kSets; ++u) step(s + u, part[u]);
+    steps %= kSets;
+    for (; steps > 0; --steps, words += Rows, codes += kStepBytes) step<S, Rows, Bits>(words, codes, sets[0]);
+  } else {
+    do {
+      step<S, Rows, Bits>(words, codes, sets[0]);
+      words += Rows;
+      codes += kStepBytes;
+    } while (--steps > 0);
   }
-  for (; s < steps; ++s) step(s, part[0]);
-  for (int r = 0; r < Rows; ++r) {
-    for (int h = 0; h < 2; ++h) {
-      sum[r][h] = part[0][r][h];
-      for (int u = 1; u < kSets; ++u) sum[r][h] = S::add(sum[r][h], part[u][r][h]);
-    }
-  }
+  unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
+    unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
+      typename S::I32 total = sets[0].at[r][h];
+      unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA { total = S::add(total, sets[set + 1].at[r][h]); });
+      sum.at[r][h] = total;
+    });
+  });
 }
 
 template <class S, int Rows, int Bits, bool Grouped>
 void multiply(const Task& t) {
-  using I32 = typename S::I32;
   using F32 = typename S::F32;
   constexpr int64_t kStepBytes = kPanelColumns * kStepInputs * Bits / 8;
   // A vector of codes narrower than a step's half is a part of its columns: go over the parts one by one.
   for (int first = 0; first < kHalfColumns; first += S::kLanes) {
     F32 y[Rows][2];
-    for (int64_t g = 0; g < (Grouped ? t.groups : 1); ++g) {
-      I32 sum[Rows][2];
-      for (int r = 0; r < Rows; ++r) sum[r][0] = sum[r][1] = S::set1(t.start[g * Rows + r]);
-      accumulate<S, Rows, Bits>(t.words + g * t.steps * Rows, t.codes + g * t.steps * kStepBytes + first * kStepInputs,
-                                t.steps, sum);
-      for (int h = 0; h < 2; ++h) {
+    const auto add_group = [&](int64_t g, auto is_first) SMOOTHROT_INLINE_LAMBDA {
+      Sums<S, Rows> sum;
+      accumulate<S, Rows, Bits>(t.words + g * t.steps * Rows, t.start + g * Rows,
+                                t.codes + g * t.steps * kStepBytes + first * kStepInputs, t.steps, sum);
+      unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
         const F32 scale = S::load(t.column_scale + g * kPanelColumns + h * kHalfColumns + first);
-        for (int r = 0; r < Rows; ++r) {
-          const F32 term = S::mul(S::to_f32(sum[r][h]), scale);
-          y[r][h] = g == 0 ? term : S::add(y[r][h], term);
-        }
-      }
+        unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
+          const F32 term = S::mul(S::to_f32(sum.at[r][h]), scale);
+          y[r][h] = is_first ? term : S::add(y[r][h], term);
+        });
+      });
+    };
+    add_group(0, std::true_type{});
+    if constexpr (Grouped) {
+      for (int64_t g = 1; g < t.groups; ++g) add_group(g, std::false_type{});
     }
-    for (int r = 0; r < Rows; ++r) {
-      for (int h = 0; h < 2; ++h) {
-        const int64_t column = h * kHalfColumns + first;
-        if (column >= t.columns) continue;
+    unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
+      const int64_t column = h * kHalfColumns + first;
+      if (column >= t.columns) return;
+      unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
         F32 v = S::mul(y[r][h], S::set1(t.row_scale[r]));
         if (t.bias) v = S::add(v, S::load(t.bias + column));
         store_vector<S>(t, r, column, v);
-      }
-    }
+      });
+    });
   }
 }
 

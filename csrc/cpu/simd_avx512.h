@@ -14,7 +14,8 @@ struct Avx512 {
   static constexpr int kMaxRows = 14;        // 28 accumulators, 2 weights, 1 activation
   static constexpr int kMaxRowsGrouped = 7;  // the same again in float
   using F32 = __m512;
-  using I32 = __m512i;
+  // Not __m512i, whose lanes are 64-bit to the compiler: it would keep each sum twice, once as either type.
+  using I32 = int32_t __attribute__((vector_size(64)));
 
   static F32 load(const float* p) { return _mm512_loadu_ps(p); }
   static F32 load_bf16(const uint16_t* p) {
@@ -54,17 +55,18 @@ struct Avx512 {
     return _mm512_mask_sub_ps(_mm512_add_ps(partner, v), kUpper, partner, v);
   }
 
-  static I32 zero() { return _mm512_setzero_si512(); }
-  static I32 set1(int32_t v) { return _mm512_set1_epi32(v); }
-  static I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
-  static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
+  static I32 zero() { return I32{}; }
+  static I32 set1(int32_t v) { return (I32)_mm512_set1_epi32(v); }
+  static I32 add(I32 a, I32 b) { return a + b; }
+  static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps((__m512i)v); }
 
   // Largest |v| so far, as float bits: their integer order is that of the values, infinity then NaN on top.
   static I32 max_abs_bits(I32 top, F32 v) {
-    return _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+    return (I32)_mm512_max_epi32((__m512i)top, magnitude);
   }
-  static int32_t reduce_max(I32 v) { return _mm512_reduce_max_epi32(v); }
-  static int32_t reduce_add(I32 v) { return _mm512_reduce_add_epi32(v); }
+  static int32_t reduce_max(I32 v) { return _mm512_reduce_max_epi32((__m512i)v); }
+  static int32_t reduce_add(I32 v) { return _mm512_reduce_add_epi32((__m512i)v); }
 
   // v clamped to [low, high] and rounded to nearest even, one byte per lane.
   static void store_codes(int8_t* p, F32 v, float low, float high) {
@@ -72,17 +74,17 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
 
-  static I32 load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+  static I32 load_bytes(const void* p) { return (I32)_mm512_loadu_si512(p); }
   // Two vectors of unsigned bytes out of one of nibbles.
   static void split_nibbles(I32 packed, I32& low, I32& high) {
     const __m512i mask = _mm512_set1_epi8(0x0F);
-    low = _mm512_and_si512(packed, mask);
-    high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+    low = (I32)_mm512_and_si512((__m512i)packed, mask);
+    high = (I32)_mm512_and_si512(_mm512_srli_epi16((__m512i)packed, 4), mask);
   }
   // sum + four products a lane: unsigned bytes of w (at most 15 for Bits == 4) times signed bytes of a.
   template <int Bits>
   static I32 dot4(I32 sum, I32 w, I32 a) {
-    return _mm512_dpbusd_epi32(sum, w, a);
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)a);
   }
 };
 
