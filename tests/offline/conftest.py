@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+
+# Two kinds of width on purpose: 72 = 36·2 and 152 = 76·2 have Hadamard orders that are not symmetric matrices.
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 72,
+    "intermediate_size": 152,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+
+
+def random_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> PreTrainedModel:
+    """A small model whose every parameter is random: norm weights far from one, biases far from zero."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES | sizes), attn_implementation="sdpa", dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 2.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(std=2 * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., Path]:
+    """Saves a random model and returns its directory; ``shard`` limits its files, as in ``max_shard_size``."""
+
+    def make(family: str = "llama", name: str = "model", shard: str = "1GB", **options: Any) -> Path:
+        random_model(family, **options).save_pretrained(tmp_path / name, max_shard_size=shard)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., PreTrainedModel]:
+    """:func:`random_model`, for tests that need no directory."""
+    return random_model

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fold leaves the logits as they were, in float64, for each family and its odd shapes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.calibrate import ChannelStatistics
+from smoothrot_offline.config import make_config
+from smoothrot_offline.rotate import (
+    Rotation,
+    fold_norms,
+    hadamard,
+    random_rotation,
+    random_signs,
+    rotate_down_input,
+    rotate_heads,
+    rotate_residual,
+)
+from smoothrot_offline.smooth import fold_smoothing, smoothing_scales
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.hadamard import choose_block
+from smoothrot_vllm.reference import hadamard_transform
+
+Tensors = dict[str, torch.Tensor]
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"family": "llama"},
+    "llama, all biases, tied": {"family": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama, one key-value head": {"family": "llama", "num_key_value_heads": 1},
+    "llama, widths with blocks of 2 only": {
+        "family": "llama",
+        "hidden_size": 70,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "intermediate_size": 140,
+    },
+    "mistral, window, wide heads": {"family": "mistral", "head_dim": 12, "sliding_window": 5},
+    "qwen2": {"family": "qwen2"},
+    "qwen2, tied, windows in later layers": {
+        "family": "qwen2",
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
+}
+
+
+class Float64Norm(nn.Module):
+    """RMSNorm without transformers' detour through float32, which alone costs 1e-7."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+class Subject:
+    """A float64 model, what it computes, and a copy of its tensors to transform."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.spec = resolve(model.config.to_dict())
+        self.tokens = torch.arange(40).reshape(2, 20) * 31 % self.spec.vocab
+        self._original = _with_float64_norms(model)
+        self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        # Whatever was tied is two tensors from here on.
+        self.tensors["lm_head.weight"] = self.tensors["lm_head.weight"].clone()
+
+    def each_layer(self, fold: Callable[[Tensors, int], None]) -> None:
+        for index in range(self.spec.layers):
+            prefix = self.spec.layer_prefix(index)
+            layer = {name.removeprefix(prefix): self.tensors[name] for name in self.tensors if name.startswith(prefix)}
+            fold(layer, index)
+            self.tensors |= {prefix + name: tensor for name, tensor in layer.items()}
+
+    def error(self, online_block: int = 0) -> float:
+        """Relative error of the logits that the transformed tensors give, down_proj's input rotated online."""
+        config = copy.deepcopy(self._original.config)
+        config.tie_word_embeddings = False
+        model = _with_float64_norms(type(self._original)(config).double().eval())
+        model.load_state_dict(self.tensors)
+
+        def rotate(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return hadamard_transform(inputs[0], online_block) / online_block**0.5
+
+        if online_block:
+            for layer in model.model.layers:
+                layer.mlp.down_proj.register_forward_pre_hook(rotate)
+        with torch.no_grad():
+            expected, got = self._original(self.tokens).logits, model(self.tokens).logits
+        assert expected.dtype == got.dtype == torch.float64
+        return float((got - expected).norm() / expected.norm())
+
+
+def _with_float64_norms(model: PreTrainedModel) -> PreTrainedModel:
+    for name, module in list(model.named_modules()):
+        if name.endswith("norm"):
+            model.set_submodule(name, Float64Norm(module))
+    return model
+
+
+@pytest.fixture(params=MODELS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))
+def subject(request: pytest.FixtureRequest, build_model: Callable[..., PreTrainedModel]) -> Subject:
+    return Subject(build_model(**MODELS[request.param], dtype=torch.float64))
+
+
+def random_scales(spec: ModelSpec, index: int) -> torch.Tensor:
+    return torch.rand(spec.intermediate, generator=torch.Generator().manual_seed(index), dtype=torch.float64) * 20 + 0.05
+
+
+def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
+    subject.each_layer(lambda layer, _: fold_norms(layer, subject.spec.architecture))
+    assert all((t == 1).all() for name, t in subject.tensors.items() if name.endswith("layernorm.weight"))
+    assert subject.error() <= 1e-10
+
+
+def test_r1_keeps_the_logits(subject: Subject) -> None:
+    table, rotation = subject.spec.architecture, random_rotation(subject.spec.hidden, seed=5)
+
+    def fold(layer: Tensors, _index: int) -> None:
+        fold_norms(layer, table)
+        rotate_residual(layer, table, rotation)
+
+    subject.each_layer(fold)
+    transform = ModelTransform(subject.spec, 5, rotation, 0)
+    tensors = subject.tensors
+    tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
+    tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
+    tensors["model.norm.weight"] = transform.final_norm(tensors["model.norm.weight"])
+    assert subject.error() <= 1e-10
+
+
+def test_r2_keeps_the_logits(subject: Subject) -> None:
+    subject.each_layer(lambda layer, _: rotate_heads(layer, subject.spec.architecture, subject.spec.head_dim))
+    assert subject.error() <= 1e-10
+
+
+def test_smoothing_keeps_the_logits(subject: Subject) -> None:
+    subject.each_layer(lambda layer, i: fold_smoothing(layer, subject.spec.architecture, random_scales(subject.spec, i)))
+    assert subject.error() <= 1e-10
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int) -> None:
+    block = choose_block(subject.spec.intermediate, shards).size
+
+    def fold(layer: Tensors, index: int) -> None:
+        signs = random_signs(subject.spec.intermediate, 7, f"R4/{index}")
+        rotate_down_input(layer, subject.spec.architecture, Rotation(signs, block))
+
+    subject.each_layer(fold)
+    assert subject.error(block) <= 1e-10
+    assert subject.error() > 1e-2, "the offline half alone must not be the identity"
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int) -> None:
+    transform = ModelTransform.of(subject.spec, make_config(max_tp=shards, seed=3))
+    subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
+    tensors = subject.tensors
+    tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
+    tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
+    tensors["model.norm.weight"] = transform.final_norm(tensors["model.norm.weight"])
+    assert transform.online_block == choose_block(subject.spec.intermediate, shards).size
+    assert subject.error(transform.online_block) <= 1e-10
+
+
+def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:
+    transform = ModelTransform.of(subject.spec, make_config(rotate=False))
+    before = dict(subject.tensors)
+    subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
+    changed = {name.split(".", 3)[-1] for name in before if not torch.equal(before[name], subject.tensors[name])}
+    assert changed - {"mlp.up_proj.bias"} == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
+    assert subject.error() <= 1e-10
+
+
+@pytest.mark.parametrize(("size", "block"), [(64, 64), (4096, 4096), (152, 152), (152, 76), (688, 344), (144, 2)])
+def test_offline_hadamard_is_the_one_the_server_applies(size: int, block: int) -> None:
+    x = torch.randn(5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hadamard(x, block), hadamard_transform(x, block) / block**0.5, rtol=1e-12, atol=1e-12)
+
+
+def test_random_signs_depend_on_seed_and_purpose_only() -> None:
+    signs = random_signs(256, 0, "R1")
+    assert signs.unique().tolist() == [-1.0, 1.0]
+    assert torch.equal(signs, random_signs(256, 0, "R1"))
+    assert not torch.equal(signs, random_signs(256, 1, "R1"))
+    assert not torch.equal(signs, random_signs(256, 0, "R4/0"))
+
+
+def test_max_scales_follow_the_formula_and_leave_dead_channels_alone() -> None:
+    statistics = ChannelStatistics(4)
+    statistics.update(torch.tensor([[1.0, -16.0, 0.0, 3.0]]))
+    statistics.update(torch.tensor([[-4.0, 2.0, 0.0, 5.0]]))
+    weight = torch.tensor([[-1.0, 4.0, 2.0, 0.0], [0.5, -1.0, 2.0, 0.0]], dtype=torch.float64)
+    scales = smoothing_scales(statistics, weight, alpha=0.5)
+    torch.testing.assert_close(scales, torch.tensor([2.0, 2.0, 1.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(smoothing_scales(statistics, weight, alpha=1.0)[:2], torch.tensor([4.0, 16.0]).double())
+    assert statistics.tokens == 2
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_unusable_scales_are_refused(build_model: Callable[..., PreTrainedModel], bad: float) -> None:
+    spec = resolve(build_model().config.to_dict())
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj"):
+        fold_smoothing({}, spec.architecture, torch.tensor([1.0, bad]))
