@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration in vLLM's hands: what it accepts, what it answers for each layer, what it refuses."""
+
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from configs import make_config
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
+from smoothrot_vllm.linear import SmoothRotLinearMethod
+from smoothrot_vllm.lm_head import SmoothRotLMHeadMethod
+from smoothrot_vllm.quant_config import SmoothRotConfig
+
+
+def test_survives_pickling_as_vllm_sends_it_to_workers() -> None:
+    config = make_config(ignore=["model.layers.0.mlp.down_proj"])
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy.schema == config.schema
+    assert copy.packed_modules_mapping == config.packed_modules_mapping
+
+
+def test_offers_the_three_activation_dtypes() -> None:
+    assert set(make_config().get_supported_act_dtypes()) == {torch.bfloat16, torch.float16, torch.float32}
+
+
+def test_takes_over_no_other_checkpoint() -> None:
+    assert SmoothRotConfig.override_quantization_method({"quant_method": "gptq"}, "smoothrot") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format_version: expected 1, got 2"),
+        ({"format_version": None}, "format_version: expected 1, got None"),
+        ({"kv_cache": {"bits": 4}}, "kv_cache"),
+        ({"weights": {"bits": 3}}, "weights.bits"),
+        ({"activations": {"bits": 8, "clip": 0.0}}, "activations.clip"),
+        ({"online": {"down_proj": {"size": 192, "block": 100}}}, "block 100"),
+        ({"max_tensor_parallel": 4}, "192 / 4"),
+    ],
+)
+def test_a_bad_configuration_is_refused_by_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms._current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
+    with pytest.raises(UnsupportedPlatformError, match="expected vLLM's CPU platform, got cuda"):
+        make_config()
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise UnsupportedPlatformError("SMOOTHROT_CPU_ISA=avx512_vnni: this CPU lacks it")
+
+    monkeypatch.setattr("smoothrot_vllm.ops.kernel_name", fail)
+    with pytest.raises(UnsupportedPlatformError, match="this CPU lacks it"):
+        make_config()
+
+
+def test_a_tied_quantised_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings true.*lm_head is 8-bit"):
+        make_config().maybe_update_config("some/model", hf_config=SimpleNamespace(tie_word_embeddings=True))
+    make_config(lm_head=None).maybe_update_config("some/model", hf_config=SimpleNamespace(tie_word_embeddings=True))
+
+
+def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
+    config = make_config(ignore=["model.layers.1.self_attn.o_proj"])
+    layers = {
+        "qkv_proj": QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config, prefix="model.layers.0.self_attn.qkv_proj"),
+        "gate_up_proj": MergedColumnParallelLinear(
+            128, [192, 192], bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_up_proj"
+        ),
+        "down_proj": RowParallelLinear(192, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj"),
+        "lm_head": ParallelLMHead(261, 128, quant_config=config, prefix="lm_head"),
+    }
+    methods = {name: layer.quant_method for name, layer in layers.items()}
+    assert {name: type(method) for name, method in methods.items()} == {
+        "qkv_proj": SmoothRotLinearMethod,
+        "gate_up_proj": SmoothRotLinearMethod,
+        "down_proj": SmoothRotLinearMethod,
+        "lm_head": SmoothRotLMHeadMethod,
+    }
+    assert [m.block for m in methods.values()] == [0, 0, 96, 0]
+    assert [m.weight_bits for m in methods.values()] == [4, 4, 4, 8]
+    # Nothing of the 16-bit layer is left beside the codes, which a silent fallback would compute with.
+    assert all(not hasattr(layer, "weight") for layer in layers.values())
+
+
+def test_what_stays_16_bit(vllm_config: VllmConfig) -> None:
+    config = make_config(ignore=["model.layers.1.self_attn.o_proj"], lm_head=None)
+    ignored = RowParallelLinear(128, 128, bias=False, quant_config=config, prefix="model.layers.1.self_attn.o_proj")
+    embedding = VocabParallelEmbedding(261, 128, quant_config=config)
+    head = ParallelLMHead(261, 128, quant_config=config, prefix="lm_head")
+    assert isinstance(ignored.quant_method, UnquantizedLinearMethod)
+    assert isinstance(embedding.quant_method, UnquantizedEmbeddingMethod)
+    assert isinstance(head.quant_method, UnquantizedEmbeddingMethod)
+
+
+def test_a_layer_kind_the_format_lacks_is_refused_by_name(vllm_config: VllmConfig) -> None:
+    class RoutedExperts(torch.nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts.*got RoutedExperts \(mixture-of-experts"):
+        make_config().get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
+
+
+def test_an_override_must_cover_every_part_of_a_fused_layer() -> None:
+    eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    partial = make_config(overrides={"model.layers.0.mlp.up_proj": eight})
+    with pytest.raises(ConfigError, match=r"gate_up_proj: .*gate_proj: W4A8 per channel.*up_proj: W8A8 per channel"):
+        partial.scheme("model.layers.0.mlp.gate_up_proj")
+    whole = make_config(overrides={f"model.layers.0.mlp.{part}_proj": eight for part in ("gate", "up")})
+    assert whole.scheme("model.layers.0.mlp.gate_up_proj").weights.bits == 8
+    assert whole.scheme("model.layers.1.mlp.gate_up_proj").weights.bits == 4
+
+
+def test_ignoring_one_part_of_a_fused_layer_is_refused() -> None:
+    config = make_config(ignore=["model.layers.0.self_attn.k_proj"])
+    with pytest.raises(ConfigError, match=r"qkv_proj: .*q_proj: W4A8.*k_proj: 16-bit"):
+        config.scheme("model.layers.0.self_attn.qkv_proj")
+
+
+def test_module_names_follow_vllms_renaming() -> None:
+    eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    config = make_config(ignore=["model.layers.0.mlp.down_proj"], overrides={"model.layers.1.mlp.down_proj": eight})
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.scheme("language_model.model.layers.0.mlp.down_proj") is None
+    assert config.scheme("language_model.model.layers.1.mlp.down_proj").weights.bits == 8
+
+
+@pytest.mark.parametrize(("size", "block", "limit"), [(4, 96, 2), (2, 192, 1)])
+def test_a_tensor_parallel_size_that_splits_a_block_is_refused_with_the_numbers(
+    tensor_parallel: Callable[[int, int], None], size: int, block: int, limit: int
+) -> None:
+    tensor_parallel(0, size)
+    config = make_config(online={"down_proj": {"size": 192, "block": block}}, max_tensor_parallel=limit)
+    with pytest.raises(
+        ConfigError, match=rf"tensor parallel size {size}: .*192/{size}.*blocks of {block}.*--tensor-parallel-size {limit}"
+    ):
+        ColumnParallelLinear(128, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_proj")
+
+
+def test_a_rank_with_part_of_a_weight_group_is_refused_with_the_numbers(tensor_parallel: Callable[[int, int], None]) -> None:
+    tensor_parallel(1, 2)
+    config = make_config(weights={"bits": 4, "group_size": 128}, online={})
+    with pytest.raises(ConfigError, match=r"o_proj: 64 of 128 inputs on each of 2 .*weight groups of 128"):
+        RowParallelLinear(128, 128, bias=False, quant_config=config, prefix="model.layers.0.self_attn.o_proj")
+
+
+def test_a_rotation_of_another_width_is_refused(vllm_config: VllmConfig) -> None:
+    with pytest.raises(ConfigError, match=r"down_proj: .*rotates 192 inputs, but the layer has 256"):
+        RowParallelLinear(256, 128, bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.down_proj")

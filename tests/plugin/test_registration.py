@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point: what vLLM finds, what importing it costs, and which versions it refuses."""
+
+import logging
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import vllm
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+from smoothrot_vllm import plugin
+from smoothrot_vllm.errors import UnsupportedPlatformError
+from smoothrot_vllm.quant_config import SmoothRotConfig
+
+
+def test_vllm_finds_the_entry_point() -> None:
+    (entry,) = (e for e in entry_points(group="vllm.general_plugins") if e.name == "smoothrot")
+    assert entry.load() is plugin.register
+
+
+def test_registering_twice_changes_nothing() -> None:
+    plugin.register()
+    plugin.register()
+    assert QUANTIZATION_METHODS.count("smoothrot") == 1
+    assert get_quantization_config("smoothrot") is SmoothRotConfig
+
+
+def test_importing_the_plugin_imports_neither_torch_nor_vllm() -> None:
+    code = "import sys, smoothrot_vllm.plugin; print([m for m in ('torch', 'vllm', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.33.0"])
+def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    _install(monkeypatch, version)
+    plugin.check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.32.0", "0.0.dev"])
+def test_other_versions_are_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    _install(monkeypatch, version)
+    with pytest.raises(
+        UnsupportedPlatformError, match=rf"expects vLLM 0\.32 or 0\.33, got {version}.*SMOOTHROT_ALLOW_ANY_VLLM=1"
+    ):
+        plugin.register()
+
+
+def test_another_version_can_be_allowed_and_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    _install(monkeypatch, "0.34.0")
+    monkeypatch.setenv("SMOOTHROT_ALLOW_ANY_VLLM", "1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    plugin.check_vllm_version()
+    assert "got 0.34.0" in caplog.text
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.delenv("SMOOTHROT_ALLOW_ANY_VLLM", raising=False)
+    monkeypatch.setattr(vllm, "__version__", version)
+    parts = tuple(int(p) if p.isdigit() else p for p in version.split("."))
+    monkeypatch.setattr(vllm, "__version_tuple__", parts)
