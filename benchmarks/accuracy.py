@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity, size, time and peak memory of each recipe on one model, as a user's commands produce them.
+
+    python benchmarks/accuracy.py MODEL_DIR --text wiki.test.raw --calib wiki.valid.raw --out accuracy.json
+
+Every row runs ``smoothrot-convert run`` and ``eval`` in processes of their own. Rows already in the output file are kept, so an
+interrupted run goes on where it stopped; a file made with other inputs is refused.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named set of ``smoothrot-convert run`` options; ``seeded`` where random signs move the result."""
+
+    name: str
+    options: tuple[str, ...]
+    seeded: bool = True
+
+
+SIXTEEN_BIT = "16-bit"
+PLAIN = ("--scales", "none", "--no-rotate")
+QUAROT = ("--scales", "none")
+SMOOTHROT = ("--scales", "max")
+W4A4 = ("--weight-bits", "4", "--activation-bits", "4")
+W4A8 = ("--weight-bits", "4", "--activation-bits", "8")
+W8A8 = ("--weight-bits", "8", "--activation-bits", "8")
+RECIPES = (
+    Recipe("W8A8 RTN", W8A8 + PLAIN, seeded=False),
+    Recipe("W4A8 RTN", W4A8 + PLAIN, seeded=False),
+    Recipe("W4A8 QuaRot RTN", W4A8 + QUAROT),
+    Recipe("W4A8 SmoothRot RTN", W4A8 + SMOOTHROT),
+    Recipe("W4A8 SmoothRot RTN, groups of 64", (*W4A8, *SMOOTHROT, "--group-size", "64")),
+    Recipe("W4A4 RTN", W4A4 + PLAIN, seeded=False),
+    Recipe("W4A4 QuaRot RTN", W4A4 + QUAROT),
+    Recipe("W4A4 SmoothRot RTN", W4A4 + SMOOTHROT),
+    Recipe("W4A4 SmoothRot RTN, groups of 64", (*W4A4, *SMOOTHROT, "--group-size", "64")),
+)
+
+
+def main() -> None:
+    """Fill the table's missing rows and print it."""
+    arguments = parse_arguments()
+    results = Results(arguments.out, problem_of(arguments))
+    if not results.has(SIXTEEN_BIT, None):
+        size = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))
+        results.add({"recipe": SIXTEEN_BIT, "seed": None, "bytes": size, **evaluated(arguments.model, arguments)})
+    for recipe in RECIPES:
+        if arguments.only and recipe.name not in arguments.only:
+            continue
+        for seed in arguments.seeds if recipe.seeded else arguments.seeds[:1]:
+            if not results.has(recipe.name, seed):
+                results.add(measured(recipe, seed, arguments))
+    print(json.dumps(results.content) if arguments.json else results.table())
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="directory of the 16-bit model")
+    parser.add_argument("--text", type=Path, required=True, help="text to evaluate on")
+    parser.add_argument("--calib", required=True, help="calibration text: a file, or 'generated'")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to make or to go on with")
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--limit-chunks", type=int, help="only the first windows of the text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=[recipe.name for recipe in RECIPES], help="only these recipes")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    return parser.parse_args()
+
+
+def problem_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What rows must share to be comparable."""
+    calibration = arguments.calib if arguments.calib == "generated" else digest([Path(arguments.calib)])
+    return {
+        "model": digest(sorted(arguments.model.glob("*.safetensors"))),
+        "text": digest([arguments.text]),
+        "calibration": calibration,
+        "seqlen": arguments.seqlen,
+        "limit_chunks": arguments.limit_chunks,
+    }
+
+
+def digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the files' contents one after the other."""
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+class Results:
+    """The JSON file: rewritten after every row, never half-written."""
+
+    def __init__(self, path: Path, problem: dict[str, Any]) -> None:
+        self.path = path
+        packages = {name: version(name) for name in ("torch", "transformers", "smoothrot-vllm")}
+        device = {"cpu": cpu_name(), "cores": os.cpu_count()}
+        self.content: dict[str, Any] = {"problem": problem, "device": device, "packages": packages, "results": []}
+        if path.exists():
+            found = json.loads(path.read_text())
+            if (found["problem"], found["packages"]) != (problem, packages):
+                sys.exit(
+                    f"error: {path} holds rows for {found['problem']} with {found['packages']}; this run has {problem} with "
+                    f"{packages}. Choose another --out, or the same inputs."
+                )
+            self.content = found
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row so far."""
+        return self.content["results"]
+
+    def has(self, recipe: str, seed: int | None) -> bool:
+        """Whether a row is there already."""
+        return any((row["recipe"], row["seed"]) == (recipe, seed) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row to the file."""
+        self.rows.append(row)
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        part.replace(self.path)
+        print(f"{row['recipe']}, seed {row['seed']}: perplexity {row['perplexity']:.2f}", file=sys.stderr)
+
+    def table(self) -> str:
+        """Markdown: one line a recipe; the perplexity is the mean over its seeds, with the smallest and the largest."""
+        lines = ["| recipe | perplexity | to 16-bit | MB | convert s | peak GB |", "|---|---|---|---|---|---|"]
+        base = next(row["perplexity"] for row in self.rows if row["recipe"] == SIXTEEN_BIT)
+        for name in dict.fromkeys(row["recipe"] for row in self.rows):
+            rows = [row for row in self.rows if row["recipe"] == name]
+            perplexities = [row["perplexity"] for row in rows]
+            mean = statistics.mean(perplexities)
+            spread = f" ({min(perplexities):.2f} to {max(perplexities):.2f})" if len(rows) > 1 else ""
+            cost = " | |"
+            if "convert_seconds" in rows[0]:
+                seconds, memory = (statistics.mean(row[key] for row in rows) for key in ("convert_seconds", "convert_peak_bytes"))
+                cost = f" {seconds:.0f} | {memory / 1e9:.2f} |"
+            lines.append(f"| {name} | {mean:.2f}{spread} | {mean / base:.3f}x | {rows[0]['bytes'] / 1e6:.0f} |{cost}")
+        return "\n".join(lines)
+
+
+def measured(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Convert into a temporary directory, evaluate it, and describe both."""
+    work = Path(tempfile.mkdtemp(prefix="smoothrot-accuracy-"))
+    try:
+        out = work / "model"
+        options = [*recipe.options, "--calib", arguments.calib, "--seed", str(seed)]
+        _, seconds, peak = run_cli("run", str(arguments.model), str(out), *options)
+        size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        row = {"recipe": recipe.name, "seed": seed, "options": options, "bytes": size}
+        return row | {"convert_seconds": seconds, "convert_peak_bytes": peak} | evaluated(out, arguments)
+    finally:
+        shutil.rmtree(work)
+
+
+def evaluated(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of a directory and what measuring it took."""
+    limit = [] if arguments.limit_chunks is None else ["--limit-chunks", str(arguments.limit_chunks)]
+    found, seconds, _ = run_cli("eval", str(directory), "--text", str(arguments.text), "--seqlen", str(arguments.seqlen), *limit)
+    return {"perplexity": found["perplexity"], "tokens": found["tokens"], "eval_seconds": seconds}
+
+
+def run_cli(*command: str) -> tuple[dict[str, Any], float, int]:
+    """Output of a ``smoothrot-convert`` command, its wall seconds and its peak resident bytes; its failure is ours."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([sys.executable, "-m", "smoothrot_offline.cli", *command, "--json"], stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"error: smoothrot-convert {' '.join(command)} failed with exit code {process.returncode}")
+        output.seek(0)
+        return json.load(output), round(time.monotonic() - started, 1), usage.ru_maxrss * 1024
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
