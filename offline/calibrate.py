@@ -63,7 +63,7 @@ class LayerRunner:
         Raises:
             CheckpointError: the output has a NaN or an infinity.
         """
-        model, layer = self._one_layer(index, weights)
+        model, layer = self.build(index, weights)
         hooks = [layer.get_submodule(linear).register_forward_pre_hook(_observe(observers[linear])) for linear in observers]
         with torch.no_grad():
             for chunk in hidden.split(max(1, CHUNK_TOKENS // hidden.shape[1])):
@@ -76,7 +76,11 @@ class LayerRunner:
                 "The weights are damaged, or the calibration text is not of this model's vocabulary."
             )
 
-    def _one_layer(self, index: int, weights: Mapping[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
+    def build(self, index: int, weights: Mapping[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
+        """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and that layer within it.
+
+        Called with ``inputs_embeds``, the model returns what the layer makes of them.
+        """
         config = copy.deepcopy(self._spec.config)
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):

@@ -131,6 +131,7 @@ class _Run:
 
     def everything(self) -> None:
         """From the embedding to the head, in the order the model computes."""
+        self._check_shared_head()
         total = self.spec.layers + 3
         self.progress("calibration text" if self.config.needs_calibration else "starting", 0, total)
         tokens = self._calibration_tokens() if self.config.needs_calibration else None
@@ -156,7 +157,7 @@ class _Run:
         names = [CONFIG_NAME, *self.checkpoint.files]
         others = sorted(file.name for file in directory.path.iterdir() if file.suffix != ".safetensors")
         manifest = Manifest(
-            config=self.config,
+            config=self._recorded_config(),
             source=SourceRecord(
                 model_type=self.spec.architecture.model_type,
                 tied=self.spec.tied,
@@ -172,6 +173,16 @@ class _Run:
         )
         directory.write_json(MANIFEST_NAME, manifest.model_dump(mode="json"))
         return manifest
+
+    def _check_shared_head(self) -> None:
+        head = f"{self.spec.architecture.lm_head}.weight"
+        if not self.spec.tied or head not in self.checkpoint.tensors:
+            return
+        if not torch.equal(*self.checkpoint.load([head, self.embedding]).values()):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: config.json says tie_word_embeddings, but {head} differs from {self.embedding}. "
+                "Correct tie_word_embeddings, or remove the head from the checkpoint."
+            )
 
     def _calibration_tokens(self) -> torch.Tensor:
         config = self.config
@@ -223,11 +234,6 @@ class _Run:
         self.shards.add({norm: self._cast(self.transform.final_norm(gamma), norm)})
         source = self.embedding if self.spec.tied else head
         weight = self.checkpoint.load([source])[source]
-        if self.spec.tied and head in self.checkpoint.tensors and not torch.equal(self.checkpoint.load([head])[head], weight):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: config.json says tie_word_embeddings, but {head} differs from {source}. "
-                "Correct tie_word_embeddings, or remove the head from the checkpoint."
-            )
         if stays_tied(self.spec, self.config):
             return
         slices = (self.transform.head(part.double(), gamma) for part in weight.split(HEAD_ROWS))
@@ -246,6 +252,11 @@ class _Run:
                 "Convert from a bfloat16 checkpoint."
             )
         return cast
+
+    def _recorded_config(self) -> ConvertConfig:
+        """The options without the place of a calibration file, which would make the same conversion differ by machine."""
+        file = Path(self.config.calib)
+        return self.config.model_copy(update={"calib": file.name}) if file.is_file() else self.config
 
     def _rotations(self) -> RotationRecord | None:
         residual = self.transform.residual

@@ -4,6 +4,7 @@
 from typing import Any
 
 from transformers import CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smoothrot_offline.architectures.base import Architecture, ModelSpec
 from smoothrot_offline.architectures.llama import LLAMA
@@ -45,6 +46,15 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         vocab=parsed.vocab_size,
         tied=bool(parsed.tie_word_embeddings),
     )
+    if spec.heads % spec.kv_heads:
+        raise UnsupportedModelError(
+            f"config.json: expected {spec.heads} attention heads to be a multiple of {spec.kv_heads} key-value heads."
+        )
+    rope = (parsed.rope_parameters or {}).get("rope_type", "default")
+    if rope not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise UnsupportedModelError(
+            f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {rope!r}."
+        )
     if parsed.hidden_act not in table.activations:
         raise UnsupportedModelError(
             f"config.json: hidden_act: expected one of {', '.join(table.activations)} (what the server runs for "

@@ -34,7 +34,7 @@ def random_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **s
             elif name.endswith("bias"):
                 parameter.normal_(std=0.5)
             else:
-                parameter.normal_(std=2 * parameter.shape[-1] ** -0.5)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model.eval()
 
 

@@ -59,7 +59,8 @@ class Float64Norm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.weight = nn.Parameter(norm.get_parameter("weight"))
+        self.eps: float = norm.variance_epsilon  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()

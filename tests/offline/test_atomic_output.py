@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output appears as a whole or not at all, whatever kills the run."""
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.model import load_model
+from smoothrot_offline.verify import verify
+from smoothrot_offline.write import OutputDirectory
+from smoothrot_vllm.errors import ConfigError, SmoothRotError
+
+OPTIONS = make_config(scales="none")
+MakeModel = Callable[..., Path]
+
+# Runs the command as a user would, but signals itself when the pipeline reports the given step.
+DRIVER = """
+import contextlib, os, signal, sys
+import smoothrot_offline.progress
+from smoothrot_offline import cli
+
+step, which = int(sys.argv[1]), int(sys.argv[2])
+
+@contextlib.contextmanager
+def signalling():
+    yield lambda message, done, total: os.kill(os.getpid(), which) if done == step else None
+
+smoothrot_offline.progress.progress_bar = signalling
+sys.argv[1:] = ["run", *sys.argv[3:], "--scales", "none"]
+cli.main()
+"""
+
+
+def run_and_signal(source: Path, out: Path, step: int, which: signal.Signals) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", DRIVER, str(step), str(int(which)), str(source), str(out)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def leftovers(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.name}.partial-*"))
+
+
+@pytest.mark.parametrize("step", [3, 5], ids=["between layers", "before the head"])
+def test_kill_9_leaves_nothing_that_loads_and_the_next_run_cleans_up(make_model: MakeModel, tmp_path: Path, step: int) -> None:
+    source, out = make_model(vocab_size=16384), tmp_path / "out"
+    killed = run_and_signal(source, out, step, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    (partial,) = leftovers(out)
+    with pytest.raises(SmoothRotError):
+        verify(partial)
+    with pytest.raises((SmoothRotError, OSError, ValueError)):
+        load_model(partial)
+    done = convert(source, out, OPTIONS)
+    assert done.removed == [partial]
+    assert leftovers(out) == []
+    assert verify(out).ok
+
+
+def test_configuration_and_manifest_come_after_everything_they_describe(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write_json = OutputDirectory.write_json
+
+    def recording(self: OutputDirectory, name: str, content: dict[str, object]) -> None:
+        written.append(name)
+        if name == "config.json":
+            assert {"model.safetensors.index.json", "model-00001-of-00001.safetensors"} <= {f.name for f in self.path.iterdir()}
+        write_json(self, name, content)
+
+    monkeypatch.setattr(OutputDirectory, "write_json", recording)
+    convert(make_model(), tmp_path / "out", OPTIONS)
+    assert written == ["config.json", "smoothrot_manifest.json"], "what makes the directory a model comes after its weights"
+
+
+def test_polite_kill_removes_what_was_written(make_model: MakeModel, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed = run_and_signal(make_model(), out, 3, signal.SIGTERM)
+    assert killed.returncode == 128 + signal.SIGTERM, killed.stderr
+    assert not out.exists()
+    assert leftovers(out) == []
+
+
+def test_disk_full_is_one_clear_line_and_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = make_model(vocab_size=4096), tmp_path / "out"
+    failed = subprocess.run(
+        [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--scales", "none"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        # The kernel then refuses to let any file grow past 100 kB, as a full disk would.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert "could not be written" in line
+    assert "Traceback" not in failed.stderr
+    assert not out.exists()
+    assert leftovers(out) == []
+
+
+def test_full_disk_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(SmoothRotError, match=r"No space left on device.*Free some space"), OutputDirectory(tmp_path / "out"):
+        raise OSError(28, os.strerror(28))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_conversion_removes_what_was_written(make_model: MakeModel, tmp_path: Path) -> None:
+    def fail(_message: str, done: int, _total: int) -> None:
+        if done == 4:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        convert(make_model(), tmp_path / "out", OPTIONS, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_existing_output_is_refused_and_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = make_model(), tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("data")
+    with pytest.raises(ConfigError, match="expected no such path or an empty directory"):
+        convert(source, out, OPTIONS)
+    assert (out / "precious").read_text() == "data"
+    assert leftovers(out) == []
+
+
+def test_empty_output_directory_is_used(make_model: MakeModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    convert(make_model(), tmp_path / "out", OPTIONS)
+    assert verify(tmp_path / "out").ok
+
+
+def test_partial_output_of_a_live_run_is_refused_and_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
+    live = tmp_path / "out.partial-0123abcd"
+    live.mkdir()
+    descriptor = os.open(live, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ConfigError, match="another conversion"):
+            convert(make_model(), tmp_path / "out", OPTIONS)
+    finally:
+        os.close(descriptor)
+    assert live.is_dir()
+
+
+def test_directories_of_other_names_are_never_cleaned(make_model: MakeModel, tmp_path: Path) -> None:
+    others = [tmp_path / name for name in ("out.partial", "out.partial-backup", "other.partial-0123abcd")]
+    for path in others:
+        path.mkdir()
+    convert(make_model(), tmp_path / "out", OPTIONS)
+    assert all(path.is_dir() for path in others)
+
+
+def test_files_have_the_permissions_of_ordinary_files(make_model: MakeModel, tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        convert(make_model(), tmp_path / "out", OPTIONS)
+    finally:
+        os.umask(mask)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "out").iterdir()} == {"0o644"}

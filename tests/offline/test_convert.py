@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole conversion on small random models: what it computes, what it writes, and how much it holds."""
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import smoothrot_offline.convert
+from smoothrot_offline.architectures import resolve
+from smoothrot_offline.calibrate import LayerRunner, embed
+from smoothrot_offline.calibration_data import load_calibration
+from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.config import ConvertConfig, make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.manifest import read_manifest
+from smoothrot_offline.model import load_model
+from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.verify import verify
+from smoothrot_vllm.format import MANIFEST_NAME, parse_schema
+
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
+MakeModel = Callable[..., Path]
+
+
+def config(**options: object) -> ConvertConfig:
+    return make_config(**{"calib_samples": 2, "calib_seqlen": 16} | options)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+
+
+def logits(directory: Path) -> torch.Tensor:
+    model = load_model(directory, torch.float32)
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"family": "llama", "attention_bias": True, "mlp_bias": True},
+        {"family": "llama", "tie_word_embeddings": True},
+        {"family": "mistral", "sliding_window": 6},
+        {"family": "qwen2", "tie_word_embeddings": True},
+    ],
+    ids=["llama-biased", "llama-tied", "mistral", "qwen2-tied"],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "plain", "tp2-head8"]
+)
+def test_eight_bit_output_computes_what_the_source_does(
+    make_model: MakeModel, tmp_path: Path, source: dict[str, object], options: dict[str, object]
+) -> None:
+    directory = make_model(**source, dtype=torch.float16)
+    convert(directory, tmp_path / "out", config(weight_bits=8, activation_bits=8, **options))
+    expected, got = logits(directory), logits(tmp_path / "out")
+    assert (got - expected).norm() < 0.05 * expected.norm()
+    assert verify(tmp_path / "out").ok
+
+
+def test_same_source_and_options_give_the_same_bytes(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("qwen2", tie_word_embeddings=True)
+    for name in ("a", "b"):
+        convert(source, tmp_path / name, config(lm_head_bits=8, seed=5))
+    convert(source, tmp_path / "c", config(lm_head_bits=8, seed=6))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert (
+        digests(tmp_path / "a")["model-00001-of-00001.safetensors"] != digests(tmp_path / "c")["model-00001-of-00001.safetensors"]
+    )
+
+
+def test_sharded_source_gives_the_tensors_of_the_single_file(make_model: MakeModel, tmp_path: Path) -> None:
+    whole, sharded = make_model(), make_model(name="sharded", shard="50KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    tensors = []
+    for name, source in (("a", whole), ("b", sharded)):
+        convert(source, tmp_path / name, config(scales="none"))
+        tensors.append({key: value.sha256 for key, value in read_manifest(tmp_path / name).tensors.items()})
+    assert tensors[0] == tensors[1]
+
+
+def test_output_is_sharded_with_an_index_that_transformers_reads(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(vocab_size=4096, hidden_size=288)
+    convert(source, tmp_path / "out", config(scales="none", shard_mib=1))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+    assert sorted(set(index["weight_map"].values())) == files
+    stored = {name: tensor for file in files for name, tensor in load_file(tmp_path / "out" / file).items()}
+    assert stored.keys() == index["weight_map"].keys()
+    assert sum(tensor.nbytes for tensor in stored.values()) == index["metadata"]["total_size"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_configuration_describes_the_output(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(tie_word_embeddings=True)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "modeling_evil.py").write_text("raise SystemExit")
+    convert(source, tmp_path / "out", config(activation_bits=8, lm_head_bits=8, max_tp=2, group_size=-1, scales="none"))
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    schema = parse_schema(written["quantization_config"])
+    assert written["tie_word_embeddings"] is False
+    assert (schema.activations.bits, schema.activations.clip) == (8, 1.0)
+    assert schema.lm_head is not None
+    assert (schema.lm_head.weights.bits, schema.lm_head.activations.bits, schema.lm_head.activations.clip) == (8, 8, 1.0)
+    assert schema.online.down_proj is not None
+    assert (schema.online.down_proj.size, schema.online.down_proj.block, schema.max_tensor_parallel) == (152, 76, 2)
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out/chat_template.jinja").exists()
+    assert not (tmp_path / "out/modeling_evil.py").exists()
+
+
+def test_plain_conversion_keeps_a_shared_head(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(tie_word_embeddings=True)
+    convert(source, tmp_path / "out", config(rotate=False, scales="none"))
+    stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
+    original = load_file(source / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
+        assert torch.equal(stored[name], original[name])
+
+
+def test_codes_are_those_of_the_quantiser_on_the_source(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(hidden_size=288, intermediate_size=320)
+    options = config(rotate=False, scales="none", group_size=32)
+    convert(source, tmp_path / "out", options)
+    stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
+    schema = parse_schema(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            scheme = schema.scheme(name.removesuffix(".weight"))
+            assert scheme is not None
+            assert scheme.weights.group_size == 32
+            assert torch.equal(stored[name.replace("weight", "weight_scale")], quantize_rtn(weight, scheme.weights).scale)
+
+
+def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: Path) -> None:
+    convert(make_model(dtype=torch.float32), tmp_path / "out", config(scales="none"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert read_manifest(tmp_path / "out").tensors["model.embed_tokens.weight"].dtype == "BF16"
+
+
+def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model()
+    convert(source, tmp_path / "out", config(alpha=0.6))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.source.files == {
+        name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
+    }
+    assert manifest.calibration is not None
+    assert (manifest.calibration.samples, manifest.calibration.seqlen) == (2, 16)
+    assert manifest.rotations is not None
+    assert (manifest.rotations.r1, manifest.rotations.r2, manifest.rotations.r4) == (72, 8, 152)
+    for layer in manifest.layers:
+        assert layer.smoothing is not None
+        assert layer.smoothing.alpha == 0.6
+        assert 0 < layer.smoothing.scale_min < layer.smoothing.scale_max
+        assert len(layer.weight_error) == 7
+        assert all(0.01 < error < 0.3 for error in layer.weight_error.values())
+    assert str(tmp_path) not in (tmp_path / "out" / MANIFEST_NAME).read_text()
+
+
+def test_calibration_file_leaves_its_digest_but_not_its_path(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", lambda *_: TOKENS)
+    text = tmp_path / "private" / "text.txt"
+    text.parent.mkdir()
+    text.write_text("calibration")
+    convert(make_model(), tmp_path / "out", config(calib=str(text)))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.config.calib == "text.txt"
+    assert manifest.calibration is not None
+    assert manifest.calibration.tokens_sha256 == hashlib.sha256(TOKENS.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", lambda *_: pytest.fail("calibration was loaded"))
+    monkeypatch.setattr(LayerRunner, "run", lambda *_: pytest.fail("a layer was run"))
+    convert(make_model(), tmp_path / "out", config(scales="none"))
+    assert read_manifest(tmp_path / "out").calibration is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"family": "llama", "attention_bias": True},
+        {"family": "mistral", "sliding_window": 5},
+        {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ],
+    ids=["llama", "mistral-window", "qwen2-mixed-windows"],
+)
+def test_layers_run_one_by_one_see_what_the_whole_model_sees(make_model: MakeModel, source: dict[str, object]) -> None:
+    directory = make_model(**source)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(TOKENS)
+    checkpoint = open_checkpoint(directory)
+    spec = resolve(checkpoint.config)
+    hidden = embed(TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"])
+    runner = LayerRunner(spec)
+    for index, expected in enumerate(seen):
+        prefix = spec.layer_prefix(index)
+        weights = {name: checkpoint.load([prefix + name])[prefix + name] for name in spec.layer_tensors()}
+        got: list[torch.Tensor] = []
+        runner.run(index, weights, hidden, {"mlp.down_proj": got.append})
+        torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_does_not_grow_with_the_number_of_layers(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def peak(layers: int) -> int:
+        source = make_model(name=f"source{layers}", hidden_size=288, intermediate_size=608, num_hidden_layers=layers)
+        most = 0
+
+        def sampling(*arguments: object) -> object:
+            nonlocal most
+            tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+            most = max(most, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+            return quantize_rtn(*arguments)
+
+        monkeypatch.setattr(smoothrot_offline.convert, "quantize_rtn", sampling)
+        gc.freeze()  # what is there already need not be looked through each time
+        try:
+            convert(source, tmp_path / f"out{layers}", config(shard_mib=1))
+        finally:
+            gc.unfreeze()
+        return most
+
+    few, many = peak(3), peak(15)
+    layer_in_source = 2 * (2 * 288 * 288 + 2 * 288 * 96 + 3 * 288 * 608)
+    assert many - few < layer_in_source, f"12 more layers hold {many - few} more bytes"
+
+
+def test_calibration_tokens_are_asked_for_as_configured(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def recording(*arguments: object) -> torch.Tensor:
+        asked.append(arguments)
+        return load_calibration(*arguments)
+
+    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", recording)
+    source = make_model()
+    convert(source, tmp_path / "out", config(seed=9))
+    assert asked == [("generated", source, 2, 16, 9)]

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be converted exactly is refused, by name, before anything is written."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smoothrot_offline.architectures import resolve
+from smoothrot_offline.calibrate import embed
+from smoothrot_offline.checkpoint import resolve_source
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
+from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
+
+MakeModel = Callable[..., Path]
+WEIGHTS = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def refusal(source: Path, **options: Any) -> SmoothRotError:
+    out = source.parent / "out"
+    with pytest.raises(SmoothRotError) as caught:
+        convert(source, out, make_config(**{"scales": "none"} | options))
+    assert [path.name for path in source.parent.iterdir()] == [source.name], "a refusal leaves nothing behind"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .*not supported"),
+        ({"model_type": None}, "not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "expected LlamaForCausalLM"),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4}, "mixture of experts"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantised.*gptq"),
+        ({"quantization_config": {"quant_method": "smoothrot"}}, "already quantised.*smoothrot"),
+        ({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer_types"),
+        ({"hidden_size": "wide"}, "transformers refuses"),
+        ({"num_attention_heads": 7}, "transformers refuses"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type: expected one of .*spiral"),
+        ({"num_key_value_heads": 2}, "9 attention heads to be a multiple of 2"),
+    ],
+)
+def test_unsupported_architectures_are_named(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
+    source = make_model()
+    edit_config(source, **changes)
+    error = refusal(source)
+    assert isinstance(error, UnsupportedModelError)
+    assert re.search(words, str(error)), str(error)
+
+
+def _truncate(directory: Path) -> None:
+    path = directory / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def _header_only(directory: Path) -> None:
+    (directory / WEIGHTS).write_bytes(b"\x10")
+
+
+def _pickle_only(directory: Path) -> None:
+    (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
+
+
+def _index_to_nowhere(directory: Path) -> None:
+    names = load_file(directory / WEIGHTS).keys()
+    (directory / WEIGHTS).unlink()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _index_out_of_the_directory(directory: Path) -> None:
+    (directory / WEIGHTS).rename(directory / "moved.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "../moved.safetensors"}}))
+
+
+def _index_names_wrong_file(directory: Path) -> None:
+    names = load_file(directory / WEIGHTS).keys()
+    (directory / WEIGHTS).rename(directory / "a.safetensors")
+    index = {"weight_map": dict.fromkeys([*names, "model.extra.weight"], "a.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _poison(value: float) -> Callable[[Path], None]:
+    def poison(directory: Path) -> None:
+        edit_weights(directory, lambda tensors: tensors[UP].view(-1).__setitem__(5, value))
+
+    return poison
+
+
+def _int8_weight(directory: Path) -> None:
+    edit_weights(directory, lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}))
+
+
+def _transposed(directory: Path) -> None:
+    edit_weights(directory, lambda tensors: tensors.update({UP: tensors[UP].T.contiguous()}))
+
+
+def _missing(directory: Path) -> None:
+    edit_weights(directory, lambda tensors: tensors.pop(UP))
+
+
+def _bias_without_flag(directory: Path) -> None:
+    edit_weights(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(72)}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_truncate, [WEIGHTS, "not a whole safetensors file"]),
+        (_header_only, [WEIGHTS, "not a whole safetensors file"]),
+        (_pickle_only, ["pytorch_model.bin", "can run code"]),
+        (lambda directory: (directory / WEIGHTS).unlink(), [WEIGHTS, "neither"]),
+        (_index_to_nowhere, ["model-00001-of-00001.safetensors", "the file is missing"]),
+        (_index_out_of_the_directory, ["index.json", "plain file names"]),
+        (_index_names_wrong_file, ["index.json", "model.extra.weight", "does not list it"]),
+        (_poison(float("nan")), [WEIGHTS, UP, "1 NaN or infinite"]),
+        (_poison(float("inf")), [WEIGHTS, UP, "1 NaN or infinite"]),
+        (_int8_weight, [WEIGHTS, UP, "expected dtype", "I8"]),
+        (_transposed, [WEIGHTS, UP, "expected shape (152, 72)", "(72, 152)"]),
+        (_missing, [UP, "is missing"]),
+        (_bias_without_flag, [WEIGHTS, "self_attn.o_proj.bias", "no place in this architecture"]),
+        (lambda directory: (directory / "config.json").unlink(), ["config.json", "the file is missing"]),
+        (lambda directory: (directory / "config.json").write_text("{"), ["config.json", "cannot be read as JSON"]),
+        (lambda directory: (directory / "config.json").write_text("[]"), ["config.json", "expected a JSON object"]),
+    ],
+)
+def test_damaged_sources_are_refused_with_file_and_tensor(
+    make_model: MakeModel, damage: Callable[[Path], None], words: list[str]
+) -> None:
+    source = make_model()
+    damage(source)
+    error = refusal(source)
+    assert isinstance(error, CheckpointError)
+    assert [word for word in words if word not in str(error)] == [], str(error)
+
+
+def test_shared_head_that_differs_is_refused(make_model: MakeModel) -> None:
+    source = make_model(tie_word_embeddings=True)
+    embedding = "model.embed_tokens.weight"
+    edit_weights(source, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    convert(source, source.parent / "same", make_config(scales="none"))
+    edit_weights(source, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        convert(source, source.parent / "out", make_config(scales="none"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"group_size": 32}, ["self_attn.q_proj", "72 inputs", "--group-size"]),
+        ({"max_tp": 3}, ["size 152", "got 3", "--max-tp"]),
+        ({"max_tp": 8, "rotate": False}, ["self_attn.o_proj", "72 inputs over 8 shard(s)"]),
+        ({"scales": "max", "calib_seqlen": 65}, ["--calib-seqlen 65", "64 tokens"]),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused(make_model: MakeModel, options: dict[str, Any], words: list[str]) -> None:
+    message = str(refusal(make_model(), **options))
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("weight_bits", 3), ("group_size", 16), ("alpha", 1.5), ("max_tp", 0), ("seed", -1), ("colour", "red"), ("calib_seqlen", 1)],
+)
+def test_options_out_of_range_are_named(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{option}: .*{value}"):
+        make_config(**{option: value})
+
+
+def test_width_without_any_hadamard_block_is_refused(make_model: MakeModel) -> None:
+    error = refusal(make_model(intermediate_size=151 * 2), max_tp=2)
+    assert isinstance(error, UnsupportedModelError)
+    assert "151" in str(error)
+
+
+def test_fold_that_overflows_float16_is_refused(make_model: MakeModel) -> None:
+    source = make_model(dtype=torch.float16)
+    edit_weights(source, lambda tensors: (tensors["model.norm.weight"].fill_(60000), tensors["lm_head.weight"].fill_(100)))
+    assert "lm_head.weight" in str(refusal(source))
+
+
+def test_tokens_outside_the_vocabulary_are_refused() -> None:
+    embedding = torch.zeros(10, 4)
+    assert embed(torch.tensor([[9]]), embedding).shape == (1, 1, 4)
+    for bad in (torch.tensor([[10]]), torch.tensor([[-1]]), torch.empty(0, 5, dtype=torch.int64)):
+        with pytest.raises(ConfigError, match="vocabulary size 10"):
+            embed(bad, embedding)
+
+
+def test_activations_that_overflow_are_refused_with_the_layer(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smoothrot_offline.convert.load_calibration", lambda *_: torch.arange(8).reshape(1, 8))
+    source = make_model(dtype=torch.float32)
+    edit_weights(source, lambda tensors: [tensors[UP.replace("up", kind)].mul_(1e30) for kind in ("up", "down")])
+    assert "decoder layer 1" in str(refusal(source, scales="max", calib_seqlen=8))
+
+
+@pytest.mark.parametrize("model", ["/no/such/directory", "not a model", __file__])
+def test_what_is_neither_directory_nor_hub_id_is_refused(model: str) -> None:
+    with pytest.raises(CheckpointError, match="expected a directory"):
+        resolve_source(model)
+
+
+def test_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(CheckpointError, match=r"some-org/some-model: not a local directory.*offline"):
+        resolve_source("some-org/some-model")
+
+
+def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> None:
+    config = json.loads((make_model("qwen2", tie_word_embeddings=True) / "config.json").read_text())
+    spec = resolve(config)
+    assert (spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim) == (3, 72, 152, 9, 3, 8)
+    assert spec.tied
+    assert spec.biased() == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
