@@ -21,6 +21,7 @@ TORCH_TARGET_VERSION = "0x020d000000000000"
 COMPILE_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",  # Python asks for debug information
     "-fvisibility=hidden",
     "-Wno-uninitialized",  # GCC 12 gives this and the next for its own AVX-512 intrinsics
     "-Wno-maybe-uninitialized",

@@ -43,7 +43,7 @@ _OPS = torch.ops.smoothrot
 
 
 def _call(op: Any, *args: Any) -> Any:
-    """Call an op; its refusals, which the library can only raise as RuntimeError, become ConfigError."""
+    """Call an op and give its refusals, which the library can only raise as RuntimeError, their own types."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
@@ -52,22 +52,35 @@ def _call(op: Any, *args: Any) -> Any:
         message = str(error)
         if message.startswith("smoothrot::"):
             raise ConfigError(message) from None
+        if message.startswith("SMOOTHROT_CPU_ISA"):
+            raise UnsupportedPlatformError(message) from None
         raise
 
 
-@cache
 def kernel_name() -> str:
     """Instruction-set path of the kernels: ``avx512_vnni``, ``avx2`` or ``portable``. Logged once.
 
     Raises:
         UnsupportedPlatformError: ``SMOOTHROT_CPU_ISA`` names an unknown path or one this CPU cannot run.
     """
-    try:
-        name: str = _OPS.kernel_name()
-    except RuntimeError as error:
-        raise UnsupportedPlatformError(str(error)) from None
-    logger.info("SmoothRot CPU kernels: %s, %d threads", name, torch.get_num_threads())
+    name: str = _call(_OPS.kernel_name)
+    _log_kernel(name)
     return name
+
+
+def select_kernel(isa: str) -> str:
+    """Switch every op to another path from now on, the best one for an empty name: for tests and benchmarks.
+
+    Raises:
+        UnsupportedPlatformError: ``isa`` is unknown or this CPU cannot run it.
+    """
+    name: str = _call(_OPS.select_kernel, isa)
+    return name
+
+
+@cache
+def _log_kernel(name: str) -> None:
+    logger.info("SmoothRot CPU kernels: %s, %d threads", name, torch.get_num_threads())
 
 
 @torch.compiler.assume_constant_result
@@ -89,7 +102,6 @@ def _prepare_rotation(block: int) -> int:
     factors = factorize(block)
     if factors is None:
         raise ConfigError(f"Hadamard block {block}: no such order is implemented. Use hadamard.choose_block to pick one.")
-    kernel_name()
     _OPS.prepare_rotation(base_matrix(factors.base), factors.power)
     return block
 
@@ -130,6 +142,7 @@ def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) 
     Raises:
         ConfigError: an argument has another dtype or shape; the message names it.
     """
+    kernel_name()
     return _call(_OPS.prepack_weight, weight, weight_scale, bits)
 
 

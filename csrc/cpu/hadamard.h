@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace smoothrot {
 namespace {
@@ -93,7 +94,7 @@ inline void sylvester(float* y, int64_t count, int64_t power) {
 
 constexpr int kGroupRuns = 4;
 constexpr int kCombinations = 16;
-constexpr int64_t kTableBytes = 16 * 1024;  // half of a first-level cache
+constexpr int64_t kTableBytes = 32 * 1024;
 
 template <class S, int Vecs>
 constexpr int64_t groups_per_table() {
@@ -121,23 +122,21 @@ inline void tabulate(const float* x, int64_t pitch, float* table) {
 template <class S, int Vecs, int Rows>
 inline void look_up(const float* table, const uint8_t* signs, int64_t sign_pitch, int64_t groups, bool first, float* y,
                     int64_t pitch) {
-  using F32 = typename S::F32;
   constexpr int kWidth = Vecs * S::kLanes;
-  F32 sum[Rows][Vecs];
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vecs; ++v) {
-      sum[r][v] = first ? S::set1(-0.0f) : S::load(y + r * pitch + v * S::kLanes);
-    }
-  }
+  typename S::F32 sum[Rows][Vecs];
+  const auto each = [](const auto& f) SMOOTHROT_INLINE_LAMBDA {
+    unroll<Rows>([&](auto r)
+                     SMOOTHROT_INLINE_LAMBDA { unroll<Vecs>([&](auto v) SMOOTHROT_INLINE_LAMBDA { f(r, v); }); });
+  };
+  each([&](auto r, auto v)
+           SMOOTHROT_INLINE_LAMBDA { sum[r][v] = first ? S::set1(-0.0f) : S::load(y + r * pitch + v * S::kLanes); });
   for (int64_t g = 0; g < groups; ++g, table += kCombinations * kWidth) {
-    for (int r = 0; r < Rows; ++r) {
-      const float* row = table + signs[r * sign_pitch + g] * kWidth;
-      for (int v = 0; v < Vecs; ++v) sum[r][v] = S::add(sum[r][v], S::load(row + v * S::kLanes));
-    }
+    each([&](auto r, auto v) SMOOTHROT_INLINE_LAMBDA {
+      const float* row = table + int64_t{signs[r * sign_pitch + g]} * kWidth;
+      sum[r][v] = S::add(sum[r][v], S::load(row + v * S::kLanes));
+    });
   }
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vecs; ++v) S::store(y + r * pitch + v * S::kLanes, sum[r][v]);
-  }
+  each([&](auto r, auto v) SMOOTHROT_INLINE_LAMBDA { S::store(y + r * pitch + v * S::kLanes, sum[r][v]); });
 }
 
 // One slab of Vecs vectors out of runs `pitch` floats apart.
@@ -156,36 +155,40 @@ inline void base_slab(const float* x, float* y, int64_t pitch, const Rotation& h
   }
 }
 
-// Distance between runs in the work buffers: whole vectors.
+// Runs shorter than a vector are spread to whole vectors for the base part.
 template <class S>
-inline int64_t run_pitch(const Rotation& h) {
-  return round_up(h.power, S::kLanes);
+inline bool runs_are_short(const Rotation& h) {
+  return h.base > 1 && h.power < S::kLanes;
 }
 
 // Bytes that rotate_block wants beside its values.
 template <class S>
 inline int64_t rotation_scratch(const Rotation& h) {
-  return h.base == 1 ? 0 : kTableBytes + 2 * h.base * run_pitch<S>(h) * int64_t{sizeof(float)};
+  if (h.base == 1) return 0;
+  return kTableBytes + (runs_are_short<S>(h) ? 2 * h.base * S::kLanes * int64_t{sizeof(float)} : 0);
 }
 
-// One block of base * power values, in place.
+// One block of base * power values. `y` is used up; the result is in `out`, or in `y` for base 1.
 template <class S>
-inline void rotate_block(float* y, const Rotation& h, void* scratch) {
+inline void rotate_block(float* y, float* out, const Rotation& h, void* scratch) {
   sylvester<S>(y, h.base * h.power, h.power);
   if (h.base == 1) return;
-  const int64_t pitch = run_pitch<S>(h);
   float* table = static_cast<float*>(scratch);
-  float* in = table + kTableBytes / sizeof(float);
-  float* out = in + h.base * pitch;
-  for (int64_t b = 0; b < h.base; ++b) {
-    for (int64_t i = 0; i < pitch; ++i) in[b * pitch + i] = i < h.power ? y[b * h.power + i] : 0.0f;
+  if (runs_are_short<S>(h)) {
+    float* spread = table + kTableBytes / sizeof(float);
+    float* result = spread + h.base * S::kLanes;
+    for (int64_t b = 0; b < h.base; ++b) {
+      for (int64_t i = 0; i < S::kLanes; ++i) spread[b * S::kLanes + i] = i < h.power ? y[b * h.power + i] : 0.0f;
+    }
+    base_slab<S, 1>(spread, result, S::kLanes, h, table);
+    for (int64_t b = 0; b < h.base; ++b) {
+      for (int64_t i = 0; i < h.power; ++i) out[b * h.power + i] = result[b * S::kLanes + i];
+    }
+    return;
   }
   int64_t i = 0;
-  for (; i + 2 * S::kLanes <= pitch; i += 2 * S::kLanes) base_slab<S, 2>(in + i, out + i, pitch, h, table);
-  if (i < pitch) base_slab<S, 1>(in + i, out + i, pitch, h, table);
-  for (int64_t b = 0; b < h.base; ++b) {
-    for (int64_t k = 0; k < h.power; ++k) y[b * h.power + k] = out[b * pitch + k];
-  }
+  for (; i + 2 * S::kLanes <= h.power; i += 2 * S::kLanes) base_slab<S, 2>(y + i, out + i, h.power, h, table);
+  if (i < h.power) base_slab<S, 1>(y + i, out + i, h.power, h, table);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "../common/float16.h"
 #include "hadamard.h"
 #include "kernels.h"
+#include "unroll.h"
 
 namespace smoothrot {
 namespace {
@@ -28,62 +29,69 @@ inline float load_scalar(const void* x, Float dtype, int64_t i) {
   }
 }
 
+// Values [first, first + count) as float32.
 template <class S>
-inline typename S::F32 load_vector(const void* x, Float dtype, int64_t i) {
+inline void load_row(const void* x, Float dtype, int64_t first, int64_t count, float* y) {
+  const auto convert = [&](auto load) SMOOTHROT_INLINE_LAMBDA {
+    int64_t i = 0;
+    for (; i + S::kLanes <= count; i += S::kLanes) S::store(y + i, load(first + i));
+    for (; i < count; ++i) y[i] = load_scalar(x, dtype, first + i);
+  };
+  const auto* halves = static_cast<const uint16_t*>(x);
   switch (dtype) {
     case Float::f32:
-      return S::load(static_cast<const float*>(x) + i);
+      return convert([&](int64_t i) { return S::load(static_cast<const float*>(x) + i); });
     case Float::bf16:
-      return S::load_bf16(static_cast<const uint16_t*>(x) + i);
+      return convert([&](int64_t i) { return S::load_bf16(halves + i); });
     default:
-      return S::load_f16(static_cast<const uint16_t*>(x) + i);
+      return convert([&](int64_t i) { return S::load_f16(halves + i); });
   }
 }
 
 // The scratch of one thread.
 struct Scratch {
   float* values;   // one row, padded with zeros to whole vectors
+  float* rotated;  // the same, where the rotation has a base part
   int8_t* codes;   // max_rows rows of code_pitch bytes
   void* rotation;  // see rotation_scratch
 };
 
-template <class S>
-inline int64_t padded(int64_t inputs) {
-  return round_up(inputs, 64);
-}
+inline int64_t padded(int64_t inputs) { return round_up(inputs, 64); }
 
-template <class S>
-inline Scratch divide(void* scratch, int64_t inputs, int64_t max_rows) {
-  auto* bytes = static_cast<uint8_t*>(scratch);
-  const int64_t pitch = padded<S>(inputs);
+inline bool has_base(const QuantArgs& q) { return q.rotation && q.rotation->base > 1; }
+
+inline Scratch divide(void* scratch, const QuantArgs& q, int64_t max_rows) {
+  const int64_t pitch = padded(q.inputs);
   Scratch s{};
-  s.values = reinterpret_cast<float*>(bytes);
-  s.codes = reinterpret_cast<int8_t*>(bytes + pitch * int64_t{sizeof(float)});
+  s.values = static_cast<float*>(scratch);
+  s.rotated = s.values + (has_base(q) ? pitch : 0);
+  s.codes = reinterpret_cast<int8_t*>(s.rotated + pitch);
   s.rotation = s.codes + max_rows * pitch;
   return s;
 }
 
 template <class S>
 int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
+  const int64_t floats = has_base(q) ? 2 : 1;
   const int64_t rotation = q.rotation ? rotation_scratch<S>(*q.rotation) : 0;
-  return round_up(padded<S>(q.inputs) * (int64_t{sizeof(float)} + max_rows) + rotation, 64);
+  return padded(padded(q.inputs) * (floats * int64_t{sizeof(float)} + max_rows) + rotation);
 }
 
 // Row `row` to one signed code a byte; returns its scale.
 template <class S>
 float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
-  const int64_t first = row * q.inputs, width = padded<S>(q.inputs);
-  float* y = scratch.values;
-  int64_t i = 0;
-  for (; i + S::kLanes <= q.inputs; i += S::kLanes) S::store(y + i, load_vector<S>(q.x, q.dtype, first + i));
-  for (; i < q.inputs; ++i) y[i] = load_scalar(q.x, q.dtype, first + i);
-  for (; i < width; ++i) y[i] = 0.0f;
+  const int64_t width = padded(q.inputs);
+  load_row<S>(q.x, q.dtype, row * q.inputs, q.inputs, scratch.values);
   if (q.rotation) {
     const int64_t block = q.rotation->base * q.rotation->power;
-    for (int64_t b = 0; b < q.inputs; b += block) rotate_block<S>(y + b, *q.rotation, scratch.rotation);
+    for (int64_t b = 0; b < q.inputs; b += block) {
+      rotate_block<S>(scratch.values + b, scratch.rotated + b, *q.rotation, scratch.rotation);
+    }
   }
+  float* y = scratch.rotated;
+  for (int64_t i = q.inputs; i < width; ++i) y[i] = 0.0f;
   typename S::I32 top = S::zero();
-  for (i = 0; i < width; i += S::kLanes) top = S::max_abs_bits(top, S::load(y + i));
+  for (int64_t i = 0; i < width; i += S::kLanes) top = S::max_abs_bits(top, S::load(y + i));
   const int32_t top_bits = S::reduce_max(top);
   if (top_bits >= kInfinityBits) {
     std::memset(codes, 0, size_t(width));
@@ -93,7 +101,8 @@ float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t*
   if (scale < f32_from_bits(kMinScaleBits)) scale = float(1.0 / double(q.norm));
   const float high = q.bits == 4 ? 7.0f : 127.0f;
   const typename S::F32 inverse = S::set1(1.0f / scale);
-  for (i = 0; i < width; i += S::kLanes) S::store_codes(codes + i, S::mul(S::load(y + i), inverse), -high - 1, high);
+  for (int64_t i = 0; i < width; i += S::kLanes)
+    S::store_codes(codes + i, S::mul(S::load(y + i), inverse), -high - 1, high);
   return scale * q.norm;
 }
 
@@ -110,7 +119,7 @@ inline void split_nibbles(const uint8_t* in, int8_t* codes, int64_t inputs) {
 
 template <class S>
 void quant_rows(const QuantArgs& q, void* codes, float* scale, int64_t begin, int64_t end, void* scratch) {
-  const Scratch s = divide<S>(scratch, q.inputs, 1);
+  const Scratch s = divide(scratch, q, 1);
   auto* out = static_cast<uint8_t*>(codes);
   for (int64_t row = begin; row < end; ++row) {
     scale[row] = quant_row<S>(q, row, s, s.codes);
@@ -155,8 +164,8 @@ void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pit
 
 template <class S>
 void quant_tiles(const QuantArgs& q, const TileArgs& t, int64_t begin, int64_t end, void* scratch) {
-  const Scratch s = divide<S>(scratch, q.inputs, t.tiles.rows + 1);
-  const int64_t pitch = padded<S>(q.inputs);
+  const Scratch s = divide(scratch, q, t.tiles.rows + 1);
+  const int64_t pitch = padded(q.inputs);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
     for (int64_t r = 0; r < rows; ++r) t.scale[first + r] = quant_row<S>(q, first + r, s, s.codes + r * pitch);
@@ -166,7 +175,7 @@ void quant_tiles(const QuantArgs& q, const TileArgs& t, int64_t begin, int64_t e
 
 template <class S>
 void decode_tiles(const void* codes, int bits, const TileArgs& t, int64_t begin, int64_t end, void* scratch) {
-  const int64_t inputs = t.weight.inputs, pitch = padded<S>(inputs);
+  const int64_t inputs = t.weight.inputs, pitch = padded(inputs);
   auto* rows_of_codes = static_cast<int8_t*>(scratch);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;

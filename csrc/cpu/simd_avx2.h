@@ -48,8 +48,10 @@ struct Avx2 {
     if constexpr (Stride == 1) partner = _mm256_permute_ps(v, 0b10110001);
     if constexpr (Stride == 2) partner = _mm256_permute_ps(v, 0b01001110);
     if constexpr (Stride == 4) partner = _mm256_permute2f128_ps(v, v, 1);
-    constexpr int kUpper = Stride == 1 ? 0xAA : Stride == 2 ? 0xCC : 0xF0;
-    return _mm256_blend_ps(_mm256_add_ps(partner, v), _mm256_sub_ps(partner, v), kUpper);
+    const auto sign = [](int lane) { return lane & Stride ? INT32_MIN : 0; };
+    const __m256 signs =
+        _mm256_castsi256_ps(_mm256_setr_epi32(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7)));
+    return _mm256_add_ps(partner, _mm256_xor_ps(v, signs));
   }
 
   static I32 zero() { return _mm256_setzero_si256(); }

@@ -51,8 +51,9 @@ struct Avx512 {
     if constexpr (Stride == 2) partner = _mm512_permute_ps(v, 0b01001110);
     if constexpr (Stride == 4) partner = _mm512_shuffle_f32x4(v, v, 0b10110001);
     if constexpr (Stride == 8) partner = _mm512_shuffle_f32x4(v, v, 0b01001110);
-    constexpr __mmask16 kUpper = Stride == 1 ? 0xAAAA : Stride == 2 ? 0xCCCC : Stride == 4 ? 0xF0F0 : 0xFF00;
-    return _mm512_mask_sub_ps(_mm512_add_ps(partner, v), kUpper, partner, v);
+    constexpr int32_t kUpper = Stride == 1 ? 0xAAAA : Stride == 2 ? 0xCCCC : Stride == 4 ? 0xF0F0 : 0xFF00;
+    const __m512i signs = _mm512_maskz_set1_epi32(__mmask16(kUpper), INT32_MIN);
+    return _mm512_add_ps(partner, _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), signs)));
   }
 
   static I32 zero() { return I32{}; }
