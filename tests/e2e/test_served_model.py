@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real ``vllm serve`` processes, started as a user would, against the reference forward of the same checkpoint."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from reference_forward import Greedy, Reference
+from serving import VllmServer
+from transformers import AutoTokenizer
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+
+TOKENS = 8
+# Far above what float32 summation order changes, so the greedy token of a kept prompt is not a matter of luck.
+SAFE_MARGIN = 0.05
+STARTS = ["The quick brown fox", "def main():", "0123456789", "Rotation", "SELECT * FROM t", "Привет"]
+PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
+
+
+@dataclass
+class Setup:
+    """How one server is started, and the conversion it serves."""
+
+    convert: tuple[str, ...]
+    flag: bool
+    eager: bool
+    ranks: int
+
+
+SETUPS = {
+    "flag, eager, TP=1, W4A8": Setup(("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1),
+    "no flag, compiled, TP=1, W4A4 in groups": Setup(
+        (
+            "--group-size",
+            "32",
+        ),
+        flag=False,
+        eager=False,
+        ranks=1,
+    ),
+    "no flag, eager, TP=2, W4A8 in groups": Setup(
+        ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--max-tp", "2"), flag=False, eager=True, ranks=2
+    ),
+    "flag, compiled, TP=2, W4A4": Setup(("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2),
+}
+
+
+@dataclass
+class Served:
+    """A running server and what it must answer: prompt tokens and their reference continuation."""
+
+    server: VllmServer
+    expected: list[tuple[list[int], Greedy]]
+
+
+@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS)
+def served(
+    request: pytest.FixtureRequest, tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    setup: Setup = request.param
+    directory = tiny_converted(*setup.convert)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    reference = Reference(directory, setup.ranks)
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    expected = [(prompt, reference.greedy(prompt, TOKENS)) for prompt in prompts]
+    options = ["--dtype", "float32", "--max-model-len", "256"]
+    options += ["--quantization", "smoothrot"] if setup.flag else []
+    options += ["--enforce-eager"] if setup.eager else []
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with VllmServer(directory, log, *options, tensor_parallel=setup.ranks) as server:
+        yield Served(server, [(prompt, greedy) for prompt, greedy in expected if greedy.margin > SAFE_MARGIN])
+
+
+def complete(served: Served, prompt: list[int], **options: object) -> object:
+    return served.server.client.completions.create(
+        model=served.server.model,
+        prompt=prompt,
+        max_tokens=TOKENS,
+        temperature=0,
+        logprobs=1,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+        **options,
+    )
+
+
+def test_greedy_tokens_equal_the_reference(served: Served) -> None:
+    assert len(served.expected) >= 3, "too few prompts without a close call: choose others"
+    for prompt, greedy in served.expected:
+        assert complete(served, prompt).choices[0].token_ids == greedy.tokens
+
+
+def test_logprobs_equal_the_reference(served: Served) -> None:
+    for prompt, greedy in served.expected:
+        assert complete(served, prompt).choices[0].logprobs.token_logprobs == pytest.approx(greedy.logprobs, abs=2e-2)
+
+
+def test_streaming_gives_the_same_text(served: Served) -> None:
+    prompt, _ = served.expected[0]
+    whole = complete(served, prompt).choices[0].text
+    pieces = [chunk.choices[0].text for chunk in complete(served, prompt, stream=True)]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole
+
+
+def test_chat_answers_through_the_template(served: Served) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = {"model": served.server.model, "messages": messages, "max_tokens": TOKENS, "temperature": 0}
+    answer = served.server.client.chat.completions.create(**chat, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == TOKENS
+    # <|begin|> is not in the template: role, five letters, <|end|>, and the assistant's turn.
+    assert answer.usage.prompt_tokens == 8
+    streamed = served.server.client.chat.completions.create(**chat, stream=True, extra_body={"ignore_eos": True})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer.choices[0].message.content
+
+
+def test_many_requests_at_once_get_their_own_answers(served: Served) -> None:
+    prompts = [prompt for prompt, _ in served.expected]
+    choices = complete(served, prompts).choices
+    assert [choice.token_ids for choice in choices] == [greedy.tokens for _, greedy in served.expected]
