@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear, and what every op owes torch: schemas, fake kernels, compilation, threads and the choice of the path."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from smoothrot_vllm import ops, reference
+from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
+
+
+def layer(columns: int, inputs: int, groups: int = 1, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stored codes, scales and the prepacked weight."""
+    limit = 1 << bits - 1
+    weight = reference.encode(torch.randint(-limit, limit, (columns, inputs), dtype=torch.int8), bits)
+    scale = torch.rand(columns, groups) * 0.01
+    return weight, scale, ops.prepack_weight(weight, scale, bits)
+
+
+@pytest.mark.parametrize(("inputs", "block", "groups"), [(576, 0, 1), (1536, 1536, 1), (1536, 768, 12), (26, 0, 1), (24, 12, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act_bits", [4, 8])
+def test_linear_is_quant_then_gemm(isa: str, inputs: int, block: int, groups: int, dtype: torch.dtype, act_bits: int) -> None:
+    _, weight_scale, packed = layer(45, inputs, groups)
+    bias = torch.randn(45).to(dtype)
+    x = torch.randn(19, inputs).to(dtype)
+    codes, scale = ops.hadamard_quant(x, block, 0.9, act_bits) if block else ops.quant(x, 0.9, act_bits)
+    expected = ops.gemm(codes, scale, packed, weight_scale, bias, dtype, act_bits, 4)
+    assert torch.equal(ops.linear(x, packed, weight_scale, bias, block, 0.9, act_bits, 4), expected), isa
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (0, 64), (2, 0, 64)])
+def test_linear_keeps_leading_dimensions(shape: tuple[int, ...]) -> None:
+    _, weight_scale, packed = layer(33, 64)
+    x = torch.randn(shape)
+    y = ops.linear(x, packed, weight_scale, None, 0, 1.0, 8, 4)
+    assert y.shape == (*shape[:-1], 33)
+    flat = ops.linear(x.reshape(-1, 64), packed, weight_scale, None, 0, 1.0, 8, 4)
+    assert torch.equal(y.reshape(-1, 33), flat)
+
+
+def test_a_token_that_is_not_finite_gives_nan_and_spares_the_others() -> None:
+    _, weight_scale, packed = layer(33, 64)
+    x = torch.randn(3, 64)
+    clean = ops.linear(x, packed, weight_scale, None, 64, 1.0, 8, 4)
+    x[1, 7] = float("inf")
+    y = ops.linear(x, packed, weight_scale, None, 64, 1.0, 8, 4)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("x", "block", "message"),
+    [
+        (torch.randn(2, 64, dtype=torch.float64), 0, "x: expected float32, bfloat16 or float16, got float64"),
+        (torch.randn(64, 2).T, 0, "x: expected a contiguous .* not contiguous"),
+        (torch.randn(2, 66), 0, "packed: expected contiguous uint8"),
+        (torch.randn(2, 64), 128, "block: expected a divisor of 64, got 128"),
+        (torch.randn(2, 64), -64, "Hadamard block -64"),
+    ],
+)
+def test_linear_names_a_wrong_argument(x: torch.Tensor, block: int, message: str) -> None:
+    _, weight_scale, packed = layer(33, 64)
+    with pytest.raises(ConfigError, match=message):
+        ops.linear(x, packed, weight_scale, None, block, 1.0, 8, 4)
+
+
+def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    ops.prepare_rotation(64)
+    weight, weight_scale, packed = layer(40, 64)
+    x = torch.randn(3, 64).bfloat16()
+    for bits in (4, 8):
+        yield "quant", (x, 0.9, bits)
+        yield "hadamard_quant", (x, 64, 0.9, bits)
+        codes, scale = reference.quant(x, 0.9, bits)
+        yield "gemm", (codes, scale, packed, weight_scale, None, torch.float16, bits, 4)
+        yield "linear", (x, packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)
+        yield "linear", (x.reshape(1, 3, 64), packed, weight_scale, None, 0, 0.9, bits, 4)
+    yield "prepack_weight", (weight, weight_scale, 4)
+    yield "prepack_weight", (torch.zeros(40, 36, dtype=torch.int8), torch.ones(40, 6), 8)
+
+
+def test_opcheck_accepts_every_op() -> None:
+    for name, arguments in opcheck_cases():
+        torch.library.opcheck(getattr(torch.ops.smoothrot, name).default, arguments)
+
+
+def test_linear_compiles_to_one_graph_for_any_number_of_tokens() -> None:
+    _, weight_scale, packed = layer(45, 48)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(ops.linear(x, packed, weight_scale, None, 48, 0.9, 8, 4))
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (2, 5):
+        x = torch.randn(tokens, 48)
+        assert torch.equal(compiled(x), forward(x))
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    _, weight_scale, packed = layer(500, 1536, 12)
+    x = torch.randn(70, 1536).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.linear(x, packed, weight_scale, None, 1536, 0.9, 4, 4))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def kernel_in_new_process(isa: str) -> subprocess.CompletedProcess[str]:
+    code = "from smoothrot_vllm import ops; print(ops.kernel_name())"
+    environment = os.environ | {"SMOOTHROT_CPU_ISA": isa}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_environment_forces_a_path() -> None:
+    done = kernel_in_new_process("portable")
+    assert done.stdout.strip() == "portable", done.stderr
+
+
+def test_the_environment_refuses_an_unknown_path() -> None:
+    done = kernel_in_new_process("sse9")
+    assert done.returncode != 0
+    assert "UnsupportedPlatformError: SMOOTHROT_CPU_ISA: expected one of" in done.stderr
+    assert "got 'sse9'" in done.stderr
+
+
+def test_select_kernel_refuses_an_unknown_path_and_keeps_the_current_one() -> None:
+    before = ops.kernel_name()
+    with pytest.raises(UnsupportedPlatformError, match=r"expected one of .*portable, got 'mmx'"):
+        ops.select_kernel("mmx")
+    assert ops.kernel_name() == before
+
+
+def test_the_chosen_path_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    ops._log_kernel.cache_clear()
+    with caplog.at_level(logging.INFO, logger="smoothrot_vllm"):
+        ops.kernel_name()
+        ops.kernel_name()
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [f"SmoothRot CPU kernels: {ops.kernel_name()}"]

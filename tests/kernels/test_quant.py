@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quant and hadamard_quant give the reference's codes and scales bit for bit, on every path."""
+
+import math
+
+import pytest
+import torch
+
+from smoothrot_vllm import ops, reference
+from smoothrot_vllm.errors import ConfigError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODEL_SIZES = [576, 896, 1536, 2048, 3584, 4096, 4864, 8192, 11008, 14336, 18944]
+POWERS = [(8, 1), (6, 2), (8, 4), (8, 8), (16, 16), (32, 32), (64, 64), (256, 128), (1024, 512), (32768, 32768)]
+SHORT_RUNS = [(12, 12), (24, 24), (40, 20), (80, 80), (72, 36), (344, 172), (296, 148), (504, 252)]
+WHOLE_RUNS = [(48, 48), (192, 192), (448, 224), (768, 768), (1376, 1376), (1216, 1216), (12288, 12288)]
+BLOCKS = [(240, 48), (1376, 344), (1536, 768), (1728, 576), (11008, 2752), (14336, 3584), (18944, 2368)]
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+def assert_same(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+def awkward_rows(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Ordinary rows, rows of one outlier, ties, zeros, subnormals, the largest and the smallest values, NaN and infinities."""
+    x = torch.randn(14, size) * torch.logspace(-3, 3, 14)[:, None]
+    x[1] = 0.0
+    x[2] = 1e-40
+    x[3, -1] = math.nan
+    x[4, 0] = math.inf
+    x[5, size // 2] = -math.inf
+    x[6] = torch.randint(-14, 15, (size,)) / 2
+    x[6, 0] = 7.0
+    x[7] = -0.0
+    x[8, 0] = torch.finfo(dtype).max
+    x[9] = torch.finfo(dtype).tiny
+    x[10] = 0.0
+    x[10, size - 1] = -3110.0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("size", [2, 14, 26, 64, 130, 576, 2050])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quant_equals_the_reference(size: int, bits: int, dtype: torch.dtype) -> None:
+    x = awkward_rows(size, dtype)
+    for clip in (1.0, 0.9, 1e-9):
+        assert_same(ops.quant(x, clip, bits), reference.quant(x, clip, bits))
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_hadamard_quant_equals_the_reference_at_every_model_size(size: int) -> None:
+    for dtype in DTYPES:
+        x = torch.randn(2, size).to(dtype)
+        assert_same(ops.hadamard_quant(x, size, 0.9, 4), reference.hadamard_quant(x, size, 0.9, 4))
+
+
+@pytest.mark.parametrize(("size", "block"), [*POWERS, *SHORT_RUNS, *WHOLE_RUNS, *BLOCKS])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_hadamard_quant_equals_the_reference_on_blocks(size: int, block: int, bits: int) -> None:
+    x = torch.randn(3, size)
+    assert_same(ops.hadamard_quant(x, block, 0.9, bits), reference.hadamard_quant(x, block, 0.9, bits))
+
+
+@pytest.mark.parametrize("block", [64, 1536])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hadamard_quant_treats_awkward_rows_as_the_reference_does(block: int, dtype: torch.dtype) -> None:
+    x = awkward_rows(1536, dtype)
+    for bits in (4, 8):
+        assert_same(ops.hadamard_quant(x, block, 1.0, bits), reference.hadamard_quant(x, block, 1.0, bits))
+
+
+def test_no_tokens_give_empty_codes() -> None:
+    codes, scale = ops.quant(torch.empty(0, 64), 1.0, 4)
+    assert codes.shape == (0, 32)
+    assert scale.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("x", "block", "clip", "bits", "message"),
+    [
+        (torch.randn(2, 8, dtype=torch.float64), 0, 1.0, 4, "x: expected float32, bfloat16 or float16, got float64"),
+        (torch.randn(2, 7), 0, 1.0, 4, "x: expected an even number of inputs, got 7"),
+        (torch.randn(8), 0, 1.0, 4, r"x: expected a contiguous \(tokens, inputs\) CPU tensor, got float32 \(8\)"),
+        (torch.randn(8, 2).T, 0, 1.0, 4, r"x: expected a contiguous .* got float32 \(2, 8\), not contiguous"),
+        (torch.randn(2, 8), 0, 0.0, 4, "clip: expected 0 < clip <= 1, got 0"),
+        (torch.randn(2, 8), 0, 1.5, 4, "clip: expected 0 < clip <= 1, got 1.5"),
+        (torch.randn(2, 8), 0, math.nan, 4, "clip: expected 0 < clip <= 1, got nan"),
+        (torch.randn(2, 8), 0, 1.0, 3, "bits: expected 4 or 8, got 3"),
+        (torch.randn(2, 12), 8, 1.0, 4, "block: expected a divisor of 12, got 8"),
+        (torch.randn(2, 12), 6, 1.0, 4, "block 6: no such order"),
+    ],
+)
+def test_a_wrong_argument_is_named(x: torch.Tensor, block: int, clip: float, bits: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ops.hadamard_quant(x, block, clip, bits) if block else ops.quant(x, clip, bits)
+
+
+def test_a_block_that_was_never_prepared_is_refused() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"block: expected a prepared block, got 244\. Call smoothrot_vllm.ops.prepare_rotation"
+    ):
+        torch.ops.smoothrot.hadamard_quant(torch.randn(1, 244), 244, 1.0, 4)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference ops against independent, float64 or integer, statements of what they mean."""
+
+import math
+
+import pytest
+import torch
+
+from smoothrot_vllm import reference
+from smoothrot_vllm.hadamard import hadamard_matrix
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_pack_int4_puts_the_even_index_in_the_low_nibble() -> None:
+    packed = reference.pack_int4(torch.tensor([[1, -8, 7, -1]], dtype=torch.int8))
+    assert packed.tolist() == [[0x81, 0xF7]]
+
+
+def test_unpack_int4_inverts_pack_int4_for_every_pair() -> None:
+    values = torch.arange(-8, 8, dtype=torch.int8)
+    pairs = torch.cartesian_prod(values, values)
+    assert torch.equal(reference.unpack_int4(reference.pack_int4(pairs)), pairs)
+
+
+@pytest.mark.parametrize(("size", "block"), [(8, 1), (8, 8), (64, 16), (24, 12), (72, 36), (112, 28), (576, 576), (1536, 768)])
+def test_hadamard_transform_equals_the_dense_matrix(size: int, block: int) -> None:
+    x = torch.randn(3, size, dtype=torch.float64)
+    dense = (x.reshape(-1, block) @ hadamard_matrix(block)).reshape(3, size)
+    torch.testing.assert_close(reference.hadamard_transform(x, block) / math.sqrt(block), dense, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quant_error_is_at_most_half_a_step_without_clipping(dtype: torch.dtype, bits: int) -> None:
+    x = (torch.randn(16, 64) * torch.logspace(-6, 3, 16)[:, None]).to(dtype)
+    codes, scale = reference.quant(x, 1.0, bits)
+    error = reference.decode(codes, bits).double() * scale[:, None].double() - x.double()
+    # Three float32 roundings (of the scale, its reciprocal and the product) may move a code of 127 across a tie.
+    assert (error.abs() <= scale.double()[:, None] * (0.5 + 3 * 127 * 2.0**-24)).all()
+
+
+def test_quant_rounds_ties_to_even_and_clips_to_the_asymmetric_range() -> None:
+    x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -6.5, -7.0]])
+    assert reference.decode(reference.quant(x, 1.0, 4)[0], 4).tolist() == [[7, 0, 2, 2, 0, -2, -6, -7]]
+    assert reference.decode(reference.quant(x, 0.5, 4)[0], 4).tolist() == [[7, 1, 3, 5, -1, -3, -8, -8]]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quant_of_a_zero_or_subnormal_row_is_zero_with_scale_one(bits: int) -> None:
+    x = torch.zeros(2, 8)
+    x[1, 3] = 1e-40
+    codes, scale = reference.quant(x, 0.9, bits)
+    assert not reference.decode(codes, bits).any()
+    assert scale.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_quant_of_a_row_that_is_not_finite_carries_nan_in_its_scale_alone(poison: float) -> None:
+    x = torch.ones(2, 8)
+    x[0, 5] = poison
+    codes, scale = reference.quant(x, 1.0, 8)
+    assert math.isnan(scale[0])
+    assert not codes[0].any()
+    assert codes[1].tolist() == [127] * 8
+
+
+def test_hadamard_quant_is_quant_of_the_rotated_row() -> None:
+    x = torch.randn(4, 1536)
+    codes, scale = reference.hadamard_quant(x, 768, 0.9, 8)
+    rotated = (x.double().reshape(-1, 768) @ hadamard_matrix(768)).reshape(4, 1536)
+    error = codes.double() * scale[:, None].double() - rotated
+    clipped = rotated.abs() > 127.5 * scale[:, None]
+    assert (error.abs() <= scale.double()[:, None] * 0.501)[~clipped].all()
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gemm_equals_the_dequantised_product_in_float64(groups: int) -> None:
+    x, weight_scale, bias = torch.randn(5, 64), torch.rand(7, groups), torch.randn(7)
+    codes, scale = reference.quant(x, 1.0, 8)
+    weight = reference.encode(torch.randint(-8, 8, (7, 64), dtype=torch.int8), 4)
+    y = reference.gemm(codes, scale, weight, weight_scale, bias, torch.float32, 8, 4)
+    exact = (codes.double() * scale.double()[:, None]) @ reference.dequantize_weight(weight, weight_scale, 4).double().T + bias
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_accumulate_is_exact_where_float32_would_not_be() -> None:
+    codes = torch.full((1, 4096), -128, dtype=torch.int8)
+    codes[0, 0] = 1
+    weight = torch.full((1, 4096), -128, dtype=torch.int8)
+    assert reference.accumulate(codes, weight, 8, 8).item() == 4095 * 128 * 128 - 128
