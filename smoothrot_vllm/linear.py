@@ -2,6 +2,7 @@
 """The quantised linear layer: load stored codes and scales, repack them once, run one opaque op."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -96,11 +97,11 @@ class SmoothRotLinearMethod(LinearMethodBase):
         """Check that every part arrived with usable scales, then repack the codes for the kernels and free the originals.
 
         Raises:
-            CheckpointError: a tensor is missing, or a scale is not a finite, non-negative number.
+            CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
         """
         if not self._random_weights:  # --load-format dummy reads no checkpoint
             self._check_complete()
-            self._check_scales(layer.get_parameter(WEIGHT_SCALE).data)
+            self._check_scales(layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)])
         if self.block:
             ops.prepare_rotation(self.block)  # a cached compiled graph calls the op without going through ops.linear
         scale = layer.get_parameter(WEIGHT_SCALE).data
@@ -111,9 +112,12 @@ class SmoothRotLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``(..., input_size_per_partition)`` to ``(..., rows of this rank)`` in the dtype of ``x``."""
-        return ops.linear(
-            x, layer.weight_packed, layer.weight_scale, bias, self.block, self.clip, self.act_bits, self.weight_bits
-        )
+        packed, scale = cast(torch.Tensor, layer.weight_packed), cast(torch.Tensor, layer.weight_scale)
+        return ops.linear(x, packed, scale, bias, self.block, self.clip, self.act_bits, self.weight_bits)
+
+    def stored_rows(self, layer: torch.nn.Module) -> int | None:
+        """How many of this rank's rows come from the checkpoint, None for all."""
+        return None
 
     def _check_widths(self, width: int, shard: int) -> None:
         if self.rotation is not None and self.rotation.size != width:
@@ -173,11 +177,11 @@ class SmoothRotLinearMethod(LinearMethodBase):
             )
 
     def _check_scales(self, scale: torch.Tensor) -> None:
-        bad = ~(scale.isfinite() & (scale >= 0))
+        bad = ~(scale.isfinite() & (scale > 0))
         if bad.any():
             row = int(bad.any(dim=1).nonzero()[0])
             raise CheckpointError(
-                f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}): expected finite scales >= 0, got "
+                f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}): expected finite scales > 0, got "
                 f"{int(bad.sum())} others of {scale.numel()}, the first {float(scale[row][bad[row]][0])} in row {row} of this "
                 "rank. The checkpoint is damaged: convert or download it again."
             )

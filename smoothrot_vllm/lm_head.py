@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantised output head: a linear over vocabulary shards that vLLM pads to a multiple of 64 rows."""
 
+from typing import cast
+
 import torch
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import LinearScheme
@@ -18,6 +21,10 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
 
     def __init__(self, prefix: str, scheme: LinearScheme) -> None:
         super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
+
+    def stored_rows(self, layer: torch.nn.Module) -> int:
+        """The rows before the padding."""
+        return cast(ParallelLMHead, layer).num_org_embeddings_per_partition
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """Refuse to share the 16-bit embedding with a quantised head.

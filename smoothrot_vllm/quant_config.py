@@ -5,6 +5,7 @@ Every layer gets an explicit answer. A layer this format does not cover is refus
 were unquantised because nothing matched it.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
 from smoothrot_vllm.format import QUANT_METHOD, LinearScheme, QuantizationSchema, check_tensor_parallel, parse_schema
+from smoothrot_vllm.headers import check_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,10 +69,11 @@ class SmoothRotConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: "PreTrainedConfig | None" = None, revision: str | None = None
     ) -> None:
-        """Check what only the model's own configuration tells.
+        """Check what only the model's own directory tells; vLLM downloads models of a hub later, complete or not at all.
 
         Raises:
             ConfigError: the model ties its output head to the embedding, but the checkpoint quantises the head.
+            CheckpointError: a local safetensors file is damaged or lacks a tensor.
         """
         if self.schema.lm_head is not None and getattr(hf_config, "tie_word_embeddings", False):
             raise ConfigError(
@@ -78,6 +81,8 @@ class SmoothRotConfig(QuantizationConfig):
                 f"{self.schema.lm_head.weights.bits}-bit: expected an untied head, as embeddings stay 16-bit. "
                 "Convert the model again with smoothrot-convert, which unties them."
             )
+        if Path(model_name).is_dir():
+            check_shards(Path(model_name))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
         """Rename the modules listed in ``ignore`` and ``overrides`` to vLLM's names for them."""

@@ -215,7 +215,7 @@ def test_a_missing_tensor_is_refused_by_name(vllm_config: VllmConfig, part: int,
         finish(layer)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
 def test_an_unusable_scale_is_refused_with_its_value(vllm_config: VllmConfig, value: float) -> None:
     layer = down(make_config())
     stored = Stored.random(HIDDEN, INTERMEDIATE, SCHEMES["w4 per channel"], 3)

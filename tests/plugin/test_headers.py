@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a checkpoint's files that vLLM itself does not make."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.headers import check_shards
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(4)}, tmp_path / "model-2.safetensors")
+    weight_map = {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+def test_a_whole_checkpoint_passes_with_and_without_an_index(checkpoint: Path) -> None:
+    check_shards(checkpoint)
+    (checkpoint / "model.safetensors.index.json").unlink()
+    check_shards(checkpoint)
+
+
+def test_missing_tensors_are_named(checkpoint: Path) -> None:
+    save_file({"other": torch.zeros(4)}, checkpoint / "model-1.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: expected tensor a and 1 more, as"):
+        check_shards(checkpoint)
+
+
+def test_a_missing_file_is_named(checkpoint: Path) -> None:
+    (checkpoint / "model-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: expected a whole safetensors file"):
+        check_shards(checkpoint)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_truncated_file_is_named(checkpoint: Path, keep: int, indexed: bool) -> None:
+    if not indexed:
+        (checkpoint / "model.safetensors.index.json").unlink()
+    file = checkpoint / "model-2.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: expected a whole safetensors file"):
+        check_shards(checkpoint)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": '])
+def test_an_unreadable_index_is_named(checkpoint: Path, content: str) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json: expected a JSON object with a weight_map"):
+        check_shards(checkpoint)
