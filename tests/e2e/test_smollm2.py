@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BIN, SHORT_TEXT
 from serving import VllmServer
+from tiny_models import BIN, SHORT_TEXT
 from transformers import AutoTokenizer
 
 from smoothrot_offline.model import load_model
