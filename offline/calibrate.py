@@ -100,10 +100,11 @@ def embed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     Raises:
         ConfigError: a token is outside the vocabulary.
     """
-    if tokens.numel() == 0 or int(tokens.min()) < 0 or int(tokens.max()) >= embedding.shape[0]:
+    unknown = tokens[(tokens < 0) | (tokens >= embedding.shape[0])]
+    if unknown.numel() or not tokens.numel():
+        got = f"token {int(unknown[0])}" if unknown.numel() else "no token"
         raise ConfigError(
-            f"--calib: expected tokens below the vocabulary size {embedding.shape[0]}, got "
-            f"{'none' if tokens.numel() == 0 else int(tokens.max())}. Use the tokenizer of this model."
+            f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the tokenizer of this model."
         )
     return nn.functional.embedding(tokens, embedding).float()
 

@@ -7,7 +7,6 @@ memory is one layer, the calibration's hidden states, the shard being filled, an
 the head, which are transformed a slice of rows at a time.
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -96,7 +95,7 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
     if config.needs_calibration:
         check_seqlen(spec, config.calib_seqlen)
     with OutputDirectory(out) as directory:
-        run = _Run(checkpoint, spec, config, schema, ShardWriter(directory.path, config.shard_mib * MEBIBYTE), progress)
+        run = _Run(checkpoint, spec, config, schema, ShardWriter(directory, config.shard_mib * MEBIBYTE), progress)
         run.everything()
         manifest = run.finish(directory)
         directory.commit()
@@ -148,7 +147,7 @@ class _Run:
         """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
         self.shards.finish()
         for file in side_files(self.checkpoint.path):
-            shutil.copyfile(file, directory.path / file.name)
+            directory.copy(file)
         config = dict(self.checkpoint.config)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)

@@ -13,6 +13,8 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,13 +51,11 @@ class OutputDirectory:
 
     def __enter__(self) -> Self:
         self._refuse_existing()
-        try:
+        with _writing(self.path):
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._clean_leftovers()
             self.path.mkdir()
             self._lock = _try_lock(self.path)
-        except OSError as error:
-            raise _write_error(self.path, error) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -63,22 +63,27 @@ class OutputDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
-        if isinstance(error, OSError | SafetensorError):
-            raise _write_error(self.path, error) from error
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file, keys in the order given."""
-        (self.path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with _writing(self.path / name):
+            (self.path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def copy(self, file: Path) -> None:
+        """Copy the content of a file, under its name."""
+        with _writing(self.path / file.name):
+            shutil.copyfile(file, self.path / file.name)
 
     def commit(self) -> None:
         """Flush every file to disk and give the directory its final name."""
-        for file in sorted(self.path.iterdir()):
-            _sync(file)
-        _sync(self.path)
         self._refuse_existing()
-        self.path.rename(self._out)
-        self._committed = True
-        _sync(self._out.parent)
+        with _writing(self.path):
+            for file in sorted(self.path.iterdir()):
+                _sync(file)
+            _sync(self.path)
+            self.path.rename(self._out)
+            self._committed = True
+            _sync(self._out.parent)
 
     def _refuse_existing(self) -> None:
         if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
@@ -108,7 +113,7 @@ class ShardWriter:
     ``records`` describes every tensor added, in order.
     """
 
-    def __init__(self, directory: Path, limit: int) -> None:
+    def __init__(self, directory: OutputDirectory, limit: int) -> None:
         self._directory = directory
         self._limit = limit
         self._pending: dict[str, torch.Tensor] = {}
@@ -129,14 +134,15 @@ class ShardWriter:
         self._flush()
         count = len(self._shards)
         weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            file = _FINAL_SHARD.format(number, count)
-            (self._directory / _SHARD.format(number)).rename(self._directory / file)
-            for name in names:
-                weight_map[name] = file
-                self.records[name] = self.records[name].model_copy(update={"file": file})
+        with _writing(self._directory.path):
+            for number, names in enumerate(self._shards, start=1):
+                file = _FINAL_SHARD.format(number, count)
+                (self._directory.path / _SHARD.format(number)).rename(self._directory.path / file)
+                for name in names:
+                    weight_map[name] = file
+                    self.records[name] = self.records[name].model_copy(update={"file": file})
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self._directory.write_json(INDEX_NAME, index)
 
     def _pending_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._pending.values())
@@ -144,10 +150,11 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        file = self._directory / _SHARD.format(len(self._shards) + 1)
-        save_file(self._pending, file, metadata={"format": "pt"})
-        # safetensors makes its files private; a checkpoint has the permissions of any other file.
-        file.chmod(0o666 & ~_umask())
+        file = self._directory.path / _SHARD.format(len(self._shards) + 1)
+        with _writing(file):
+            save_file(self._pending, file, metadata={"format": "pt"})
+            # safetensors makes its files private; a checkpoint has the permissions of any other file.
+            file.chmod(0o666 & ~_umask())
         for name, tensor in self._pending.items():
             self.records[name] = TensorRecord(
                 file=file.name, dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), sha256=tensor_digest(tensor)
@@ -181,8 +188,15 @@ def _umask() -> int:
     return mask
 
 
-def _write_error(path: Path, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())
-    full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in reason
-    advice = "Free some space or choose another disk" if full else "Check the disk and its permissions"
-    return CheckpointError(f"{path}: the output could not be written: {reason}. {advice}; what was written has been removed.")
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what the file system and safetensors raise into one clear error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in reason
+        advice = "Free some space or choose another disk" if full else "Check the disk and its permissions"
+        raise CheckpointError(
+            f"{path}: the output could not be written: {reason}. {advice}; what was written has been removed."
+        ) from error

@@ -56,7 +56,7 @@ def converted(converted_once: Path, tmp_path: Path) -> Path:
 def test_json_of_a_real_process_is_all_of_its_stdout(make_model: MakeModel, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "smoothrot_offline.cli", "run", str(make_model()), str(tmp_path / "out"), "--json"]
     done = subprocess.run(
-        [*command, "--calib-samples", "2", "--calib-seqlen", "8"], capture_output=True, text=True, timeout=120, check=True
+        [*command, "--calib-samples", "2", "--calib-seqlen", "8"], capture_output=True, text=True, timeout=300, check=True
     )
     facts = json.loads(done.stdout)
     assert facts["output"] == str(tmp_path / "out")

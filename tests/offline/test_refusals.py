@@ -204,7 +204,7 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
     embedding = torch.zeros(10, 4)
     assert embed(torch.tensor([[9]]), embedding).shape == (1, 1, 4)
     for bad in (torch.tensor([[10]]), torch.tensor([[-1]]), torch.empty(0, 5, dtype=torch.int64)):
-        with pytest.raises(ConfigError, match="vocabulary size 10"):
+        with pytest.raises(ConfigError, match="vocabulary of 10"):
             embed(bad, embedding)
 
 
