@@ -52,14 +52,14 @@ def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
 def convert(source: Path, out: Path, *options: str) -> Path:
     """``smoothrot-convert run`` as a user types it, in its own process."""
-    command = [BIN / "smoothrot-convert", "run", source, out, *options]
+    command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     return out

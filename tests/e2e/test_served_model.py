@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reference_forward import Greedy, Reference
@@ -55,7 +56,7 @@ class Served:
     expected: list[tuple[list[int], Greedy]]
 
 
-@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS)
+@pytest.fixture(scope="module", params=SETUPS.values(), ids=list(SETUPS))
 def served(
     request: pytest.FixtureRequest, tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
@@ -73,7 +74,7 @@ def served(
         yield Served(server, [(prompt, greedy) for prompt, greedy in expected if greedy.margin > SAFE_MARGIN])
 
 
-def complete(served: Served, prompt: list[int], **options: object) -> object:
+def complete(served: Served, prompt: list[int] | list[list[int]], **options: Any) -> Any:
     return served.server.client.completions.create(
         model=served.server.model,
         prompt=prompt,

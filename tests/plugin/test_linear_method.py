@@ -3,13 +3,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from configs import make_config
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -42,9 +43,14 @@ class Stored:
         return cls(reference.encode(codes, bits), torch.rand(rows, groups, generator=generator) + 0.5)
 
     def load_into(self, layer: torch.nn.Module, *shard: int | str) -> None:
-        for name, tensor in ((WEIGHT_PACKED, self.packed), (WEIGHT_SCALE, self.scale)):
-            parameter = getattr(layer, name)
-            parameter.weight_loader(parameter, tensor, *shard)
+        load(layer, WEIGHT_PACKED, self.packed, *shard)
+        load(layer, WEIGHT_SCALE, self.scale, *shard)
+
+
+def load(layer: torch.nn.Module, name: str, tensor: torch.Tensor, *shard: int | str) -> None:
+    """As vLLM's model classes do with a tensor of the checkpoint."""
+    parameter: Any = getattr(layer, name)
+    parameter.weight_loader(parameter, tensor, *shard)
 
 
 def linear_reference(x: torch.Tensor, stored: Stored, layer_config: SmoothRotConfig, block: int = 0) -> torch.Tensor:
@@ -76,7 +82,7 @@ def finish(layer: LinearBase | ParallelLMHead) -> None:
     layer.quant_method.process_weights_after_loading(layer)
 
 
-@pytest.fixture(params=SCHEMES.values(), ids=SCHEMES)
+@pytest.fixture(params=SCHEMES.values(), ids=list(SCHEMES))
 def config(request: pytest.FixtureRequest, vllm_config: VllmConfig) -> SmoothRotConfig:
     return make_config(weights=request.param)
 
@@ -156,7 +162,7 @@ def test_bias_is_added_by_the_first_rank_only(vllm_config: VllmConfig, tensor_pa
         layer = down(config, bias=True)
         layer.reduce_results = False
         stored.load_into(layer)
-        layer.bias.weight_loader(layer.bias, bias)
+        load(layer, "bias", bias)
         finish(layer)
         shard = x.chunk(2, dim=1)[rank].contiguous()
         difference.append(
@@ -208,8 +214,7 @@ def test_a_missing_tensor_is_refused_by_name(vllm_config: VllmConfig, part: int,
     for other in (0, 1):
         for tensor in (WEIGHT_PACKED, WEIGHT_SCALE):
             if (other, tensor) != (part, name):
-                parameter = getattr(layer, tensor)
-                parameter.weight_loader(parameter, tensors[tensor], other)
+                load(layer, tensor, tensors[tensor], other)
     missing = f"model.layers.0.mlp.{('gate_proj', 'up_proj')[part]}.{name}"
     with pytest.raises(CheckpointError, match=rf"got none named {missing}\. "):
         finish(layer)
@@ -239,16 +244,16 @@ def test_an_unusable_scale_is_refused_with_its_value(vllm_config: VllmConfig, va
 def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(
     vllm_config: VllmConfig, tensor: torch.Tensor, message: str
 ) -> None:
-    parameter = down(make_config()).weight_packed
+    layer = down(make_config())
     with pytest.raises(CheckpointError) as refusal:
-        parameter.weight_loader(parameter, tensor)
+        load(layer, WEIGHT_PACKED, tensor)
     assert str(refusal.value).startswith(f"{DOWN}.weight_packed: {message}")
 
 
 def test_random_weights_for_benchmarks_need_no_checkpoint() -> None:
     with set_current_vllm_config(VllmConfig(load_config=LoadConfig(load_format="dummy"))):
         layer = down(make_config())
-    layer.weight_scale.data.fill_(1e-3)
+    layer.get_parameter(WEIGHT_SCALE).data.fill_(1e-3)
     finish(layer)
     assert layer(tokens(INTERMEDIATE)).isfinite().all()
 
@@ -263,7 +268,7 @@ def test_a_fusion_of_unknown_parts_is_refused(vllm_config: VllmConfig) -> None:
 def test_a_head_cannot_be_tied_after_the_fact(vllm_config: VllmConfig) -> None:
     head = ParallelLMHead(VOCAB, HIDDEN, quant_config=make_config(), prefix="lm_head")
     with pytest.raises(ConfigError, match="lm_head: expected an untied output head"):
-        head.tie_weights(torch.nn.Embedding(VOCAB, HIDDEN))
+        head.tie_weights(VocabParallelEmbedding(VOCAB, HIDDEN))
 
 
 def test_compiled_and_eager_layers_agree_bit_for_bit(config: SmoothRotConfig) -> None:

@@ -12,6 +12,7 @@ from configs import make_config
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
@@ -85,7 +86,7 @@ def test_a_tied_quantised_head_is_refused() -> None:
 
 def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
     config = make_config(ignore=["model.layers.1.self_attn.o_proj"])
-    layers = {
+    layers: dict[str, LinearBase | ParallelLMHead] = {
         "qkv_proj": QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config, prefix="model.layers.0.self_attn.qkv_proj"),
         "gate_up_proj": MergedColumnParallelLinear(
             128, [192, 192], bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_up_proj"
@@ -93,7 +94,7 @@ def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
         "down_proj": RowParallelLinear(192, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj"),
         "lm_head": ParallelLMHead(261, 128, quant_config=config, prefix="lm_head"),
     }
-    methods = {name: layer.quant_method for name, layer in layers.items()}
+    methods: dict[str, Any] = {name: layer.quant_method for name, layer in layers.items()}
     assert {name: type(method) for name, method in methods.items()} == {
         "qkv_proj": SmoothRotLinearMethod,
         "gate_up_proj": SmoothRotLinearMethod,
