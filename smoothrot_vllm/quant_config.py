@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
@@ -18,6 +19,10 @@ from smoothrot_vllm.headers import check_shards
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from vllm.model_executor.models.utils import WeightsMapper
+
+
+# A child of vLLM's logger, so that its handler and VLLM_LOGGING_LEVEL apply.
+logger = init_logger("vllm.smoothrot")
 
 
 class SmoothRotConfig(QuantizationConfig):
@@ -169,4 +174,4 @@ def _check_platform() -> None:
         )
     from smoothrot_vllm import ops
 
-    ops.kernel_name()
+    logger.info_once("SmoothRot CPU kernels: %s", ops.kernel_name())

@@ -6,30 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import REPOSITORY, SHORT_TEXT, convert, save_tiny_llama
+from tiny_models import REPOSITORY, SHORT_TEXT, convert, save_tiny_model
 
 # The scripts there are no package: they find each other by their folder.
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16-bit tiny Llama."""
-    return save_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
-
-
-@pytest.fixture(scope="session")
-def tiny_converted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The tiny Llama converted with the given options, once for each set of them."""
+def tiny_converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny model of a family converted with the given options, once for each set of them."""
     made: dict[tuple[str, ...], Path] = {}
 
-    def get(*options: str) -> Path:
-        if options not in made:
-            out = tmp_path_factory.mktemp("tiny-converted") / "model"
-            made[options] = convert(
-                tiny_llama, out, "--calib", "generated", "--calib-samples", "4", "--calib-seqlen", "64", *options
-            )
-        return made[options]
+    def get(family: str, *options: str) -> Path:
+        if (family, *options) not in made:
+            directory = tmp_path_factory.mktemp(family)
+            source = save_tiny_model(directory / "source", family)
+            calibration = ("--calib", "generated", "--calib-samples", "4", "--calib-seqlen", "64")
+            made[family, *options] = convert(source, directory / "converted", *calibration, *options)
+        return made[family, *options]
 
     return get
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -16,6 +16,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SHORT_TEXT = REPOSITORY / "benchmarks" / "demo_text.txt"
+FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -31,15 +32,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
-    """A random two-layer Llama that tensor parallelism can split in two, with embeddings tied and grouped heads.
+def save_tiny_model(directory: Path, family: str) -> Path:
+    """A random two-layer model that tensor parallelism can split in two, with embeddings tied and grouped heads.
 
     The intermediate size 192 = 12 * 16 needs a Hadamard base beyond powers of two, whole or halved. The weights are
-    larger than those of a fresh training run, so that the next token is seldom a close call.
+    larger than those of a fresh training run, so that the next token is seldom a close call; norm weights differ from
+    one and biases, where the family has them, from zero.
     """
     tokenizer = byte_tokenizer()
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    torch.manual_seed(0)
+    config = FAMILIES[family](
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=192,
@@ -52,7 +54,14 @@ def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -60,6 +69,6 @@ def save_tiny_llama(directory: Path, seed: int = 0) -> Path:
 def convert(source: Path, out: Path, *options: str) -> Path:
     """``smoothrot-convert run`` as a user types it, in its own process."""
     command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stderr
     return out

@@ -24,6 +24,7 @@ PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 class Setup:
     """How one server is started, and the conversion it serves."""
 
+    family: str
     convert: tuple[str, ...]
     flag: bool
     eager: bool
@@ -31,20 +32,22 @@ class Setup:
 
 
 SETUPS = {
-    "flag, eager, TP=1, W4A8": Setup(("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1),
-    "no flag, compiled, TP=1, W4A4 in groups": Setup(
-        (
-            "--group-size",
-            "32",
-        ),
+    "llama, flag, eager, TP=1, W4A8": Setup(
+        "llama", ("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1
+    ),
+    "mistral, no flag, compiled, TP=1, W4A4 in groups": Setup(
+        "mistral", ("--group-size", "32"), flag=False, eager=False, ranks=1
+    ),
+    "qwen2, no flag, eager, TP=2, W4A8 in groups": Setup(
+        "qwen2",
+        ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--max-tp", "2"),
         flag=False,
-        eager=False,
-        ranks=1,
+        eager=True,
+        ranks=2,
     ),
-    "no flag, eager, TP=2, W4A8 in groups": Setup(
-        ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--max-tp", "2"), flag=False, eager=True, ranks=2
+    "llama, flag, compiled, TP=2, W4A4": Setup(
+        "llama", ("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2
     ),
-    "flag, compiled, TP=2, W4A4": Setup(("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2),
 }
 
 
@@ -61,7 +64,7 @@ def served(
     request: pytest.FixtureRequest, tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
     setup: Setup = request.param
-    directory = tiny_converted(*setup.convert)
+    directory = tiny_converted(setup.family, *setup.convert)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     reference = Reference(directory, setup.ranks)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]

@@ -75,7 +75,7 @@ def test_refused_with_the_reason(
     tiny_converted: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None], ranks: int, message: str
 ) -> None:
     directory = tmp_path / "model"
-    shutil.copytree(tiny_converted(*CONVERSION), directory)
+    shutil.copytree(tiny_converted("llama", *CONVERSION), directory)
     damage(directory)
     log = tmp_path / "server.log"
     server = VllmServer(directory, log, "--enforce-eager", "--max-model-len", "256", tensor_parallel=ranks)
