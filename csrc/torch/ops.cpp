@@ -89,13 +89,12 @@ class Arena {
   uint8_t* base_ = nullptr;
 };
 
-// Scratch of as many threads as a parallel range of `tasks` can use.
+// Scratch for one thread or, of a parallel range, for each.
 struct ThreadScratch {
   int64_t bytes;
   size_t offset;
-  ThreadScratch(Arena& arena, int64_t bytes_each, int64_t tasks) : bytes(bytes_each) {
-    const int64_t threads = torch::stable::get_num_threads();
-    offset = arena.reserve<uint8_t>(bytes * (tasks < threads ? 1 : threads));
+  ThreadScratch(Arena& arena, int64_t bytes_each, bool parallel) : bytes(bytes_each) {
+    offset = arena.reserve<uint8_t>(bytes * (parallel ? torch::stable::get_num_threads() : 1));
   }
 };
 
@@ -126,18 +125,15 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
   return q;
 }
 
-std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t block, double clip, int64_t bits) {
-  const Float dtype = check_activations(op, x, 2, 2);
-  check_bits(op, "bits", bits);
-  const QuantArgs q = quant_args(op, x, dtype, block, clip, bits);
-  const int64_t tokens = x.size(0);
+// Stored codes and scales, the rows shared between the threads.
+std::tuple<Tensor, Tensor> quantise(const QuantArgs& q, int64_t tokens) {
   Tensor codes =
-      bits == 4 ? empty({tokens, q.inputs / 2}, ScalarType::Byte) : empty({tokens, q.inputs}, ScalarType::Char);
+      q.bits == 4 ? empty({tokens, q.inputs / 2}, ScalarType::Byte) : empty({tokens, q.inputs}, ScalarType::Char);
   Tensor scale = empty({tokens}, ScalarType::Float);
   if (!tokens) return {codes, scale};
   const Kernels& k = kernels();
   Arena arena;
-  const ThreadScratch scratch(arena, k.scratch_bytes(q, 1), INT64_MAX);
+  const ThreadScratch scratch(arena, k.scratch_bytes(q, 1), tokens > 1);
   arena.allocate();
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   void* out = codes.mutable_data_ptr();
@@ -145,6 +141,12 @@ std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t b
     k.quant_rows(q, out, scales, begin, end, arena.at<uint8_t>(scratch.offset + thread_index() * scratch.bytes));
   });
   return {codes, scale};
+}
+
+std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t block, double clip, int64_t bits) {
+  const Float dtype = check_activations(op, x, 2, 2);
+  check_bits(op, "bits", bits);
+  return quantise(quant_args(op, x, dtype, block, clip, bits), x.size(0));
 }
 
 std::tuple<Tensor, Tensor> quant(const Tensor& x, double clip, int64_t bits) {
@@ -223,11 +225,22 @@ class Multiplication {
     const size_t words = arena_.reserve<int32_t>(tokens * w.groups * w.group_steps);
     const size_t start = arena_.reserve<int32_t>(tokens * w.groups);
     const size_t scales = arena_.reserve<float>(scale ? 0 : tokens);
-    scratch_.emplace(arena_, scratch_bytes, args.act.tiles.tiles == 1 ? 1 : INT64_MAX);
+    scratch_.emplace(arena_, scratch_bytes, args.act.tiles.tiles > 1);
     arena_.allocate();
     args.act.words = arena_.at<int32_t>(words);
     args.act.start = arena_.at<int32_t>(start);
     args.act.scale = scale ? const_cast<float*>(scale) : arena_.at<float>(scales);
+  }
+
+  // Multiplies codes that are quantised already.
+  void run_stored(void* out, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
+    QuantArgs sizes{};
+    sizes.inputs = args.act.weight.inputs;
+    allocate(kernels_.scratch_bytes(sizes, args.act.tiles.rows + 1), static_cast<const float*>(scale.const_data_ptr()));
+    const void* stored = codes.const_data_ptr();
+    run(out, [&](int64_t begin, int64_t end, void* scratch) {
+      kernels_.decode_tiles(stored, int(act_bits), args.act, begin, end, scratch);
+    });
   }
 
   // Runs `fill(begin, end, scratch)` over the tiles, then multiplies into `out`.
@@ -267,13 +280,7 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
   Multiplication m(op, k, tokens, w, weight_bits, packed, bias, float_type(op, "out_dtype", out_dtype));
   Tensor out = empty({tokens, w.columns}, out_dtype);
   if (!tokens) return out;
-  QuantArgs sizes{};
-  sizes.inputs = inputs;
-  m.allocate(k.scratch_bytes(sizes, m.args.act.tiles.rows + 1), static_cast<const float*>(scale.const_data_ptr()));
-  const void* stored = codes.const_data_ptr();
-  m.run(out.mutable_data_ptr(), [&](int64_t begin, int64_t end, void* scratch) {
-    k.decode_tiles(stored, int(act_bits), m.args.act, begin, end, scratch);
-  });
+  m.run_stored(out.mutable_data_ptr(), codes, scale, act_bits);
   return out;
 }
 
@@ -293,6 +300,12 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
   sizes[x.dim() - 1] = w.columns;
   Tensor out = empty(sizes, x.dim(), x.scalar_type());
   if (!tokens) return out;
+  if (tokens > 1 && m.args.act.tiles.tiles < torch::stable::get_num_threads()) {
+    // Fewer tiles than threads: quantise by rows, which are more.
+    const auto [codes, scale] = quantise(q, tokens);
+    m.run_stored(out.mutable_data_ptr(), codes, scale, act_bits);
+    return out;
+  }
   m.allocate(k.scratch_bytes(q, m.args.act.tiles.rows + 1), nullptr);
   m.run(out.mutable_data_ptr(),
         [&](int64_t begin, int64_t end, void* scratch) { k.quant_tiles(q, m.args.act, begin, end, scratch); });
