@@ -37,7 +37,8 @@ def quantize_gptq(
         scheme: bits and group size.
         act_order: round channels from the largest diagonal of H to the smallest, instead of from first to last.
         damping: added to the diagonal of H, as a fraction of its mean; raised tenfold as often as H needs to be factorised.
-        cross: C ``(K, K)``, or None for plain GPTQ.
+        cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration text (GPTAQ takes a
+            quarter). None for plain GPTQ.
         name: the tensor's name, for messages.
 
     Raises:
