@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cmath>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
