@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.quantize.clip import ERROR_NORM, SHRINKS, clip_search_scale
-
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import WeightScheme
 
