@@ -36,7 +36,13 @@ ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activati
 GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
 Scales = Annotated[Literal["max", "none"], typer.Option(help="Smoothing of down_proj's input.")]
 Alpha = Annotated[float, typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight.")]
-Rounding = Annotated[Literal["rtn"], typer.Option(help="Weight rounding.")]
+Rounding = Annotated[
+    Literal["rtn", "gptq", "gptaq"],
+    typer.Option(help="Weight rounding: to nearest, error-compensated, or towards the full-precision model as well."),
+]
+ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first.")]
+Propagation = Annotated[float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")]
+Damping = Annotated[float, typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.")]
 HeadBits = Annotated[Literal[8, 16], typer.Option(help="Bits of the head; the embedding stays 16-bit.")]
 MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
 Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
@@ -57,6 +63,9 @@ def run(
     scales: Scales = "max",
     alpha: Alpha = 0.5,
     rounding: Rounding = "rtn",
+    act_order: ActOrder = True,
+    damping: Damping = 0.01,
+    propagation: Propagation = 0.25,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",
@@ -95,6 +104,9 @@ def plan(
     scales: Scales = "max",
     alpha: Alpha = 0.5,
     rounding: Rounding = "rtn",
+    act_order: ActOrder = True,
+    damping: Damping = 0.01,
+    propagation: Propagation = 0.25,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",

@@ -26,7 +26,10 @@ class ConvertConfig(BaseModel):
     group_size: Literal[-1, 32, 64, 128] = -1
     scales: Literal["max", "none"] = "max"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
-    rounding: Literal["rtn"] = "rtn"
+    rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
+    act_order: bool = True
+    damping: float = Field(default=0.01, gt=0.0)
+    propagation: float = Field(default=0.25, ge=0.0, le=1.0)
     lm_head_bits: Literal[8, 16] = 16
     max_tp: int = Field(default=1, ge=1)
     calib: str = "generated"
@@ -39,7 +42,7 @@ class ConvertConfig(BaseModel):
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        return self.scales != "none"
+        return self.scales != "none" or self.rounding != "rtn"
 
 
 def make_config(**options: Any) -> ConvertConfig:

@@ -8,7 +8,7 @@ the head, which are transformed a slice of rows at a time.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from smoothrot_offline.manifest import (
     package_versions,
 )
 from smoothrot_offline.progress import ProgressCallback, no_progress
-from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
+from smoothrot_offline.sequential import SequentialRounding
 from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
 from smoothrot_offline.smooth import smoothing_scales
 from smoothrot_offline.transform import ModelTransform
@@ -137,9 +138,10 @@ class _Run:
         self.progress("embedding", 1, total)
         hidden = self._embedding(tokens)
         runner = LayerRunner(self.spec)
+        rounding = self._rounding(runner, hidden)
         for index in range(self.spec.layers):
             self.progress(f"layer {index + 1} of {self.spec.layers}", 2 + index, total)
-            self._layer(index, runner, hidden)
+            self._layer(index, runner, hidden if self.config.scales != "none" else None, rounding)
         self.progress("head and files", total - 1, total)
         self._head()
 
@@ -195,7 +197,21 @@ class _Run:
         self.shards.add({self.embedding: torch.cat(rows)})
         return None if tokens is None else embed(tokens, embedding)
 
-    def _layer(self, index: int, runner: LayerRunner, hidden: torch.Tensor | None) -> None:
+    def _rounding(self, runner: LayerRunner, hidden: torch.Tensor | None) -> SequentialRounding | None:
+        if self.config.rounding == "rtn" or hidden is None:
+            return None
+        return SequentialRounding(
+            runner,
+            self.spec,
+            self.schema,
+            torch.cat([self._cast(self.transform.embedding(part.double()), self.embedding).float() for part in hidden.split(1)]),
+            asymmetric=self.config.rounding == "gptaq",
+            propagation=self.config.propagation,
+            act_order=self.config.act_order,
+            damping=self.config.damping,
+        )
+
+    def _layer(self, index: int, runner: LayerRunner, hidden: torch.Tensor | None, rounding: SequentialRounding | None) -> None:
         prefix = self.spec.layer_prefix(index)
         source = self.checkpoint.load(prefix + name for name in self.spec.layer_tensors())
         layer = {name.removeprefix(prefix): tensor for name, tensor in source.items()}
@@ -216,12 +232,15 @@ class _Run:
             )
         layer = {name: tensor.double() for name, tensor in layer.items()}
         self.transform.layer(index, layer, scales)
+        rounded = rounding.layer(index, layer) if rounding is not None else {}
         errors = {}
         for linear in self.spec.architecture.linears:
             scheme = self.schema.scheme(prefix + linear)
             if scheme is not None:
                 weight = layer.pop(f"{linear}.weight")
-                stored, errors[linear] = _quantized(iter([weight]), scheme.weights, prefix + linear)
+                done = rounded.pop(linear, None)
+                parts = [(weight, done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"))]
+                stored, errors[linear] = _stored(parts, scheme.weights, prefix + linear)
                 self.shards.add(stored)
         self.shards.add({prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()})
         self.layers.append(LayerRecord(weight_error=errors, smoothing=smoothing))
@@ -240,7 +259,8 @@ class _Run:
         if scheme is None:
             self.shards.add({head: torch.cat([self._cast(part, head) for part in slices])})
         else:
-            stored, self.head_error = _quantized(slices, scheme.weights, table.lm_head)
+            parts = ((part, quantize_rtn(part, scheme.weights, head)) for part in slices)
+            stored, self.head_error = _stored(parts, scheme.weights, table.lm_head)
             self.shards.add(stored)
 
     def _cast(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -264,11 +284,12 @@ class _Run:
         return RotationRecord(r1=residual.block, r2=choose_block(self.spec.head_dim).size, r4=self.transform.online_block)
 
 
-def _quantized(parts: Iterator[torch.Tensor], scheme: WeightScheme, name: str) -> tuple[dict[str, torch.Tensor], float]:
+def _stored(
+    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], scheme: WeightScheme, name: str
+) -> tuple[dict[str, torch.Tensor], float]:
     """Stored tensors of the linear whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
     packed, scales, error, norm = [], [], 0.0, 0.0
-    for weight in parts:
-        quantized = quantize_rtn(weight, scheme, f"{name}.weight")
+    for weight, quantized in parts:
         error += float((weight - quantized.dequantize()).square().sum())
         norm += float(weight.square().sum())
         packed.append(encode(quantized.codes, scheme.bits))

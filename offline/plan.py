@@ -141,6 +141,11 @@ def _memory(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     running = (2 + 4) * sum(weights) + 4 * chunk * (3 * spec.intermediate + 6 * spec.hidden)
     # The float64 layer, and a rotation's input, output and transpose of its largest linear.
     folding = (2 + 8) * sum(weights) + 3 * 8 * max(weights)
+    if config.rounding != "rtn":
+        # The second hidden states; H and what factorising it takes, in float64, and C and its solution.
+        hidden *= 3 if config.rounding == "gptaq" else 2
+        matrices = 9 if config.rounding == "gptaq" else 6
+        running += 4 * sum(weights) + 8 * matrices * max(spec.intermediate, spec.hidden) ** 2
     head = before.embedding + after.lm_head + 4 * 8 * HEAD_ROWS * spec.hidden
     shard = min(config.shard_mib * MEBIBYTE, after.total)
     converting = hidden + shard + max(running if tokens else 0, folding, head)
@@ -157,7 +162,13 @@ def _seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes
     if config.needs_calibration:
         tokens = config.calib_samples * config.calib_seqlen
         attention = 4 * config.calib_seqlen * spec.heads * spec.head_dim * spec.layers
-        passes = 2 if config.calib == GENERATED else 1
+        passes = int(config.calib == GENERATED) + int(config.scales != "none")
+        if config.rounding != "rtn":
+            # Each of four groups of linears runs the layer up to itself, then the layer is run once more; then H, and rounding.
+            passes += 6 if config.rounding == "gptaq" else 3
+            inputs = sum(shape[1] ** 2 for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears})
+            seconds += spec.layers * tokens * 2 * inputs / _flop_per_second()
+            seconds += weights / _weights_per_second()
         seconds += passes * tokens * (2 * weights + attention) / _flop_per_second()
     return round(seconds, 1)
 

@@ -17,7 +17,7 @@ from smoothrot_vllm.hadamard import choose_block, factorize, hadamard_matrix
 
 Tensors = dict[str, torch.Tensor]
 
-_SYLVESTER_STEP = 64
+_SYLVESTER_STEP = 128
 """Sylvester factors are applied as dense products of at most this order: fewer passes over memory than butterflies."""
 
 
@@ -57,16 +57,18 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     factors = factorize(block)
     assert factors is not None
     assert x.shape[-1] % block == 0
-    orders = [factors.base] if factors.base > 1 else []
-    power = factors.power
+    orders, power = [], factors.power
     while power > 1:
-        orders.append(min(power, _SYLVESTER_STEP))
-        power //= orders[-1]
+        orders.insert(0, min(power, _SYLVESTER_STEP))
+        power //= orders[0]
+    if factors.base > 1:
+        orders.insert(0, factors.base)
     y, inner = x, block
     for order in orders:
         inner //= order
-        # H_block = H_a (x) H_b (x) ...: axis by axis, y_j = sum_i x_i H_ij.
-        y = hadamard_matrix(order).T @ y.reshape(-1, order, inner)
+        matrix = hadamard_matrix(order)
+        # H_block = H_a (x) H_b (x) ...: axis by axis, y_j = sum_i x_i H_ij. The last axis is one plain product.
+        y = matrix.T @ y.reshape(-1, order, inner) if inner > 1 else y.reshape(-1, order) @ matrix
     return y.reshape(x.shape)
 
 

@@ -39,6 +39,11 @@ class Architecture:
     final_norm: str = "model.norm"
     lm_head: str = "lm_head"
 
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Linears that read the same tensor, in the order data reaches them: attention first, then the feed-forward."""
+        attention, feed_forward = self.readers.values()
+        return [attention, (self.output,), feed_forward, (self.down,)]
+
 
 @dataclass(frozen=True)
 class ModelSpec:

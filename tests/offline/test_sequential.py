@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error-compensated rounding within a conversion: the converted model comes closer to the original."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SHORT_TEXT, convert, save_tiny_model
+from transformers import AutoTokenizer
+
+from smoothrot_offline.model import load_model
+
+OPTIONS = ("--activation-bits", "8", "--calib", str(SHORT_TEXT), "--calib-samples", "16", "--calib-seqlen", "256")
+
+
+@pytest.fixture(scope="module")
+def logit_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Relative logit error on the calibration text, by rounding."""
+    folder = tmp_path_factory.mktemp("sequential")
+    source = save_tiny_model(folder / "source", "qwen2")
+    tokens = torch.tensor([AutoTokenizer.from_pretrained(source)(SHORT_TEXT.read_text()).input_ids[:512]])
+    with torch.inference_mode():
+        expected = load_model(source, torch.float32)(tokens).logits
+        errors = {}
+        for rounding in ("rtn", "gptq", "gptaq"):
+            directory: Path = convert(source, folder / rounding, "--rounding", rounding, *OPTIONS)
+            logits = load_model(directory, torch.float32)(tokens).logits
+            errors[rounding] = float((logits - expected).norm() / expected.norm())
+    return errors
+
+
+def test_gptq_at_least_halves_the_logit_error_of_rtn(logit_errors: dict[str, float]) -> None:
+    assert logit_errors["gptq"] < 0.5 * logit_errors["rtn"]
+
+
+def test_gptaq_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(logit_errors: dict[str, float]) -> None:
+    assert logit_errors["gptaq"] < 0.95 * logit_errors["gptq"]
