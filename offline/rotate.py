@@ -57,7 +57,8 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     factors = factorize(block)
     assert factors is not None
     assert x.shape[-1] % block == 0
-    orders, power = [], factors.power
+    orders: list[int] = []
+    power = factors.power
     while power > 1:
         orders.insert(0, min(power, _SYLVESTER_STEP))
         power //= orders[0]
