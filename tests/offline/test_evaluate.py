@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 WORDS = [f"w{i}" for i in range(60)]
 TEXT = " ".join(WORDS[(i * i + 3 * i) % 60] for i in range(101))
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -172,7 +174,12 @@ def test_dataset_of_the_hub_is_read_as_far_as_needed(model_dir: Path, monkeypatc
     datasets = pytest.importorskip("datasets")
     rows = ({"text": TEXT} for _ in range(1000))
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or rows)
+
+    def load_dataset(*args: object, **options: object) -> Iterator[dict[str, str]]:
+        asked.append((args, options))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_calibration("owner/name:part", model_dir, 4, 25, seed=0).shape == (4, 25)
     assert asked == [(("owner/name", "part"), {"split": "train", "streaming": True})]
     assert sum(1 for _ in rows) == 998  # 2 of 1000 documents were enough for twice 4 x 25 tokens

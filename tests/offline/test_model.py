@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from smoothrot_offline.model import QuantizedLinear, load_model
 from smoothrot_offline.quantize import quantize_rtn
@@ -21,7 +23,7 @@ from smoothrot_vllm.format import (
 from smoothrot_vllm.hadamard import hadamard_matrix
 from smoothrot_vllm.reference import encode
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -31,6 +33,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+Change = Callable[[dict[str, torch.Tensor]], object]
 DOWN = "model.layers.1.mlp.down_proj"
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
 
@@ -40,7 +43,7 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A tiny random model; Qwen2 has q/k/v biases and ties its embeddings."""
     torch.manual_seed(0)
     if request.param == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True))
     directory = tmp_path_factory.mktemp(request.param)
@@ -102,7 +105,7 @@ def test_compiled_kernels_give_the_logits_of_the_reference(plain: Path, tmp_path
 
 def test_auto_class_loads_the_directory_and_generates_greedily(plain: Path, tmp_path: Path) -> None:
     directory = quantized_copy(plain, tmp_path / "q", 4, 8)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
     assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 14
     generated = model.generate(TOKENS[:, :4], max_new_tokens=8, do_sample=False)
     with torch.inference_mode():
@@ -135,7 +138,7 @@ def test_lm_head_is_quantized_where_the_scheme_says_so(plain: Path, tmp_path: Pa
         (lambda t: t["model.norm.weight"][5].fill_(torch.inf), r"model.norm.weight: expected finite values, got inf at \[5\]"),
     ],
 )
-def test_unusable_tensors_are_refused_by_name(plain: Path, tmp_path: Path, change, message: str) -> None:
+def test_unusable_tensors_are_refused_by_name(plain: Path, tmp_path: Path, change: Change, message: str) -> None:
     directory = quantized_copy(plain, tmp_path / "q", 4, 4)
     tensors = load_file(directory / "model.safetensors")
     change(tensors)

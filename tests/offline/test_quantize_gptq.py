@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Literal
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_non_finite_activations_are_refused() -> None:
 
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_white_inputs_leave_nothing_to_compensate(weight: torch.Tensor, group_size: int, act_order: bool) -> None:
+def test_white_inputs_leave_nothing_to_compensate(weight: torch.Tensor, group_size: Literal[-1, 32], act_order: bool) -> None:
     scheme = WeightScheme(group_size=group_size)
     quantized, plain = quantize_gptq(weight, torch.eye(IN).double(), scheme, act_order=act_order), quantize_rtn(weight, scheme)
     assert torch.equal(quantized.codes, plain.codes)

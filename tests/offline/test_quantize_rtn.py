@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Literal
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_clip_search_of_many_rows_equals_that_of_each() -> None:
 
 
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
-def test_four_bit_error_is_at_most_half_a_step_inside_the_range(group_size: int) -> None:
+def test_four_bit_error_is_at_most_half_a_step_inside_the_range(group_size: Literal[-1, 32, 64, 128]) -> None:
     weight = heavy_tailed(48, 256)
     quantized = quantize_rtn(weight, WeightScheme(bits=4, group_size=group_size))
     assert quantized.codes.dtype == torch.int8
