@@ -47,10 +47,14 @@ RECIPES = (
     Recipe("W4A8 QuaRot RTN", W4A8 + QUAROT),
     Recipe("W4A8 SmoothRot RTN", W4A8 + SMOOTHROT),
     Recipe("W4A8 SmoothRot RTN, groups of 64", (*W4A8, *SMOOTHROT, "--group-size", "64")),
+    Recipe("W4A8 QuaRot GPTQ", (*W4A8, *QUAROT, "--rounding", "gptq")),
+    Recipe("W4A8 SmoothRot GPTAQ", (*W4A8, *SMOOTHROT, "--rounding", "gptaq")),
     Recipe("W4A4 RTN", W4A4 + PLAIN, seeded=False),
     Recipe("W4A4 QuaRot RTN", W4A4 + QUAROT),
     Recipe("W4A4 SmoothRot RTN", W4A4 + SMOOTHROT),
     Recipe("W4A4 SmoothRot RTN, groups of 64", (*W4A4, *SMOOTHROT, "--group-size", "64")),
+    Recipe("W4A4 QuaRot GPTQ", (*W4A4, *QUAROT, "--rounding", "gptq")),
+    Recipe("W4A4 SmoothRot GPTAQ", (*W4A4, *SMOOTHROT, "--rounding", "gptaq")),
 )
 
 

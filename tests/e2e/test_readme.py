@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's commands, run as they stand there, on a tiny model."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from serving import VllmServer
+from tiny_models import BIN, REPOSITORY, SHORT_TEXT
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
+
+
+def run(command: str, folder: Path) -> str:
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    result = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def test_converting_and_serving_commands_work_in_the_readmes_order(tiny_converted: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny_converted("llama").parent / "source"
+    (tmp_path / "MODEL").symlink_to(source)
+    (tmp_path / "TEXT.txt").write_text(SHORT_TEXT.read_text())
+    ours = [command for command in COMMANDS if command.startswith("smoothrot-convert")]
+    assert [command.split()[1] for command in ours] == ["plan", "run", "verify", "eval"]
+    for command in ours:
+        run(command, tmp_path)
+    (serve,) = [command for command in COMMANDS if command.startswith("vllm serve")]
+    assert serve == "vllm serve OUT --quantization smoothrot --host 127.0.0.1"
+    with VllmServer(tmp_path / "OUT", tmp_path / "log", "--quantization", "smoothrot") as server:
+        answer = server.client.completions.create(
+            model=server.model, prompt="Hello", max_tokens=4, extra_body={"ignore_eos": True}
+        )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 4
+
+
+def test_demo_command_converts_serves_and_compares(tiny_converted: Callable[..., Path]) -> None:
+    assert "make demo" in COMMANDS
+    source = tiny_converted("llama").parent / "source"
+    printed = run(f"make demo MODEL={source}", REPOSITORY)
+    assert "perplexity" in printed
+
+
+def test_set_up_and_test_commands_are_make_targets() -> None:
+    rest = [command for command in COMMANDS if not command.startswith(("smoothrot-convert", "vllm serve", "make demo"))]
+    assert rest == ["make test", "make env", "source .venv/bin/activate"]
+    run("make --dry-run env test", REPOSITORY)
