@@ -38,7 +38,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2_w4a8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 converted with the recipe of ``make demo``: W4A8, groups of 32, 8-bit head."""
+    """SmolLM2 converted with the recipe of ``make demo``: W4A8, groups of 32, 8-bit head, GPTQ."""
     out = tmp_path_factory.mktemp("smollm2") / "w4a8"
-    recipe = ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8")
-    return convert(smollm2, out, *recipe, "--calib", str(SHORT_TEXT), "--calib-samples", "4", "--calib-seqlen", "128")
+    recipe = ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--rounding", "gptq")
+    return convert(smollm2, out, *recipe, "--calib", str(SHORT_TEXT), "--calib-samples", "8", "--calib-seqlen", "256")

@@ -55,13 +55,20 @@ def test_served_perplexity_is_that_of_eval(smollm2_w4a8: Path, served_logprobs: 
     assert perplexity == pytest.approx(result["perplexity"], rel=0.01)
 
 
-@torch.inference_mode()
-def test_bfloat16_logprobs_stay_near_the_float32_forward(
+def test_served_bfloat16_is_as_near_the_float32_forward_as_torch_bfloat16(
     smollm2_w4a8: Path, served_logprobs: list[float], text_tokens: list[int]
 ) -> None:
-    logits = load_model(smollm2_w4a8, torch.float32)(torch.tensor([text_tokens])).logits[0, :-1]
-    exact = logits.log_softmax(-1).gather(1, torch.tensor(text_tokens[1:])[:, None])[:, 0]
-    difference = (torch.tensor(served_logprobs) - exact).abs()
-    # bfloat16 keeps 8 bits of each of the 60 residual additions and of the logits, which here are up to 25 nats.
-    assert difference.mean() < 0.05
-    assert difference.max() < 0.5
+    """At most twice the error of the same forward in torch: vLLM's own ops round elsewhere, but not more."""
+    exact = forward_logprobs(smollm2_w4a8, torch.float32, text_tokens)
+    torch_error = (forward_logprobs(smollm2_w4a8, torch.bfloat16, text_tokens) - exact).abs()
+    served_error = (torch.tensor(served_logprobs) - exact).abs()
+    assert served_error.mean() <= 2 * torch_error.mean()
+    assert served_error.max() <= 2 * torch_error.max()
+    # And small enough in itself to tell a wrong layer from a rounded one.
+    assert served_error.mean() < 0.1
+
+
+@torch.inference_mode()
+def forward_logprobs(directory: Path, dtype: torch.dtype, tokens: list[int]) -> torch.Tensor:
+    logits = load_model(directory, dtype)(torch.tensor([tokens])).logits[0, :-1]
+    return logits.float().log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
