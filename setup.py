@@ -25,6 +25,7 @@ COMPILE_FLAGS = [
     "-fvisibility=hidden",
     "-Wno-uninitialized",  # GCC 12 gives this and the next for its own AVX-512 intrinsics
     "-Wno-maybe-uninitialized",
+    "-fwrapv",  # an int32 sum may wrap on its way to a result that fits
     "-ffp-contract=off",  # a fused multiply-add would break bit-exactness with the reference
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]

@@ -107,7 +107,9 @@ float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t*
 }
 
 inline void join_nibbles(const int8_t* codes, uint8_t* out, int64_t inputs) {
-  for (int64_t i = 0; i < inputs / 2; ++i) out[i] = uint8_t((codes[2 * i] & 0xF) | (codes[2 * i + 1] << 4));
+  for (int64_t i = 0; i < inputs / 2; ++i) {
+    out[i] = uint8_t((uint8_t(codes[2 * i]) & 0xF) | uint8_t(codes[2 * i + 1]) << 4);
+  }
 }
 
 inline void split_nibbles(const uint8_t* in, int8_t* codes, int64_t inputs) {
