@@ -27,7 +27,8 @@ def run(command: str, folder: Path) -> str:
 def test_converting_and_serving_commands_work_in_the_readmes_order(tiny_converted: Callable[..., Path], tmp_path: Path) -> None:
     source = tiny_converted("llama").parent / "source"
     (tmp_path / "MODEL").symlink_to(source)
-    (tmp_path / "TEXT.txt").write_text(SHORT_TEXT.read_text())
+    for name in ("CALIB.txt", "TEXT.txt"):
+        (tmp_path / name).symlink_to(SHORT_TEXT)
     ours = [command for command in COMMANDS if command.startswith("smoothrot-convert")]
     assert [command.split()[1] for command in ours] == ["plan", "run", "verify", "eval"]
     for command in ours:
