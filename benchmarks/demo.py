@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from serving import ServerError, VllmServer
+from transformers import AutoConfig
 
 HERE = Path(__file__).parent
 TEXT = HERE / "demo_text.txt"
@@ -29,7 +30,8 @@ CONVERT = Path(sys.executable).with_name("smoothrot-convert")
 # scale for each 32 weights and error-compensated rounding to keep its answers.
 RECIPE = ["--weight-bits", "4", "--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--rounding", "gptq"]
 CALIBRATION = ["--calib", "generated", "--calib-samples", "16", "--calib-seqlen", "256"]
-SERVE = ["--max-model-len", "1024"]
+CONTEXT = 1024
+"""Tokens of a request that are served, or as many as the model has: a small KV cache leaves memory to the weights."""
 
 COMPLETION = "The three primary colours are"
 CHAT = "What is the capital of France, and what is it known for? Answer in two sentences."
@@ -81,12 +83,14 @@ def main() -> int:
 def run(model: str | None) -> None:
     """The steps of the demo, in order."""
     source = locate(model)
+    context = min(CONTEXT, AutoConfig.from_pretrained(source).max_position_embeddings)
+    serve = ["--max-model-len", str(context)]
     OUTPUT.mkdir(exist_ok=True)
     converted = OUTPUT / f"{source.name}-w4a8"
 
     console.rule("1. the 16-bit model")
     console.print(f"serving {source} (log: {OUTPUT / 'serve-16bit.log'})")
-    with VllmServer(source, OUTPUT / "serve-16bit.log", *SERVE) as server:
+    with VllmServer(source, OUTPUT / "serve-16bit.log", *serve) as server:
         speed_before = measure_speed(server)
 
     console.rule("2. convert it")
@@ -95,12 +99,12 @@ def run(model: str | None) -> None:
     _call([CONVERT, "run", source, converted, *RECIPE, *CALIBRATION])
 
     console.rule("3. perplexity on a short text")
-    before, after = (perplexity(directory) for directory in (source, converted))
+    before, after = (perplexity(directory, context) for directory in (source, converted))
     console.print(f"16-bit {before:.2f}, converted {after:.2f}")
 
     console.rule("4. serve the converted model")
     console.print(f"[bold]vllm serve {converted} --quantization smoothrot[/] (log: {OUTPUT / 'serve-w4a8.log'})")
-    with VllmServer(converted, OUTPUT / "serve-w4a8.log", "--quantization", "smoothrot", *SERVE) as server:
+    with VllmServer(converted, OUTPUT / "serve-w4a8.log", "--quantization", "smoothrot", *serve) as server:
         converse(server)
         speed_after = measure_speed(server)
 
@@ -130,9 +134,9 @@ def locate(model: str | None) -> Path:
         raise RuntimeError(f"--model {model}: no such directory, and the hub does not give it: {error}") from error
 
 
-def perplexity(directory: Path) -> float:
+def perplexity(directory: Path, context: int) -> float:
     """``smoothrot-convert eval`` on the text that comes with the demo."""
-    output = _call([CONVERT, "eval", directory, "--text", TEXT, "--seqlen", "1024", "--json"], capture=True)
+    output = _call([CONVERT, "eval", directory, "--text", TEXT, "--seqlen", str(context), "--json"], capture=True)
     return float(json.loads(output)["perplexity"])
 
 
