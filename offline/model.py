@@ -16,20 +16,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from smoothrot_offline.checkpoint import DTYPES
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import QUANT_METHOD, WEIGHT_SCALE, LinearScheme, parse_schema, weight_tensors
 
 Kernels = Literal["compiled", "reference"]
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 _QUANTIZED_DTYPES = (torch.uint8, torch.int8)
 
 
@@ -178,7 +171,7 @@ def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     piece = tensors.get_slice(name)
-                    found[name] = (tuple(piece.get_shape()), _SAFETENSORS_DTYPES.get(piece.get_dtype()))
+                    found[name] = (tuple(piece.get_shape()), DTYPES.get(piece.get_dtype()))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: cannot read the safetensors header: {error}. Convert the model again.") from error
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
