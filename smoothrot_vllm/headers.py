@@ -3,30 +3,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import MANIFEST_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 
 
 def check_shards(directory: Path) -> None:
-    """Every safetensors file is whole, and holds the tensors that the index says it holds.
+    """Every safetensors file is whole, and holds the tensors that the index, and the manifest if there is one, say it holds.
 
     vLLM does not notice a tensor that a quantised checkpoint lacks, and reports a damaged file without its name.
 
     Raises:
-        CheckpointError: the index or a file cannot be read, or a tensor is not where the index puts it.
+        CheckpointError: the index, the manifest or a file cannot be read, or a tensor is not where they put it.
     """
     advice = "Copy or download it again, or convert the model again."
-    index = directory / INDEX_NAME
-    weight_map: dict[str, str] = {}
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: expected a JSON object with a weight_map, got {error!r}. {advice}") from error
+    weight_map: dict[str, str] = _entry(directory / INDEX_NAME, "weight_map", advice)
+    if lost := [name for name in _entry(directory / MANIFEST_NAME, "tensors", advice) if name not in weight_map]:
+        raise CheckpointError(
+            f"{directory / INDEX_NAME}: expected tensor {lost[0]} (one of {len(lost)}), as {MANIFEST_NAME} lists it, got no "
+            f"entry for it. {advice}"
+        )
     files = {directory / name for name in weight_map.values()} or set(directory.glob("*.safetensors"))
     for file in sorted(files):
         try:
@@ -40,3 +41,16 @@ def check_shards(directory: Path) -> None:
             raise CheckpointError(
                 f"{file}: expected tensor {missing[0]}{more}, as {INDEX_NAME} lists it, got a file without it. {advice}"
             )
+
+
+def _entry(file: Path, key: str, advice: str) -> dict[str, Any]:
+    """The object under ``key`` of a JSON file; empty if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: expected a JSON object with a {key}, got {error!r}. {advice}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file}: {key}: expected an object, got {type(found).__name__}. {advice}")
+    return found

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Error-compensated rounding: GPTQ (arXiv 2210.17323), and its asymmetric form that also undoes earlier layers' errors."""
 
+import logging
+
 import torch
 
 from smoothrot_offline.quantize.rtn import QuantizedWeight, check_weight, weight_scale
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import WeightScheme
 from smoothrot_vllm.reference import quant_max
+
+_log = logging.getLogger(__name__)
 
 _BLOCK = 128
 _DAMPING_STEP = 10.0
@@ -36,7 +40,8 @@ def quantize_gptq(
         hessian: symmetric positive semi-definite ``(K, K)``; see :class:`HessianAccumulator`.
         scheme: bits and group size.
         act_order: round channels from the largest diagonal of H to the smallest, instead of from first to last.
-        damping: added to the diagonal of H, as a fraction of its mean; raised tenfold as often as H needs to be factorised.
+        damping: added to the diagonal of H, as a fraction of its mean; raised tenfold, with a warning, until
+            H factorises.
         cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration text (GPTAQ takes a
             quarter). None for plain GPTQ.
         name: the tensor's name, for messages.
@@ -50,7 +55,7 @@ def quantize_gptq(
         raise CheckpointError(f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration text.")
     hessian = _with_inactive_channels(hessian)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(weight.shape[1])
-    damped, inverse_root = _factorise(hessian[order][:, order], damping)
+    damped, inverse_root = _factorise(hessian[order][:, order], damping, name)
     if cross is not None:
         weight = _corrected(weight, cross, damped, order)
         check_weight(weight, scheme, name)
@@ -68,7 +73,7 @@ def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
     return hessian
 
 
-def _factorise(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _factorise(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorisation.
 
     Factorising H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R = U^-1``: no inverse is formed
@@ -82,6 +87,7 @@ def _factorise(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, tor
             upper = lower.flip(0, 1)
             return damped, _inverse_of_upper(upper)
         damping = max(damping, 1e-6) * _DAMPING_STEP
+        _log.warning("%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal", name, damping)
 
 
 def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,23 @@ def test_missing_tensors_are_named(checkpoint: Path) -> None:
         check_shards(checkpoint)
 
 
+def test_a_tensor_gone_from_file_and_index_is_named_from_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / "smoothrot_manifest.json").write_text(json.dumps({"tensors": {name: {} for name in "abcd"}}))
+    with pytest.raises(CheckpointError, match=r"expected tensor d \(one of 1\), as smoothrot_manifest\.json lists it"):
+        check_shards(checkpoint)
+
+
+def test_a_manifest_of_what_is_there_passes(checkpoint: Path) -> None:
+    (checkpoint / "smoothrot_manifest.json").write_text(json.dumps({"tensors": {name: {} for name in "abc"}}))
+    check_shards(checkpoint)
+
+
+def test_a_weight_map_that_is_no_object_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with pytest.raises(CheckpointError, match="weight_map: expected an object, got list"):
+        check_shards(checkpoint)
+
+
 def test_a_missing_file_is_named(checkpoint: Path) -> None:
     (checkpoint / "model-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors: expected a whole safetensors file"):
