@@ -9,6 +9,7 @@ and leaves the layer's function as it was, up to the rotations of what goes in a
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,14 @@ _SYLVESTER_STEP = 128
 """Sylvester factors are applied as dense products of at most this order: fewer passes over memory than butterflies."""
 
 
+class Orthogonal(Protocol):
+    """An orthogonal matrix Q, by what it does to rows. Every fold below takes any of them."""
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """``x Q`` for float64 ``x (..., size)``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rotation:
     """``Q = D (I (x) H_block)``: random signs D, then an orthonormal Hadamard transform of each block."""
@@ -31,6 +40,22 @@ class Rotation:
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """``x Q`` for float64 ``x (..., size)``."""
         return hadamard(x * self.signs, self.block)
+
+    def matrix(self) -> torch.Tensor:
+        """Q itself, float64 ``(size, size)``."""
+        return self.rotate(torch.eye(len(self.signs), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class DenseRotation:
+    """``Q`` = the block diagonal of ``blocks (B, n, n)``, each of them orthogonal; ``B n`` is its size."""
+
+    blocks: torch.Tensor
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """``x Q`` for ``x (..., size)`` of the dtype of ``blocks``: float64 for folds, float32 for trials."""
+        count, order, _ = self.blocks.shape
+        return (x.reshape(-1, count, order).transpose(0, 1) @ self.blocks).transpose(0, 1).reshape(x.shape)
 
 
 def random_rotation(size: int, seed: int) -> Rotation:
@@ -82,7 +107,7 @@ def fold_norms(layer: Tensors, table: Architecture) -> None:
         layer[f"{norm}.weight"] = torch.ones_like(gamma)
 
 
-def rotate_residual(layer: Tensors, table: Architecture, rotation: Rotation) -> None:
+def rotate_residual(layer: Tensors, table: Architecture, rotation: Orthogonal) -> None:
     """R1: the residual stream becomes ``x Q``. The norms must have been folded: only a unit norm commutes with Q."""
     for readers in table.readers.values():
         for reader in readers:
@@ -93,18 +118,37 @@ def rotate_residual(layer: Tensors, table: Architecture, rotation: Rotation) -> 
             layer[f"{writer}.bias"] = rotation.rotate(layer[f"{writer}.bias"])
 
 
-def rotate_heads(layer: Tensors, table: Architecture, head_dim: int) -> None:
+def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: torch.Tensor | None = None) -> None:
     """R2: each head of the value projection is rotated, and undone in the output projection.
 
     Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
     rotates like a value. Every query head of a group reads the same rotated value head.
+
+    Args:
+        matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by its Hadamard transform.
     """
-    block = choose_block(head_dim).size
-    values = layer[f"{table.value}.weight"].T
-    layer[f"{table.value}.weight"] = hadamard(values, block).T.contiguous()
+    values, outputs = layer[f"{table.value}.weight"], layer[f"{table.output}.weight"]
+    of_values: Orthogonal
+    of_outputs: Orthogonal
+    if matrices is None:
+        of_values, of_outputs = _hadamard_heads(len(values), head_dim), _hadamard_heads(outputs.shape[1], head_dim)
+    else:
+        of_values = DenseRotation(matrices)
+        of_outputs = DenseRotation(matrices.repeat_interleave(outputs.shape[1] // len(values), dim=0))
+    layer[f"{table.value}.weight"] = of_values.rotate(values.T).T.contiguous()
     if f"{table.value}.bias" in layer:
-        layer[f"{table.value}.bias"] = hadamard(layer[f"{table.value}.bias"], block)
-    layer[f"{table.output}.weight"] = hadamard(layer[f"{table.output}.weight"], block)
+        layer[f"{table.value}.bias"] = of_values.rotate(layer[f"{table.value}.bias"])
+    layer[f"{table.output}.weight"] = of_outputs.rotate(outputs)
+
+
+def head_matrices(kv_heads: int, head_dim: int) -> torch.Tensor:
+    """The matrices by which :func:`rotate_heads` rotates if it is given none: float64 ``(kv_heads, head_dim, head_dim)``."""
+    return _hadamard_heads(head_dim, head_dim).matrix().expand(kv_heads, -1, -1).contiguous()
+
+
+def _hadamard_heads(width: int, head_dim: int) -> Rotation:
+    """The Hadamard transform of each head of a row of ``width``, without signs."""
+    return Rotation(torch.ones(width, dtype=torch.float64), choose_block(head_dim).size)
 
 
 def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -> None:

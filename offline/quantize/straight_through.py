@@ -3,7 +3,8 @@
 
 import torch
 
-from smoothrot_vllm.format import ActivationScheme
+from smoothrot_offline.quantize.rtn import weight_scale
+from smoothrot_vllm.format import ActivationScheme, WeightScheme
 from smoothrot_vllm.reference import QUANT_MIN_SCALE, quant_max
 
 
@@ -48,3 +49,15 @@ def fake_quantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -
 def largest_magnitude(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """``max |w|`` of each row's groups, ``(N, groups)``."""
     return weight.unflatten(1, (groups, -1)).abs().amax(dim=2)
+
+
+def searched_shrink(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+    """What the clip search makes of each scale of a weight ``(N, K)``: a fraction of the largest magnitude, ``(N, groups)``."""
+    scale = weight_scale(weight, scheme)
+    return scale / largest_magnitude(weight, scale.shape[1]).clamp_min(QUANT_MIN_SCALE)
+
+
+def fake_quantize_shrunk(weight: torch.Tensor, shrink: torch.Tensor, bits: int) -> torch.Tensor:
+    """A weight ``(N, K)`` quantised with scales that are a given fraction ``shrink (N, groups)`` of its largest magnitudes."""
+    scale = (largest_magnitude(weight, shrink.shape[1]) * shrink).clamp_min(QUANT_MIN_SCALE)
+    return fake_quantize_weight(weight, scale, bits)

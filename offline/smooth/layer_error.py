@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.quantize.straight_through import fake_quantize_tokens, fake_quantize_weight, largest_magnitude
+from smoothrot_offline.quantize.straight_through import fake_quantize_shrunk, fake_quantize_tokens, searched_shrink
 from smoothrot_offline.rotate import hadamard
 from smoothrot_vllm.format import LinearScheme
-from smoothrot_vllm.reference import QUANT_MIN_SCALE
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,12 @@ class LayerError:
     @torch.no_grad()
     def shrink(self, scales: torch.Tensor) -> torch.Tensor:
         """What the clip search makes of each weight scale at ``scales``: a fraction of the largest magnitude, ``(hidden, groups)``."""
-        w = self._smoothed(scales.float())[1]
-        scale = quantize_rtn(w, self.scheme.weights).scale
-        return scale / largest_magnitude(w, scale.shape[1]).clamp_min(QUANT_MIN_SCALE)
+        return searched_shrink(self._smoothed(scales.float())[1], self.scheme.weights)
 
     def differentiable(self, scales: torch.Tensor, shrink: torch.Tensor) -> torch.Tensor:
         """The error with a gradient in float32 ``scales (f,)``, straight through the rounding, for a given :meth:`shrink`."""
         x, w = self._smoothed(scales)
-        weight_scale = (largest_magnitude(w, shrink.shape[1]) * shrink).clamp_min(QUANT_MIN_SCALE)
-        return self._error(x, fake_quantize_weight(w, weight_scale, self.scheme.weights.bits))
+        return self._error(x, fake_quantize_shrunk(w, shrink, self.scheme.weights.bits))
 
     def _smoothed(self, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, w = self.sample / scales, self.weight * scales

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.config import make_config
 from smoothrot_offline.rotate import (
+    DenseRotation,
     Rotation,
     fold_norms,
     hadamard,
+    head_matrices,
     random_rotation,
     random_signs,
     rotate_down_input,
@@ -118,6 +120,10 @@ def random_scales(spec: ModelSpec, index: int) -> torch.Tensor:
     return torch.rand(spec.intermediate, generator=torch.Generator().manual_seed(index), dtype=torch.float64) * 20 + 0.05
 
 
+def random_orthogonal(*shape: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(11))).Q
+
+
 def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     subject.each_layer(lambda layer, _: fold_norms(layer, subject.spec.architecture))
     assert all((t == 1).all() for name, t in subject.tensors.items() if name.endswith("layernorm.weight"))
@@ -143,6 +149,38 @@ def test_r1_keeps_the_logits(subject: Subject) -> None:
 def test_r2_keeps_the_logits(subject: Subject) -> None:
     subject.each_layer(lambda layer, _: rotate_heads(layer, subject.spec.architecture, subject.spec.head_dim))
     assert subject.error() <= 1e-10
+
+
+def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
+    table, hidden = subject.spec.architecture, subject.spec.hidden
+    rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
+
+    def fold(layer: Tensors, _index: int) -> None:
+        fold_norms(layer, table)
+        rotate_residual(layer, table, rotation)
+
+    subject.each_layer(fold)
+    tensors = subject.tensors
+    tensors["model.embed_tokens.weight"] = rotation.rotate(tensors["model.embed_tokens.weight"])
+    tensors["lm_head.weight"] = rotation.rotate(tensors["lm_head.weight"] * tensors["model.norm.weight"])
+    tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"])
+    assert subject.error() <= 1e-10
+
+
+def test_any_orthogonal_matrix_of_each_value_head_will_do_for_r2(subject: Subject) -> None:
+    spec = subject.spec
+    matrices = random_orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim)
+    subject.each_layer(lambda layer, _: rotate_heads(layer, spec.architecture, spec.head_dim, matrices))
+    assert subject.error() <= 1e-10
+
+
+def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
+    table, spec = subject.spec.architecture, subject.spec
+    layer = {f"{n}.weight": torch.randn(spec.linear_shape(n), dtype=torch.float64) for n in (table.value, table.output)}
+    dense = dict(layer)
+    rotate_heads(layer, table, spec.head_dim)
+    rotate_heads(dense, table, spec.head_dim, head_matrices(spec.kv_heads, spec.head_dim))
+    torch.testing.assert_close(dense, layer)
 
 
 def test_smoothing_keeps_the_logits(subject: Subject) -> None:
