@@ -67,7 +67,8 @@ def learn_residual_rotation(
 
     def loss(turn: torch.Tensor, step: int) -> torch.Tensor:
         errors = [
-            differentiable_error(inputs[i] @ turn, trained[i].weight @ turn, shrinks[i], activations, weights) for i in order[step]
+            differentiable_error(inputs[i] @ turn, trained[i].weight @ turn, shrinks[i], activations, weights)
+            for i in order[step]
         ]
         return torch.stack(errors).mean()
 

@@ -13,7 +13,7 @@ from smoothrot_vllm.format import LinearScheme
 
 @dataclass(frozen=True)
 class LayerError:
-    """``sum_t v_t ||x_t W^T - Q(x_t / s H) Q(W s H)^T||^2`` with per-token activations and round-to-nearest weights (arXiv 2506.01967).
+    """``sum_t v_t ||x_t W^T - Q(x_t / s H) Q(W s H)^T||^2``, activations per token, weights to nearest (arXiv 2506.01967).
 
     Args:
         sample: X, float32 ``(tokens, f)``.
@@ -37,7 +37,7 @@ class LayerError:
 
     @torch.no_grad()
     def shrink(self, scales: torch.Tensor) -> torch.Tensor:
-        """What the clip search makes of each weight scale at ``scales``: a fraction of the largest magnitude, ``(hidden, groups)``."""
+        """Weight scales of the clip search at ``scales``, as fractions of the largest magnitude, ``(hidden, groups)``."""
         return searched_shrink(self._smoothed(scales.float())[1], self.scheme.weights)
 
     def differentiable(self, scales: torch.Tensor, shrink: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,8 @@ def choose_scales(policy: Policy, statistics: InputStatistics, error: LayerError
     maximum of W). ``quantile``: a quantile of ``|X_j|`` in place of its maximum (arXiv 2606.09927). ``l2``: ``s_j = (||X_j|| /
     ||W_j||)^(1/2)`` (arXiv 2609.21450); after a rotation the error of both quantisers grows with ``||X/s||^2 ||W s||^2``, which
     these scales make least. ``search``: whichever statistic and alpha leave the least layer error (after arXiv 2606.09927, with
-    the norm beside the quantiles). ``learned``: from there by gradient, see :func:`~smoothrot_offline.smooth.learned.learn_scales`.
+    the norm beside the quantiles). ``learned``: from there by gradient, see
+    :func:`~smoothrot_offline.smooth.learned.learn_scales`.
 
     Args:
         policy: which.
@@ -93,4 +94,3 @@ def _scales(
         activation, columns = activation.double(), weight.double().abs().amax(dim=0)
     scales = activation.pow(alpha) / columns.pow(1 - alpha)
     return torch.where((activation > 0) & (columns > 0), scales, 1.0)
-

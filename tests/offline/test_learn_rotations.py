@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned rotations are orthogonal whatever happens, beat the Hadamard start where there is something to learn, and repeat."""
 
-
 import pytest
 import torch
 
