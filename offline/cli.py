@@ -27,6 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _fraction(value: str | float) -> float:
+    """The number in ``auto:FRACTION``."""
+    _, _, number = str(value).rpartition("auto:")
+    try:
+        return float(number)
+    except ValueError:
+        raise typer.BadParameter(f"expected auto:FRACTION, such as auto:0.1, got {value!r}") from None
+
+
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -47,6 +57,19 @@ Rounding = Annotated[
 ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first.")]
 Propagation = Annotated[float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")]
 Damping = Annotated[float, typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.")]
+ClipSearch = Annotated[
+    bool, typer.Option("--clip-search/--no-clip-search", help="Search the clip of each 4-bit input instead of 0.9 for all.")
+]
+Keep8bit = Annotated[
+    float,
+    typer.Option(
+        "--keep-8bit",
+        parser=_fraction,
+        metavar="auto:FRACTION",
+        help="Share of the weights that stay at 8 bits, with 8-bit inputs: those whose error costs most.",
+    ),
+]
+SignSeeds = Annotated[int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")]
 HeadBits = Annotated[Literal[8, 16], typer.Option(help="Bits of the head; the embedding stays 16-bit.")]
 MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
 Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
@@ -71,6 +94,9 @@ def run(
     act_order: ActOrder = True,
     damping: Damping = 0.01,
     propagation: Propagation = 0.25,
+    clip_search: ClipSearch = False,
+    keep_8bit: Keep8bit = 0.0,
+    sign_seeds: SignSeeds = 1,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",
@@ -113,6 +139,9 @@ def plan(
     act_order: ActOrder = True,
     damping: Damping = 0.01,
     propagation: Propagation = 0.25,
+    clip_search: ClipSearch = False,
+    keep_8bit: Keep8bit = 0.0,
+    sign_seeds: SignSeeds = 1,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",

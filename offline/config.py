@@ -31,6 +31,9 @@ class ConvertConfig(BaseModel):
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0.0)
     propagation: float = Field(default=0.25, ge=0.0, le=1.0)
+    clip_search: bool = False
+    keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
+    sign_seeds: int = Field(default=1, ge=1)
     lm_head_bits: Literal[8, 16] = 16
     max_tp: int = Field(default=1, ge=1)
     calib: str = "generated"
@@ -43,7 +46,12 @@ class ConvertConfig(BaseModel):
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        return self.scales != "none" or self.rounding != "rtn"
+        return self.scales != "none" or self.rounding != "rtn" or self.needs_probe or self.sign_seeds > 1
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the study must measure more of a layer than its smoothing scales."""
+        return self.clip_search or self.keep_8bit > 0
 
 
 def make_config(**options: Any) -> ConvertConfig:
