@@ -79,6 +79,11 @@ def choose_scales(policy: Policy, statistics: InputStatistics, error: LayerError
     return SmoothingChoice(scales, statistic, alpha, quantile, relative, start)
 
 
+def searched_candidates() -> int:
+    """How many scales ``search`` tries."""
+    return len(list(_grid()))
+
+
 def _grid() -> Iterator[tuple[Statistic, float, float | None]]:
     for alpha in SEARCHED_ALPHAS:
         yield "max", alpha, None
