@@ -6,18 +6,13 @@ a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait 
 """
 
 import dataclasses
-import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console, RenderableType
 
-from smoothrot_vllm.errors import SmoothRotError
+from smoothrot_offline.cli_output import Debug, Json, refuse, reporting, unwind_when_killed
 
 app = typer.Typer(
     name="smoothrot-convert",
@@ -29,8 +24,6 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
 ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
 GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
@@ -79,9 +72,8 @@ def run(
 ) -> None:
     """Convert MODEL into the new directory OUT."""
     options = _options(locals())
-    # A polite kill unwinds like Ctrl-C, so that the partial output is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _reporting(as_json, debug) as show:
+    unwind_when_killed()
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import resolve_source
         from smoothrot_offline.config import make_config
         from smoothrot_offline.convert import convert
@@ -120,7 +112,7 @@ def plan(
 ) -> None:
     """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
     options = _options(locals())
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_headers
         from smoothrot_offline.config import make_config
         from smoothrot_offline.display import show_plan
@@ -128,13 +120,13 @@ def plan(
 
         found = plan_conversion(open_headers(model), make_config(**options))
         show(found.model_dump(mode="json"), show_plan(found))
-        _refuse(found.refusals)
+        refuse(found.refusals)
 
 
 @app.command()
 def verify(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
     """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.progress import progress_bar
         from smoothrot_offline.verify import verify as verify_directory
 
@@ -142,13 +134,13 @@ def verify(directory: Converted, as_json: Json = False, debug: Debug = False) ->
             found = verify_directory(directory, progress)
         summary = f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were written"
         show(found.model_dump(mode="json"), summary if found.ok else f"{directory}: {len(found.problems)} problem(s)")
-        _refuse(found.problems)
+        refuse(found.problems)
 
 
 @app.command()
 def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
     """Summarise the converted DIRECTORY."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.display import show_inspection
         from smoothrot_offline.inspect import inspect as inspect_directory
 
@@ -166,7 +158,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import resolve_source
         from smoothrot_offline.evaluate import evaluate_perplexity
 
@@ -184,42 +176,6 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Fields of the conversion's configuration out of a command's arguments."""
     options = {name: value for name, value in arguments.items() if name not in ("model", "out", "as_json", "debug", "no_rotate")}
     return options | {"rotate": not arguments["no_rotate"]}
-
-
-@contextmanager
-def _reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
-    """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
-
-    Yields the function that prints a result: its facts as JSON, or its display.
-    """
-    stdout = sys.stdout
-
-    def show(facts: dict[str, Any], display: RenderableType) -> None:
-        if as_json:
-            print(json.dumps(facts, ensure_ascii=False), file=stdout)
-        else:
-            Console(file=stdout, markup=False, highlight=False).print(display)
-
-    try:
-        with redirect_stdout(sys.stderr):
-            yield show
-    except typer.Exit:
-        raise
-    except SmoothRotError as error:
-        if debug:
-            raise
-        _refuse([str(error)])
-    except Exception as error:
-        if debug:
-            raise
-        _refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
-
-
-def _refuse(problems: list[str]) -> None:
-    for problem in problems:
-        print("error: " + " ".join(problem.split()), file=sys.stderr)
-    if problems:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
