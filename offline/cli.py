@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval.
+"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval, analyze, report.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit code 1 is a refusal or
 a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait until a command runs.
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from smoothrot_offline.cli_analysis import analyze
 from smoothrot_offline.cli_output import Debug, Json, refuse, reporting, unwind_when_killed
 
 app = typer.Typer(
@@ -165,6 +166,9 @@ def evaluate(
         found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks)
         summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.seconds:.0f} s"
         show(dataclasses.asdict(found), summary)
+
+
+app.command()(analyze)
 
 
 def main() -> None:

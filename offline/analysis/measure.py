@@ -124,6 +124,7 @@ class InputMeter:
         self._output_squares = 0.0
         self.peak: Peak | None = None
         self.massive: list[tuple[int, int]] = []
+        self.peak_token_bins: dict[str, list[float]] = {}
         self.surfaces: dict[str, torch.Tensor] = {}
 
     def update(self, captured: torch.Tensor) -> None:
@@ -149,7 +150,9 @@ class InputMeter:
         if self.peak is None or float(largest[position]) > self.peak.magnitude:
             channel = int(magnitudes[position].argmax())
             self.peak = Peak(float(largest[position]), self._samples, position, channel, median)
-            self.surfaces = {name: _surface(self._transforms[name].activations(captured)) for name in self._surface_names}
+            transformed = {name: transform.activations(captured) for name, transform in self._transforms.items()}
+            self.peak_token_bins = {name: _shares(_count(quantize(x[position, None])[0])) for name, x in transformed.items()}
+            self.surfaces = {name: _surface(transformed[name]) for name in self._surface_names}
 
 
 def _surface(x: torch.Tensor) -> torch.Tensor:

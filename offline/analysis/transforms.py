@@ -15,7 +15,7 @@ from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.rotate import Rotation, Tensors, random_rotation, random_signs
 from smoothrot_vllm.hadamard import choose_block
 
-KINDS = ("qkv_input", "o_proj_input", "gate_up_input", "down_proj_input")
+KINDS = ("qkv", "o_proj", "gate_up", "down_proj")
 """The inputs of a decoder layer, in the order of :meth:`~smoothrot_offline.architectures.Architecture.input_groups`."""
 
 DOWN = KINDS[-1]
@@ -36,7 +36,7 @@ def layer_transforms(
         scales: smoothing scales by policy, float64 ``(f,)``; ``max`` is S, every other is measured before R4 as well.
 
     Returns:
-        By kind, the transforms by name, ``none`` first; at ``down_proj_input`` also one under each policy's name, but ``max``.
+        By kind, the transforms by name, ``none`` first; at ``down_proj`` also one under each policy's name, but ``max``.
 
     Raises:
         UnsupportedModelError: a size has no Hadamard block.
@@ -44,13 +44,13 @@ def layer_transforms(
     table = spec.architecture
     groups = dict(zip(KINDS, table.input_groups(), strict=True))
     weights = {kind: torch.cat([layer[f"{linear}.weight"] for linear in group]) for kind, group in groups.items()}
-    norms = dict(zip(("qkv_input", "gate_up_input"), table.readers, strict=True))
+    norms = dict(zip(("qkv", "gate_up"), table.readers, strict=True))
     found = {
         kind: _read_from_norm(weights[kind], layer[f"{norm}.weight"], random_rotation(spec.hidden, seed))
         for kind, norm in norms.items()
     }
     heads = Rotation(torch.ones(spec.heads * spec.head_dim, dtype=torch.float64), choose_block(spec.head_dim).size)
-    found["o_proj_input"] = {NONE: _plain(weights["o_proj_input"]), ROTATED: _rotated(weights["o_proj_input"], heads)}
+    found["o_proj"] = {NONE: _plain(weights["o_proj"]), ROTATED: _rotated(weights["o_proj"], heads)}
     online = Rotation(random_signs(spec.intermediate, seed, f"R4/{index}"), choose_block(spec.intermediate).size)
     found[DOWN] = _down(weights[DOWN], online, scales)
     return {kind: found[kind] for kind in KINDS}
