@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smoothrot_offline.cli_analysis import analyze
-from smoothrot_offline.cli_output import Debug, Json, refuse, reporting, unwind_when_killed
+from smoothrot_offline.cli_analysis import analyze, report
+from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
 
 app = typer.Typer(
     name="smoothrot-convert",
@@ -155,20 +155,22 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl with a text field.", show_default=False)],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
+    dtype: RunDtype = "float32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
     with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import resolve_source
-        from smoothrot_offline.evaluate import evaluate_perplexity
+        from smoothrot_offline.evaluate import evaluate_perplexity, run_dtype
 
-        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks)
-        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.seconds:.0f} s"
+        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype))
+        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.dtype}, {found.seconds:.0f} s"
         show(dataclasses.asdict(found), summary)
 
 
 app.command()(analyze)
+app.command()(report)
 
 
 def main() -> None:

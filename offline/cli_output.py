@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -15,6 +15,10 @@ from smoothrot_vllm.errors import SmoothRotError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RunDtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"],
+    typer.Option(help="Arithmetic of everything but the quantised linears' integers; auto: the dtype of config.json."),
+]
 
 
 @contextmanager

@@ -4,13 +4,12 @@
 No times, no paths, no host: analysing the same model twice on the same machine gives the same file.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from smoothrot_offline.analysis.policies import POLICIES, Policy
 from smoothrot_offline.manifest import CalibrationRecord
-from smoothrot_vllm.errors import ConfigError
 
 
 class _Record(BaseModel):
@@ -125,16 +124,3 @@ class Analysis(_Record):
     error_difficulty_correlation: dict[str, dict[str, float | None]]
     policies: dict[str, PolicySummary]
     layers: list[LayerAnalysis]
-
-
-def make_analysis_config(**options: Any) -> AnalysisConfig:
-    """Validate options.
-
-    Raises:
-        ConfigError: an unknown option or a value out of range; the message names each.
-    """
-    try:
-        return AnalysisConfig(**options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-        raise ConfigError(f"analysis options: {problems}") from None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.analysis import Analysis, analyze, make_analysis_config
+from smoothrot_offline.analysis import Analysis, AnalysisConfig, analyze
 from smoothrot_offline.analysis.measure import InputMeter, Transform, difficulty, quantize
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.cli import app
@@ -39,7 +39,7 @@ def invoke(*arguments: object) -> Result:
 
 
 def run(source: Path, out: Path, **options: Any) -> Analysis:
-    config = make_analysis_config(calib_samples=SAMPLES, calib_seqlen=SEQLEN, seed=SEED, **options)
+    config = AnalysisConfig(calib_samples=SAMPLES, calib_seqlen=SEQLEN, seed=SEED, **options)
     return analyze(source, out, config)[0]
 
 
