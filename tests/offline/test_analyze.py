@@ -302,4 +302,4 @@ def test_missing_matplotlib_is_named(make_model: MakeModel, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = invoke("analyze", make_model(), tmp_path / "out")
     assert result.exit_code == 1
-    assert "pip install matplotlib" in result.stderr
+    assert "pip install 'smoothrot-vllm[plots]'" in result.stderr
