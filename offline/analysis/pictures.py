@@ -17,9 +17,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ConfigError(
-        "analyze: its pictures need matplotlib, which is not installed: pip install 'smoothrot-vllm[plots]'."
-    ) from error
+    raise ConfigError("analyze: needs matplotlib, which is not installed: pip install 'smoothrot-vllm[plots]'.") from error
 
 COLOURS = {"none": "#7f7f7f", "S": "#e69f00", "R": "#0072b2", "S+R": "#009e73"}
 MARKERS = {"none": "o", "S": "^", "R": "s", "S+R": "D"}
