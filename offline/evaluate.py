@@ -3,17 +3,16 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from smoothrot_offline.calibration_data import family_needs_bos, load_tokenizer, read_text, tokenize
 from smoothrot_offline.model import load_model
+from smoothrot_offline.progress import ProgressCallback, no_progress, progress_bar
 from smoothrot_vllm.errors import ConfigError
 
 _LOGIT_ROWS = 512
@@ -63,7 +62,9 @@ def evaluate_perplexity(
         CheckpointError: the directory does not load.
     """
     text = text_windows(directory, text_file, seqlen, limit_chunks)
-    return measure_perplexity(load_model(directory, dtype), text)
+    model = load_model(directory, dtype)
+    with progress_bar() as progress:
+        return measure_perplexity(model, text, progress)
 
 
 def text_windows(
@@ -95,10 +96,16 @@ def text_windows(
     return TextWindows(str(text_file), seqlen, chunks, bos is not None)
 
 
-def measure_perplexity(model: PreTrainedModel, text: TextWindows) -> PerplexityResult:
+def measure_perplexity(model: PreTrainedModel, text: TextWindows, progress: ProgressCallback = no_progress) -> PerplexityResult:
     """Perplexity of a loaded model on a text; ``seconds`` are those of its forward passes."""
+
+    def reported() -> Iterator[torch.Tensor]:
+        for number, chunk in enumerate(text.chunks):
+            progress(f"perplexity on {Path(text.text).name}", number, len(text.chunks))
+            yield chunk
+
     started = time.perf_counter()
-    nll, tokens = total_nll(model, track(text.chunks, "perplexity", console=Console(stderr=True), transient=True))
+    nll, tokens = total_nll(model, reported())
     return PerplexityResult(
         perplexity=math.exp(nll / tokens),
         nll=nll / tokens,

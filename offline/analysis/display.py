@@ -30,7 +30,7 @@ def show_analysis(found: Analysis, out: str) -> RenderableType:
         records = layer.inputs[DOWN].transforms
         difficulties.add_row(str(layer.index), *(f"{records[name].activation_difficulty:.4g}" for name in TRANSFORMS))
         layers.add_row(str(layer.index), *(f"{records[name].error:.4g}" for name in TRANSFORMS))
-    policies = make_table("policy, with R4", "mean error", "against max", "selected layers", "against max there")
+    policies = make_table("with R4", "mean error", "/ max", "selects", "/ max there", "as converted", "/ max", "/ max there")
     for policy, summary in found.policies.items():
         policies.add_row(
             policy,
@@ -38,6 +38,9 @@ def show_analysis(found: Analysis, out: str) -> RenderableType:
             _number(summary.ratio_of_means, ".4f"),
             str(len(summary.selected_layers)),
             _number(summary.selected_ratio, ".4f"),
+            f"{summary.converted_mean_error:.5g}",
+            _number(summary.converted_ratio_of_means, ".4f"),
+            _number(summary.converted_selected_ratio, ".4f"),
         )
     return Group(
         massive,

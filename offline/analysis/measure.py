@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisation difficulty, layer error, occupied bins and massive activations of one linear's input (arXiv 2506.01967).
 
-The quantiser is the plain one of the paper: symmetric, 4 bits, no clip, one scale per token and per output channel.
+The plain quantiser is that of the paper: symmetric, 4 bits, no clip, one scale per token and per output channel; the
+converter's clips activations and searches each output channel's scale.
 Everything is gathered a chunk of tokens at a time, so that no layer's activations are ever held as a whole.
 """
 
@@ -10,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline.config import ACTIVATION_CLIP
+from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_vllm import ops
+from smoothrot_vllm.format import WeightScheme
 from smoothrot_vllm.reference import decode
 
 BITS = 4
@@ -28,10 +32,14 @@ ActivationMap = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Transform:
-    """An equivalent form of ``X W^T``: float32 ``(tokens, K)`` activations from the input as captured, and its W ``(out, K)``."""
+    """An equivalent form of ``X W^T``: float32 ``(tokens, K)`` activations from the input as captured, and its W ``(out, K)``.
+
+    ``converted``: quantise both as the converter does (W4A4, round to nearest), rather than plainly.
+    """
 
     activations: ActivationMap
     weight: torch.Tensor
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,24 @@ class Peak:
     median: float
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, clip: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """4-bit symmetric quantisation of each row: int8 codes, and the float32 values that they stand for.
 
     Args:
         x: float32 ``(rows, K)``, K even.
+        clip: share of a row's largest magnitude that the largest code stands for.
     """
-    stored, scale = ops.quant(x.contiguous(), 1.0, BITS)
+    stored, scale = ops.quant(x.contiguous(), clip, BITS)
     codes = decode(stored, BITS)
     return codes, codes * scale[:, None]
+
+
+def quantize_weight(weight: torch.Tensor, converted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quantize` of a weight, or, if ``converted``, as the converter rounds to nearest."""
+    if not converted:
+        return quantize(weight)
+    found = quantize_rtn(weight, WeightScheme(bits=BITS))
+    return found.codes, found.dequantize()
 
 
 def difficulty(sum_of_squares: torch.Tensor) -> float:
@@ -77,7 +94,8 @@ class TransformMeter:
     """Difficulty, layer error and occupied bins of one transform of one linear."""
 
     def __init__(self, transform: Transform) -> None:
-        codes, self._weight = quantize(transform.weight)
+        codes, self._weight = quantize_weight(transform.weight, transform.converted)
+        self._clip = ACTIVATION_CLIP[BITS] if transform.converted else 1.0
         self._transform = transform
         self._weight_counts = _count(codes)
         self._weight_squares = transform.weight.double().square().sum(dim=0)
@@ -88,7 +106,7 @@ class TransformMeter:
     def update(self, captured: torch.Tensor, exact: torch.Tensor) -> None:
         """Add the tokens of ``captured (tokens, K)``, whose exact float32 output is ``exact (tokens, out)``."""
         x = self._transform.activations(captured)
-        codes, quantized = quantize(x)
+        codes, quantized = quantize(x, self._clip)
         self._squares += x.double().square().sum(dim=0)
         self._counts += _count(codes)
         self._error += _square_sum(exact - quantized @ self._weight.T)
@@ -111,15 +129,19 @@ class InputMeter:
     Args:
         transforms: by name; the first is the untransformed model, whose product is the exact one.
         seqlen: tokens of a sequence; what is observed are whole sequences, in order.
-        surfaces: names of the transforms whose ``|X|`` is kept for a picture, of the sequence with the largest value.
+        shown: names of the transforms whose ``peak_token_bins`` are kept; with ``surfaces``, their ``|X|`` for a picture too.
+        surfaces: keep ``|X|`` of the sequence with the largest value.
     """
 
-    def __init__(self, transforms: Mapping[str, Transform], seqlen: int, surfaces: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, transforms: Mapping[str, Transform], seqlen: int, shown: tuple[str, ...] = (), surfaces: bool = False
+    ) -> None:
         self._transforms = transforms
         self._meters = {name: TransformMeter(transform) for name, transform in transforms.items()}
         self._original = next(iter(transforms.values()))
         self._seqlen = seqlen
-        self._surface_names = surfaces
+        self._shown = shown
+        self._surfaces = surfaces
         self._samples = 0
         self._output_squares = 0.0
         self.peak: Peak | None = None
@@ -150,9 +172,10 @@ class InputMeter:
         if self.peak is None or float(largest[position]) > self.peak.magnitude:
             channel = int(magnitudes[position].argmax())
             self.peak = Peak(float(largest[position]), self._samples, position, channel, median)
-            transformed = {name: transform.activations(captured) for name, transform in self._transforms.items()}
+            transformed = {name: self._transforms[name].activations(captured) for name in self._shown}
             self.peak_token_bins = {name: _shares(_count(quantize(x[position, None])[0])) for name, x in transformed.items()}
-            self.surfaces = {name: _surface(transformed[name]) for name in self._surface_names}
+            if self._surfaces:
+                self.surfaces = {name: _surface(x) for name, x in transformed.items()}
 
 
 def _surface(x: torch.Tensor) -> torch.Tensor:

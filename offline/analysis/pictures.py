@@ -116,18 +116,26 @@ def bins(layer: LayerAnalysis) -> bytes:
 
 
 def policy_ratios(analysis: Analysis) -> bytes:
-    """Error at down_proj of each policy with R4 over that of max, by layer."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panel = figure.subplots()
+    """Error at down_proj of each policy with R4 over that of max, by layer: plainly quantised, and as the converter does."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    panels: Any = figure.subplots(1, 2, sharey=True)
     for colour, policy in zip(_POLICY_COLOURS, analysis.policies, strict=False):
-        points = [(layer.index, layer.policies[policy].ratio_to_max) for layer in analysis.layers]
-        panel.plot(*zip(*points, strict=True), label=policy, marker="o", markersize=4, linewidth=1.5, color=colour)
-    panel.set_yscale("log")
-    panel.set_xlabel("decoder layer")
-    panel.set_ylabel("error / error of max")
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.grid(which="both", alpha=0.3)
-    panel.legend(ncols=len(analysis.policies))
+        records = [(layer.index, layer.policies[policy]) for layer in analysis.layers]
+        style = {"label": policy, "color": colour, "marker": "o", "markersize": 4, "linewidth": 1.5}
+        panels[0].plot(*zip(*((index, record.ratio_to_max) for index, record in records), strict=True), **style)
+        panels[1].plot(*zip(*((index, record.converted_ratio_to_max) for index, record in records), strict=True), **style)
+    for panel, title in zip(panels, ("plain quantisers", "the converter's quantisers"), strict=True):
+        for index in analysis.massive[DOWN].massive_layers:
+            panel.axvspan(index - 0.4, index + 0.4, color="#f3d9d9", zorder=0)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:.2g}")
+        panel.yaxis.set_minor_formatter("{x:.2g}")
+        panel.set_title(title)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(which="both", alpha=0.3)
+    panels[0].legend()
+    figure.supxlabel("decoder layer (shaded: a token of its input is massive)")
+    figure.supylabel("error / error of max")
     return _png(figure)
 
 

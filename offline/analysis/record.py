@@ -4,12 +4,12 @@
 No times, no paths, no host: analysing the same model twice on the same machine gives the same file.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smoothrot_offline.analysis.policies import POLICIES, Policy
 from smoothrot_offline.manifest import CalibrationRecord
+from smoothrot_offline.smooth.policies import Policy
 
 
 class _Record(BaseModel):
@@ -23,7 +23,7 @@ class AnalysisConfig(_Record):
     calib_samples: int = Field(default=8, ge=1)
     calib_seqlen: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    policies: tuple[Policy, ...] = Field(default=POLICIES, min_length=1)
+    policies: tuple[Policy, ...] = Field(default=get_args(Policy), min_length=1)
     layers: tuple[int, ...] | None = None
 
 
@@ -67,15 +67,23 @@ class InputRecord(_Record):
 
 
 class PolicyRecord(_Record):
-    """One smoothing policy at one down_proj, with R4. ``selected``: its scales differ from those of max."""
+    """One smoothing policy at one down_proj, with R4. ``selected``: its scales differ from those of max.
 
-    choice: dict[str, float]
+    ``statistic``, ``alpha`` and ``quantile`` are what the scales (or their start) are made of. ``converted_*``: the same error
+    with the converter's quantisers, W4A4 rounded to nearest.
+    """
+
+    statistic: str
+    alpha: float
+    quantile: float | None
     scale_min: float
     scale_max: float
     scale_geometric_mean: float
     error: float
     relative_error: float
     ratio_to_max: float | None
+    converted_error: float
+    converted_ratio_to_max: float | None
     selected: bool
 
 
@@ -96,12 +104,18 @@ class MassiveRecord(_Record):
 
 
 class PolicySummary(_Record):
-    """One policy over the layers: mean error, its ratio to that of max, and the same over the layers it selects."""
+    """One policy over the layers: mean error, its ratio to that of max, and the same over the layers it selects.
+
+    ``converted_*``: with the converter's quantisers.
+    """
 
     mean_error: float
     ratio_of_means: float | None
-    selected_layers: list[int]
     selected_ratio: float | None
+    converted_mean_error: float
+    converted_ratio_of_means: float | None
+    converted_selected_ratio: float | None
+    selected_layers: list[int]
 
 
 class Analysis(_Record):

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from smoothrot_offline.analysis import summary
-from smoothrot_offline.analysis.measure import MASSIVE_RATIO, InputMeter, Measured
+from smoothrot_offline.analysis.measure import BITS, MASSIVE_RATIO, InputMeter, Measured
 from smoothrot_offline.analysis.page import analysis_page
 from smoothrot_offline.analysis.pictures import LayerPictures
-from smoothrot_offline.analysis.policies import Policy, PolicyChoice, choose
 from smoothrot_offline.analysis.record import (
     Analysis,
     AnalysisConfig,
@@ -26,19 +25,29 @@ from smoothrot_offline.analysis.record import (
     PolicyRecord,
     TransformRecord,
 )
-from smoothrot_offline.analysis.transforms import DOWN, KINDS, SMOOTHED_ROTATED, TRANSFORMS, layer_transforms
+from smoothrot_offline.analysis.transforms import DOWN, KINDS, TRANSFORMS, converted, layer_transforms
 from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.calibrate import ChannelStatistics, LayerRunner, check_seqlen, embed, tokens_digest
+from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.checkpoint import Checkpoint, check_source, open_checkpoint
+from smoothrot_offline.config import ACTIVATION_CLIP
 from smoothrot_offline.manifest import CalibrationRecord, package_versions
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.rotate import fold_norms
+from smoothrot_offline.smooth import InputStatistics, LayerError, PolicyOptions, SmoothingChoice, choose_scales
+from smoothrot_offline.smooth.policies import Policy
 from smoothrot_offline.write import OutputDirectory
 from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
+from smoothrot_vllm.hadamard import choose_block
 
 JSON_NAME = "analysis.json"
 PAGE_NAME = "report.html"
+
+SCHEME = LinearScheme(
+    weights=WeightScheme(bits=BITS), activations=ActivationScheme(bits=BITS, clip=ACTIVATION_CLIP[BITS])
+)
+"""What the policies that try scales out assume of the conversion."""
 
 
 def analyze(
@@ -140,17 +149,22 @@ class _Run:
         scales = {policy: choice.scales for policy, choice in choices.items()}
         transforms = layer_transforms(self.spec, self.config.seed, index, layer, scales)
         meters = {
-            kind: InputMeter(transforms[kind], self.config.calib_seqlen, TRANSFORMS if kind == DOWN else ()) for kind in KINDS
+            kind: InputMeter(
+                transforms[kind],
+                self.config.calib_seqlen,
+                shown=tuple(name for name in TRANSFORMS if name in transforms[kind]),
+                surfaces=kind == DOWN,
+            )
+            for kind in KINDS
         }
         groups = dict(zip(KINDS, self.spec.architecture.input_groups(), strict=True))
         self._runner.run(index, folded, self._measuring, {groups[kind][0]: meters[kind].update for kind in KINDS})
         results = {kind: meters[kind].results() for kind in KINDS}
-        errors = {policy: results[DOWN][SMOOTHED_ROTATED if policy == "max" else policy] for policy in choices}
         self.layers.append(
             LayerAnalysis(
                 index=index,
                 inputs={kind: self._input(groups[kind], meters[kind], results[kind]) for kind in KINDS},
-                policies={policy: _policy(choices, policy, errors) for policy in choices},
+                policies={policy: _policy(choices, policy, results[DOWN]) for policy in choices},
             )
         )
         learned = choices.get("learned")
@@ -161,12 +175,17 @@ class _Run:
             start=learned.start if learned else None,
         )
 
-    def _choices(self, index: int, layer: dict[str, torch.Tensor], folded: dict[str, torch.Tensor]) -> dict[Policy, PolicyChoice]:
+    def _choices(
+        self, index: int, layer: dict[str, torch.Tensor], folded: dict[str, torch.Tensor]
+    ) -> dict[Policy, SmoothingChoice]:
+        """Scales by policy, max first."""
         down = self.spec.architecture.down
-        statistics = ChannelStatistics(self.spec.intermediate)
+        statistics = InputStatistics(self.spec.intermediate, self.config.calib_samples * self.config.calib_seqlen)
         self._runner.run(index, folded, self._choosing, {down: statistics.update})
+        block = choose_block(self.spec.intermediate).size
+        error = LayerError(statistics.sample, layer[f"{down}.weight"].float(), SCHEME, block)
         policies: list[Policy] = ["max", *(policy for policy in self.config.policies if policy != "max")]
-        return {policy: choose(policy, statistics, layer[f"{down}.weight"]) for policy in policies}
+        return {policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies}
 
     def _input(self, linears: tuple[str, ...], meter: InputMeter, results: dict[str, Measured]) -> InputRecord:
         peak = meter.peak
@@ -189,17 +208,21 @@ class _Run:
         )
 
 
-def _policy(choices: dict[Policy, PolicyChoice], policy: Policy, results: dict[Policy, Measured]) -> PolicyRecord:
-    scales, measured = choices[policy].scales, results[policy]
+def _policy(choices: dict[Policy, SmoothingChoice], policy: Policy, results: dict[str, Measured]) -> PolicyRecord:
+    choice, plain, as_converted = choices[policy], results[policy], results[converted(policy)]
     return PolicyRecord(
-        choice=choices[policy].choice,
-        scale_min=float(scales.min()),
-        scale_max=float(scales.max()),
-        scale_geometric_mean=float(scales.log().mean().exp()),
-        error=measured.error,
-        relative_error=measured.relative_error,
-        ratio_to_max=summary.ratio(measured.error, results["max"].error),
-        selected=not torch.equal(scales, choices["max"].scales),
+        statistic=choice.statistic,
+        alpha=choice.alpha,
+        quantile=choice.quantile,
+        scale_min=float(choice.scales.min()),
+        scale_max=float(choice.scales.max()),
+        scale_geometric_mean=float(choice.scales.log().mean().exp()),
+        error=plain.error,
+        relative_error=plain.relative_error,
+        ratio_to_max=summary.ratio(plain.error, results["max"].error),
+        converted_error=as_converted.error,
+        converted_ratio_to_max=summary.ratio(as_converted.error, results[converted("max")].error),
+        selected=not torch.equal(choice.scales, choices["max"].scales),
     )
 
 

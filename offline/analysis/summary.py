@@ -29,20 +29,29 @@ def correlations(layers: Sequence[LayerAnalysis], kind: str) -> dict[str, float 
 
 def policy_summary(layers: Sequence[LayerAnalysis], policy: str) -> PolicySummary:
     """One policy over all the layers, and over those where its scales differ from those of max."""
-    own = [layer.policies[policy].error for layer in layers]
-    reference = [layer.policies["max"].error for layer in layers]
-    selected = [i for i, layer in enumerate(layers) if layer.policies[policy].selected]
+    own = [layer.policies[policy] for layer in layers]
+    reference = [layer.policies["max"] for layer in layers]
+    selected = [number for number, found in enumerate(own) if found.selected]
+    plain, converted = [found.error for found in own], [found.converted_error for found in own]
+    max_plain, max_converted = [found.error for found in reference], [found.converted_error for found in reference]
     return PolicySummary(
-        mean_error=statistics.fmean(own),
-        ratio_of_means=ratio(sum(own), sum(reference)),
-        selected_layers=[layers[i].index for i in selected],
-        selected_ratio=ratio(sum(own[i] for i in selected), sum(reference[i] for i in selected)),
+        mean_error=statistics.fmean(plain),
+        ratio_of_means=_ratio_over(range(len(layers)), plain, max_plain),
+        selected_ratio=_ratio_over(selected, plain, max_plain),
+        converted_mean_error=statistics.fmean(converted),
+        converted_ratio_of_means=_ratio_over(range(len(layers)), converted, max_converted),
+        converted_selected_ratio=_ratio_over(selected, converted, max_converted),
+        selected_layers=[layers[number].index for number in selected],
     )
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
     """Their quotient, or None where there is none."""
     return numerator / denominator if denominator else None
+
+
+def _ratio_over(numbers: Sequence[int], own: Sequence[float], reference: Sequence[float]) -> float | None:
+    return ratio(sum(own[number] for number in numbers), sum(reference[number] for number in numbers))
 
 
 def _correlation(inputs: Sequence[InputRecord], name: str) -> float | None:

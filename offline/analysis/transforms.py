@@ -7,6 +7,7 @@ unit norm's output: R needs exactly that, and the original model's input is its 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -33,10 +34,11 @@ def layer_transforms(
         seed: of the random signs, as in a conversion.
         index: which layer.
         layer: its original tensors, float64, by names relative to it.
-        scales: smoothing scales by policy, float64 ``(f,)``; ``max`` is S, every other is measured before R4 as well.
+        scales: smoothing scales by policy, float64 ``(f,)``; those of ``max`` are S.
 
     Returns:
-        By kind, the transforms by name, ``none`` first; at ``down_proj`` also one under each policy's name, but ``max``.
+        By kind, the transforms by name, ``none`` first; at ``down_proj`` also each policy's S and R4 under its name, and
+        under :func:`converted` of its name with the converter's quantisers.
 
     Raises:
         UnsupportedModelError: a size has no Hadamard block.
@@ -54,6 +56,11 @@ def layer_transforms(
     online = Rotation(random_signs(spec.intermediate, seed, f"R4/{index}"), choose_block(spec.intermediate).size)
     found[DOWN] = _down(weights[DOWN], online, scales)
     return {kind: found[kind] for kind in KINDS}
+
+
+def converted(policy: str) -> str:
+    """The name of a policy's transform with the converter's quantisers."""
+    return f"{policy}, converted"
 
 
 def _plain(weight: torch.Tensor) -> Transform:
@@ -77,4 +84,9 @@ def _down(weight: torch.Tensor, rotation: Rotation, scales: Mapping[str, torch.T
         SMOOTHED: Transform(lambda x: (x / smoothing).float(), (weight * smoothing).float()),
         ROTATED: _rotated(weight, rotation),
         SMOOTHED_ROTATED: _rotated(weight, rotation, smoothing),
-    } | {policy: _rotated(weight, rotation, own) for policy, own in scales.items() if policy != "max"}
+    } | _policies(weight, rotation, scales)
+
+
+def _policies(weight: torch.Tensor, rotation: Rotation, scales: Mapping[str, torch.Tensor]) -> dict[str, Transform]:
+    plain = {policy: _rotated(weight, rotation, own) for policy, own in scales.items()}
+    return plain | {converted(policy): replace(transform, converted=True) for policy, transform in plain.items()}

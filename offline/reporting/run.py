@@ -33,13 +33,16 @@ def compare(directories: Sequence[Path], config: ReportConfig, progress: Progres
     paths = list(directories)
     _refuse_repeated("directories", [str(path.resolve()) for path in paths])
     _refuse_repeated("--text: files of different names", [Path(text).name for text in config.texts])
-    checkpoints = {path: open_checkpoint(path) for path in paths}
+    sizes = {path: _size(open_checkpoint(path)) for path in paths}
+    if config.speed:
+        for path in paths:
+            check_context(path, config.prompt_tokens, config.new_tokens)
     texts = {path: _texts(path, config) for path in paths}
     tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
     records = []
     for number, path in enumerate(paths):
         progress(f"{path}", number, len(paths))
-        records.append(_measure(checkpoints[path], texts[path], tasks, config))
+        records.append(_measure(path, sizes[path], texts[path], tasks, config, progress))
     speeds = _speeds(paths, config, progress) if config.speed else {}
     progress("done", len(paths), len(paths))
     return Report(
@@ -66,15 +69,19 @@ def _texts(path: Path, config: ReportConfig) -> list[TextWindows]:
     return [text_windows(path, text, config.seqlen, config.limit_chunks) for text in config.texts]
 
 
-def _measure(checkpoint: Checkpoint, texts: list[TextWindows], tasks: Tasks | None, config: ReportConfig) -> DirectoryRecord:
+def _measure(
+    path: Path,
+    size: tuple[SizeRecord, dict[str, Any] | None],
+    texts: list[TextWindows],
+    tasks: Tasks | None,
+    config: ReportConfig,
+    progress: ProgressCallback,
+) -> DirectoryRecord:
     """Everything of one directory but its speed."""
-    size, conversion = _size(checkpoint)
-    model = load_model(checkpoint.path, run_dtype(config.dtype))
-    if config.speed:
-        check_context(model, str(checkpoint.path), config.prompt_tokens, config.new_tokens)
+    model = load_model(path, run_dtype(config.dtype))
     perplexity = {}
     for text in texts:
-        found = measure_perplexity(model, text)
+        found = measure_perplexity(model, text, progress)
         perplexity[Path(text.text).name] = PerplexityRecord(
             perplexity=found.perplexity,
             nll=found.nll,
@@ -83,14 +90,14 @@ def _measure(checkpoint: Checkpoint, texts: list[TextWindows], tasks: Tasks | No
             bos_in_each_chunk=found.bos_in_each_chunk,
         )
     return DirectoryRecord(
-        directory=str(checkpoint.path),
-        kind="plain" if conversion is None else "SmoothRot",
+        directory=str(path),
+        kind="plain" if size[1] is None else "SmoothRot",
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
-        size=size,
-        conversion=conversion,
+        size=size[0],
+        conversion=size[1],
         perplexity=perplexity,
-        tasks=tasks.score(model, checkpoint.path, config.limit) if tasks else [],
+        tasks=tasks.score(model, path, config.limit) if tasks else [],
         speed=None,
     )
 

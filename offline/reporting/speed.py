@@ -4,9 +4,10 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from smoothrot_offline.progress import ProgressCallback
 from smoothrot_offline.reporting.record import SpeedConditions, SpeedRecord
@@ -21,17 +22,18 @@ METHOD = (
 )
 
 
-def check_context(model: PreTrainedModel, name: str, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse to measure beyond the model's context.
+def check_context(directory: Path, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse to measure beyond the model's context, which its config.json gives.
 
     Raises:
         ConfigError: ``prompt_tokens + new_tokens`` exceeds ``max_position_embeddings``.
     """
-    context = model.config.get_text_config().max_position_embeddings
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    context = config.get_text_config().max_position_embeddings
     if prompt_tokens + new_tokens > context:
         raise ConfigError(
-            f"{name}: --prompt-tokens {prompt_tokens} and --new-tokens {new_tokens}: expected at most the model's context of "
-            f"{context} together. Choose fewer, or --no-speed."
+            f"{directory}: --prompt-tokens {prompt_tokens} and --new-tokens {new_tokens}: expected at most the model's context "
+            f"of {context} together. Choose fewer, or --no-speed."
         )
 
 
