@@ -19,22 +19,6 @@ CHUNK_TOKENS = 4096
 """Tokens whose activations are held at a time while a layer runs (one sequence at least)."""
 
 
-class ChannelStatistics:
-    """What smoothing needs to know of a linear's input, accumulated over chunks of tokens.
-
-    ``largest`` is ``max |X_j|`` per channel, float32 ``(channels,)``; ``tokens`` counts what was seen.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.largest = torch.zeros(channels)
-        self.tokens = 0
-
-    def update(self, x: torch.Tensor) -> None:
-        """Add the tokens of ``x (tokens, channels)``."""
-        self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
-        self.tokens += x.shape[0]
-
-
 class LayerRunner:
     """Runs single decoder layers of the original model through transformers' own code.
 

@@ -28,8 +28,12 @@ Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_def
 WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
 ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
 GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
-Scales = Annotated[Literal["max", "none"], typer.Option(help="Smoothing of down_proj's input.")]
+Scales = Annotated[
+    Literal["none", "max", "quantile", "l2", "search", "learned"],
+    typer.Option(help="Smoothing of down_proj's input: by a statistic, by trying them out, or by gradient from there."),
+]
 Alpha = Annotated[float, typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight.")]
+Quantile = Annotated[float, typer.Option(min=0, max=1, help="quantile: of the input's magnitudes in each channel.")]
 Rounding = Annotated[
     Literal["rtn", "gptq", "gptaq"],
     typer.Option(help="Weight rounding: to nearest, error-compensated, or towards the full-precision model as well."),
@@ -54,8 +58,9 @@ def run(
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
-    scales: Scales = "max",
+    scales: Scales = "l2",
     alpha: Alpha = 0.5,
+    quantile: Quantile = 0.999,
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
@@ -94,8 +99,9 @@ def plan(
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
-    scales: Scales = "max",
+    scales: Scales = "l2",
     alpha: Alpha = 0.5,
+    quantile: Quantile = 0.999,
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,

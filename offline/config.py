@@ -24,8 +24,9 @@ class ConvertConfig(BaseModel):
     weight_bits: Literal[4, 8] = 4
     activation_bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1
-    scales: Literal["max", "none"] = "max"
+    scales: Literal["none", "max", "quantile", "l2", "search", "learned"] = "l2"
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    quantile: float = Field(default=0.999, gt=0.0, le=1.0)
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0.0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.calibrate import ChannelStatistics, LayerRunner, check_seqlen, embed, tokens_digest
+from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.checkpoint import (
     CONFIG_NAME,
@@ -33,7 +33,6 @@ from smoothrot_offline.manifest import (
     LayerRecord,
     Manifest,
     RotationRecord,
-    SmoothingRecord,
     SourceRecord,
     package_versions,
 )
@@ -41,7 +40,7 @@ from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
 from smoothrot_offline.sequential import SequentialRounding
 from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
-from smoothrot_offline.smooth import smoothing_scales
+from smoothrot_offline.smooth.stage import smooth_layer
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_offline.write import OutputDirectory, ShardWriter
 from smoothrot_vllm.errors import CheckpointError
@@ -218,18 +217,8 @@ class _Run:
         del source
         scales, smoothing = None, None
         if hidden is not None:
-            down = self.spec.architecture.down
-            statistics = ChannelStatistics(self.spec.intermediate)
-            runner.run(index, layer, hidden, {down: statistics.update})
-            scales = smoothing_scales(statistics, layer[f"{down}.weight"].double(), self.config.alpha)
-            smoothing = SmoothingRecord(
-                policy=self.config.scales,
-                alpha=self.config.alpha,
-                activation_max=float(statistics.largest.max()),
-                scale_min=float(scales.min()),
-                scale_max=float(scales.max()),
-                scale_geometric_mean=float(scales.log().mean().exp()),
-            )
+            choice, smoothing = smooth_layer(index, layer, hidden, runner, self.spec, self.config, self.schema)
+            scales = choice.scales
         layer = {name: tensor.double() for name, tensor in layer.items()}
         self.transform.layer(index, layer, scales)
         rounded = rounding.layer(index, layer) if rounding is not None else {}

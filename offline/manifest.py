@@ -47,10 +47,16 @@ class RotationRecord(_Record):
 
 
 class SmoothingRecord(_Record):
-    """What a scale policy chose for one layer."""
+    """What a scale policy chose for one layer: the statistic of the input, its exponent alpha, the quantile if it is one.
+
+    ``error`` is the layer error (round-to-nearest, sampled tokens) relative to that of the max policy with alpha 0.5.
+    """
 
     policy: str
+    statistic: str
     alpha: float
+    quantile: float | None
+    error: float
     activation_max: float
     scale_min: float
     scale_max: float

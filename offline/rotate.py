@@ -50,7 +50,7 @@ def random_signs(size: int, seed: int, purpose: str) -> torch.Tensor:
 
 
 def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
-    """``x (I (x) H_block)``, orthonormal, along the last axis of float64 ``x``.
+    """``x (I (x) H_block)``, orthonormal, along the last axis of ``x``, in its dtype: float64 for folds, float32 for trials.
 
     Equals :func:`smoothrot_vllm.reference.hadamard_transform` over ``sqrt(block)`` up to the order of additions.
     """
@@ -67,7 +67,7 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     y, inner = x, block
     for order in orders:
         inner //= order
-        matrix = hadamard_matrix(order)
+        matrix = hadamard_matrix(order).to(x.dtype)
         # H_block = H_a (x) H_b (x) ...: axis by axis, y_j = sum_i x_i H_ij. The last axis is one plain product.
         y = matrix.T @ y.reshape(-1, order, inner) if inner > 1 else y.reshape(-1, order) @ matrix
     return y.reshape(x.shape)

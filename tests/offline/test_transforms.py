@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.calibrate import ChannelStatistics
 from smoothrot_offline.config import make_config
 from smoothrot_offline.rotate import (
     Rotation,
@@ -23,7 +22,7 @@ from smoothrot_offline.rotate import (
     rotate_heads,
     rotate_residual,
 )
-from smoothrot_offline.smooth import fold_smoothing, smoothing_scales
+from smoothrot_offline.smooth import fold_smoothing
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.hadamard import choose_block
@@ -197,17 +196,6 @@ def test_random_signs_depend_on_seed_and_purpose_only() -> None:
     assert torch.equal(signs, random_signs(256, 0, "R1"))
     assert not torch.equal(signs, random_signs(256, 1, "R1"))
     assert not torch.equal(signs, random_signs(256, 0, "R4/0"))
-
-
-def test_max_scales_follow_the_formula_and_leave_dead_channels_alone() -> None:
-    statistics = ChannelStatistics(4)
-    statistics.update(torch.tensor([[1.0, -16.0, 0.0, 3.0]]))
-    statistics.update(torch.tensor([[-4.0, 2.0, 0.0, 5.0]]))
-    weight = torch.tensor([[-1.0, 4.0, 2.0, 0.0], [0.5, -1.0, 2.0, 0.0]], dtype=torch.float64)
-    scales = smoothing_scales(statistics, weight, alpha=0.5)
-    torch.testing.assert_close(scales, torch.tensor([2.0, 2.0, 1.0, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(smoothing_scales(statistics, weight, alpha=1.0)[:2], torch.tensor([4.0, 16.0]).double())
-    assert statistics.tokens == 2
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
