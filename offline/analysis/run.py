@@ -44,9 +44,7 @@ from smoothrot_vllm.hadamard import choose_block
 JSON_NAME = "analysis.json"
 PAGE_NAME = "report.html"
 
-SCHEME = LinearScheme(
-    weights=WeightScheme(bits=BITS), activations=ActivationScheme(bits=BITS, clip=ACTIVATION_CLIP[BITS])
-)
+SCHEME = LinearScheme(weights=WeightScheme(bits=BITS), activations=ActivationScheme(bits=BITS, clip=ACTIVATION_CLIP[BITS]))
 """What the policies that try scales out assume of the conversion."""
 
 

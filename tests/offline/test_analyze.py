@@ -19,8 +19,10 @@ from smoothrot_offline.analysis import Analysis, AnalysisConfig, analyze
 from smoothrot_offline.analysis.measure import InputMeter, Transform, difficulty, quantize
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.cli import app
+from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.rotate import Rotation, random_rotation, random_signs
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
+from smoothrot_vllm.format import WeightScheme
 from smoothrot_vllm.hadamard import choose_block
 
 MakeModel = Callable[..., Path]
@@ -43,9 +45,9 @@ def run(source: Path, out: Path, **options: Any) -> Analysis:
     return analyze(source, out, config)[0]
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
+def rounded(x: torch.Tensor, clip: float = 1.0) -> torch.Tensor:
     """Plain 4-bit symmetric quantisation of each row in float64."""
-    scale = x.abs().amax(dim=1, keepdim=True) / 7
+    scale = x.abs().amax(dim=1, keepdim=True) * clip / 7
     return torch.round(x / scale).clamp(-8, 7) * scale
 
 
@@ -91,6 +93,21 @@ def check(found: Any, x: torch.Tensor, weight: torch.Tensor) -> None:
     assert sum(found.peak_token_bins) == pytest.approx(1)
 
 
+def check_policy(layer: Any, policy: str, scales: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor) -> None:
+    found, reference = layer.policies[policy], layer.policies["max"]
+    assert found.scale_max == pytest.approx(float(scales.max()), rel=1e-5)
+    assert found.scale_min == pytest.approx(float(scales.min()), rel=1e-5)
+    assert found.scale_geometric_mean == pytest.approx(float(scales.log().mean().exp()), rel=1e-5)
+    smoothed, folded = x / scales @ q, (weight * scales) @ q
+    error = x @ weight.T - rounded(smoothed) @ rounded(folded).T
+    assert found.error == pytest.approx(float(error.square().sum()), rel=2e-3)
+    rtn = quantize_rtn(folded, WeightScheme()).dequantize().double()
+    error = x @ weight.T - rounded(smoothed, clip=0.9) @ rtn.T
+    assert found.converted_error == pytest.approx(float(error.square().sum()), rel=2e-3)
+    assert found.ratio_to_max == found.error / reference.error
+    assert found.converted_ratio_to_max == found.converted_error / reference.converted_error
+
+
 def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path, Path, Analysis]) -> None:
     source, _, found = analysed
     captured = Captured(source)
@@ -124,11 +141,10 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
                 check(record.transforms["S"], x / scales, weight * scales)
                 check(record.transforms["R"], x @ q, weight @ q)
                 check(record.transforms["S+R"], x / scales @ q, (weight * scales) @ q)
-                policy = layer.policies["max"]
-                assert policy.error == record.transforms["S+R"].error
-                assert (policy.ratio_to_max, policy.selected) == (1.0, False)
-                assert policy.scale_max == pytest.approx(float(scales.max()), rel=1e-5)
-                assert policy.scale_min == pytest.approx(float(scales.min()), rel=1e-5)
+                assert layer.policies["max"].error == record.transforms["S+R"].error
+                check_policy(layer, "max", scales, x, weight, q)
+                scales = (choosing.norm(dim=0) / weight.norm(dim=0)).sqrt()
+                check_policy(layer, "l2", scales, x, weight, q)
 
 
 def test_summaries_are_those_of_the_layers(analysed: tuple[Path, Path, Analysis]) -> None:
@@ -143,8 +159,23 @@ def test_summaries_are_those_of_the_layers(analysed: tuple[Path, Path, Analysis]
             assert mean == pytest.approx(sum(record.error for record in records) / 3)
             pairs = torch.tensor([[record.error, record.activation_difficulty] for record in records], dtype=torch.float64)
             assert found.error_difficulty_correlation[kind][name] == pytest.approx(float(torch.corrcoef(pairs.T)[0, 1]))
+    assert set(found.policies) == {"max", "quantile", "l2", "search", "learned"}
+    for policy, summary in found.policies.items():
+        own = [layer.policies[policy] for layer in found.layers]
+        reference = [layer.policies["max"] for layer in found.layers]
+        assert summary.mean_error == pytest.approx(sum(record.error for record in own) / 3)
+        assert summary.converted_mean_error == pytest.approx(sum(record.converted_error for record in own) / 3)
+        assert summary.ratio_of_means == pytest.approx(summary.mean_error / found.policies["max"].mean_error)
+        expected = summary.converted_mean_error / found.policies["max"].converted_mean_error
+        assert summary.converted_ratio_of_means == pytest.approx(expected)
+        selected = [index for index, record in enumerate(own) if record.selected]
+        assert summary.selected_layers == selected
+        if selected:
+            errors = (sum(record.error for record in (records[i] for i in selected)) for records in (own, reference))
+            assert summary.selected_ratio == pytest.approx(next(errors) / next(errors))
     assert found.policies["max"].ratio_of_means == 1.0
-    assert found.policies["max"].selected_layers == []
+    assert (found.policies["max"].selected_layers, found.policies["max"].selected_ratio) == ([], None)
+    assert found.policies["l2"].selected_layers == [0, 1, 2]
 
 
 def test_difficulty_of_equal_channels_is_zero_and_of_one_spike_is_the_unbiased_deviation() -> None:
@@ -182,7 +213,7 @@ def test_planted_spike_is_the_massive_activation_where_it_was_planted(make_model
         tensors[f"model.layers.0.mlp.{linear}.weight"][channel] = 0
         tensors[f"model.layers.0.mlp.{linear}.weight"][channel, 0] = 100
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    found = run(source, tmp_path / "out")
+    found = run(source, tmp_path / "out", policies=("max",))
     assert found.massive["down_proj"].layer == 0
     peak = found.massive["down_proj"].peak
     assert (peak.channel, peak.token) == (channel, 1)
@@ -224,7 +255,7 @@ def test_output_is_a_record_and_a_page_that_stands_alone(analysed: tuple[Path, P
     parsed = _Page()
     parsed.feed(page)
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
-    assert parsed.tags.count("img") == len(parsed.sources) == 7
+    assert parsed.tags.count("img") == len(parsed.sources) == 9
     assert all(source.startswith("data:image/png;base64,") for source in parsed.sources)
 
 
@@ -240,14 +271,15 @@ def test_command_prints_the_facts_and_takes_some_layers(analysed: tuple[Path, Pa
     result = invoke("analyze", source, tmp_path / "some", "--layers", "2,0-1,2", *OPTIONS, "--json")
     assert result.exit_code == 0, result.stderr
     assert Analysis.model_validate_json(result.stdout).layers == found.layers
-    shown = invoke("analyze", source, tmp_path / "one", "--layers", "1", *OPTIONS)
+    shown = invoke("analyze", source, tmp_path / "one", "--layers", "1", *OPTIONS, "--policies", "l2")
     assert shown.exit_code == 0, shown.stderr
     assert "down_proj" in shown.stdout
     assert "report.html" in shown.stdout
     alone = Analysis.model_validate_json((tmp_path / "one/analysis.json").read_text())
-    assert alone.layers == found.layers[1:2]
+    assert alone.layers[0].inputs == found.layers[1].inputs
+    assert alone.layers[0].policies == {name: found.layers[1].policies[name] for name in ("max", "l2")}
     assert alone.error_difficulty_correlation["qkv"]["none"] is None
-    assert (tmp_path / "one/report.html").read_text().count("<img") == 5
+    assert (tmp_path / "one/report.html").read_text().count("<img") == 6
 
 
 @pytest.mark.parametrize(
