@@ -78,8 +78,8 @@ class LayerRunner:
         return model.eval(), model.layers[0]
 
 
-def embed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``.
+def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``: rows times ``scale``.
 
     Raises:
         ConfigError: a token is outside the vocabulary.
@@ -90,7 +90,7 @@ def embed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         raise ConfigError(
             f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the tokenizer of this model."
         )
-    return nn.functional.embedding(tokens, embedding).float()
+    return nn.functional.embedding(tokens, embedding).float() * scale
 
 
 def tokens_digest(tokens: torch.Tensor) -> str:

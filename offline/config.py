@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online, OnlineHadamard, QuantizationSchema, WeightScheme
-from smoothrot_vllm.hadamard import HadamardFactors, choose_block
+from smoothrot_vllm.hadamard import choose_block
 
 ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
 """Per-token clip by activation bits: 0.9 is the best of QuaRot's ablation at 4 bits (arXiv 2404.00456, table 11)."""
@@ -60,17 +60,23 @@ def make_config(**options: Any) -> ConvertConfig:
 
 
 def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:
-    """Whether the output shares the embedding with the head, which no fold and no quantised head allows."""
-    return spec.tied and not config.rotate and config.lm_head_bits == 16
+    """Whether the output shares the embedding with the head, which no fold into them and no quantised head allows."""
+    folded = config.rotate and spec.architecture.rotates_residual
+    return spec.tied and not folded and config.lm_head_bits == 16
 
 
-def online_block(spec: ModelSpec, config: ConvertConfig) -> HadamardFactors:
-    """Order of R4's Hadamard blocks, whole on each of ``config.max_tp`` shards.
+def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
+    """What the server rotates: R4 in blocks that are whole on each of ``config.max_tp`` shards, and R1 where no fold can.
 
     Raises:
-        UnsupportedModelError: the size cannot be split so.
+        UnsupportedModelError: a size cannot be split so.
     """
-    return choose_block(spec.intermediate, config.max_tp)
+    if not config.rotate:
+        return Online()
+    down = OnlineHadamard(size=spec.intermediate, block=choose_block(spec.intermediate, config.max_tp).size)
+    if spec.architecture.rotates_residual:
+        return Online(down_proj=down)
+    return Online(down_proj=down, readers=OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size))
 
 
 def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
@@ -81,12 +87,11 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         UnsupportedModelError: a size has no Hadamard block.
     """
     clip = ACTIVATION_CLIP[config.activation_bits]
-    rotation = OnlineHadamard(size=spec.intermediate, block=online_block(spec, config).size) if config.rotate else None
     head = LinearScheme(weights=WeightScheme(bits=8), activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
     schema = QuantizationSchema(
         weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
         activations=ActivationScheme(bits=config.activation_bits, clip=clip),
-        online=Online(down_proj=rotation),
+        online=online_rotations(spec, config),
         lm_head=head if config.lm_head_bits == 8 else None,
         max_tensor_parallel=config.max_tp,
     )

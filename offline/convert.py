@@ -194,7 +194,7 @@ class _Run:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
         rows = [self._cast(self.transform.embedding(part.double()), self.embedding) for part in embedding.split(HEAD_ROWS)]
         self.shards.add({self.embedding: torch.cat(rows)})
-        return None if tokens is None else embed(tokens, embedding)
+        return None if tokens is None else embed(tokens, embedding, self.spec.embedding_scale)
 
     def _rounding(self, runner: LayerRunner, hidden: torch.Tensor | None) -> SequentialRounding | None:
         if self.config.rounding == "rtn" or hidden is None:
@@ -267,10 +267,12 @@ class _Run:
         return self.config.model_copy(update={"calib": file.name}) if file.is_file() else self.config
 
     def _rotations(self) -> RotationRecord | None:
-        residual = self.transform.residual
-        if residual is None:
+        online = self.transform.online
+        if online.down_proj is None:
             return None
-        return RotationRecord(r1=residual.block, r2=choose_block(self.spec.head_dim).size, r4=self.transform.online_block)
+        r1 = self.transform.residual or online.readers
+        assert r1 is not None
+        return RotationRecord(r1=r1.block, r2=choose_block(self.spec.head_dim).size, r4=online.down_proj.block)
 
 
 def _stored(

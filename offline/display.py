@@ -10,6 +10,7 @@ from smoothrot_offline.convert import Conversion
 from smoothrot_offline.inspect import Inspection
 from smoothrot_offline.plan import Plan
 from smoothrot_offline.sizes import Sizes
+from smoothrot_vllm.format import Online
 
 
 def show_plan(plan: Plan) -> RenderableType:
@@ -35,13 +36,13 @@ def show_plan(plan: Plan) -> RenderableType:
 
 def show_inspection(found: Inspection) -> RenderableType:
     """What the checkpoint is, how it is stored, and how well each layer kept its weights."""
-    weights, acts, online = found.quantization.weights, found.quantization.activations, found.quantization.online.down_proj
+    weights, acts = found.quantization.weights, found.quantization.activations
     groups = "per channel" if weights.group_size == -1 else f"groups of {weights.group_size}"
     facts = make_table("", "", header=False)
     facts.add_row("architecture", f"{found.architecture}, {found.layers} layers, {found.dtype}")
     facts.add_row("linears", f"W{weights.bits} ({groups}) A{acts.bits} (per token, clip {acts.clip})")
     facts.add_row("head", "16 bits" if found.quantization.lm_head is None else f"{found.quantization.lm_head.weights.bits} bits")
-    facts.add_row("online Hadamard", "none" if online is None else f"down_proj input, {online.size} in blocks of {online.block}")
+    facts.add_row("online Hadamard", _online_rotations(found.quantization.online))
     facts.add_row("tensor parallel", f"up to {found.quantization.max_tensor_parallel}")
     errors = make_table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
     for index, layer in enumerate(found.origin["layers"]):
@@ -60,6 +61,11 @@ def show_inspection(found: Inspection) -> RenderableType:
 def show_conversion(done: Conversion, out: str) -> RenderableType:
     """Where the output is and what it took."""
     return f"{out}: {len(done.manifest.tensors)} tensors, {decimal(done.output_bytes.total)}, in {done.seconds:.0f} s"
+
+
+def _online_rotations(online: Online) -> str:
+    inputs = {"down_proj input": online.down_proj, "input of q, k, v, gate and up": online.readers}
+    return "; ".join(f"{name}, {r.size} in blocks of {r.block}" for name, r in inputs.items() if r is not None) or "none"
 
 
 def _size_table(before_name: str, before: Sizes, after: Sizes) -> Table:

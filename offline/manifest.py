@@ -39,7 +39,7 @@ class CalibrationRecord(_Record):
 
 
 class RotationRecord(_Record):
-    """Hadamard block of each rotation; signs follow from the seed."""
+    """Hadamard block of each rotation; signs follow from the seed. R1 is folded, or else online in the readers' input."""
 
     r1: int
     r2: int

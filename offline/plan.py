@@ -109,7 +109,8 @@ def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig) -> Plan:
 
 
 def _hadamards(spec: ModelSpec, config: ConvertConfig) -> dict[str, HadamardPlan]:
-    widths = {"R1": (spec.hidden, 1), "R2": (spec.head_dim, 1), "R4": (spec.intermediate, config.max_tp)}
+    r1 = "R1" if spec.architecture.rotates_residual else "R1 online"
+    widths = {r1: (spec.hidden, 1), "R2": (spec.head_dim, 1), "R4": (spec.intermediate, config.max_tp)}
     blocks = {name: choose_block(size, shards) for name, (size, shards) in widths.items()}
     return {
         name: HadamardPlan(size=widths[name][0], block=factors.size, factors=str(factors)) for name, factors in blocks.items()

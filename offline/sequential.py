@@ -120,21 +120,15 @@ class SequentialRounding:
         return zip(self._hidden.split(step), self._exact.split(step), strict=True)
 
     def _rotations(self) -> dict[str, InputMap]:
-        rotation = self._schema.online.down_proj
-        if rotation is None:
-            return {}
-        return {self._spec.architecture.down: lambda x: hadamard_transform(x, rotation.block) * rotation.block**-0.5}
+        found = {linear: self._schema.online.rotation(linear) for linear in self._spec.architecture.linears}
+        return {linear: _rotator(rotation.block) for linear, rotation in found.items() if rotation is not None}
 
     def _quantisers(self, prefix: str) -> dict[str, InputMap]:
-        rotation = self._schema.online.down_proj
-        maps = {}
+        maps = self._rotations()
         for linear in self._spec.architecture.linears:
-            scheme = self._schema.scheme(prefix + linear)
-            rotated = rotation is not None and linear == self._spec.architecture.down
+            scheme, rotation = self._schema.scheme(prefix + linear), self._schema.online.rotation(linear)
             if scheme is not None:
-                maps[linear] = _fake_quantiser(scheme.activations, rotation.block if rotation and rotated else 0)
-            elif rotated:
-                maps[linear] = self._rotations()[linear]
+                maps[linear] = _fake_quantiser(scheme.activations, 0 if rotation is None else rotation.block)
         return maps
 
 
@@ -160,6 +154,10 @@ def _input_of(built: tuple[nn.Module, nn.Module], linear: str, hidden: torch.Ten
     finally:
         handle.remove()
     raise AssertionError("the layer runs each of its linears")
+
+
+def _rotator(block: int) -> InputMap:
+    return lambda x: hadamard_transform(x, block) * block**-0.5
 
 
 def _fake_quantiser(scheme: ActivationScheme, block: int) -> InputMap:

@@ -104,7 +104,7 @@ class _Run:
             config.calib, self.checkpoint.path, 2 * config.calib_samples, config.calib_seqlen, config.seed
         )
         embedding = f"{self.spec.architecture.embedding}.weight"
-        hidden = embed(self.tokens, self.checkpoint.load([embedding])[embedding])
+        hidden = embed(self.tokens, self.checkpoint.load([embedding])[embedding], self.spec.embedding_scale)
         self._choosing, self._measuring = hidden.split(config.calib_samples)
         self._runner = LayerRunner(self.spec)
         for index in range(self.chosen[-1] + 1):
@@ -138,7 +138,8 @@ class _Run:
         loaded = self.checkpoint.load(prefix + name for name in self.spec.layer_tensors())
         layer = {name.removeprefix(prefix): tensor.double() for name, tensor in loaded.items()}
         folded = dict(layer)
-        fold_norms(folded, self.spec.architecture)
+        if self.spec.architecture.rotates_residual:
+            fold_norms(folded, self.spec.architecture)
         if index not in self.chosen:
             for hidden in (self._choosing, self._measuring):
                 self._runner.run(index, folded, hidden, {})

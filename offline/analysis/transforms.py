@@ -2,8 +2,8 @@
 """The transforms of each input of a decoder layer whose quantisation is measured.
 
 Each is what the converter folds, on the linear's input alone: rotating its output as well changes neither its input nor,
-in exact arithmetic, any Frobenius norm. A layer is run with its norms folded, so what is captured behind a norm is the
-unit norm's output: R needs exactly that, and the original model's input is its product with gamma.
+in exact arithmetic, any Frobenius norm. Where R1 is folded, a layer is run with its norms folded, so what is captured
+behind a norm is the unit norm's output: R needs exactly that, and the original model's input is its product with gamma.
 """
 
 from collections.abc import Mapping
@@ -47,11 +47,12 @@ def layer_transforms(
     groups = dict(zip(KINDS, table.input_groups(), strict=True))
     weights = {kind: torch.cat([layer[f"{linear}.weight"] for linear in group]) for kind, group in groups.items()}
     norms = dict(zip(("qkv", "gate_up"), table.readers, strict=True))
-    found = {
-        kind: _read_from_norm(weights[kind], layer[f"{norm}.weight"], random_rotation(spec.hidden, seed))
-        for kind, norm in norms.items()
-    }
-    heads = Rotation(torch.ones(spec.heads * spec.head_dim, dtype=torch.float64), choose_block(spec.head_dim).size)
+    found = {kind: {NONE: _plain(weights[kind]), ROTATED: _rotated(weights[kind], _hadamard(spec.hidden))} for kind in norms}
+    if table.rotates_residual:
+        for kind, norm in norms.items():
+            gamma = layer[f"{norm}.weight"] + table.norm_offset
+            found[kind] = _read_from_unit_norm(weights[kind], gamma, random_rotation(spec.hidden, seed))
+    heads = _hadamard(spec.heads * spec.head_dim, choose_block(spec.head_dim).size)
     found["o_proj"] = {NONE: _plain(weights["o_proj"]), ROTATED: _rotated(weights["o_proj"], heads)}
     online = Rotation(random_signs(spec.intermediate, seed, f"R4/{index}"), choose_block(spec.intermediate).size)
     found[DOWN] = _down(weights[DOWN], online, scales)
@@ -61,6 +62,11 @@ def layer_transforms(
 def converted(policy: str) -> str:
     """The name of a policy's transform with the converter's quantisers."""
     return f"{policy}, converted"
+
+
+def _hadamard(size: int, block: int | None = None) -> Rotation:
+    """A rotation without random signs, in the largest blocks unless ``block`` is given."""
+    return Rotation(torch.ones(size, dtype=torch.float64), block or choose_block(size).size)
 
 
 def _plain(weight: torch.Tensor) -> Transform:
@@ -73,7 +79,7 @@ def _rotated(weight: torch.Tensor, rotation: Rotation, scales: torch.Tensor | No
     return Transform(lambda x: rotation.rotate(x / divisor).float(), rotation.rotate(weight * divisor).float())
 
 
-def _read_from_norm(weight: torch.Tensor, gamma: torch.Tensor, rotation: Rotation) -> dict[str, Transform]:
+def _read_from_unit_norm(weight: torch.Tensor, gamma: torch.Tensor, rotation: Rotation) -> dict[str, Transform]:
     return {NONE: Transform(lambda x: x * gamma.float(), weight.float()), ROTATED: _rotated(weight * gamma, rotation)}
 
 

@@ -147,6 +147,19 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
                 check_policy(layer, "l2", scales, x, weight, q)
 
 
+def test_readers_of_a_norm_that_cannot_be_folded_are_rotated_at_run_time(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("gemma3", dtype=torch.float32)
+    found = run(source, tmp_path / "out", policies=("max",), layers=(1,))
+    captured = Captured(source)
+    q = Rotation(torch.ones(72, dtype=torch.float64), choose_block(72).size).rotate(torch.eye(72, dtype=torch.float64))
+    for kind in ("qkv", "gate_up"):
+        _, x, weight = captured.get(1, kind)
+        check(found.layers[0].inputs[kind].transforms["none"], x, weight)
+        check(found.layers[0].inputs[kind].transforms["R"], x @ q, weight @ q)
+    _, x, weight = captured.get(1, "down_proj")
+    check(found.layers[0].inputs["down_proj"].transforms["none"], x, weight)
+
+
 def test_summaries_are_those_of_the_layers(analysed: tuple[Path, Path, Analysis]) -> None:
     _, _, found = analysed
     for kind in LINEARS:

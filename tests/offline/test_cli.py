@@ -295,6 +295,18 @@ def test_inspect_says_what_is_stored(converted: Path) -> None:
     assert "152 in blocks of 152" in shown
 
 
+def test_plan_and_inspect_show_what_the_server_rotates(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("gemma3", tie_word_embeddings=True)
+    planned = invoke_json("plan", source, "--scales", "none")
+    assert planned["hadamard"]["R1 online"] == {"size": 72, "block": 72, "factors": "36·2"}
+    assert planned["output_bytes"]["lm_head"] == 0
+    assert invoke("run", source, tmp_path / "out", "--scales", "none").exit_code == 0
+    assert invoke_json("verify", tmp_path / "out")["ok"]
+    assert invoke_json("inspect", tmp_path / "out")["output_bytes"] == planned["output_bytes"]
+    shown = " ".join(invoke("inspect", tmp_path / "out").stdout.split())
+    assert "152 in blocks of 152; input of q, k, v, gate and up, 72 in blocks of 72" in shown
+
+
 def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from smoothrot_offline.evaluate import PerplexityResult
 
