@@ -81,7 +81,7 @@ def quantize_weight(weight: torch.Tensor, converted: bool) -> tuple[torch.Tensor
     """:func:`quantize` of a weight, or, if ``converted``, as the converter rounds to nearest."""
     if not converted:
         return quantize(weight)
-    found = quantize_rtn(weight, WeightScheme(bits=BITS))
+    found = quantize_rtn(weight, WeightScheme())  # 4 bits, per output channel
     return found.codes, found.dequantize()
 
 
