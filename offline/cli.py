@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval.
+"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval, analyze, report.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit code 1 is a refusal or
 a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait until a command runs.
 """
 
 import dataclasses
-import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from click.core import ParameterSource
-from rich.console import Console, RenderableType
 
-from smoothrot_vllm.errors import SmoothRotError
+from smoothrot_offline.cli_analysis import analyze, report
+from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
 
 app = typer.Typer(
     name="smoothrot-convert",
@@ -40,8 +36,6 @@ def _fraction(value: str | float) -> float:
 
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PresetOption = Annotated[
     Literal["auto", "fast", "balanced", "best", "none"],
     typer.Option(
@@ -119,9 +113,8 @@ def run(
 ) -> None:
     """Convert MODEL into the new directory OUT."""
     options = _explicit(context, locals())
-    # A polite kill unwinds like Ctrl-C, so that the partial output is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _reporting(as_json, debug) as show:
+    unwind_when_killed()
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_checkpoint, resolve_source
         from smoothrot_offline.convert import convert
         from smoothrot_offline.display import show_conversion
@@ -170,7 +163,7 @@ def plan(
 ) -> None:
     """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
     options = _explicit(context, locals())
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_headers
         from smoothrot_offline.display import show_plan
         from smoothrot_offline.plan import plan_conversion
@@ -181,13 +174,13 @@ def plan(
         found = plan_conversion(headers, choice.config)
         chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
         show(found.model_dump(mode="json") | chosen, show_plan(found, choice))
-        _refuse(found.refusals)
+        refuse(found.refusals)
 
 
 @app.command()
 def verify(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
     """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.progress import progress_bar
         from smoothrot_offline.verify import verify as verify_directory
 
@@ -195,13 +188,13 @@ def verify(directory: Converted, as_json: Json = False, debug: Debug = False) ->
             found = verify_directory(directory, progress)
         summary = f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were written"
         show(found.model_dump(mode="json"), summary if found.ok else f"{directory}: {len(found.problems)} problem(s)")
-        _refuse(found.problems)
+        refuse(found.problems)
 
 
 @app.command()
 def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
     """Summarise the converted DIRECTORY."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.display import show_inspection
         from smoothrot_offline.inspect import inspect as inspect_directory
 
@@ -215,17 +208,22 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl with a text field.", show_default=False)],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
+    dtype: RunDtype = "float32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import resolve_source
-        from smoothrot_offline.evaluate import evaluate_perplexity
+        from smoothrot_offline.evaluate import evaluate_perplexity, run_dtype
 
-        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks)
-        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.seconds:.0f} s"
+        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype))
+        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.dtype}, {found.seconds:.0f} s"
         show(dataclasses.asdict(found), summary)
+
+
+app.command()(analyze)
+app.command()(report)
 
 
 def main() -> None:
@@ -245,42 +243,6 @@ def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, An
     if given.pop("no_rotate", False):
         given["rotate"] = False
     return given
-
-
-@contextmanager
-def _reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
-    """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
-
-    Yields the function that prints a result: its facts as JSON, or its display.
-    """
-    stdout = sys.stdout
-
-    def show(facts: dict[str, Any], display: RenderableType) -> None:
-        if as_json:
-            print(json.dumps(facts, ensure_ascii=False), file=stdout)
-        else:
-            Console(file=stdout, markup=False, highlight=False).print(display)
-
-    try:
-        with redirect_stdout(sys.stderr):
-            yield show
-    except typer.Exit:
-        raise
-    except SmoothRotError as error:
-        if debug:
-            raise
-        _refuse([str(error)])
-    except Exception as error:
-        if debug:
-            raise
-        _refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
-
-
-def _refuse(problems: list[str]) -> None:
-    for problem in problems:
-        print("error: " + " ".join(problem.split()), file=sys.stderr)
-    if problems:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ def show_plan(plan: Plan, choice: Choice) -> RenderableType:
     if plan.source_bytes is not None and plan.output_bytes is not None:
         parts.append(_size_table("source", plan.source_bytes, plan.output_bytes))
     if plan.hadamard:
-        table = _table("rotation", "width", "Hadamard blocks")
+        table = make_table("rotation", "width", "Hadamard blocks")
         for name, rotation in plan.hadamard.items():
             table.add_row(name, str(rotation.size), f"{rotation.size // rotation.block} of {rotation.block} = {rotation.factors}")
         parts.append(table)
     if plan.tensor_parallel:
-        table = _table("tensor parallel", "served")
+        table = make_table("tensor parallel", "served")
         for entry in plan.tensor_parallel:
             table.add_row(str(entry.size), entry.refused or "yes")
         parts.append(table)
@@ -40,13 +40,13 @@ def show_inspection(found: Inspection) -> RenderableType:
     """What the checkpoint is, how it is stored, and how well each layer kept its weights."""
     weights, acts = found.quantization.weights, found.quantization.activations
     groups = "per channel" if weights.group_size == -1 else f"groups of {weights.group_size}"
-    facts = _table("", "", header=False)
+    facts = make_table("", "", header=False)
     facts.add_row("architecture", f"{found.architecture}, {found.layers} layers, {found.dtype}")
     facts.add_row("linears", f"W{weights.bits} ({groups}) A{acts.bits} (per token, clip {acts.clip})")
     facts.add_row("head", "16 bits" if found.quantization.lm_head is None else f"{found.quantization.lm_head.weights.bits} bits")
     facts.add_row("online Hadamard", _online_rotations(found.quantization.online))
     facts.add_row("tensor parallel", f"up to {found.quantization.max_tensor_parallel}")
-    errors = _table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
+    errors = make_table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
     for index, layer in enumerate(found.origin["layers"]):
         worst = max(layer["weight_error"], key=layer["weight_error"].get)
         smoothing = layer["smoothing"]
@@ -71,7 +71,7 @@ def _online_rotations(online: Online) -> str:
 
 
 def _size_table(before_name: str, before: Sizes, after: Sizes) -> Table:
-    table = _table("", before_name, "SmoothRot", "ratio")
+    table = make_table("", before_name, "SmoothRot", "ratio")
     for kind in Sizes.model_fields:
         table.add_row(kind, *_size_cells(getattr(before, kind), getattr(after, kind)))
     table.add_row("total", *_size_cells(before.total, after.total))
@@ -82,5 +82,6 @@ def _size_cells(before: int, after: int) -> tuple[str, str, str]:
     return decimal(before), decimal(after), f"{before / after:.2f}x" if before and after else ""
 
 
-def _table(*columns: str, header: bool = True) -> Table:
+def make_table(*columns: str, header: bool = True) -> Table:
+    """A table in the style of every command."""
     return Table(*columns, box=box.SIMPLE, show_header=header)

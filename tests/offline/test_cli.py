@@ -318,6 +318,8 @@ def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("smoothrot_offline.evaluate.evaluate_perplexity", evaluate)
     facts = invoke_json("eval", tmp_path, "--text", "text.txt", "--seqlen", 33, "--limit-chunks", 3)
-    assert asked == [(tmp_path, Path("text.txt"), 33, 3)]
+    assert asked == [(tmp_path, Path("text.txt"), 33, 3, torch.float32)]
     assert (facts["perplexity"], facts["tokens"]) == (8.0, 99)
-    assert "perplexity 8.0000 over 99 tokens" in invoke("eval", tmp_path, "--text", "text.txt").stdout
+    assert "perplexity 8.0000 over 99 tokens in bfloat16" in invoke("eval", tmp_path, "--text", "text.txt").stdout
+    invoke("eval", tmp_path, "--text", "text.txt", "--dtype", "auto")
+    assert asked[-1] == (tmp_path, Path("text.txt"), 2048, None, None)
