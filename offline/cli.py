@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from click.core import ParameterSource
 
 from smoothrot_offline.cli_analysis import analyze, report
 from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
@@ -233,10 +232,12 @@ def main() -> None:
 
 def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
     """Fields of the conversion's configuration that the command line gives; the others are the preset's to set."""
+    # By name: typer has a click of its own, whose enumeration is not the installed one's.
+    sources = {name: getattr(context.get_parameter_source(name), "name", None) for name in arguments}
     given = {
         name: value
         for name, value in arguments.items()
-        if name not in ("model", "out", "preset") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if name not in ("model", "out", "preset") and sources[name] == "COMMANDLINE"
     }
     for option in ("as_json", "debug"):
         given.pop(option, None)

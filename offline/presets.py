@@ -4,11 +4,11 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.checkpoint import Checkpoint, check_source
 from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.estimate import estimate_seconds
-from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.errors import SmoothRotError
 
 PresetName = Literal["auto", "fast", "balanced", "best", "none"]
 
@@ -64,31 +64,36 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
 
     Raises:
         ConfigError: an option is out of range.
-        UnsupportedModelError: the model cannot be converted.
     """
     if name == "none":
         return Choice(make_config(**explicit), "options as given, no preset")
+    try:
+        spec = resolve(checkpoint.config)
+        check_source(checkpoint, spec.source_tensors(), ignorable=[f"{spec.architecture.lm_head}.weight"])
+    except SmoothRotError:
+        # What is wrong with the model is for the conversion to say, or for the plan.
+        return Choice(make_config(**explicit), "no preset: the model cannot be converted")
     if name != "auto":
-        return Choice(_configured(name, explicit, checkpoint), f"preset {name}, as asked for")
+        return Choice(_configured(name, explicit, spec), f"preset {name}, as asked for")
     for candidate in reversed(PRESETS):
-        config = _configured(candidate, explicit, checkpoint)
+        config = _configured(candidate, explicit, spec)
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
     return Choice(config, f"preset {candidate}, about {max(1, round(seconds / 60))} min here; --preset chooses another")
 
 
-def _configured(name: str, explicit: dict[str, Any], checkpoint: Checkpoint) -> ConvertConfig:
-    preset = PRESETS[name]
-    options = preset.options | {"preset": name} | explicit
-    if "group_size" in explicit:
-        return make_config(**options)
-    spec = resolve(checkpoint.config)
-    for group_size in preset.group_sizes:
-        config = make_config(**options, group_size=group_size)
-        try:
-            make_schema(spec, config)
-        except ConfigError:
-            continue
-        return config
-    return config
+def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
+    """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
+    options = PRESETS[name].options | {"preset": name} | explicit
+    sizes = (explicit["group_size"],) if "group_size" in explicit else PRESETS[name].group_sizes
+    configs = [make_config(**options | {"group_size": size}) for size in sizes]
+    return next((config for config in configs if _fits(spec, config)), configs[-1])
+
+
+def _fits(spec: ModelSpec, config: ConvertConfig) -> bool:
+    try:
+        make_schema(spec, config)
+    except SmoothRotError:
+        return False
+    return True

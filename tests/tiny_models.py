@@ -87,7 +87,8 @@ def save_tiny_model(directory: Path, family: str) -> Path:
 
 def convert(source: Path, out: Path, *options: str) -> Path:
     """``smoothrot-convert run`` as a user types it, in its own process."""
-    command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *options]
+    preset = () if "--preset" in options else ("--preset", "none")
+    command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *preset, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stderr
     return out

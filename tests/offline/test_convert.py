@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import smoothrot_offline.convert
+import smoothrot_offline.decide
 from smoothrot_offline.architectures import resolve
 from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.calibration_data import load_calibration
@@ -189,7 +190,7 @@ def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(make
 def test_calibration_file_leaves_its_digest_but_not_its_path(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", lambda *_: TOKENS)
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
     text = tmp_path / "private" / "text.txt"
     text.parent.mkdir()
     text.write_text("calibration")
@@ -201,7 +202,7 @@ def test_calibration_file_leaves_its_digest_but_not_its_path(
 
 
 def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", lambda *_: pytest.fail("calibration was loaded"))
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: pytest.fail("calibration was loaded"))
     monkeypatch.setattr(LayerRunner, "run", lambda *_: pytest.fail("a layer was run"))
     convert(make_model(), tmp_path / "out", config(scales="none"))
     assert read_manifest(tmp_path / "out").calibration is None
@@ -273,7 +274,7 @@ def test_calibration_tokens_are_asked_for_as_configured(
         asked.append(arguments)
         return load_calibration(*arguments)
 
-    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", recording)
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", recording)
     source = make_model()
     convert(source, tmp_path / "out", config(seed=9))
     assert asked == [("generated", source, 2, 16, 9)]
