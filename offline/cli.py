@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from click.core import ParameterSource
 
 from smoothrot_offline.cli_analysis import analyze, report
 from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
@@ -23,8 +24,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _fraction(value: str | float) -> float:
+    """The number in ``auto:FRACTION``."""
+    _, _, number = str(value).rpartition("auto:")
+    try:
+        return float(number)
+    except ValueError:
+        raise typer.BadParameter(f"expected auto:FRACTION, such as auto:0.1, got {value!r}") from None
+
+
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
+PresetOption = Annotated[
+    Literal["auto", "fast", "balanced", "best", "none"],
+    typer.Option(
+        help="Recipe: sets the options below that are not given. auto: the best that takes an hour at most. none: as listed."
+    ),
+]
 WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
 ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
 GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
@@ -41,6 +58,19 @@ Rounding = Annotated[
 ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first.")]
 Propagation = Annotated[float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")]
 Damping = Annotated[float, typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.")]
+ClipSearch = Annotated[
+    bool, typer.Option("--clip-search/--no-clip-search", help="Search the clip of each 4-bit input instead of 0.9 for all.")
+]
+Keep8bit = Annotated[
+    float,
+    typer.Option(
+        "--keep-8bit",
+        parser=_fraction,
+        metavar="auto:FRACTION",
+        help="Share of the weights that stay at 8 bits, with 8-bit inputs: those whose error costs most.",
+    ),
+]
+SignSeeds = Annotated[int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")]
 HeadBits = Annotated[Literal[8, 16], typer.Option(help="Bits of the head; the embedding stays 16-bit.")]
 MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
 Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
@@ -53,8 +83,10 @@ ShardMib = Annotated[int, typer.Option(min=1, help="Largest output shard, MiB; i
 
 @app.command()
 def run(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False)],
+    preset: PresetOption = "auto",
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
@@ -64,7 +96,10 @@ def run(
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
-    propagation: Propagation = 0.25,
+    propagation: Propagation = 0.5,
+    clip_search: ClipSearch = False,
+    keep_8bit: Keep8bit = 0.0,
+    sign_seeds: SignSeeds = 1,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",
@@ -77,25 +112,31 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Convert MODEL into the new directory OUT."""
-    options = _options(locals())
+    options = _explicit(context, locals())
     unwind_when_killed()
     with reporting(as_json, debug) as show:
-        from smoothrot_offline.checkpoint import resolve_source
-        from smoothrot_offline.config import make_config
+        from smoothrot_offline.checkpoint import open_checkpoint, resolve_source
         from smoothrot_offline.convert import convert
         from smoothrot_offline.display import show_conversion
+        from smoothrot_offline.presets import choose_preset
         from smoothrot_offline.progress import progress_bar
 
+        source = resolve_source(model)
+        choice = choose_preset(preset, options, open_checkpoint(source))
+        print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
         with progress_bar() as progress:
-            done = convert(resolve_source(model), out, make_config(**options), progress)
+            done = convert(source, out, choice.config, progress)
         for leftover in done.removed:
             print(f"removed {leftover}, left by a conversion that was killed", file=sys.stderr)
-        show(done.summary() | {"output": str(out)}, show_conversion(done, str(out)))
+        chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
+        show(done.summary() | chosen | {"output": str(out)}, show_conversion(done, str(out)))
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Model,
+    preset: PresetOption = "auto",
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
@@ -105,7 +146,10 @@ def plan(
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
-    propagation: Propagation = 0.25,
+    propagation: Propagation = 0.5,
+    clip_search: ClipSearch = False,
+    keep_8bit: Keep8bit = 0.0,
+    sign_seeds: SignSeeds = 1,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",
@@ -118,15 +162,18 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
-    options = _options(locals())
+    options = _explicit(context, locals())
     with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_headers
-        from smoothrot_offline.config import make_config
         from smoothrot_offline.display import show_plan
         from smoothrot_offline.plan import plan_conversion
+        from smoothrot_offline.presets import choose_preset
 
-        found = plan_conversion(open_headers(model), make_config(**options))
-        show(found.model_dump(mode="json"), show_plan(found))
+        headers = open_headers(model)
+        choice = choose_preset(preset, options, headers)
+        found = plan_conversion(headers, choice.config)
+        chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
+        show(found.model_dump(mode="json") | chosen, show_plan(found, choice))
         refuse(found.refusals)
 
 
@@ -184,10 +231,18 @@ def main() -> None:
     app()
 
 
-def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the conversion's configuration out of a command's arguments."""
-    options = {name: value for name, value in arguments.items() if name not in ("model", "out", "as_json", "debug", "no_rotate")}
-    return options | {"rotate": not arguments["no_rotate"]}
+def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the conversion's configuration that the command line gives; the others are the preset's to set."""
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("model", "out", "preset") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    for option in ("as_json", "debug"):
+        given.pop(option, None)
+    if given.pop("no_rotate", False):
+        given["rotate"] = False
+    return given
 
 
 if __name__ == "__main__":

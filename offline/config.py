@@ -17,10 +17,13 @@ MEBIBYTE = 1 << 20
 
 
 class ConvertConfig(BaseModel):
-    """Options of ``smoothrot-convert run``; every one of them changes the output, and the manifest records them."""
+    """Options of ``smoothrot-convert run``, which the manifest records. Every one of them changes the output but ``preset``, the
+    recipe that the others come from where the user did not choose.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: Literal["none", "fast", "balanced", "best"] = "none"
     weight_bits: Literal[4, 8] = 4
     activation_bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1
@@ -30,7 +33,10 @@ class ConvertConfig(BaseModel):
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0.0)
-    propagation: float = Field(default=0.25, ge=0.0, le=1.0)
+    propagation: float = Field(default=0.5, ge=0.0, le=1.0)
+    clip_search: bool = False
+    keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
+    sign_seeds: int = Field(default=1, ge=1)
     lm_head_bits: Literal[8, 16] = 16
     max_tp: int = Field(default=1, ge=1)
     calib: str = "generated"
@@ -40,10 +46,24 @@ class ConvertConfig(BaseModel):
     rotate: bool = True
     shard_mib: int = Field(default=1024, ge=1)
 
+    def described(self) -> str:
+        """The recipe in a line of the field's own terms."""
+        groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
+        parts = [f"W{self.weight_bits}A{self.activation_bits} {groups}", f"{self.rounding}", f"scales {self.scales}"]
+        parts += ["searched clips"] * self.clip_search + [f"{self.keep_8bit:.0%} of the weights at 8 bits"] * (self.keep_8bit > 0)
+        parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + ["no rotation"] * (not self.rotate)
+        parts.append(f"{self.lm_head_bits}-bit head")
+        return ", ".join(parts)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        return self.scales != "none" or self.rounding != "rtn"
+        return self.scales != "none" or self.rounding != "rtn" or self.needs_probe or self.sign_seeds > 1
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the study must measure more of a layer than its smoothing scales."""
+        return self.clip_search or self.keep_8bit > 0
 
 
 def make_config(**options: Any) -> ConvertConfig:

@@ -9,13 +9,15 @@ from rich.table import Table
 from smoothrot_offline.convert import Conversion
 from smoothrot_offline.inspect import Inspection
 from smoothrot_offline.plan import Plan
+from smoothrot_offline.presets import Choice
 from smoothrot_offline.sizes import Sizes
 from smoothrot_vllm.format import Online
 
 
-def show_plan(plan: Plan) -> RenderableType:
-    """Sizes, Hadamard factorisations, tensor-parallel sizes, memory and time; or the refusal."""
+def show_plan(plan: Plan, choice: Choice) -> RenderableType:
+    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time; or the refusal."""
     parts: list[RenderableType] = [f"{plan.model}: {plan.architecture}, {plan.layers} layers"]
+    parts.append(f"recipe: {choice.config.described()} ({choice.reason})")
     if plan.source_bytes is not None and plan.output_bytes is not None:
         parts.append(_size_table("source", plan.source_bytes, plan.output_bytes))
     if plan.hadamard:

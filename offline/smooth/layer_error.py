@@ -14,7 +14,7 @@ from smoothrot_vllm.reference import QUANT_MIN_SCALE
 
 @dataclass(frozen=True)
 class LayerError:
-    """``sum_t v_t ||x_t W^T - Q(x_t / s H) Q(W s H)^T||^2`` with per-token activations and round-to-nearest weights (arXiv 2506.01967).
+    """``sum_t v_t ||x_t W^T - Q(x_t / s H) Q(W s H)^T||^2``, activations per token, weights to nearest (arXiv 2506.01967).
 
     Args:
         sample: X, float32 ``(tokens, f)``.
@@ -38,7 +38,7 @@ class LayerError:
 
     @torch.no_grad()
     def shrink(self, scales: torch.Tensor) -> torch.Tensor:
-        """What the clip search makes of each weight scale at ``scales``: a fraction of the largest magnitude, ``(hidden, groups)``."""
+        """Weight scales of the clip search at ``scales``, as fractions of the largest magnitude, ``(hidden, groups)``."""
         w = self._smoothed(scales.float())[1]
         scale = quantize_rtn(w, self.scheme.weights).scale
         return scale / largest_magnitude(w, scale.shape[1]).clamp_min(QUANT_MIN_SCALE)
