@@ -36,7 +36,7 @@ def _fraction(value: str | float) -> float:
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
 PresetOption = Annotated[
-    Literal["auto", "fast", "balanced", "best", "none"],
+    Literal["auto", "fast", "balanced", "best", "paper-compat", "none"],
     typer.Option(
         help="Recipe: sets the options below that are not given. auto: the best that takes an hour at most. none: as listed."
     ),

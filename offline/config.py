@@ -23,7 +23,7 @@ class ConvertConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: Literal["none", "fast", "balanced", "best"] = "none"
+    preset: Literal["none", "fast", "balanced", "best", "paper-compat"] = "none"
     weight_bits: Literal[4, 8] = 4
     activation_bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1

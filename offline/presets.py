@@ -10,7 +10,7 @@ from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.estimate import estimate_seconds
 from smoothrot_vllm.errors import SmoothRotError
 
-PresetName = Literal["auto", "fast", "balanced", "best", "none"]
+PresetName = Literal["auto", "fast", "balanced", "best", "paper-compat", "none"]
 
 REASONABLE_SECONDS = 3600.0
 """How long ``auto`` may let a conversion take, by the plan's estimate on this machine."""
@@ -38,12 +38,14 @@ PRESETS = {
             "clip_search": True,
             "keep_8bit": 0.1,
             "sign_seeds": 4,
-            "calib_samples": 128,
             "lm_head_bits": 8,
         },
     ),
 }
 """From the quickest to the best."""
+
+PAPER = Preset((-1,), {"scales": "max", "alpha": 0.5, "rounding": "gptq", "act_order": False})
+"""SmoothRot as published (arXiv 2506.05413): plain maxima, alpha 0.5, GPTQ per channel in the channels' own order."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
 
 def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
     """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
-    options = PRESETS[name].options | {"preset": name} | explicit
-    sizes = (explicit["group_size"],) if "group_size" in explicit else PRESETS[name].group_sizes
+    preset = PAPER if name == "paper-compat" else PRESETS[name]
+    options = preset.options | {"preset": name} | explicit
+    sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
     configs = [make_config(**options | {"group_size": size}) for size in sizes]
     return next((config for config in configs if _fits(spec, config)), configs[-1])
 

@@ -30,16 +30,14 @@ def show_analysis(found: Analysis, out: str) -> RenderableType:
         records = layer.inputs[DOWN].transforms
         difficulties.add_row(str(layer.index), *(f"{records[name].activation_difficulty:.4g}" for name in TRANSFORMS))
         layers.add_row(str(layer.index), *(f"{records[name].error:.4g}" for name in TRANSFORMS))
-    policies = make_table("with R4", "mean error", "/ max", "selects", "/ max there", "as converted", "/ max", "/ max there")
+    policies = make_table("policy", "error / max", "as converted", "selects", "error / max there", "as converted there")
     for policy, summary in found.policies.items():
         policies.add_row(
             policy,
-            f"{summary.mean_error:.5g}",
             _number(summary.ratio_of_means, ".4f"),
-            str(len(summary.selected_layers)),
-            _number(summary.selected_ratio, ".4f"),
-            f"{summary.converted_mean_error:.5g}",
             _number(summary.converted_ratio_of_means, ".4f"),
+            f"{len(summary.selected_layers)} layers",
+            _number(summary.selected_ratio, ".4f"),
             _number(summary.converted_selected_ratio, ".4f"),
         )
     return Group(
@@ -49,6 +47,7 @@ def show_analysis(found: Analysis, out: str) -> RenderableType:
         difficulties,
         "layer error",
         layers,
+        "smoothing policies at down_proj with R4, mean error against max",
         policies,
         f"{out}: pictures in report.html",
     )

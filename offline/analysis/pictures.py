@@ -60,7 +60,7 @@ def surfaces(layer: LayerAnalysis, pictures: LayerPictures) -> bytes:
         for axis in (panel.xaxis, panel.yaxis, panel.zaxis):
             axis.set_major_locator(MaxNLocator(4))
     figure.suptitle(f"|X| at down_proj of layer {layer.index}")
-    figure.subplots_adjust(left=0.01, right=0.96, wspace=0.12, top=0.84, bottom=0.06)
+    figure.subplots_adjust(left=0.01, right=0.96, wspace=0.12, top=0.88, bottom=0.06)
     return _png(figure, tight=False)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
 
+from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.display import make_table
 from smoothrot_offline.page import render
 from smoothrot_offline.reporting.record import DirectoryRecord, Report
@@ -128,15 +129,9 @@ def _linears(record: DirectoryRecord) -> str:
 
 
 def _recipe(record: DirectoryRecord) -> str:
-    """The options that describe a conversion at a glance; the record holds them all."""
+    """The conversion in a line; the record holds every option."""
     options = record.conversion
-    if options is None:
-        return "none"
-    group = "per channel" if options["group_size"] == -1 else f"groups of {options['group_size']}"
-    smoothing = "no smoothing" if options["scales"] == "none" else f"scales {options['scales']}"
-    rotation = "rotated" if options["rotate"] else "not rotated"
-    bits, head = f"W{options['weight_bits']}A{options['activation_bits']}", options["lm_head_bits"]
-    return f"{bits} {group}, {smoothing}, {rotation}, {options['rounding']}, head {head} bits, seed {options['seed']}"
+    return "none" if options is None else f"{ConvertConfig.model_validate(options).described()}, seed {options['seed']}"
 
 
 def _perplexity(text: str) -> Cell:

@@ -55,7 +55,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         "w4a8": ("--activation-bits", 8, "--group-size", 32, "--calib-samples", 2, "--calib-seqlen", 32),
         "w4a4": ("--scales", "none"),
     }.items():
-        assert invoke("run", "--preset", "none", source, base / name, *options).exit_code == 0
+        assert invoke("run", source, base / name, "--preset", "none", *options).exit_code == 0
     return [source, base / "w4a8", base / "w4a4"]
 
 
