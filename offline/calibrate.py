@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_vllm.errors import CheckpointError, ConfigError
@@ -65,21 +65,33 @@ class LayerRunner:
 
         Called with ``inputs_embeds``, the model returns what the layer makes of them.
         """
+        model = self._empty(index)
+        # The rotary tables are computed, not loaded, so they must be made again outside the meta device.
+        model.rotary_emb = type(model.rotary_emb)(model.config)
+        model.norm = nn.Identity()
+        layer = model.get_submodule("layers.0")
+        layer.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        return model.eval(), layer
+
+    def final_norm(self, weight: torch.Tensor) -> nn.Module:
+        """The family's norm before the head, with a stored weight ``(hidden,)``, in float32."""
+        norm = self._empty(0).get_submodule("norm")
+        norm.load_state_dict({"weight": weight.float()}, assign=True)
+        return norm
+
+    def _empty(self, index: int) -> PreTrainedModel:
+        """The base model with decoder layer ``index`` alone, on the meta device."""
         config = copy.deepcopy(self._spec.config)
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index]]
         with torch.device("meta"):
-            model = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        # The rotary tables are computed, not loaded, so they must be made again outside the meta device.
-        model.rotary_emb = type(model.rotary_emb)(config)
-        model.norm = nn.Identity()
-        model.layers[0].load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-        return model.eval(), model.layers[0]
+            model: PreTrainedModel = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        return model
 
 
-def embed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``.
+def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``: rows times ``scale``.
 
     Raises:
         ConfigError: a token is outside the vocabulary.
@@ -90,7 +102,7 @@ def embed(tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         raise ConfigError(
             f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the tokenizer of this model."
         )
-    return nn.functional.embedding(tokens, embedding).float()
+    return nn.functional.embedding(tokens, embedding).float() * scale
 
 
 def tokens_digest(tokens: torch.Tensor) -> str:

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval.
+"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval, analyze, report.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit code 1 is a refusal or
 a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait until a command runs.
 """
 
 import dataclasses
-import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console, RenderableType
 
-from smoothrot_vllm.errors import SmoothRotError
+from smoothrot_offline.cli_analysis import analyze, report
+from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
 
 app = typer.Typer(
     name="smoothrot-convert",
@@ -27,10 +23,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _fraction(value: str | float) -> float:
+    """The number in ``auto:FRACTION``."""
+    _, _, number = str(value).rpartition("auto:")
+    try:
+        return float(number)
+    except ValueError:
+        raise typer.BadParameter(f"expected auto:FRACTION, such as auto:0.1, got {value!r}") from None
+
+
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+PresetOption = Annotated[
+    Literal["auto", "fast", "balanced", "best", "paper-compat", "none"],
+    typer.Option(
+        help="Recipe: sets the options below that are not given. auto: the best that takes an hour at most. none: as listed."
+    ),
+]
 WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
 ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
 GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
@@ -47,6 +57,19 @@ Rounding = Annotated[
 ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first.")]
 Propagation = Annotated[float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")]
 Damping = Annotated[float, typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.")]
+ClipSearch = Annotated[
+    bool, typer.Option("--clip-search/--no-clip-search", help="Search the clip of each 4-bit input instead of 0.9 for all.")
+]
+Keep8bit = Annotated[
+    float,
+    typer.Option(
+        "--keep-8bit",
+        parser=_fraction,
+        metavar="auto:FRACTION",
+        help="Share of the weights that stay at 8 bits, with 8-bit inputs: those whose error costs most.",
+    ),
+]
+SignSeeds = Annotated[int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")]
 HeadBits = Annotated[Literal[8, 16], typer.Option(help="Bits of the head; the embedding stays 16-bit.")]
 MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
 Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
@@ -59,8 +82,10 @@ ShardMib = Annotated[int, typer.Option(min=1, help="Largest output shard, MiB; i
 
 @app.command()
 def run(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False)],
+    preset: PresetOption = "auto",
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
@@ -70,7 +95,10 @@ def run(
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
-    propagation: Propagation = 0.25,
+    propagation: Propagation = 0.5,
+    clip_search: ClipSearch = False,
+    keep_8bit: Keep8bit = 0.0,
+    sign_seeds: SignSeeds = 1,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",
@@ -83,26 +111,31 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Convert MODEL into the new directory OUT."""
-    options = _options(locals())
-    # A polite kill unwinds like Ctrl-C, so that the partial output is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with _reporting(as_json, debug) as show:
-        from smoothrot_offline.checkpoint import resolve_source
-        from smoothrot_offline.config import make_config
+    options = _explicit(context, locals())
+    unwind_when_killed()
+    with reporting(as_json, debug) as show:
+        from smoothrot_offline.checkpoint import open_checkpoint, resolve_source
         from smoothrot_offline.convert import convert
         from smoothrot_offline.display import show_conversion
+        from smoothrot_offline.presets import choose_preset
         from smoothrot_offline.progress import progress_bar
 
+        source = resolve_source(model)
+        choice = choose_preset(preset, options, open_checkpoint(source))
+        print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
         with progress_bar() as progress:
-            done = convert(resolve_source(model), out, make_config(**options), progress)
+            done = convert(source, out, choice.config, progress)
         for leftover in done.removed:
             print(f"removed {leftover}, left by a conversion that was killed", file=sys.stderr)
-        show(done.summary() | {"output": str(out)}, show_conversion(done, str(out)))
+        chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
+        show(done.summary() | chosen | {"output": str(out)}, show_conversion(done, str(out)))
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Model,
+    preset: PresetOption = "auto",
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
@@ -112,7 +145,10 @@ def plan(
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
-    propagation: Propagation = 0.25,
+    propagation: Propagation = 0.5,
+    clip_search: ClipSearch = False,
+    keep_8bit: Keep8bit = 0.0,
+    sign_seeds: SignSeeds = 1,
     lm_head_bits: HeadBits = 16,
     max_tp: MaxTp = 1,
     calib: Calib = "generated",
@@ -125,22 +161,25 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
-    options = _options(locals())
-    with _reporting(as_json, debug) as show:
+    options = _explicit(context, locals())
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_headers
-        from smoothrot_offline.config import make_config
         from smoothrot_offline.display import show_plan
         from smoothrot_offline.plan import plan_conversion
+        from smoothrot_offline.presets import choose_preset
 
-        found = plan_conversion(open_headers(model), make_config(**options))
-        show(found.model_dump(mode="json"), show_plan(found))
-        _refuse(found.refusals)
+        headers = open_headers(model)
+        choice = choose_preset(preset, options, headers)
+        found = plan_conversion(headers, choice.config)
+        chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
+        show(found.model_dump(mode="json") | chosen, show_plan(found, choice))
+        refuse(found.refusals)
 
 
 @app.command()
 def verify(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
     """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.progress import progress_bar
         from smoothrot_offline.verify import verify as verify_directory
 
@@ -148,13 +187,13 @@ def verify(directory: Converted, as_json: Json = False, debug: Debug = False) ->
             found = verify_directory(directory, progress)
         summary = f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were written"
         show(found.model_dump(mode="json"), summary if found.ok else f"{directory}: {len(found.problems)} problem(s)")
-        _refuse(found.problems)
+        refuse(found.problems)
 
 
 @app.command()
 def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
     """Summarise the converted DIRECTORY."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.display import show_inspection
         from smoothrot_offline.inspect import inspect as inspect_directory
 
@@ -168,17 +207,22 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl with a text field.", show_default=False)],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
+    dtype: RunDtype = "float32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
-    with _reporting(as_json, debug) as show:
+    with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import resolve_source
-        from smoothrot_offline.evaluate import evaluate_perplexity
+        from smoothrot_offline.evaluate import evaluate_perplexity, run_dtype
 
-        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks)
-        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.seconds:.0f} s"
+        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype))
+        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.dtype}, {found.seconds:.0f} s"
         show(dataclasses.asdict(found), summary)
+
+
+app.command()(analyze)
+app.command()(report)
 
 
 def main() -> None:
@@ -186,46 +230,20 @@ def main() -> None:
     app()
 
 
-def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the conversion's configuration out of a command's arguments."""
-    options = {name: value for name, value in arguments.items() if name not in ("model", "out", "as_json", "debug", "no_rotate")}
-    return options | {"rotate": not arguments["no_rotate"]}
-
-
-@contextmanager
-def _reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
-    """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
-
-    Yields the function that prints a result: its facts as JSON, or its display.
-    """
-    stdout = sys.stdout
-
-    def show(facts: dict[str, Any], display: RenderableType) -> None:
-        if as_json:
-            print(json.dumps(facts, ensure_ascii=False), file=stdout)
-        else:
-            Console(file=stdout, markup=False, highlight=False).print(display)
-
-    try:
-        with redirect_stdout(sys.stderr):
-            yield show
-    except typer.Exit:
-        raise
-    except SmoothRotError as error:
-        if debug:
-            raise
-        _refuse([str(error)])
-    except Exception as error:
-        if debug:
-            raise
-        _refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
-
-
-def _refuse(problems: list[str]) -> None:
-    for problem in problems:
-        print("error: " + " ".join(problem.split()), file=sys.stderr)
-    if problems:
-        raise typer.Exit(1)
+def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the conversion's configuration that the command line gives; the others are the preset's to set."""
+    # By name: typer has a click of its own, whose enumeration is not the installed one's.
+    sources = {name: getattr(context.get_parameter_source(name), "name", None) for name in arguments}
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if name not in ("model", "out", "preset") and sources[name] == "COMMANDLINE"
+    }
+    for option in ("as_json", "debug"):
+        given.pop(option, None)
+    if given.pop("no_rotate", False):
+        given["rotate"] = False
+    return given
 
 
 if __name__ == "__main__":

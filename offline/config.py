@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online, OnlineHadamard, QuantizationSchema, WeightScheme
-from smoothrot_vllm.hadamard import HadamardFactors, choose_block
+from smoothrot_vllm.hadamard import choose_block
 
 ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
 """Per-token clip by activation bits: 0.9 is the best of QuaRot's ablation at 4 bits (arXiv 2404.00456, table 11)."""
@@ -17,10 +17,13 @@ MEBIBYTE = 1 << 20
 
 
 class ConvertConfig(BaseModel):
-    """Options of ``smoothrot-convert run``; every one of them changes the output, and the manifest records them."""
+    """Options of ``smoothrot-convert run``, which the manifest records. Every one of them changes the output but ``preset``, the
+    recipe that the others come from where the user did not choose.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: Literal["none", "fast", "balanced", "best", "paper-compat"] = "none"
     weight_bits: Literal[4, 8] = 4
     activation_bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1
@@ -30,7 +33,10 @@ class ConvertConfig(BaseModel):
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0.0)
-    propagation: float = Field(default=0.25, ge=0.0, le=1.0)
+    propagation: float = Field(default=0.5, ge=0.0, le=1.0)
+    clip_search: bool = False
+    keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
+    sign_seeds: int = Field(default=1, ge=1)
     lm_head_bits: Literal[8, 16] = 16
     max_tp: int = Field(default=1, ge=1)
     calib: str = "generated"
@@ -40,10 +46,24 @@ class ConvertConfig(BaseModel):
     rotate: bool = True
     shard_mib: int = Field(default=1024, ge=1)
 
+    def described(self) -> str:
+        """The recipe in a line of the field's own terms."""
+        groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
+        parts = [f"W{self.weight_bits}A{self.activation_bits} {groups}", f"{self.rounding}", f"scales {self.scales}"]
+        parts += ["searched clips"] * self.clip_search + [f"{self.keep_8bit:.0%} of the weights at 8 bits"] * (self.keep_8bit > 0)
+        parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + ["no rotation"] * (not self.rotate)
+        parts.append(f"{self.lm_head_bits}-bit head")
+        return ", ".join(parts)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        return self.scales != "none" or self.rounding != "rtn"
+        return self.scales != "none" or self.rounding != "rtn" or self.needs_probe or self.sign_seeds > 1
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether the study must measure more of a layer than its smoothing scales."""
+        return self.clip_search or self.keep_8bit > 0
 
 
 def make_config(**options: Any) -> ConvertConfig:
@@ -60,17 +80,23 @@ def make_config(**options: Any) -> ConvertConfig:
 
 
 def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:
-    """Whether the output shares the embedding with the head, which no fold and no quantised head allows."""
-    return spec.tied and not config.rotate and config.lm_head_bits == 16
+    """Whether the output shares the embedding with the head, which no fold into them and no quantised head allows."""
+    folded = config.rotate and spec.architecture.rotates_residual
+    return spec.tied and not folded and config.lm_head_bits == 16
 
 
-def online_block(spec: ModelSpec, config: ConvertConfig) -> HadamardFactors:
-    """Order of R4's Hadamard blocks, whole on each of ``config.max_tp`` shards.
+def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
+    """What the server rotates: R4 in blocks that are whole on each of ``config.max_tp`` shards, and R1 where no fold can.
 
     Raises:
-        UnsupportedModelError: the size cannot be split so.
+        UnsupportedModelError: a size cannot be split so.
     """
-    return choose_block(spec.intermediate, config.max_tp)
+    if not config.rotate:
+        return Online()
+    down = OnlineHadamard(size=spec.intermediate, block=choose_block(spec.intermediate, config.max_tp).size)
+    if spec.architecture.rotates_residual:
+        return Online(down_proj=down)
+    return Online(down_proj=down, readers=OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size))
 
 
 def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
@@ -81,12 +107,11 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         UnsupportedModelError: a size has no Hadamard block.
     """
     clip = ACTIVATION_CLIP[config.activation_bits]
-    rotation = OnlineHadamard(size=spec.intermediate, block=online_block(spec, config).size) if config.rotate else None
     head = LinearScheme(weights=WeightScheme(bits=8), activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
     schema = QuantizationSchema(
         weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
         activations=ActivationScheme(bits=config.activation_bits, clip=clip),
-        online=Online(down_proj=rotation),
+        online=online_rotations(spec, config),
         lm_head=head if config.lm_head_bits == 8 else None,
         max_tensor_parallel=config.max_tp,
     )

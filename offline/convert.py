@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conversion: one decoder layer at a time from the source's files to the output's shards.
 
-For each layer: read its tensors; run the original layer on the calibration tokens, gathering what smoothing
-needs; fold norms, R1, R2, S and R4 in float64; quantise; hand the result to the shard writer. What is held in
-memory is one layer, the calibration's hidden states, the shard being filled, and once each the embedding and
-the head, which are transformed a slice of rows at a time.
+First everything is decided that needs measuring (see decide.py). Then, for each layer: read its tensors; fold norms,
+R1, R2, S and R4 in float64; round; hand the result to the shard writer. What is held in memory is one layer, the
+calibration's hidden states, the shard being filled, and once each the embedding and the head, which are transformed
+a slice of rows at a time.
 """
 
 import time
@@ -17,7 +17,6 @@ import torch
 
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
-from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.checkpoint import (
     CONFIG_NAME,
     Checkpoint,
@@ -28,6 +27,7 @@ from smoothrot_offline.checkpoint import (
     source_dtype,
 )
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
+from smoothrot_offline.decide import count_steps, decide
 from smoothrot_offline.manifest import (
     CalibrationRecord,
     LayerRecord,
@@ -39,9 +39,7 @@ from smoothrot_offline.manifest import (
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
 from smoothrot_offline.sequential import SequentialRounding
-from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
-from smoothrot_offline.smooth.stage import smooth_layer
-from smoothrot_offline.transform import ModelTransform
+from smoothrot_offline.sizes import Sizes, header_table, measure
 from smoothrot_offline.write import OutputDirectory, ShardWriter
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import MANIFEST_NAME, WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
@@ -99,11 +97,11 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
         run.everything()
         manifest = run.finish(directory)
         directory.commit()
-    progress("done", spec.layers + 3, spec.layers + 3)
+    progress("done", run.steps, run.steps)
     return Conversion(
         manifest,
         source_bytes=measure(spec, header_table(checkpoint, spec.source_tensors())),
-        output_bytes=output_sizes(spec, config, run.dtype),
+        output_bytes=measure(spec, spec.output_tensors(run.schema, stays_tied(spec, config), run.dtype)),
         seconds=time.monotonic() - started,
         removed=directory.removed,
     )
@@ -121,28 +119,34 @@ class _Run:
     progress: ProgressCallback
     layers: list[LayerRecord] = field(default_factory=list)
     head_error: float | None = None
-    calibration: CalibrationRecord | None = None
 
     def __post_init__(self) -> None:
-        self.transform = ModelTransform.of(self.spec, self.config)
         self.embedding = f"{self.spec.architecture.embedding}.weight"
         self.dtype = source_dtype(self.checkpoint, self.embedding)
 
     def everything(self) -> None:
         """From the embedding to the head, in the order the model computes."""
         self._check_shared_head()
-        total = self.spec.layers + 3
-        self.progress("calibration text" if self.config.needs_calibration else "starting", 0, total)
-        tokens = self._calibration_tokens() if self.config.needs_calibration else None
-        self.progress("embedding", 1, total)
-        hidden = self._embedding(tokens)
-        runner = LayerRunner(self.spec)
-        rounding = self._rounding(runner, hidden)
+        steps = iter(range(self.steps))
+
+        def step(message: str) -> None:
+            self.progress(message, next(steps), self.steps)
+
+        self.decisions = decide(self.checkpoint, self.spec, self.config, self.schema, step)
+        self.schema, self.transform = self.decisions.schema, self.decisions.transform
+        step("embedding")
+        hidden = self._embedding(self.decisions.tokens)
+        rounding = self._rounding(hidden)
         for index in range(self.spec.layers):
-            self.progress(f"layer {index + 1} of {self.spec.layers}", 2 + index, total)
-            self._layer(index, runner, hidden if self.config.scales != "none" else None, rounding)
-        self.progress("head and files", total - 1, total)
+            step(f"layer {index + 1} of {self.spec.layers}")
+            self._layer(index, rounding)
+        step("head and files")
         self._head()
+
+    @property
+    def steps(self) -> int:
+        """Progress reports of :meth:`everything`."""
+        return count_steps(self.spec, self.config) + self.spec.layers + 2
 
     def finish(self, directory: OutputDirectory) -> Manifest:
         """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
@@ -164,7 +168,7 @@ class _Run:
                 files={name: file_digest(self.checkpoint.path / name) for name in names},
             ),
             packages=package_versions(),
-            calibration=self.calibration,
+            calibration=self._calibration(),
             rotations=self._rotations(),
             layers=self.layers,
             lm_head_weight_error=self.head_error,
@@ -184,23 +188,23 @@ class _Run:
                 "Correct tie_word_embeddings, or remove the head from the checkpoint."
             )
 
-    def _calibration_tokens(self) -> torch.Tensor:
-        config = self.config
-        tokens = load_calibration(config.calib, self.checkpoint.path, config.calib_samples, config.calib_seqlen, config.seed)
-        self.calibration = CalibrationRecord(samples=tokens.shape[0], seqlen=tokens.shape[1], tokens_sha256=tokens_digest(tokens))
-        return tokens
+    def _calibration(self) -> CalibrationRecord | None:
+        tokens = self.decisions.tokens
+        if tokens is None:
+            return None
+        return CalibrationRecord(samples=tokens.shape[0], seqlen=tokens.shape[1], tokens_sha256=tokens_digest(tokens))
 
     def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
         rows = [self._cast(self.transform.embedding(part.double()), self.embedding) for part in embedding.split(HEAD_ROWS)]
         self.shards.add({self.embedding: torch.cat(rows)})
-        return None if tokens is None else embed(tokens, embedding)
+        return None if tokens is None else embed(tokens, embedding, self.spec.embedding_scale)
 
-    def _rounding(self, runner: LayerRunner, hidden: torch.Tensor | None) -> SequentialRounding | None:
+    def _rounding(self, hidden: torch.Tensor | None) -> SequentialRounding | None:
         if self.config.rounding == "rtn" or hidden is None:
             return None
         return SequentialRounding(
-            runner,
+            LayerRunner(self.spec),
             self.spec,
             self.schema,
             torch.cat([self._cast(self.transform.embedding(part.double()), self.embedding).float() for part in hidden.split(1)]),
@@ -210,17 +214,14 @@ class _Run:
             damping=self.config.damping,
         )
 
-    def _layer(self, index: int, runner: LayerRunner, hidden: torch.Tensor | None, rounding: SequentialRounding | None) -> None:
+    def _layer(self, index: int, rounding: SequentialRounding | None) -> None:
         prefix = self.spec.layer_prefix(index)
         source = self.checkpoint.load(prefix + name for name in self.spec.layer_tensors())
         layer = {name.removeprefix(prefix): tensor for name, tensor in source.items()}
         del source
-        scales, smoothing = None, None
-        if hidden is not None:
-            choice, smoothing = smooth_layer(index, layer, hidden, runner, self.spec, self.config, self.schema)
-            scales = choice.scales
+        study = self.decisions.studies[index]
         layer = {name: tensor.double() for name, tensor in layer.items()}
-        self.transform.layer(index, layer, scales)
+        self.transform.layer(index, layer, study.scales)
         rounded = rounding.layer(index, layer) if rounding is not None else {}
         errors = {}
         for linear in self.spec.architecture.linears:
@@ -232,7 +233,9 @@ class _Run:
                 stored, errors[linear] = _stored(parts, scheme.weights, prefix + linear)
                 self.shards.add(stored)
         self.shards.add({prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()})
-        self.layers.append(LayerRecord(weight_error=errors, smoothing=smoothing))
+        self.layers.append(
+            LayerRecord(weight_error=errors, smoothing=study.smoothing, clips=study.clips, sensitivity=study.sensitivity)
+        )
 
     def _head(self) -> None:
         table = self.spec.architecture
@@ -267,10 +270,18 @@ class _Run:
         return self.config.model_copy(update={"calib": file.name}) if file.is_file() else self.config
 
     def _rotations(self) -> RotationRecord | None:
-        residual = self.transform.residual
-        if residual is None:
+        online = self.transform.online
+        if online.down_proj is None:
             return None
-        return RotationRecord(r1=residual.block, r2=choose_block(self.spec.head_dim).size, r4=self.transform.online_block)
+        r1 = self.transform.residual or online.readers
+        assert r1 is not None
+        return RotationRecord(
+            r1=r1.block,
+            r2=choose_block(self.spec.head_dim).size,
+            r4=online.down_proj.block,
+            seed=self.transform.seed,
+            sign_losses=self.decisions.sign_losses,
+        )
 
 
 def _stored(

@@ -9,21 +9,24 @@ from rich.table import Table
 from smoothrot_offline.convert import Conversion
 from smoothrot_offline.inspect import Inspection
 from smoothrot_offline.plan import Plan
+from smoothrot_offline.presets import Choice
 from smoothrot_offline.sizes import Sizes
+from smoothrot_vllm.format import Online
 
 
-def show_plan(plan: Plan) -> RenderableType:
-    """Sizes, Hadamard factorisations, tensor-parallel sizes, memory and time; or the refusal."""
+def show_plan(plan: Plan, choice: Choice) -> RenderableType:
+    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time; or the refusal."""
     parts: list[RenderableType] = [f"{plan.model}: {plan.architecture}, {plan.layers} layers"]
+    parts.append(f"recipe: {choice.config.described()} ({choice.reason})")
     if plan.source_bytes is not None and plan.output_bytes is not None:
         parts.append(_size_table("source", plan.source_bytes, plan.output_bytes))
     if plan.hadamard:
-        table = _table("rotation", "width", "Hadamard blocks")
+        table = make_table("rotation", "width", "Hadamard blocks")
         for name, rotation in plan.hadamard.items():
             table.add_row(name, str(rotation.size), f"{rotation.size // rotation.block} of {rotation.block} = {rotation.factors}")
         parts.append(table)
     if plan.tensor_parallel:
-        table = _table("tensor parallel", "served")
+        table = make_table("tensor parallel", "served")
         for entry in plan.tensor_parallel:
             table.add_row(str(entry.size), entry.refused or "yes")
         parts.append(table)
@@ -35,15 +38,15 @@ def show_plan(plan: Plan) -> RenderableType:
 
 def show_inspection(found: Inspection) -> RenderableType:
     """What the checkpoint is, how it is stored, and how well each layer kept its weights."""
-    weights, acts, online = found.quantization.weights, found.quantization.activations, found.quantization.online.down_proj
+    weights, acts = found.quantization.weights, found.quantization.activations
     groups = "per channel" if weights.group_size == -1 else f"groups of {weights.group_size}"
-    facts = _table("", "", header=False)
+    facts = make_table("", "", header=False)
     facts.add_row("architecture", f"{found.architecture}, {found.layers} layers, {found.dtype}")
     facts.add_row("linears", f"W{weights.bits} ({groups}) A{acts.bits} (per token, clip {acts.clip})")
     facts.add_row("head", "16 bits" if found.quantization.lm_head is None else f"{found.quantization.lm_head.weights.bits} bits")
-    facts.add_row("online Hadamard", "none" if online is None else f"down_proj input, {online.size} in blocks of {online.block}")
+    facts.add_row("online Hadamard", _online_rotations(found.quantization.online))
     facts.add_row("tensor parallel", f"up to {found.quantization.max_tensor_parallel}")
-    errors = _table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
+    errors = make_table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
     for index, layer in enumerate(found.origin["layers"]):
         worst = max(layer["weight_error"], key=layer["weight_error"].get)
         smoothing = layer["smoothing"]
@@ -62,8 +65,13 @@ def show_conversion(done: Conversion, out: str) -> RenderableType:
     return f"{out}: {len(done.manifest.tensors)} tensors, {decimal(done.output_bytes.total)}, in {done.seconds:.0f} s"
 
 
+def _online_rotations(online: Online) -> str:
+    inputs = {"down_proj input": online.down_proj, "input of q, k, v, gate and up": online.readers}
+    return "; ".join(f"{name}, {r.size} in blocks of {r.block}" for name, r in inputs.items() if r is not None) or "none"
+
+
 def _size_table(before_name: str, before: Sizes, after: Sizes) -> Table:
-    table = _table("", before_name, "SmoothRot", "ratio")
+    table = make_table("", before_name, "SmoothRot", "ratio")
     for kind in Sizes.model_fields:
         table.add_row(kind, *_size_cells(getattr(before, kind), getattr(after, kind)))
     table.add_row("total", *_size_cells(before.total, after.total))
@@ -74,5 +82,6 @@ def _size_cells(before: int, after: int) -> tuple[str, str, str]:
     return decimal(before), decimal(after), f"{before / after:.2f}x" if before and after else ""
 
 
-def _table(*columns: str, header: bool = True) -> Table:
+def make_table(*columns: str, header: bool = True) -> Table:
+    """A table in the style of every command."""
     return Table(*columns, box=box.SIMPLE, show_header=header)

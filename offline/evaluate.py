@@ -3,17 +3,16 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 
 from smoothrot_offline.calibration_data import family_needs_bos, load_tokenizer, read_text, tokenize
 from smoothrot_offline.model import load_model
+from smoothrot_offline.progress import ProgressCallback, no_progress, progress_bar
 from smoothrot_vllm.errors import ConfigError
 
 _LOGIT_ROWS = 512
@@ -34,6 +33,16 @@ class PerplexityResult:
     seconds: float
 
 
+@dataclass(frozen=True)
+class TextWindows:
+    """A text as a model reads it: int64 windows, and whether each begins with a ``<bos>`` of its own."""
+
+    text: str
+    seqlen: int
+    chunks: list[torch.Tensor]
+    bos_in_each: bool
+
+
 def evaluate_perplexity(
     directory: str | Path,
     text_file: str | Path,
@@ -42,6 +51,26 @@ def evaluate_perplexity(
     dtype: torch.dtype | None = None,
 ) -> PerplexityResult:
     """Perplexity ``exp(mean NLL)`` of a text, tokenised once and cut into windows that do not overlap.
+
+    Args:
+        directory: model directory, plain or SmoothRot.
+        text_file, seqlen, limit_chunks: see :func:`text_windows`.
+        dtype: run in this dtype instead of the model's own; NLL is summed in float64 from float32 log-probabilities.
+
+    Raises:
+        ConfigError: an option out of range, or a text of fewer than two tokens.
+        CheckpointError: the directory does not load.
+    """
+    text = text_windows(directory, text_file, seqlen, limit_chunks)
+    model = load_model(directory, dtype)
+    with progress_bar() as progress:
+        return measure_perplexity(model, text, progress)
+
+
+def text_windows(
+    directory: str | Path, text_file: str | Path, seqlen: int = 2048, limit_chunks: int | None = None
+) -> TextWindows:
+    """Cut a text into windows of ``seqlen`` tokens of the directory's tokenizer; only the first ``limit_chunks`` of them.
 
     The tail is kept: n tokens make ``ceil(n / seqlen)`` windows and each predicts its length - 1 tokens. The text is what
     the tokenizer makes of it, its special tokens included; only families that fall apart without ``<bos>`` (Gemma) get it in
@@ -52,33 +81,47 @@ def evaluate_perplexity(
         text_file: UTF-8 text, used as is, or ``.jsonl`` with a ``text`` field, joined with spaces.
         seqlen: window length in tokens, at least 2.
         limit_chunks: only the first so many windows.
-        dtype: run in this dtype instead of the model's own; NLL is summed in float64 from float32 log-probabilities.
 
     Raises:
         ConfigError: an option out of range, or a text of fewer than two tokens.
-        CheckpointError: the directory does not load.
+        CheckpointError: the directory has no tokenizer.
     """
     if seqlen < 2 or (limit_chunks is not None and limit_chunks < 1):
         raise ConfigError(f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, got {seqlen} and {limit_chunks}.")
-    started = time.perf_counter()
     text, tokenizer = read_text(text_file), load_tokenizer(directory)
     bos = tokenizer.bos_token_id if family_needs_bos(directory) else None
     chunks = windows(tokenize(tokenizer, text, special_tokens=bos is None), seqlen, bos)[:limit_chunks]
     if not chunks:
         raise ConfigError(f"{text_file}: expected at least 2 tokens, one to predict from another. Use a longer text.")
-    model = load_model(directory, dtype)
-    nll, tokens = total_nll(model, track(chunks, "perplexity", console=Console(stderr=True), transient=True))
+    return TextWindows(str(text_file), seqlen, chunks, bos is not None)
+
+
+def measure_perplexity(model: PreTrainedModel, text: TextWindows, progress: ProgressCallback = no_progress) -> PerplexityResult:
+    """Perplexity of a loaded model on a text; ``seconds`` are those of its forward passes."""
+
+    def reported() -> Iterator[torch.Tensor]:
+        for number, chunk in enumerate(text.chunks):
+            progress(f"perplexity on {Path(text.text).name}", number, len(text.chunks))
+            yield chunk
+
+    started = time.perf_counter()
+    nll, tokens = total_nll(model, reported())
     return PerplexityResult(
         perplexity=math.exp(nll / tokens),
         nll=nll / tokens,
         tokens=tokens,
-        chunks=len(chunks),
-        seqlen=seqlen,
-        bos_in_each_chunk=bos is not None,
+        chunks=len(text.chunks),
+        seqlen=text.seqlen,
+        bos_in_each_chunk=text.bos_in_each,
         dtype=str(model.dtype).removeprefix("torch."),
-        text=str(text_file),
+        text=text.text,
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def run_dtype(name: str) -> torch.dtype | None:
+    """The torch dtype of a ``--dtype`` option; None, the model's own, for ``auto``."""
+    return None if name == "auto" else getattr(torch, name)
 
 
 def windows(tokens: torch.Tensor, seqlen: int, bos: int | None = None) -> list[torch.Tensor]:

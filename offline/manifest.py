@@ -39,11 +39,15 @@ class CalibrationRecord(_Record):
 
 
 class RotationRecord(_Record):
-    """Hadamard block of each rotation; signs follow from the seed."""
+    """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or else online in the readers'
+    input. ``sign_losses`` are the held-out losses, in nats, of the seeds that were tried; empty if only one was.
+    """
 
     r1: int
     r2: int
     r4: int
+    seed: int
+    sign_losses: dict[int, float] = {}
 
 
 class SmoothingRecord(_Record):
@@ -64,10 +68,14 @@ class SmoothingRecord(_Record):
 
 
 class LayerRecord(_Record):
-    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, and its smoothing."""
+    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its smoothing, and by the first
+    linear of each group that reads one input: the clip found for it, and what quantising it alone costs the layer's output.
+    """
 
     weight_error: dict[str, float]
     smoothing: SmoothingRecord | None = None
+    clips: dict[str, float] = {}
+    sensitivity: dict[str, float] = {}
 
 
 class TensorRecord(_Record):

@@ -151,11 +151,11 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, kernels:
 
 
 def _replace_linears(model: PreTrainedModel, config: SmoothRotHfConfig) -> None:
-    rotation = config.schema.online.down_proj
     for name, linear in list(model.named_modules()):
         if not isinstance(linear, nn.Linear) or (scheme := config.schema.scheme(name)) is None:
             continue
-        block = rotation.block if rotation is not None and name.endswith(".down_proj") else 0
+        rotation = config.schema.online.rotation(name)
+        block = 0 if rotation is None else rotation.block
         quantized = QuantizedLinear(
             linear.in_features, linear.out_features, linear.bias is not None, scheme, block, config.kernels
         )

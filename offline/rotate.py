@@ -99,12 +99,12 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def fold_norms(layer: Tensors, table: Architecture) -> None:
-    """Move each norm's weight into the linears that read it: ``W -> W diag(gamma)``, ``gamma -> 1``."""
+    """Move what each norm multiplies by into the linears that read it: ``W -> W diag(gamma)``, ``gamma -> 1``."""
     for norm, readers in table.readers.items():
-        gamma = layer[f"{norm}.weight"]
+        gamma = layer[f"{norm}.weight"] + table.norm_offset
         for reader in readers:
             layer[f"{reader}.weight"] = layer[f"{reader}.weight"] * gamma
-        layer[f"{norm}.weight"] = torch.ones_like(gamma)
+        layer[f"{norm}.weight"] = torch.full_like(gamma, 1 - table.norm_offset)
 
 
 def rotate_residual(layer: Tensors, table: Architecture, rotation: Orthogonal) -> None:
@@ -116,6 +116,16 @@ def rotate_residual(layer: Tensors, table: Architecture, rotation: Orthogonal) -
         layer[f"{writer}.weight"] = rotation.rotate(layer[f"{writer}.weight"].T).T.contiguous()
         if f"{writer}.bias" in layer:
             layer[f"{writer}.bias"] = rotation.rotate(layer[f"{writer}.bias"])
+
+
+def rotate_reader_inputs(layer: Tensors, table: Architecture, block: int) -> None:
+    """Offline half of R1 where it cannot be folded: ``W -> W (I (x) H)`` in every linear that reads a norm.
+
+    The norms keep their weights: what the server rotates, ``x (I (x) H)``, is their output as it stands.
+    """
+    for readers in table.readers.values():
+        for reader in readers:
+            layer[f"{reader}.weight"] = hadamard(layer[f"{reader}.weight"], block)
 
 
 def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: torch.Tensor | None = None) -> None:

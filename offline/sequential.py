@@ -7,20 +7,15 @@ precision. Within a layer the linears are rounded in the order data reaches them
 group reads what the already rounded ones before it produce.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import CHUNK_TOKENS, LayerRunner
 from smoothrot_offline.quantize import HessianAccumulator, QuantizedWeight, quantize_gptq
-from smoothrot_vllm import ops
-from smoothrot_vllm.format import ActivationScheme, QuantizationSchema
-from smoothrot_vllm.reference import decode, hadamard_transform
-
-InputMap = Callable[[torch.Tensor], torch.Tensor]
+from smoothrot_offline.runtime import BuiltLayer, quantisers, rotations
+from smoothrot_vllm.format import QuantizationSchema
 
 
 class SequentialRounding:
@@ -70,27 +65,41 @@ class SequentialRounding:
         Returns:
             The codes and scales of each quantised linear, named relative to the layer.
         """
-        prefix = self._spec.layer_prefix(index)
-        served, served_layer = self._runner.build(index, tensors)
-        exact = self._runner.build(index, tensors) if self._asymmetric else None
+        prefix, table = self._spec.layer_prefix(index), self._spec.architecture
+        online = self._schema.online
+        schemes = {linear: self._schema.scheme(prefix + linear) for linear in table.linears}
+        turned = rotations(self._spec, online)
+        copies = [BuiltLayer(*self._runner.build(index, tensors), table, turned | quantisers(schemes, online))]
+        if self._asymmetric:
+            copies.append(BuiltLayer(*self._runner.build(index, tensors), table, turned))
         rounded: dict[str, QuantizedWeight] = {}
-        with (
-            torch.no_grad(),
-            _inputs_through(served_layer, self._quantisers(prefix)),
-            _inputs_through(exact[1] if exact else None, self._rotations()),
-        ):
-            for group in self._groups(prefix):
-                statistics = HessianAccumulator(tensors[f"{group[0]}.weight"].shape[1], self._asymmetric)
-                for part, exact_part in self._chunks():
-                    inputs = _input_of((served, served_layer), group[0], part)
-                    statistics.add(inputs, _input_of(exact, group[0], exact_part) if exact else None)
-                for linear in group:
-                    rounded[linear] = self._round(prefix + linear, tensors[f"{linear}.weight"], statistics)
-                    served_layer.get_submodule(linear).weight.data = rounded[linear].dequantize()
-            for part, exact_part in self._chunks():
-                part.copy_(served(inputs_embeds=part, use_cache=False).last_hidden_state)
-                if exact is not None:
-                    exact_part.copy_(exact[0](inputs_embeds=exact_part, use_cache=False).last_hidden_state)
+
+        def round_group(group: tuple[str, ...], inputs: Iterable[Sequence[torch.Tensor]]) -> None:
+            """Round linears that read one input: a chunk at a time, as served and, if asymmetric, in full precision."""
+            quantised = [linear for linear in group if schemes[linear] is not None]
+            if not quantised:
+                return
+            statistics = HessianAccumulator(tensors[f"{group[0]}.weight"].shape[1], self._asymmetric)
+            for chunk in inputs:
+                statistics.add(*chunk)
+            for linear in quantised:
+                rounded[linear] = self._round(prefix + linear, tensors[f"{linear}.weight"], statistics)
+                copies[0].set_weight(linear, rounded[linear].dequantize())
+
+        qkv, output, gate_up, down = table.input_groups()
+        with torch.no_grad():
+            round_group(qkv, (_each(BuiltLayer.attention_input, copies, chunk) for chunk in self._chunks()))
+            attended = [_each(BuiltLayer.output_input, copies, chunk) for chunk in self._chunks()]
+            round_group(output, attended)
+            for chunk, inputs in zip(self._chunks(), attended, strict=True):
+                for copy, hidden, read in zip(copies, chunk, inputs, strict=True):
+                    hidden.copy_(copy.middle(hidden, read))
+            del attended
+            round_group(gate_up, (_each(BuiltLayer.feed_forward_input, copies, chunk) for chunk in self._chunks()))
+            round_group(down, (_each(BuiltLayer.down_input, copies, chunk) for chunk in self._chunks()))
+            for chunk in self._chunks():
+                for copy, hidden in zip(copies, chunk, strict=True):
+                    hidden.copy_(copy.finish(hidden))
         return rounded
 
     def _round(self, name: str, weight: torch.Tensor, statistics: HessianAccumulator) -> QuantizedWeight:
@@ -107,85 +116,15 @@ class SequentialRounding:
             name=f"{name}.weight",
         )
 
-    def _groups(self, prefix: str) -> list[list[str]]:
-        """Quantised linears that read the same tensor, in the order data reaches them."""
-        groups = [
-            [linear for linear in group if self._schema.scheme(prefix + linear) is not None]
-            for group in self._spec.architecture.input_groups()
-        ]
-        return [group for group in groups if group]
-
-    def _chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _chunks(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The hidden states a few sequences at a time: as served, and in full precision if asymmetric."""
         step = max(1, CHUNK_TOKENS // self._hidden.shape[1])
-        return zip(self._hidden.split(step), self._exact.split(step), strict=True)
-
-    def _rotations(self) -> dict[str, InputMap]:
-        rotation = self._schema.online.down_proj
-        if rotation is None:
-            return {}
-        return {self._spec.architecture.down: lambda x: hadamard_transform(x, rotation.block) * rotation.block**-0.5}
-
-    def _quantisers(self, prefix: str) -> dict[str, InputMap]:
-        rotation = self._schema.online.down_proj
-        maps = {}
-        for linear in self._spec.architecture.linears:
-            scheme = self._schema.scheme(prefix + linear)
-            rotated = rotation is not None and linear == self._spec.architecture.down
-            if scheme is not None:
-                maps[linear] = _fake_quantiser(scheme.activations, rotation.block if rotation and rotated else 0)
-            elif rotated:
-                maps[linear] = self._rotations()[linear]
-        return maps
+        streams = [self._hidden, self._exact] if self._asymmetric else [self._hidden]
+        return zip(*(stream.split(step) for stream in streams), strict=True)
 
 
-class _InputSeenError(Exception):
-    """Ends a forward pass whose one purpose was to see the input of a linear."""
-
-
-def _input_of(built: tuple[nn.Module, nn.Module], linear: str, hidden: torch.Tensor) -> torch.Tensor:
-    """What ``linear`` of a built layer multiplies by its weight when the layer reads ``hidden``: ``(tokens, in_features)``."""
-    model, layer = built
-    seen: list[torch.Tensor] = []
-
-    def stop(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.append(inputs[0].flatten(0, -2))
-        raise _InputSeenError
-
-    # Pre-hooks run in the order they were registered: this one sees what the run-time hook has made of the input.
-    handle = layer.get_submodule(linear).register_forward_pre_hook(stop)
-    try:
-        model(inputs_embeds=hidden, use_cache=False)
-    except _InputSeenError:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise AssertionError("the layer runs each of its linears")
-
-
-def _fake_quantiser(scheme: ActivationScheme, block: int) -> InputMap:
-    def quantise(x: torch.Tensor) -> torch.Tensor:
-        tokens = x.flatten(0, -2)
-        if block:
-            codes, scale = ops.hadamard_quant(tokens, block, scheme.clip, scheme.bits)
-        else:
-            codes, scale = ops.quant(tokens, scheme.clip, scheme.bits)
-        return (decode(codes, scheme.bits) * scale[:, None]).view(x.shape)
-
-    return quantise
-
-
-@contextmanager
-def _inputs_through(layer: nn.Module | None, maps: Mapping[str, InputMap]) -> Iterator[None]:
-    """While the context lasts, each named linear of ``layer`` reads its input through the given function."""
-
-    def hook(function: InputMap) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
-        return lambda _module, inputs: function(inputs[0])
-
-    handles = []
-    if layer is not None:
-        handles = [layer.get_submodule(linear).register_forward_pre_hook(hook(function)) for linear, function in maps.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _each(
+    part: Callable[[BuiltLayer, torch.Tensor], torch.Tensor], copies: Sequence[BuiltLayer], chunk: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """One part of a layer for each copy of it, on that copy's hidden states."""
+    return [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.config import ConvertConfig, online_block
+from smoothrot_offline.config import ConvertConfig, online_rotations
 from smoothrot_offline.rotate import (
     Rotation,
     Tensors,
@@ -16,23 +16,24 @@ from smoothrot_offline.rotate import (
     random_signs,
     rotate_down_input,
     rotate_heads,
+    rotate_reader_inputs,
     rotate_residual,
 )
 from smoothrot_offline.smooth import fold_smoothing
+from smoothrot_vllm.format import Online
 
 
 @dataclass(frozen=True)
 class ModelTransform:
-    """What is folded into one model's weights. ``residual`` (R1) is None when nothing is rotated.
+    """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream is not rotated.
 
-    The transformed model computes the original's logits, if the server rotates down_proj's input by
-    ``I (x) H_block`` with ``online_block`` (0: no rotation).
+    The transformed model computes the original's logits, if the server applies the ``online`` rotations.
     """
 
     spec: ModelSpec
     seed: int
     residual: Rotation | None
-    online_block: int
+    online: Online
 
     @classmethod
     def of(cls, spec: ModelSpec, config: ConvertConfig) -> Self:
@@ -41,9 +42,9 @@ class ModelTransform:
         Raises:
             UnsupportedModelError: a size has no Hadamard block.
         """
-        if not config.rotate:
-            return cls(spec, config.seed, None, 0)
-        return cls(spec, config.seed, random_rotation(spec.hidden, config.seed), online_block(spec, config).size)
+        folds_r1 = config.rotate and spec.architecture.rotates_residual
+        residual = random_rotation(spec.hidden, config.seed) if folds_r1 else None
+        return cls(spec, config.seed, residual, online_rotations(spec, config))
 
     def layer(self, index: int, tensors: Tensors, scales: torch.Tensor | None) -> None:
         """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S, or None."""
@@ -53,18 +54,22 @@ class ModelTransform:
         if self.residual is not None:
             fold_norms(tensors, table)
             rotate_residual(tensors, table, self.residual)
+        if self.online.readers is not None:
+            rotate_reader_inputs(tensors, table, self.online.readers.block)
+        if self.online.down_proj is not None:
             rotate_heads(tensors, table, self.spec.head_dim)
             signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}")
-            rotate_down_input(tensors, table, Rotation(signs, self.online_block))
+            rotate_down_input(tensors, table, Rotation(signs, self.online.down_proj.block))
 
     def embedding(self, rows: torch.Tensor) -> torch.Tensor:
         """Embedding rows, float64 ``(rows, hidden)``, in the rotated residual stream."""
         return rows if self.residual is None else self.residual.rotate(rows)
 
     def head(self, rows: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        """Head rows, float64 ``(rows, hidden)``, with the final norm's weight ``gamma (hidden,)`` folded in, then R1."""
-        return rows if self.residual is None else self.residual.rotate(rows * gamma)
+        """Head rows, float64 ``(rows, hidden)``, with the final norm's stored weight ``gamma (hidden,)`` folded in, then R1."""
+        offset = self.spec.architecture.norm_offset
+        return rows if self.residual is None else self.residual.rotate(rows * (gamma + offset))
 
     def final_norm(self, gamma: torch.Tensor) -> torch.Tensor:
-        """What is left of the final norm's weight."""
-        return gamma if self.residual is None else torch.ones_like(gamma)
+        """What is left of the final norm's stored weight."""
+        return gamma if self.residual is None else torch.full_like(gamma, 1 - self.spec.architecture.norm_offset)

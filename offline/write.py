@@ -66,8 +66,12 @@ class OutputDirectory:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file, keys in the order given."""
+        self.write_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, content: str) -> None:
+        """Write one UTF-8 file."""
         with _writing(self.path / name):
-            (self.path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (self.path / name).write_text(content, encoding="utf-8")
 
     def copy(self, file: Path) -> None:
         """Copy the content of a file, under its name."""

@@ -18,6 +18,8 @@ QUANT_METHOD: Literal["smoothrot"] = "smoothrot"
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "smoothrot_manifest.json"
 GROUP_SIZES = (-1, 32, 64, 128)
+READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
+"""Names of the linears that read the residual stream through a norm, and of the fusions of them."""
 WEIGHT_PACKED = "weight_packed"
 WEIGHT_SCALE = "weight_scale"
 
@@ -67,9 +69,20 @@ class OnlineHadamard(_Model):
 
 
 class Online(_Model):
-    """The rotations a server applies, by the projection whose input they rotate."""
+    """The rotations a server applies to what linears read.
+
+    ``readers`` are the linears that read the residual stream through a norm, whose rotation could not be folded.
+    """
 
     down_proj: OnlineHadamard | None = None
+    readers: OnlineHadamard | None = None
+
+    def rotation(self, name: str) -> OnlineHadamard | None:
+        """Rotation of the input of the linear with this module name, stored or fused by a server, or None."""
+        leaf = name.rpartition(".")[2]
+        if leaf == "down_proj":
+            return self.down_proj
+        return self.readers if leaf in READERS else None
 
 
 class QuantizationSchema(_Model):

@@ -143,8 +143,7 @@ class SmoothRotConfig(QuantizationConfig):
             if scheme is None:
                 return UnquantizedLinearMethod()
             leaf = prefix.rpartition(".")[2]
-            rotation = self.schema.online.down_proj if leaf == "down_proj" else None
-            return SmoothRotLinearMethod(prefix, scheme, rotation, self.part_names(leaf))
+            return SmoothRotLinearMethod(prefix, scheme, self.schema.online.rotation(leaf), self.part_names(leaf))
         if isinstance(layer, ParallelLMHead):
             scheme = self.scheme(prefix)
             return None if scheme is None else SmoothRotLMHeadMethod(prefix, scheme)

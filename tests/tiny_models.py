@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -16,7 +23,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SHORT_TEXT = REPOSITORY / "benchmarks" / "demo_text.txt"
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+# A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is shorter than most prompts.
+OWN_SIZES = {
+    "gemma3": {
+        "hidden_size": 160,
+        "head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 100,
+    }
+}
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -41,24 +58,26 @@ def save_tiny_model(directory: Path, family: str) -> Path:
     """
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = FAMILIES[family](
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.12,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.12,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    config = FAMILIES[family](**sizes | OWN_SIZES.get(family, {}))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                # Gemma's norms multiply by one more than their weight.
+                parameter.uniform_(0.5, 1.5).sub_(int(family == "gemma3"))
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
     model.bfloat16().save_pretrained(directory)
@@ -68,7 +87,8 @@ def save_tiny_model(directory: Path, family: str) -> Path:
 
 def convert(source: Path, out: Path, *options: str) -> Path:
     """``smoothrot-convert run`` as a user types it, in its own process."""
-    command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *options]
+    preset = () if "--preset" in options else ("--preset", "none")
+    command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *preset, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stderr
     return out

@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smoothrot_offline.architectures.base import Architecture, ModelSpec
+from smoothrot_offline.architectures.gemma3 import GEMMA3
 from smoothrot_offline.architectures.llama import LLAMA
 from smoothrot_offline.architectures.mistral import MISTRAL
 from smoothrot_offline.architectures.qwen2 import QWEN2
@@ -14,7 +15,7 @@ from smoothrot_vllm.errors import UnsupportedModelError
 
 __all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
 
-SUPPORTED = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2)}
+SUPPORTED = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, GEMMA3)}
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -50,17 +51,24 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModelError(
             f"config.json: expected {spec.heads} attention heads to be a multiple of {spec.kv_heads} key-value heads."
         )
-    rope = (parsed.rope_parameters or {}).get("rope_type", "default")
-    if rope not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise UnsupportedModelError(
-            f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {rope!r}."
-        )
-    if parsed.hidden_act not in table.activations:
-        raise UnsupportedModelError(
-            f"config.json: hidden_act: expected one of {', '.join(table.activations)} (what the server runs for "
-            f"{table.class_name}), got {parsed.hidden_act!r}."
-        )
+    for rope in _rope_types(parsed.rope_parameters or {}):
+        if rope not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise UnsupportedModelError(
+                f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {rope!r}."
+            )
+    for key, values in table.settings.items():
+        if (found := getattr(parsed, key)) not in values:
+            raise UnsupportedModelError(
+                f"config.json: {key}: expected one of {', '.join(map(str, values))} (what the server runs for "
+                f"{table.class_name}), got {found!r}."
+            )
     return spec
+
+
+def _rope_types(parameters: dict[str, Any]) -> list[str]:
+    """The rope type, or that of each kind of layer where the parameters differ by kind."""
+    by_kind = [nested for nested in parameters.values() if isinstance(nested, dict)]
+    return [found.get("rope_type", "default") for found in by_kind or [parameters]]
 
 
 def _supported_table(config: dict[str, Any]) -> Architecture:
@@ -92,7 +100,7 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
         raise UnsupportedModelError(
             f"config.json: architectures: expected {table.class_name} for model_type {model_type!r}, got {', '.join(classes)}."
         )
-    if table.model_type != "qwen2" and config.get("layer_types"):
+    if not table.layer_types and config.get("layer_types"):
         raise UnsupportedModelError(
             f"{names} mixes attention kinds (layer_types), which transformers ignores for {model_type!r}."
         )

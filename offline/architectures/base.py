@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -18,9 +19,14 @@ class Architecture:
 
     ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query or value.
     ``biases`` gives the linears that have a bias, under the configuration flag that says so ("" = always).
-    ``readers`` gives, for each norm, the linears that read its output; ``writers`` add to the residual stream.
+    ``readers`` gives, for each norm, the linears that read its output; ``writers`` add to the residual stream, those of a
+    family with ``post_norms`` through one of them. ``head_norms`` normalise single heads of queries and keys.
+    A norm multiplies by ``norm_offset`` plus its stored weight.
     ``value`` produces the heads that ``output`` consumes; ``up`` is the factor of the gated product
     ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
+    ``settings`` gives the values of a configuration key that transformers and the server both compute;
+    ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden size, ``layer_types``
+    that the configuration chooses each layer's kind of attention.
     """
 
     model_type: str
@@ -33,11 +39,21 @@ class Architecture:
     output: str
     up: str
     down: str
-    activations: tuple[str, ...] = ("silu",)
+    settings: Mapping[str, tuple[Any, ...]]
+    post_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    layer_types: bool = False
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     lm_head: str = "lm_head"
+
+    @property
+    def rotates_residual(self) -> bool:
+        """Whether R1 can be folded. A norm between a writer and the residual stream does not commute with a rotation."""
+        return not self.post_norms
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first, then the feed-forward."""
@@ -59,6 +75,11 @@ class ModelSpec:
     head_dim: int
     vocab: int
     tied: bool
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies the rows of its embedding by."""
+        return self.hidden**0.5 if self.architecture.scaled_embedding else 1.0
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """``(out_features, in_features)`` of a decoder linear, named relative to its layer."""
@@ -88,7 +109,8 @@ class ModelSpec:
             shapes[f"{linear}.weight"] = shape
             if linear in self.biased():
                 shapes[f"{linear}.bias"] = shape[:1]
-        return shapes | {f"{norm}.weight": (self.hidden,) for norm in self.architecture.readers}
+        shapes |= {f"{norm}.weight": (self.hidden,) for norm in (*self.architecture.readers, *self.architecture.post_norms)}
+        return shapes | {f"{norm}.weight": (self.head_dim,) for norm in self.architecture.head_norms}
 
     def source_tensors(self) -> dict[str, Shape]:
         """Shape of each tensor the source checkpoint must hold."""

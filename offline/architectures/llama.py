@@ -28,4 +28,5 @@ LLAMA = Architecture(
     output="self_attn.o_proj",
     up="mlp.up_proj",
     down="mlp.down_proj",
+    settings={"hidden_act": ("silu",)},
 )

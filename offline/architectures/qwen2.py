@@ -10,4 +10,5 @@ QWEN2 = replace(
     model_type="qwen2",
     class_name="Qwen2ForCausalLM",
     biases={"": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
+    layer_types=True,
 )

@@ -59,20 +59,29 @@ def choose_scales(policy: Policy, statistics: InputStatistics, error: LayerError
         options: numbers that a policy does not choose itself.
     """
     reference = error.of(_scales("max", statistics, error.weight, 0.5, None))
-    if policy in ("search", "learned"):
-        candidates = ((error.of(_scales(s, statistics, error.weight, a, q)), s, a, q) for s, a, q in _grid())
-        least, statistic, alpha, quantile = min(candidates, key=lambda candidate: candidate[0])
-        scales = _scales(statistic, statistics, error.weight, alpha, quantile)
-    else:
-        alpha = 0.5 if policy == "l2" else options.alpha
-        statistic, quantile = policy, options.quantile if policy == "quantile" else None
-        scales = _scales(statistic, statistics, error.weight, alpha, quantile)
-        least = error.of(scales)
+    candidates: list[tuple[Statistic, float, float | None]]
+    match policy:
+        case "max":
+            candidates = [("max", options.alpha, None)]
+        case "quantile":
+            candidates = [("quantile", options.alpha, options.quantile)]
+        case "l2":
+            candidates = [("l2", 0.5, None)]
+        case _:
+            candidates = list(_grid())
+    tried = [(error.of(_scales(s, statistics, error.weight, a, q)), s, a, q) for s, a, q in candidates]
+    least, statistic, alpha, quantile = min(tried, key=lambda candidate: candidate[0])
+    scales = _scales(statistic, statistics, error.weight, alpha, quantile)
     start = None
     if policy == "learned" and least > 0:
         start, (scales, least) = scales, learn_scales(scales, least, error)
     relative = least / reference if reference else 1.0
     return SmoothingChoice(scales, statistic, alpha, quantile, relative, start)
+
+
+def searched_candidates() -> int:
+    """How many scales ``search`` tries."""
+    return len(list(_grid()))
 
 
 def _grid() -> Iterator[tuple[Statistic, float, float | None]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
 # Two kinds of width on purpose: 72 = 36·2 and 152 = 76·2 have Hadamard orders that are not symmetric matrices.
 SIZES = {
@@ -20,17 +20,28 @@ SIZES = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+# Heads wider than the hidden size has room for, windows in some layers, and a scale of attention that is no head's width.
+OWN_SIZES = {
+    "gemma3": {
+        "head_dim": 12,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 20,
+    }
+}
 
 
 def random_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> PreTrainedModel:
     """A small model whose every parameter is random: norm weights far from one, biases far from zero."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](**SIZES | sizes), attn_implementation="sdpa", dtype=dtype)
+    config = CONFIGS[family](**SIZES | OWN_SIZES.get(family, {}) | sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 2.0)
+                # Gemma's norms multiply by one more than their weight.
+                parameter.uniform_(0.5, 2.0).sub_(int(family == "gemma3"))
             elif name.endswith("bias"):
                 parameter.normal_(std=0.5)
             else:

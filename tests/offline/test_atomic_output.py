@@ -36,7 +36,7 @@ def signalling():
     yield lambda message, done, total: os.kill(os.getpid(), which) if done == step else None
 
 smoothrot_offline.progress.progress_bar = signalling
-sys.argv[1:] = ["run", *sys.argv[3:], "--scales", "none"]
+sys.argv[1:] = ["run", *sys.argv[3:], "--preset", "none", "--scales", "none"]
 cli.main()
 """
 
@@ -97,7 +97,7 @@ def test_polite_kill_removes_what_was_written(make_model: MakeModel, tmp_path: P
 def test_disk_full_is_one_clear_line_and_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = make_model(vocab_size=4096), tmp_path / "out"
     failed = subprocess.run(
-        [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--scales", "none"],
+        [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--preset", "none", "--scales", "none"],
         capture_output=True,
         text=True,
         timeout=300,

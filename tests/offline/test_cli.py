@@ -43,7 +43,7 @@ def converted_once(build_model: Callable[..., PreTrainedModel], tmp_path_factory
     base = tmp_path_factory.mktemp("converted")
     build_model(tie_word_embeddings=True).save_pretrained(base / "model")
     (base / "model/tokenizer.json").write_text("{}")
-    assert invoke("run", base / "model", base / "out", "--scales", "none", "--lm-head-bits", 8).exit_code == 0
+    assert invoke("run", "--preset", "none", base / "model", base / "out", "--scales", "none", "--lm-head-bits", 8).exit_code == 0
     return base / "out"
 
 
@@ -54,7 +54,17 @@ def converted(converted_once: Path, tmp_path: Path) -> Path:
 
 
 def test_json_of_a_real_process_is_all_of_its_stdout(make_model: MakeModel, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "smoothrot_offline.cli", "run", str(make_model()), str(tmp_path / "out"), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "smoothrot_offline.cli",
+        "run",
+        "--preset",
+        "none",
+        str(make_model()),
+        str(tmp_path / "out"),
+        "--json",
+    ]
     done = subprocess.run(
         [*command, "--calib-samples", "2", "--calib-seqlen", "8"], capture_output=True, text=True, timeout=300, check=True
     )
@@ -66,7 +76,7 @@ def test_json_of_a_real_process_is_all_of_its_stdout(make_model: MakeModel, tmp_
 
 
 def test_results_for_people_name_the_output(converted: Path, make_model: MakeModel, tmp_path: Path) -> None:
-    result = invoke("run", make_model(name="other"), tmp_path / "second", "--scales", "none")
+    result = invoke("run", "--preset", "none", make_model(name="other"), tmp_path / "second", "--scales", "none")
     assert "second: " in result.stdout
     assert "4-bit" not in result.stderr
     for command in ("verify", "inspect"):
@@ -93,7 +103,7 @@ def test_wrong_command_lines_exit_with_2(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("extra", [(), ("--json",)])
 def test_refusal_is_one_line_on_stderr_and_exit_code_1(make_model: MakeModel, tmp_path: Path, extra: tuple[str, ...]) -> None:
-    result = invoke("run", make_model(), tmp_path / "out", "--group-size", 128, *extra)
+    result = invoke("run", "--preset", "none", make_model(), tmp_path / "out", "--group-size", 128, *extra)
     assert result.exit_code == 1
     assert result.stdout == ""
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -145,7 +155,7 @@ def llama_3_8b(directory: Path) -> Path:
 def test_plan_of_a_large_model_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = llama_3_8b(tmp_path)
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a weight was read"))
-    plan = invoke_json("plan", source, "--max-tp", 2, "--lm-head-bits", 8, "--calib", "text.txt")
+    plan = invoke_json("plan", "--preset", "none", source, "--max-tp", 2, "--lm-head-bits", 8, "--calib", "text.txt")
     linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert plan["refusals"] == []
     assert plan["source_bytes"]["linears"] == 2 * linears
@@ -166,8 +176,8 @@ def test_plan_of_the_converted_sizes_is_what_run_writes(make_model: MakeModel, t
     source = make_model("qwen2", tie_word_embeddings=True)
     options = ("--scales", "none", "--lm-head-bits", 8)
     assert (
-        invoke_json("plan", source, *options)["output_bytes"]
-        == invoke_json("run", source, tmp_path / "out", *options)["output_bytes"]
+        invoke_json("plan", "--preset", "none", source, *options)["output_bytes"]
+        == invoke_json("run", "--preset", "none", source, tmp_path / "out", *options)["output_bytes"]
     )
     stored = load_file(tmp_path / "out" / WEIGHTS)
     inspected = invoke_json("inspect", tmp_path / "out")
@@ -176,7 +186,7 @@ def test_plan_of_the_converted_sizes_is_what_run_writes(make_model: MakeModel, t
 
 
 def test_plan_names_refusals_and_exits_with_1(make_model: MakeModel) -> None:
-    result = invoke("plan", make_model(), "--group-size", 64, "--json")
+    result = invoke("plan", "--preset", "none", make_model(), "--group-size", 64, "--json")
     assert result.exit_code == 1
     plan = json.loads(result.stdout)
     assert "group size 64" in plan["refusals"][0]
@@ -185,7 +195,7 @@ def test_plan_names_refusals_and_exits_with_1(make_model: MakeModel) -> None:
 
 
 def test_plan_names_why_a_tensor_parallel_size_is_not_served(make_model: MakeModel) -> None:
-    found = invoke_json("plan", make_model(), "--max-tp", 2, "--calib-seqlen", 64)
+    found = invoke_json("plan", "--preset", "none", make_model(), "--max-tp", 2, "--calib-seqlen", 64)
     sizes = {entry["size"]: entry["refused"] for entry in found["tensor_parallel"]}
     assert sizes[1] is None
     assert "9 attention heads" in sizes[2]
@@ -199,7 +209,7 @@ def test_plan_of_a_hub_model_fetches_no_weight(make_model: MakeModel, monkeypatc
     metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=header)})
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _model, name: source / name)
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _model: metadata)
-    hub, local = (invoke_json("plan", model, "--scales", "none") for model in ("some-org/some-model", source))
+    hub, local = (invoke_json("plan", "--preset", "none", model, "--scales", "none") for model in ("some-org/some-model", source))
     assert hub["model"] == "some-org/some-model"
     assert hub["output_bytes"] == local["output_bytes"]
 
@@ -295,6 +305,18 @@ def test_inspect_says_what_is_stored(converted: Path) -> None:
     assert "152 in blocks of 152" in shown
 
 
+def test_plan_and_inspect_show_what_the_server_rotates(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("gemma3", tie_word_embeddings=True)
+    planned = invoke_json("plan", "--preset", "none", source, "--scales", "none")
+    assert planned["hadamard"]["R1 online"] == {"size": 72, "block": 72, "factors": "36·2"}
+    assert planned["output_bytes"]["lm_head"] == 0
+    assert invoke("run", "--preset", "none", source, tmp_path / "out", "--scales", "none").exit_code == 0
+    assert invoke_json("verify", tmp_path / "out")["ok"]
+    assert invoke_json("inspect", tmp_path / "out")["output_bytes"] == planned["output_bytes"]
+    shown = " ".join(invoke("inspect", tmp_path / "out").stdout.split())
+    assert "152 in blocks of 152; input of q, k, v, gate and up, 72 in blocks of 72" in shown
+
+
 def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from smoothrot_offline.evaluate import PerplexityResult
 
@@ -306,6 +328,8 @@ def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("smoothrot_offline.evaluate.evaluate_perplexity", evaluate)
     facts = invoke_json("eval", tmp_path, "--text", "text.txt", "--seqlen", 33, "--limit-chunks", 3)
-    assert asked == [(tmp_path, Path("text.txt"), 33, 3)]
+    assert asked == [(tmp_path, Path("text.txt"), 33, 3, torch.float32)]
     assert (facts["perplexity"], facts["tokens"]) == (8.0, 99)
-    assert "perplexity 8.0000 over 99 tokens" in invoke("eval", tmp_path, "--text", "text.txt").stdout
+    assert "perplexity 8.0000 over 99 tokens in bfloat16" in invoke("eval", tmp_path, "--text", "text.txt").stdout
+    invoke("eval", tmp_path, "--text", "text.txt", "--dtype", "auto")
+    assert asked[-1] == (tmp_path, Path("text.txt"), 2048, None, None)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import smoothrot_offline.convert
+import smoothrot_offline.decide
 from smoothrot_offline.architectures import resolve
 from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.calibration_data import load_calibration
@@ -23,7 +24,7 @@ from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.model import load_model
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.verify import verify
-from smoothrot_vllm.format import MANIFEST_NAME, parse_schema
+from smoothrot_vllm.format import MANIFEST_NAME, Online, OnlineHadamard, parse_schema
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
 MakeModel = Callable[..., Path]
@@ -50,8 +51,10 @@ def logits(directory: Path) -> torch.Tensor:
         {"family": "llama", "tie_word_embeddings": True},
         {"family": "mistral", "sliding_window": 6},
         {"family": "qwen2", "tie_word_embeddings": True},
+        {"family": "gemma3", "attention_bias": True},
+        {"family": "gemma3", "tie_word_embeddings": True},
     ],
-    ids=["llama-biased", "llama-tied", "mistral", "qwen2-tied"],
+    ids=["llama-biased", "llama-tied", "mistral", "qwen2-tied", "gemma3-biased", "gemma3-tied"],
 )
 @pytest.mark.parametrize(
     "options", [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "plain", "tp2-head8"]
@@ -120,15 +123,28 @@ def test_configuration_describes_the_output(make_model: MakeModel, tmp_path: Pat
     assert not (tmp_path / "out/modeling_evil.py").exists()
 
 
-def test_plain_conversion_keeps_a_shared_head(make_model: MakeModel, tmp_path: Path) -> None:
-    source = make_model(tie_word_embeddings=True)
-    convert(source, tmp_path / "out", config(rotate=False, scales="none"))
+@pytest.mark.parametrize(("family", "rotate"), [("llama", False), ("gemma3", True)])
+def test_conversion_without_folds_into_it_keeps_a_shared_head(
+    make_model: MakeModel, tmp_path: Path, family: str, rotate: bool
+) -> None:
+    source = make_model(family, tie_word_embeddings=True)
+    convert(source, tmp_path / "out", config(rotate=rotate, scales="none"))
     stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
     original = load_file(source / "model.safetensors")
     assert "lm_head.weight" not in stored
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"):
-        assert torch.equal(stored[name], original[name])
+    kept = {name for name in original if not name.endswith("_proj.weight")}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"} < kept
+    assert all(torch.equal(stored[name], original[name]) for name in kept)
+
+
+def test_rotation_that_cannot_be_folded_is_left_to_the_server(make_model: MakeModel, tmp_path: Path) -> None:
+    convert(make_model("gemma3"), tmp_path / "out", config(scales="none", max_tp=2))
+    schema = parse_schema(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
+    assert schema.online == Online(down_proj=OnlineHadamard(size=152, block=76), readers=OnlineHadamard(size=72, block=72))
+    rotations = read_manifest(tmp_path / "out").rotations
+    assert rotations is not None
+    assert (rotations.r1, rotations.r2, rotations.r4) == (72, 12, 76)
 
 
 def test_codes_are_those_of_the_quantiser_on_the_source(make_model: MakeModel, tmp_path: Path) -> None:
@@ -174,7 +190,7 @@ def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(make
 def test_calibration_file_leaves_its_digest_but_not_its_path(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", lambda *_: TOKENS)
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
     text = tmp_path / "private" / "text.txt"
     text.parent.mkdir()
     text.write_text("calibration")
@@ -186,7 +202,7 @@ def test_calibration_file_leaves_its_digest_but_not_its_path(
 
 
 def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", lambda *_: pytest.fail("calibration was loaded"))
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: pytest.fail("calibration was loaded"))
     monkeypatch.setattr(LayerRunner, "run", lambda *_: pytest.fail("a layer was run"))
     convert(make_model(), tmp_path / "out", config(scales="none"))
     assert read_manifest(tmp_path / "out").calibration is None
@@ -198,8 +214,9 @@ def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Pat
         {"family": "llama", "attention_bias": True},
         {"family": "mistral", "sliding_window": 5},
         {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {"family": "gemma3", "attention_bias": True},
     ],
-    ids=["llama", "mistral-window", "qwen2-mixed-windows"],
+    ids=["llama", "mistral-window", "qwen2-mixed-windows", "gemma3-mixed-windows"],
 )
 def test_layers_run_one_by_one_see_what_the_whole_model_sees(make_model: MakeModel, source: dict[str, object]) -> None:
     directory = make_model(**source)
@@ -211,7 +228,8 @@ def test_layers_run_one_by_one_see_what_the_whole_model_sees(make_model: MakeMod
         model(TOKENS)
     checkpoint = open_checkpoint(directory)
     spec = resolve(checkpoint.config)
-    hidden = embed(TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"])
+    embedding = checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    hidden = embed(TOKENS, embedding, spec.embedding_scale)
     runner = LayerRunner(spec)
     for index, expected in enumerate(seen):
         prefix = spec.layer_prefix(index)
@@ -256,7 +274,7 @@ def test_calibration_tokens_are_asked_for_as_configured(
         asked.append(arguments)
         return load_calibration(*arguments)
 
-    monkeypatch.setattr(smoothrot_offline.convert, "load_calibration", recording)
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", recording)
     source = make_model()
     convert(source, tmp_path / "out", config(seed=9))
     assert asked == [("generated", source, 2, 16, 9)]

@@ -45,6 +45,7 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditional.*not supported"),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .*not supported"),
         ({"model_type": None}, "not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected LlamaForCausalLM"),
@@ -62,7 +63,24 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
     ],
 )
 def test_unsupported_architectures_are_named(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
-    source = make_model()
+    assert_unsupported(make_model(), changes, words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_activation": "silu"}, "hidden_activation: expected one of gelu_pytorch_tanh.*silu"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected one of None.*50"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention: expected one of None, False.*True"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "spiral"}}}, "rope_type: expected one of .*spiral"),
+        ({"layer_types": ["sliding_attention", "full_attention", "no_attention"]}, "transformers refuses"),
+    ],
+)
+def test_settings_that_gemma_3_is_not_served_with_are_named(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
+    assert_unsupported(make_model("gemma3"), changes, words)
+
+
+def assert_unsupported(source: Path, changes: dict[str, Any], words: str) -> None:
     edit_config(source, **changes)
     error = refusal(source)
     assert isinstance(error, UnsupportedModelError)

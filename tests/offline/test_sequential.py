@@ -5,26 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import SHORT_TEXT, convert, save_tiny_model
+from tiny_models import SHORT_TEXT, save_tiny_model
 from transformers import AutoTokenizer
 
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
 from smoothrot_offline.model import load_model
 
-OPTIONS = ("--activation-bits", "8", "--calib", str(SHORT_TEXT), "--calib-samples", "16", "--calib-seqlen", "256")
 
-
-@pytest.fixture(scope="module")
-def logit_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
+def logit_errors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Relative logit error on the calibration text, by rounding."""
-    folder = tmp_path_factory.mktemp("sequential")
-    source = save_tiny_model(folder / "source", "qwen2")
+    folder: Path = tmp_path_factory.mktemp("sequential")
+    source = save_tiny_model(folder / "source", request.param)
     tokens = torch.tensor([AutoTokenizer.from_pretrained(source)(SHORT_TEXT.read_text()).input_ids[:512]])
     with torch.inference_mode():
         expected = load_model(source, torch.float32)(tokens).logits
         errors = {}
         for rounding in ("rtn", "gptq", "gptaq"):
-            directory: Path = convert(source, folder / rounding, "--rounding", rounding, *OPTIONS)
-            logits = load_model(directory, torch.float32)(tokens).logits
+            options = {"activation_bits": 8, "calib": str(SHORT_TEXT), "calib_samples": 16, "calib_seqlen": 256}
+            convert(source, folder / rounding, make_config(rounding=rounding, **options))
+            logits = load_model(folder / rounding, torch.float32)(tokens).logits
             errors[rounding] = float((logits - expected).norm() / expected.norm())
     return errors
 

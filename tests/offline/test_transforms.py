@@ -2,16 +2,17 @@
 """Every fold leaves the logits as they were, in float64, for each family and its odd shapes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.config import make_config
+from smoothrot_offline.config import make_config, online_rotations
 from smoothrot_offline.rotate import (
     DenseRotation,
     Rotation,
@@ -22,11 +23,13 @@ from smoothrot_offline.rotate import (
     random_signs,
     rotate_down_input,
     rotate_heads,
+    rotate_reader_inputs,
     rotate_residual,
 )
 from smoothrot_offline.smooth import fold_smoothing
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import Online
 from smoothrot_vllm.hadamard import choose_block
 from smoothrot_vllm.reference import hadamard_transform
 
@@ -52,6 +55,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "max_window_layers": 1,
     },
+    "gemma3": {"family": "gemma3"},
+    "gemma3, biases, tied, one key-value head": {
+        "family": "gemma3",
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+    },
 }
 
 
@@ -61,10 +71,12 @@ class Float64Norm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.weight = nn.Parameter(norm.get_parameter("weight"))
-        self.eps: float = norm.variance_epsilon  # type: ignore[assignment]
+        gemma = isinstance(norm, Gemma3RMSNorm)
+        self.offset = 1 if gemma else 0
+        self.eps: float = norm.eps if gemma else norm.variance_epsilon  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
 class Subject:
@@ -85,23 +97,25 @@ class Subject:
             fold(layer, index)
             self.tensors |= {prefix + name: tensor for name, tensor in layer.items()}
 
-    def error(self, online_block: int = 0) -> float:
-        """Relative error of the logits that the transformed tensors give, down_proj's input rotated online."""
+    def error(self, online: Mapping[str, int] | None = None) -> float:
+        """Relative error of the logits that the transformed tensors give, with inputs rotated online by linear and block."""
         config = copy.deepcopy(self._original.config)
         config.tie_word_embeddings = False
-        model = _with_float64_norms(type(self._original)(config).double().eval())
+        # Not made in float32 and widened: Gemma's scale of the embedding would be rounded.
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
+        model = _with_float64_norms(model.eval())
         model.load_state_dict(self.tensors)
-
-        def rotate(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-            return hadamard_transform(inputs[0], online_block) / online_block**0.5
-
-        if online_block:
+        for linear, block in (online or {}).items():
             for layer in model.model.layers:
-                layer.mlp.down_proj.register_forward_pre_hook(rotate)
+                layer.get_submodule(linear).register_forward_pre_hook(_rotating(block))
         with torch.no_grad():
             expected, got = self._original(self.tokens).logits, model(self.tokens).logits
         assert expected.dtype == got.dtype == torch.float64
         return float((got - expected).norm() / expected.norm())
+
+
+def _rotating(block: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
+    return lambda _module, inputs: hadamard_transform(inputs[0], block) / block**0.5
 
 
 def _with_float64_norms(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,11 +139,15 @@ def random_orthogonal(*shape: int) -> torch.Tensor:
 
 
 def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
-    subject.each_layer(lambda layer, _: fold_norms(layer, subject.spec.architecture))
-    assert all((t == 1).all() for name, t in subject.tensors.items() if name.endswith("layernorm.weight"))
+    table = subject.spec.architecture
+    subject.each_layer(lambda layer, _: fold_norms(layer, table))
+    folded = [t for name, t in subject.tensors.items() if name.endswith(tuple(f".{norm}.weight" for norm in table.readers))]
+    assert len(folded) == 6
+    assert all((t + table.norm_offset == 1).all() for t in folded)
     assert subject.error() <= 1e-10
 
 
+@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma3")], indirect=True)
 def test_r1_keeps_the_logits(subject: Subject) -> None:
     table, rotation = subject.spec.architecture, random_rotation(subject.spec.hidden, seed=5)
 
@@ -138,12 +156,24 @@ def test_r1_keeps_the_logits(subject: Subject) -> None:
         rotate_residual(layer, table, rotation)
 
     subject.each_layer(fold)
-    transform = ModelTransform(subject.spec, 5, rotation, 0)
+    transform = ModelTransform(subject.spec, 5, rotation, Online())
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
     tensors["model.norm.weight"] = transform.final_norm(tensors["model.norm.weight"])
     assert subject.error() <= 1e-10
+
+
+def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
+    table, block = subject.spec.architecture, choose_block(subject.spec.hidden).size
+    before = dict(subject.tensors)
+    subject.each_layer(lambda layer, _: rotate_reader_inputs(layer, table, block))
+    readers = [reader for group in table.readers.values() for reader in group]
+    changed = {name for name, tensor in subject.tensors.items() if not torch.equal(tensor, before[name])}
+    layers = range(subject.spec.layers)
+    assert changed == {f"{subject.spec.layer_prefix(i)}{reader}.weight" for i in layers for reader in readers}
+    assert subject.error(dict.fromkeys(readers, block)) <= 1e-10
+    assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
 
 def test_r2_keeps_the_logits(subject: Subject) -> None:
@@ -197,20 +227,24 @@ def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int)
         rotate_down_input(layer, subject.spec.architecture, Rotation(signs, block))
 
     subject.each_layer(fold)
-    assert subject.error(block) <= 1e-10
+    assert subject.error({"mlp.down_proj": block}) <= 1e-10
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int) -> None:
-    transform = ModelTransform.of(subject.spec, make_config(max_tp=shards, seed=3))
+    config = make_config(max_tp=shards, seed=3)
+    transform = ModelTransform.of(subject.spec, config)
     subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
     tensors["model.norm.weight"] = transform.final_norm(tensors["model.norm.weight"])
-    assert transform.online_block == choose_block(subject.spec.intermediate, shards).size
-    assert subject.error(transform.online_block) <= 1e-10
+    online = online_rotations(subject.spec, config)
+    assert online.down_proj is not None
+    assert online.down_proj.block == choose_block(subject.spec.intermediate, shards).size
+    rotations = {linear: online.rotation(linear) for linear in subject.spec.architecture.linears}
+    assert subject.error({linear: r.block for linear, r in rotations.items() if r is not None}) <= 1e-10
 
 
 def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:

@@ -87,10 +87,13 @@ def config(request: pytest.FixtureRequest, vllm_config: VllmConfig) -> SmoothRot
     return make_config(weights=request.param)
 
 
+@pytest.mark.parametrize("online", [{}, {"readers": {"size": HIDDEN, "block": 64}}], ids=["plain", "rotated"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_qkv_computes_the_reference_on_every_rank(
-    config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int
+    config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int, online: dict[str, Any]
 ) -> None:
+    block = 64 if online else 0
+    config = make_config(weights=config.schema.weights.model_dump(), online=online)
     weights = config.schema.weights.model_dump()
     stored = {
         name: Stored.random(heads * HEAD, HIDDEN, weights, i)
@@ -103,7 +106,7 @@ def test_qkv_computes_the_reference_on_every_rank(
         for name, linear in stored.items():
             linear.load_into(layer, name)
         finish(layer)
-        expected = [linear_reference(x, linear, config).chunk(size, dim=1)[rank] for linear in stored.values()]
+        expected = [linear_reference(x, linear, config, block).chunk(size, dim=1)[rank] for linear in stored.values()]
         torch.testing.assert_close(layer(x), torch.cat(expected, dim=1), rtol=1e-6, atol=1e-5)
 
 

@@ -55,6 +55,8 @@ def test_takes_over_no_other_checkpoint() -> None:
         ({"weights": {"bits": 3}}, "weights.bits"),
         ({"activations": {"bits": 8, "clip": 0.0}}, "activations.clip"),
         ({"online": {"down_proj": {"size": 192, "block": 100}}}, "block 100"),
+        ({"online": {"readers": {"size": 128, "block": 96}}}, "online.readers: .*block 96"),
+        ({"online": {"o_proj": {"size": 128, "block": 128}}}, "online.o_proj"),
         ({"max_tensor_parallel": 4}, "192 / 4"),
     ],
 )
@@ -85,7 +87,8 @@ def test_a_tied_quantised_head_is_refused() -> None:
 
 
 def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
-    config = make_config(ignore=["model.layers.1.self_attn.o_proj"])
+    online = {"down_proj": {"size": 192, "block": 96}, "readers": {"size": 128, "block": 128}}
+    config = make_config(ignore=["model.layers.1.self_attn.o_proj"], online=online)
     layers: dict[str, LinearBase | ParallelLMHead] = {
         "qkv_proj": QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config, prefix="model.layers.0.self_attn.qkv_proj"),
         "gate_up_proj": MergedColumnParallelLinear(
@@ -101,10 +104,18 @@ def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
         "down_proj": SmoothRotLinearMethod,
         "lm_head": SmoothRotLMHeadMethod,
     }
-    assert [m.block for m in methods.values()] == [0, 0, 96, 0]
+    assert [m.block for m in methods.values()] == [128, 128, 96, 0]
     assert [m.weight_bits for m in methods.values()] == [4, 4, 4, 8]
     # Nothing of the 16-bit layer is left beside the codes, which a silent fallback would compute with.
     assert all(not hasattr(layer, "weight") for layer in layers.values())
+
+
+def test_readers_are_rotated_only_if_the_checkpoint_says_so(vllm_config: VllmConfig) -> None:
+    gate_up = MergedColumnParallelLinear(
+        128, [192, 192], bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.gate_up_proj"
+    )
+    assert isinstance(gate_up.quant_method, SmoothRotLinearMethod)
+    assert gate_up.quant_method.rotation is None
 
 
 def test_what_stays_16_bit(vllm_config: VllmConfig) -> None:
@@ -169,5 +180,8 @@ def test_a_rank_with_part_of_a_weight_group_is_refused_with_the_numbers(tensor_p
 
 
 def test_a_rotation_of_another_width_is_refused(vllm_config: VllmConfig) -> None:
+    online = {"readers": {"size": 256, "block": 256}}
+    with pytest.raises(ConfigError, match=r"qkv_proj: .*rotates 256 inputs, but the layer has 128"):
+        QKVParallelLinear(128, 32, 4, 2, quant_config=make_config(online=online), prefix="model.layers.0.self_attn.qkv_proj")
     with pytest.raises(ConfigError, match=r"down_proj: .*rotates 192 inputs, but the layer has 256"):
         RowParallelLinear(256, 128, bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.down_proj")

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command of ``smoothrot-convert`` does with its result and its errors."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console, RenderableType
+
+from smoothrot_vllm.errors import SmoothRotError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+RunDtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "auto"],
+    typer.Option(help="Arithmetic of everything but the quantised linears' integers; auto: the dtype of config.json."),
+]
+
+
+@contextmanager
+def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
+    """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
+
+    Yields the function that prints a result: its facts as JSON, or its display.
+    """
+    stdout = sys.stdout
+
+    def show(facts: dict[str, Any], display: RenderableType) -> None:
+        if as_json:
+            print(json.dumps(facts, ensure_ascii=False), file=stdout)
+        else:
+            Console(file=stdout, markup=False, highlight=False).print(display)
+
+    try:
+        with redirect_stdout(sys.stderr):
+            yield show
+    except typer.Exit:
+        raise
+    except SmoothRotError as error:
+        if debug:
+            raise
+        refuse([str(error)])
+    except Exception as error:
+        if debug:
+            raise
+        refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
+
+
+def refuse(problems: list[str]) -> None:
+    """Print each problem in one line on stderr and, if there are any, exit with code 1."""
+    for problem in problems:
+        print("error: " + " ".join(problem.split()), file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+def unwind_when_killed() -> None:
+    """A polite kill unwinds like Ctrl-C, so that a partial output is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion will take: its peak memory and its time on this machine, from the sizes of the model alone."""
+
+import hashlib
+import math
+import resource
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.calibrate import CHUNK_TOKENS
+from smoothrot_offline.calibration_data import GENERATED
+from smoothrot_offline.checkpoint import Checkpoint, source_dtype
+from smoothrot_offline.config import MEBIBYTE, ConvertConfig
+from smoothrot_offline.convert import HEAD_ROWS
+from smoothrot_offline.decide import HELD_OUT_SAMPLES
+from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.rotate import hadamard
+from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
+from smoothrot_offline.smooth.learned import STEPS
+from smoothrot_offline.smooth.policies import searched_candidates
+from smoothrot_offline.smooth.statistics import SAMPLE_TOKENS
+from smoothrot_offline.study import PROBE_SAMPLES
+from smoothrot_vllm.format import WeightScheme
+
+TIME_METHOD = (
+    "FLOP of every pass over calibration tokens over the rate of a float32 matrix product, weights over "
+    "the rate of folding and quantising a sample, "
+    "bytes over the rate of SHA-256, all three measured for a moment on this machine now"
+)
+MEMORY_METHOD = (
+    "this process now, plus five quarters of: the calibration's hidden states, one shard, and the largest of a decoder layer run "
+    "in float32, the same layer folded in float64, the head with a slice of rows in float64; or of the whole model, if it "
+    "generates the text"
+)
+
+
+def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
+    """Seconds of a conversion of a checkpoint whose headers are known.
+
+    Raises:
+        ConfigError, UnsupportedModelError: the options do not fit the model.
+    """
+    spec = resolve(checkpoint.config)
+    after = output_sizes(spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight"))
+    return seconds(spec, config, measure(spec, header_table(checkpoint, spec.source_tensors())), after)
+
+
+def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> int:
+    """Peak resident bytes of a conversion from sizes ``before`` to sizes ``after``."""
+    weights = _layer_weights(spec)
+    tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
+    sample = 4 * 4 * SAMPLE_TOKENS * spec.intermediate if config.scales != "none" else 0
+    chunk = max(CHUNK_TOKENS, config.calib_seqlen) if config.needs_calibration else 0
+    hidden = 4 * tokens * spec.hidden
+    running = (2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
+    # The float64 layer, and a rotation's input, output and transpose of its largest linear.
+    folding = (2 + 8) * sum(weights) + 3 * 8 * max(weights)
+    if config.rounding != "rtn":
+        # The second hidden states; H and what factorising it takes, in float64, and C and its solution.
+        hidden *= 3 if config.rounding == "gptaq" else 2
+        matrices = 9 if config.rounding == "gptaq" else 6
+        running += 4 * sum(weights) + 8 * matrices * max(spec.intermediate, spec.hidden) ** 2
+    head = before.embedding + after.lm_head + 4 * 8 * HEAD_ROWS * spec.hidden
+    shard = min(config.shard_mib * MEBIBYTE, after.total)
+    converting = hidden + shard + max(running if tokens else 0, folding, head)
+    generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
+    resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Measured on SmolLM2-135M: the allocator, the tokenizer and the kernels keep about a quarter on top.
+    return resident_now + max(converting, generating) * 5 // 4
+
+
+def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> float:
+    """Seconds of a conversion from sizes ``before`` to sizes ``after``, by rates measured now."""
+    weights = spec.layers * sum(_layer_weights(spec))
+    head = spec.vocab * spec.hidden
+    per_token = 2 * weights + 4 * config.calib_seqlen * spec.heads * spec.head_dim * spec.layers
+    tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
+    probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
+    down = 2 * spec.layers * spec.intermediate * spec.hidden
+    folds, flop, passes = 1, 0.0, 0.0
+    if config.needs_calibration and config.calib == GENERATED:
+        # A token at a time, the weights are read from memory for each.
+        passes += 4
+    if config.scales != "none":
+        passes += 1
+        trials = {"search": searched_candidates(), "learned": searched_candidates() + 3 * STEPS}.get(config.scales, 2)
+        flop += trials * min(tokens, SAMPLE_TOKENS) * down
+    if config.needs_probe:
+        folds += 1
+        flop += (6 if config.keep_8bit else 2) * probe * per_token
+    if config.sign_seeds > 1:
+        folds += config.sign_seeds
+        flop += config.sign_seeds * HELD_OUT_SAMPLES * config.calib_seqlen * (per_token + 2 * head)
+    if config.rounding != "rtn":
+        # A layer runs once, its gate and up once more; then H, and rounding. Asymmetric calibration has two of each.
+        copies = 2 if config.rounding == "gptaq" else 1
+        inputs = sum(shape[1] ** 2 for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears})
+        passes += 1.5 * copies
+        flop += copies * spec.layers * tokens * 2 * inputs
+        folds += 1
+    total = folds * (weights + head) / _weights_per_second() + (before.total + after.total) / _hashed_bytes_per_second()
+    return round(total + (flop + passes * tokens * per_token) / _flop_per_second(), 1)
+
+
+def _layer_weights(spec: ModelSpec) -> list[int]:
+    return [math.prod(spec.linear_shape(linear)) for linear in spec.architecture.linears]
+
+
+@cache
+def _flop_per_second() -> float:
+    order = 1024
+    a = torch.ones(order, order)
+    return 2 * order**3 / _fastest(lambda: a @ a)
+
+
+@cache
+def _weights_per_second() -> float:
+    sample = torch.linspace(-1, 1, 256 * 2048, dtype=torch.float64).reshape(256, 2048)
+
+    def fold_and_quantize() -> None:
+        quantize_rtn(hadamard(sample, 2048), WeightScheme())
+
+    return sample.numel() / _fastest(fold_and_quantize)
+
+
+@cache
+def _hashed_bytes_per_second() -> float:
+    data = bytes(1 << 24)
+    return len(data) / _fastest(lambda: hashlib.sha256(data))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of three runs after a warm-up."""
+    work()
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)

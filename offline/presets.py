@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes by name, and the one that a model gets when nobody chooses: the best that finishes in reasonable time."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.checkpoint import Checkpoint, check_source
+from smoothrot_offline.config import ConvertConfig, make_config, make_schema
+from smoothrot_offline.estimate import estimate_seconds
+from smoothrot_vllm.errors import SmoothRotError
+
+PresetName = Literal["auto", "fast", "balanced", "best", "paper-compat", "none"]
+
+REASONABLE_SECONDS = 3600.0
+"""How long ``auto`` may let a conversion take, by the plan's estimate on this machine."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Options of a recipe; ``group_sizes`` are tried in order until one fits every linear of the model."""
+
+    group_sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+
+PRESETS = {
+    "fast": Preset((128, 64, 32, -1), {"scales": "l2", "rounding": "rtn", "clip_search": True, "lm_head_bits": 8}),
+    "balanced": Preset(
+        (64, 32, -1),
+        {"scales": "l2", "rounding": "gptq", "clip_search": True, "keep_8bit": 0.05, "lm_head_bits": 8},
+    ),
+    "best": Preset(
+        (32, -1),
+        {
+            "scales": "learned",
+            "rounding": "gptaq",
+            "clip_search": True,
+            "keep_8bit": 0.1,
+            "sign_seeds": 4,
+            "lm_head_bits": 8,
+        },
+    ),
+}
+"""From the quickest to the best."""
+
+PAPER = Preset((-1,), {"scales": "max", "alpha": 0.5, "rounding": "gptq", "act_order": False})
+"""SmoothRot as published (arXiv 2506.05413): plain maxima, alpha 0.5, GPTQ per channel in the channels' own order."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A preset's configuration for one model, and why it was chosen."""
+
+    config: ConvertConfig
+    reason: str
+
+
+def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) -> Choice:
+    """The configuration of a conversion: a preset's options under those that the user gave.
+
+    Args:
+        name: of a preset; ``auto``: the best whose estimated time is reasonable, or else the quickest; ``none``: no preset.
+        explicit: options that the user gave; they win over the preset's.
+        checkpoint: of the model, its headers are enough.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    if name == "none":
+        return Choice(make_config(**explicit), "options as given, no preset")
+    try:
+        spec = resolve(checkpoint.config)
+        check_source(checkpoint, spec.source_tensors(), ignorable=[f"{spec.architecture.lm_head}.weight"])
+    except SmoothRotError:
+        # What is wrong with the model is for the conversion to say, or for the plan.
+        return Choice(make_config(**explicit), "no preset: the model cannot be converted")
+    if name != "auto":
+        return Choice(_configured(name, explicit, spec), f"preset {name}, as asked for")
+    for candidate in reversed(PRESETS):
+        config = _configured(candidate, explicit, spec)
+        seconds = estimate_seconds(checkpoint, config)
+        if seconds <= REASONABLE_SECONDS:
+            break
+    return Choice(config, f"preset {candidate}, about {max(1, round(seconds / 60))} min here; --preset chooses another")
+
+
+def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
+    """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
+    preset = PAPER if name == "paper-compat" else PRESETS[name]
+    options = preset.options | {"preset": name} | explicit
+    sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
+    configs = [make_config(**options | {"group_size": size}) for size in sizes]
+    return next((config for config in configs if _fits(spec, config)), configs[-1])
+
+
+def _fits(spec: ModelSpec, config: ConvertConfig) -> bool:
+    try:
+        make_schema(spec, config)
+    except SmoothRotError:
+        return False
+    return True

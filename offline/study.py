@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study before a conversion: what each decoder layer needs, found by running the original model once, layer by layer.
+
+What it finds of a layer: the smoothing scales of its down_proj, the activation clip of each input, and how much each group of
+linears would cost at the weight and activation bits asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.calibrate import LayerRunner
+from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.manifest import SmoothingRecord
+from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.quantize.straight_through import fake_quantize_tokens
+from smoothrot_offline.runtime import InputMap, inputs_through, output_of, quantisers, rotations
+from smoothrot_offline.smooth.stage import smooth_layer
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_vllm.format import ActivationScheme, LinearScheme, QuantizationSchema
+
+PROBE_SAMPLES = 8
+"""Calibration sequences on which clips and sensitivities are measured."""
+CLIP_TOKENS = 1024
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Candidate clips of 4-bit activations; 8-bit ones keep all of their range (255 levels lose more to a clipped outlier)."""
+
+
+@dataclass(frozen=True)
+class LayerStudy:
+    """What was found for one decoder layer.
+
+    ``scales`` are S, float64 ``(intermediate,)``, or None. ``clips`` and ``sensitivity`` are by the first linear of each group
+    that reads one input: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only
+    that group is quantised. Both are empty unless the configuration asks for them.
+    """
+
+    scales: torch.Tensor | None = None
+    smoothing: SmoothingRecord | None = None
+    clips: dict[str, float] = field(default_factory=dict)
+    sensitivity: dict[str, float] = field(default_factory=dict)
+
+
+class Study:
+    """Studies the layers of one model in order.
+
+    Args:
+        runner, spec, config, schema, transform: of the conversion; ``schema`` has the bits and groups asked for.
+        hidden: float32 ``(samples, seqlen, hidden)``, what the first layer of the original model reads; it is changed.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        spec: ModelSpec,
+        config: ConvertConfig,
+        schema: QuantizationSchema,
+        transform: ModelTransform,
+        hidden: torch.Tensor,
+    ) -> None:
+        self._runner = runner
+        self._spec = spec
+        self._config = config
+        self._schema = schema
+        self._transform = transform
+        self._hidden = hidden
+        self._rotations = rotations(spec, schema.online)
+        self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
+
+    def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> LayerStudy:
+        """Study decoder layer ``index``; call in order.
+
+        Args:
+            index: which layer.
+            tensors: its tensors by names relative to it, as in the source.
+        """
+        scales, smoothing = None, None
+        if self._config.scales != "none":
+            arguments = (self._hidden, self._runner, self._spec, self._config, self._schema)
+            choice, smoothing = smooth_layer(index, tensors, *arguments)
+            scales = choice.scales
+        if not self._config.needs_probe:
+            return LayerStudy(scales, smoothing)
+        folded = {name: tensor.double() for name, tensor in tensors.items()}
+        self._transform.layer(index, folded, scales)
+        return self._probed(index, {name: tensor.float() for name, tensor in folded.items()}, scales, smoothing)
+
+    @torch.no_grad()
+    def _probed(
+        self, index: int, tensors: dict[str, torch.Tensor], scales: torch.Tensor | None, smoothing: SmoothingRecord | None
+    ) -> LayerStudy:
+        """Measure on the transformed layer, and move the probe past it."""
+        prefix = self._spec.layer_prefix(index)
+        model, layer = self._runner.build(index, tensors)
+        clips, sensitivity = {}, {}
+        exact, inputs = self._exact(model, layer)
+        for group in self._spec.architecture.input_groups():
+            scheme = self._schema.scheme(prefix + group[0])
+            if scheme is None:
+                continue
+            if self._config.clip_search and scheme.activations.bits == 4:
+                weight = torch.cat([tensors[f"{linear}.weight"] for linear in group])
+                clips[group[0]] = best_clip(inputs[group[0]], weight, scheme.activations)
+            if self._config.keep_8bit:
+                scheme = with_clip(scheme, clips.get(group[0]))
+                sensitivity[group[0]] = self._cost(model, layer, dict.fromkeys(group, scheme), exact)
+        self._probe = exact
+        return LayerStudy(scales, smoothing, clips, sensitivity)
+
+    def _exact(self, model: nn.Module, layer: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the layer makes of the probe, and a sample of what each group of linears reads: rotated, not quantised."""
+        seen: dict[str, list[torch.Tensor]] = {group[0]: [] for group in self._spec.architecture.input_groups()}
+        stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1
+
+        def watching(linear: str) -> InputMap:
+            def watch(x: torch.Tensor) -> torch.Tensor:
+                y = self._rotations[linear](x) if linear in self._rotations else x
+                seen[linear].append(y.flatten(0, -2)[::stride])
+                return y
+
+            return watch
+
+        with inputs_through(layer, self._rotations | {linear: watching(linear) for linear in seen}):
+            exact = self._run(model)
+        return exact, {linear: torch.cat(parts) for linear, parts in seen.items()}
+
+    def _cost(self, model: nn.Module, layer: nn.Module, schemes: Mapping[str, LinearScheme], exact: torch.Tensor) -> float:
+        """Relative error of the layer's output with only the given linears quantised, round-to-nearest."""
+        modules = {linear: layer.get_submodule(linear) for linear in schemes}
+        originals = {linear: module.weight.data for linear, module in modules.items()}
+        for linear, module in modules.items():
+            module.weight.data = quantize_rtn(originals[linear], schemes[linear].weights).dequantize()
+        with inputs_through(layer, self._rotations | quantisers(schemes, self._schema.online)):
+            found = self._run(model)
+        for linear, module in modules.items():
+            module.weight.data = originals[linear]
+        return float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean())
+
+    def _run(self, model: nn.Module) -> torch.Tensor:
+        return torch.cat([output_of(model, part) for part in self._probe.split(1)])
+
+
+def best_clip(x: torch.Tensor, weight: torch.Tensor, scheme: ActivationScheme) -> float:
+    """The element of ``CLIPS`` with which quantising ``x (tokens, K)`` changes ``x W^T`` the least, W ``(N, K)``; float32.
+
+    Each token counts relative to its own output, so that a massive one does not decide for all.
+    """
+    size = (x @ weight.T).square().sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(clip: float) -> float:
+        change = fake_quantize_tokens(x, scheme.model_copy(update={"clip": clip})) - x
+        return float(((change @ weight.T).square().sum(dim=1) / size).sum())
+
+    return min(CLIPS, key=error)
+
+
+def with_clip(scheme: LinearScheme, clip: float | None) -> LinearScheme:
+    """The scheme with another activation clip, or as it is for None."""
+    if clip is None:
+        return scheme
+    return scheme.model_copy(update={"activations": scheme.activations.model_copy(update={"clip": clip})})
