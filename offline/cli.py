@@ -76,6 +76,10 @@ Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' 
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the random signs and of the calibration text.")]
+Rotations = Annotated[
+    Literal["hadamard", "learned"], typer.Option(help="R1 and R2: Hadamard transforms, or learned from there by gradient.")
+]
+RotationSteps = Annotated[int, typer.Option(min=1, help="learned rotations: optimiser steps, the budget of learning.")]
 NoRotate = Annotated[bool, typer.Option("--no-rotate", help="No rotation at all, online or offline.")]
 ShardMib = Annotated[int, typer.Option(min=1, help="Largest output shard, MiB; it is also held in memory.")]
 
@@ -106,6 +110,8 @@ def run(
     calib_seqlen: Seqlen = 512,
     seed: Seed = 0,
     no_rotate: NoRotate = False,
+    rotations: Rotations = "hadamard",
+    rotation_steps: RotationSteps = 150,
     shard_mib: ShardMib = 1024,
     as_json: Json = False,
     debug: Debug = False,
@@ -156,6 +162,8 @@ def plan(
     calib_seqlen: Seqlen = 512,
     seed: Seed = 0,
     no_rotate: NoRotate = False,
+    rotations: Rotations = "hadamard",
+    rotation_steps: RotationSteps = 150,
     shard_mib: ShardMib = 1024,
     as_json: Json = False,
     debug: Debug = False,

@@ -44,6 +44,8 @@ class ConvertConfig(BaseModel):
     calib_seqlen: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**63)
     rotate: bool = True
+    rotations: Literal["hadamard", "learned"] = "hadamard"
+    rotation_steps: int = Field(default=150, ge=1)
     shard_mib: int = Field(default=1024, ge=1)
 
     def described(self) -> str:
@@ -52,13 +54,20 @@ class ConvertConfig(BaseModel):
         parts = [f"W{self.weight_bits}A{self.activation_bits} {groups}", f"{self.rounding}", f"scales {self.scales}"]
         parts += ["searched clips"] * self.clip_search + [f"{self.keep_8bit:.0%} of the weights at 8 bits"] * (self.keep_8bit > 0)
         parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + ["no rotation"] * (not self.rotate)
+        parts += [f"rotations learned in {self.rotation_steps} steps"] * self.learns_rotations
         parts.append(f"{self.lm_head_bits}-bit head")
         return ", ".join(parts)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        return self.scales != "none" or self.rounding != "rtn" or self.needs_probe or self.sign_seeds > 1
+        measured = self.needs_probe or self.sign_seeds > 1 or self.learns_rotations
+        return self.scales != "none" or self.rounding != "rtn" or measured
+
+    @property
+    def learns_rotations(self) -> bool:
+        """Whether R1, where it is folded, and R2 are learned."""
+        return self.rotate and self.rotations == "learned"
 
     @property
     def needs_probe(self) -> bool:

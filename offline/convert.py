@@ -273,14 +273,13 @@ class _Run:
         online = self.transform.online
         if online.down_proj is None:
             return None
-        r1 = self.transform.residual or online.readers
-        assert r1 is not None
         return RotationRecord(
-            r1=r1.block,
+            r1=choose_block(self.spec.hidden).size,
             r2=choose_block(self.spec.head_dim).size,
             r4=online.down_proj.block,
             seed=self.transform.seed,
             sign_losses=self.decisions.sign_losses,
+            learned=self.decisions.learned,
         )
 
 

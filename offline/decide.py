@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers, signs."""
+"""Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers, signs, rotations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.manifest import LearnedRecord
+from smoothrot_offline.rotations.stage import learn_rotations, learning_steps
 from smoothrot_offline.signs import trial_loss
 from smoothrot_offline.study import LayerStudy, Study
 from smoothrot_offline.transform import ModelTransform
@@ -26,8 +28,8 @@ class Decisions:
     """What the measurements led to.
 
     ``tokens`` are the calibration tokens int64 ``(samples, seqlen)``, None if the model is not run; ``studies`` has one entry for
-    each layer; ``schema`` carries the overrides; ``transform`` the chosen signs; ``sign_losses`` the held-out loss of each seed
-    tried, in nats.
+    each layer; ``schema`` carries the overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the
+    held-out loss of each seed tried, in nats; ``learned`` what learning the rotations led to, if they were.
     """
 
     tokens: torch.Tensor | None
@@ -35,12 +37,14 @@ class Decisions:
     schema: QuantizationSchema
     transform: ModelTransform
     sign_losses: dict[int, float]
+    learned: LearnedRecord | None
 
 
 def count_steps(spec: ModelSpec, config: ConvertConfig) -> int:
     """How often :func:`decide` reports progress."""
     studied = spec.layers if config.scales != "none" or config.needs_probe else 0
-    return 1 + studied + (config.sign_seeds if config.sign_seeds > 1 else 0)
+    learned = learning_steps(spec) if config.learns_rotations else 0
+    return 1 + studied + (config.sign_seeds if config.sign_seeds > 1 else 0) + learned
 
 
 def decide(
@@ -61,7 +65,7 @@ def decide(
     transform = ModelTransform.of(spec, config)
     nothing = [LayerStudy()] * spec.layers
     if not config.needs_calibration:
-        return Decisions(None, nothing, schema, transform, {})
+        return Decisions(None, nothing, schema, transform, {}, None)
     held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
     samples = config.calib_samples + held_out
     tokens = load_calibration(config.calib, checkpoint.path, samples, config.calib_seqlen, config.seed)
@@ -78,7 +82,11 @@ def decide(
             transforms[seed] = ModelTransform.of(spec, config.model_copy(update={"seed": seed}))
             losses[seed] = trial_loss(checkpoint, spec, schema, transforms[seed], studies, kept_back)
         transform = transforms[min(losses, key=lambda seed: losses[seed])]
-    return Decisions(tokens, studies, schema, transform, losses)
+    learned = None
+    if config.learns_rotations:
+        # Last, from the chosen signs. Clips and costs are those that the study found with Hadamard rotations.
+        transform, learned = learn_rotations(checkpoint, spec, config, schema, transform, tokens, step)
+    return Decisions(tokens, studies, schema, transform, losses, learned)
 
 
 def _study(

@@ -19,6 +19,7 @@ from smoothrot_offline.convert import HEAD_ROWS
 from smoothrot_offline.decide import HELD_OUT_SAMPLES
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.rotate import hadamard
+from smoothrot_offline.rotations.stage import SAMPLE_SEQUENCES, learning_bytes, learning_flop
 from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
 from smoothrot_offline.smooth.learned import STEPS
 from smoothrot_offline.smooth.policies import searched_candidates
@@ -33,7 +34,7 @@ TIME_METHOD = (
 )
 MEMORY_METHOD = (
     "this process now, plus five quarters of: the calibration's hidden states, one shard, and the largest of a decoder layer run "
-    "in float32, the same layer folded in float64, the head with a slice of rows in float64; or of the whole model, if it "
+    "in float32, the same layer folded in float64 with the samples that rotations are learned from, the head with a slice of rows in float64; or of the whole model, if it "
     "generates the text"
 )
 
@@ -66,7 +67,8 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         running += 4 * sum(weights) + 8 * matrices * max(spec.intermediate, spec.hidden) ** 2
     head = before.embedding + after.lm_head + 4 * 8 * HEAD_ROWS * spec.hidden
     shard = min(config.shard_mib * MEBIBYTE, after.total)
-    converting = hidden + shard + max(running if tokens else 0, folding, head)
+    learning = learning_bytes(spec) if config.learns_rotations else 0
+    converting = hidden + shard + max(running if tokens else 0, learning + folding, head)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
     resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # Measured on SmolLM2-135M: the allocator, the tokenizer and the kernels keep about a quarter on top.
@@ -95,6 +97,10 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     if config.sign_seeds > 1:
         folds += config.sign_seeds
         flop += config.sign_seeds * HELD_OUT_SAMPLES * config.calib_seqlen * (per_token + 2 * head)
+    if config.learns_rotations:
+        folds += 1
+        flop += learning_flop(spec, config.rotation_steps)
+        flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
     if config.rounding != "rtn":
         # A layer runs once, its gate and up once more; then H, and rounding. Asymmetric calibration has two of each.
         copies = 2 if config.rounding == "gptaq" else 1

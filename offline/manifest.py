@@ -38,9 +38,25 @@ class CalibrationRecord(_Record):
     tokens_sha256: str
 
 
+class HeldOutError(_Record):
+    """Mean relative layer error on tokens and layers that were held out: with Hadamard rotations, and with the learned ones."""
+
+    hadamard: float
+    learned: float
+
+
+class LearnedRecord(_Record):
+    """Learned rotations: optimiser steps, and the errors of R1, None where it is not folded, and of R2, the mean of the layers."""
+
+    steps: int
+    r1: HeldOutError | None
+    r2: HeldOutError
+
+
 class RotationRecord(_Record):
     """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or else online in the readers'
-    input. ``sign_losses`` are the held-out losses, in nats, of the seeds that were tried; empty if only one was.
+    input. ``sign_losses`` are the held-out losses, in nats, of the seeds that were tried; empty if only one was. ``learned``
+    is None if the rotations are Hadamard transforms.
     """
 
     r1: int
@@ -48,6 +64,7 @@ class RotationRecord(_Record):
     r4: int
     seed: int
     sign_losses: dict[int, float] = {}
+    learned: LearnedRecord | None = None
 
 
 class SmoothingRecord(_Record):

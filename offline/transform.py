@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every fold of a conversion in its order, for one model: norms, R1, R2, S, R4."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -9,6 +10,7 @@ import torch
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.config import ConvertConfig, online_rotations
 from smoothrot_offline.rotate import (
+    Orthogonal,
     Rotation,
     Tensors,
     fold_norms,
@@ -25,15 +27,17 @@ from smoothrot_vllm.format import Online
 
 @dataclass(frozen=True)
 class ModelTransform:
-    """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream is not rotated.
+    """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream is not rotated; ``heads`` (R2)
+    are the matrices of each layer, float64 ``(kv_heads, head_dim, head_dim)``, or None for Hadamard transforms.
 
     The transformed model computes the original's logits, if the server applies the ``online`` rotations.
     """
 
     spec: ModelSpec
     seed: int
-    residual: Rotation | None
+    residual: Orthogonal | None
     online: Online
+    heads: Sequence[torch.Tensor] | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, config: ConvertConfig) -> Self:
@@ -57,7 +61,7 @@ class ModelTransform:
         if self.online.readers is not None:
             rotate_reader_inputs(tensors, table, self.online.readers.block)
         if self.online.down_proj is not None:
-            rotate_heads(tensors, table, self.spec.head_dim)
+            rotate_heads(tensors, table, self.spec.head_dim, None if self.heads is None else self.heads[index])
             signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}")
             rotate_down_input(tensors, table, Rotation(signs, self.online.down_proj.block))
 

@@ -6,8 +6,18 @@ and the optimiser is plain Adam.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Orthogonal ``matrices``, float64 ``(..., n, n)``; the error on what was held out ``before``, at the start, and ``after``."""
+
+    matrices: torch.Tensor
+    before: float
+    after: float
 
 
 def learn_turn(
@@ -33,6 +43,17 @@ def learn_turn(
         optimizer.step()
         schedule.step()
     return cayley(free.detach().double())
+
+
+def keep_better(start: torch.Tensor, turn: torch.Tensor, held_out: Callable[[torch.Tensor], float]) -> Learned:
+    """``start C`` if its held-out error is less than that of ``start``, or else ``start`` itself.
+
+    Args:
+        start, turn: orthogonal, float64 ``(..., n, n)``; ``turn`` is C.
+        held_out: the error of a float32 C.
+    """
+    before, after = held_out(torch.eye(start.shape[-1]).expand_as(start)), held_out(turn.float())
+    return Learned(start @ turn, before, after) if after < before else Learned(start, before, before)
 
 
 def cayley(free: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,10 @@ import torch
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.quantize.straight_through import fake_quantize_shrunk, searched_shrink
 from smoothrot_offline.rotate import DenseRotation
-from smoothrot_offline.rotations.cayley import learn_turn
+from smoothrot_offline.rotations.cayley import Learned, keep_better, learn_turn
 from smoothrot_offline.rotations.product_error import differentiable_error, rounded_error, split_tokens
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
-STEPS = 60
 ANGLE = 0.05
 
 
@@ -22,8 +21,8 @@ def learn_head_rotations(
     *,
     activations: ActivationScheme,
     weights: WeightScheme,
-    steps: int = STEPS,
-) -> torch.Tensor:
+    steps: int,
+) -> Learned:
     """Orthogonal matrices near ``start`` with a smaller error of one attention block's values; ``start`` if none was found.
 
     The error is o_proj's relative layer error plus the relative rounding error of v_proj's weight, which o_proj reads in full. It
@@ -36,13 +35,11 @@ def learn_head_rotations(
         start: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``: ``rotate.head_matrices``.
         activations: scheme of o_proj's input.
         weights: scheme of both weights.
-        steps: of Adam, each on all tokens; 0 returns ``start``.
+        steps: of Adam, each on all tokens; at least 1.
 
     Returns:
-        Float64 ``(kv_heads, head_dim, head_dim)`` for :func:`~smoothrot_offline.rotate.rotate_heads`.
+        Matrices ``(kv_heads, head_dim, head_dim)`` for :func:`~smoothrot_offline.rotate.rotate_heads`.
     """
-    if not steps:
-        return start
     group = inputs.shape[1] // len(value_weight)
     values = DenseRotation(start.float()).rotate(value_weight.T)
     outputs = _query_heads(start.float(), group).rotate(output_weight)
@@ -59,9 +56,7 @@ def learn_head_rotations(
         error = rounded_error(heads.rotate(held), heads.rotate(outputs), activations, weights)
         return error + float(_rounding(value, quantize_rtn(value, weights).dequantize()))
 
-    turn = learn_turn(loss, start.shape, steps, ANGLE)
-    identity = torch.eye(start.shape[-1]).expand_as(start)
-    return start @ turn if held_out(turn.float()) < held_out(identity) else start
+    return keep_better(start, learn_turn(loss, start.shape, steps, ANGLE), held_out)
 
 
 def _query_heads(matrices: torch.Tensor, group: int) -> DenseRotation:

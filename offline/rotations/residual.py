@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from smoothrot_offline.quantize.straight_through import searched_shrink
-from smoothrot_offline.rotations.cayley import learn_turn
+from smoothrot_offline.rotations.cayley import Learned, keep_better, learn_turn
 from smoothrot_offline.rotations.product_error import differentiable_error, rounded_error, split_tokens
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
-STEPS = 150
 ANGLE = 0.03
 BATCH = 8
 """Samples that one step looks at."""
@@ -38,9 +37,9 @@ def learn_residual_rotation(
     *,
     activations: ActivationScheme,
     weights: WeightScheme,
-    steps: int = STEPS,
+    steps: int,
     seed: int = 0,
-) -> torch.Tensor:
+) -> Learned:
     """An orthogonal matrix near ``start`` with a smaller mean relative layer error of the readers; ``start`` if none was found.
 
     Tokens and whole samples are held out of the descent (see :mod:`~smoothrot_offline.rotations.cayley` for its sources), and the
@@ -50,14 +49,12 @@ def learn_residual_rotation(
         readers: one for each norm of each decoder layer, or some of them, in order.
         start: orthogonal, float64 ``(d, d)``: ``random_rotation(d, seed).matrix()``.
         activations, weights: the schemes of the readers.
-        steps: of Adam; 0 returns ``start``.
+        steps: of Adam, at least 1.
         seed: of the order in which the samples are visited.
 
     Returns:
-        Float64 ``(d, d)`` for :class:`~smoothrot_offline.rotate.DenseRotation`.
+        A matrix ``(d, d)`` for :class:`~smoothrot_offline.rotate.DenseRotation`.
     """
-    if not steps:
-        return start
     basis = start.float()
     samples = [ReaderSample(reader.inputs @ basis, reader.weight @ basis) for reader in readers]
     trained = [s for i, s in enumerate(samples) if (i + 1) % HELD_SAMPLES]
@@ -79,8 +76,7 @@ def learn_residual_rotation(
             errors.append(rounded_error(kept_back @ turn, sample.weight @ turn, activations, weights))
         return sum(errors) / len(errors)
 
-    turn = learn_turn(loss, start.shape, steps, ANGLE)
-    return start @ turn if held_out(turn.float()) < held_out(torch.eye(len(start))) else start
+    return keep_better(start, learn_turn(loss, start.shape, steps, ANGLE), held_out)
 
 
 def _visits(samples: int, steps: int, seed: int) -> list[list[int]]:

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned rotations are orthogonal whatever happens, beat the Hadamard start where there is something to learn, and repeat."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.manifest import read_manifest
+from smoothrot_offline.model import load_model
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.quantize.straight_through import fake_quantize_tokens
 from smoothrot_offline.rotate import DenseRotation, head_matrices, random_rotation
-from smoothrot_offline.rotations import ReaderSample, learn_head_rotations, learn_residual_rotation
+from smoothrot_offline.rotations import Learned, ReaderSample, learn_head_rotations, learn_residual_rotation
+from smoothrot_offline.verify import verify
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
 ACTIVATIONS = ActivationScheme(clip=0.9)
@@ -54,7 +63,7 @@ def assert_orthogonal(matrices: torch.Tensor) -> None:
     assert (matrices.mT @ matrices - identity).norm(dim=(-2, -1)).max() <= 1e-12
 
 
-def learn_residual(samples: list[ReaderSample], start: torch.Tensor, **options: int) -> torch.Tensor:
+def learn_residual(samples: list[ReaderSample], start: torch.Tensor, **options: int) -> Learned:
     return learn_residual_rotation(samples, start, activations=ACTIVATIONS, weights=WEIGHTS, **options)
 
 
@@ -70,9 +79,10 @@ def test_r1_reduces_the_error_on_unseen_tokens(start: torch.Tensor, group_size: 
     learned = learn_residual_rotation(
         [ReaderSample(s.inputs[:128], s.weight) for s in samples], start, activations=ACTIVATIONS, weights=weights, steps=60
     )
+    assert learned.after < learned.before
     unseen = [ReaderSample(s.inputs[128:], s.weight) for s in samples]
-    assert_orthogonal(learned)
-    assert residual_error(unseen, learned, weights) < 0.9 * residual_error(unseen, start, weights)
+    assert_orthogonal(learned.matrices)
+    assert residual_error(unseen, learned.matrices, weights) < 0.9 * residual_error(unseen, start, weights)
 
 
 class Heads:
@@ -85,7 +95,7 @@ class Heads:
         self.output = torch.randn(40, KV_HEADS * GROUP * HEAD, generator=generator(7))
         self.value = torch.randn(KV_HEADS * HEAD, 48, generator=generator(8))
 
-    def learn(self, steps: int) -> torch.Tensor:
+    def learn(self, steps: int) -> Learned:
         return learn_head_rotations(
             self.inputs[:256], self.output, self.value, self.start, activations=ACTIVATIONS, weights=WEIGHTS, steps=steps
         )
@@ -105,22 +115,18 @@ def heads() -> Heads:
 
 def test_r2_reduces_the_error_on_unseen_tokens(heads: Heads) -> None:
     learned = heads.learn(60)
-    assert_orthogonal(learned)
-    assert learned.shape == (KV_HEADS, HEAD, HEAD)
-    assert heads.error(learned) < 0.9 * heads.error(heads.start)
+    assert_orthogonal(learned.matrices)
+    assert learned.matrices.shape == (KV_HEADS, HEAD, HEAD)
+    assert learned.after < learned.before
+    assert heads.error(learned.matrices) < 0.9 * heads.error(heads.start)
 
 
 def test_same_seed_same_matrix_other_seed_another(start: torch.Tensor, heads: Heads) -> None:
     samples = reader_samples(start, 12, 96)
-    first = learn_residual(samples, start, steps=20, seed=1)
-    assert torch.equal(first, learn_residual(samples, start, steps=20, seed=1))
-    assert not torch.equal(first, learn_residual(samples, start, steps=20, seed=2))
-    assert torch.equal(heads.learn(5), heads.learn(5))
-
-
-def test_no_steps_no_change(start: torch.Tensor, heads: Heads) -> None:
-    assert torch.equal(learn_residual(reader_samples(start, 2, 16), start, steps=0), start)
-    assert torch.equal(heads.learn(0), heads.start)
+    first = learn_residual(samples, start, steps=4, seed=1).matrices
+    assert torch.equal(first, learn_residual(samples, start, steps=4, seed=1).matrices)
+    assert not torch.equal(first, learn_residual(samples, start, steps=4, seed=2).matrices)
+    assert torch.equal(heads.learn(5).matrices, heads.learn(5).matrices)
 
 
 def test_start_is_kept_where_the_held_out_error_does_not_fall(
@@ -131,17 +137,19 @@ def test_start_is_kept_where_the_held_out_error_does_not_fall(
     monkeypatch.setattr("smoothrot_offline.rotations.heads.ANGLE", 5.0)
     weight = torch.randn(40, WIDTH, generator=generator(0)).sign() @ start.float().T
     samples = [ReaderSample(torch.randn(64, WIDTH, generator=generator(seed)), weight) for seed in range(3)]
-    assert torch.equal(learn_residual(samples, start, steps=1), start)
+    kept = learn_residual(samples, start, steps=1)
+    assert torch.equal(kept.matrices, start)
+    assert kept.after == kept.before
     back = heads.start.float().mT
     exact = Heads()
     exact.output = DenseRotation(back.repeat_interleave(GROUP, dim=0)).rotate(heads.output.sign())
     exact.value = DenseRotation(back).rotate(heads.value.sign().T).T
-    assert torch.equal(exact.learn(1), heads.start)
+    assert torch.equal(exact.learn(1).matrices, heads.start)
 
 
 def test_a_layer_of_zeros_is_no_error(start: torch.Tensor) -> None:
     sample = ReaderSample(torch.zeros(8, WIDTH), torch.zeros(4, WIDTH))
-    assert torch.equal(learn_residual([sample], start, steps=2), start)
+    assert torch.equal(learn_residual([sample], start, steps=2).matrices, start)
 
 
 @pytest.mark.parametrize("size", [WIDTH, 72, 70])
@@ -157,3 +165,43 @@ def test_dense_rotation_turns_each_block_of_a_row() -> None:
     x = torch.randn(2, 5, 12, dtype=torch.float64, generator=generator(1))
     torch.testing.assert_close(DenseRotation(blocks).rotate(x), x @ torch.block_diag(*blocks))
     torch.testing.assert_close(DenseRotation(blocks).rotate(x[0, 0]), x[0, 0] @ torch.block_diag(*blocks))
+
+
+LEARNED: dict[str, Any] = {"rotations": "learned", "rotation_steps": 3, "calib_samples": 3, "calib_seqlen": 16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_conversion_learns_what_can_be_folded(make_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    source = make_model(family, attention_bias=True, dtype=torch.float16)
+    convert(source, tmp_path / "out", make_config(weight_bits=8, activation_bits=8, **LEARNED))
+    tokens = torch.arange(24).reshape(2, 12) * 7 % 96
+    with torch.inference_mode():
+        expected, got = (load_model(path, torch.float32)(tokens).logits for path in (source, tmp_path / "out"))
+    assert (got - expected).norm() < 0.05 * expected.norm()
+    assert verify(tmp_path / "out").ok
+    rotations = read_manifest(tmp_path / "out").rotations
+    assert rotations is not None
+    assert rotations.learned is not None
+    assert rotations.learned.steps == 3
+    assert rotations.learned.r2.learned <= rotations.learned.r2.hadamard
+    assert (rotations.learned.r1 is None) == (family == "gemma3")
+
+
+def test_conversions_with_learned_rotations_repeat(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    source, messages = make_model(), []
+    config = make_config(scales="none", sign_seeds=2, **LEARNED)
+    for name in ("a", "b"):
+        convert(source, tmp_path / name, config, lambda message, done, total: messages.append((message, done, total)))
+    convert(source, tmp_path / "c", config.model_copy(update={"rotations": "hadamard"}))
+    tensors = [read_manifest(tmp_path / name).tensors for name in ("a", "b", "c")]
+    assert tensors[0] == tensors[1]
+    assert tensors[0] != tensors[2]
+    assert [done for _, done, _ in messages] == 2 * list(range(messages[-1][2] + 1))
+    assert any(message.startswith("learning R2 of layer 3") for message, _, _ in messages)
+
+
+def test_nothing_is_learned_without_rotation(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_config(rotate=False, scales="none", **LEARNED)
+    assert not config.needs_calibration
+    convert(make_model(), tmp_path / "out", config)
+    assert read_manifest(tmp_path / "out").rotations is None

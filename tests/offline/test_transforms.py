@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,6 +139,14 @@ def random_orthogonal(*shape: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(11))).Q
 
 
+def with_random_rotations(transform: ModelTransform) -> ModelTransform:
+    """With orthogonal matrices of no structure where learned ones go, as different from layer to layer."""
+    spec = transform.spec
+    heads = random_orthogonal(spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
+    dense = DenseRotation(random_orthogonal(1, spec.hidden, spec.hidden))
+    return replace(transform, residual=None if transform.residual is None else dense, heads=list(heads))
+
+
 def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     table = subject.spec.architecture
     subject.each_layer(lambda layer, _: fold_norms(layer, table))
@@ -181,6 +190,7 @@ def test_r2_keeps_the_logits(subject: Subject) -> None:
     assert subject.error() <= 1e-10
 
 
+@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma3")], indirect=True)
 def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
     table, hidden = subject.spec.architecture, subject.spec.hidden
     rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
@@ -231,10 +241,13 @@ def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int)
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
 
+@pytest.mark.parametrize("learned", [False, True], ids=["hadamard", "learned"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int) -> None:
+def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int, learned: bool) -> None:
     config = make_config(max_tp=shards, seed=3)
     transform = ModelTransform.of(subject.spec, config)
+    if learned:
+        transform = with_random_rotations(transform)
     subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])

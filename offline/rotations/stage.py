@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage of a conversion that learns R1 and R2: sample what they rotate from the original model, then descend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.calibrate import LayerRunner, Observer, embed
+from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.manifest import HeldOutError, LearnedRecord
+from smoothrot_offline.rotate import DenseRotation, Tensors, head_matrices
+from smoothrot_offline.rotations.cayley import Learned
+from smoothrot_offline.rotations.heads import learn_head_rotations
+from smoothrot_offline.rotations.residual import BATCH, ReaderSample, learn_residual_rotation
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_vllm.format import Online, QuantizationSchema
+
+SAMPLE_SEQUENCES = 16
+"""Calibration sequences that the samples come from."""
+SAMPLE_TOKENS = 256
+"""Tokens of a sample, give or take one for each chunk that a layer runs in."""
+SAMPLE_ROWS = 256
+"""Rows of the weights behind a norm, and of o_proj, that the layer error is measured on."""
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj reads, float32 ``(tokens, n)``."""
+
+    readers: list[ReaderSample]
+    output_input: torch.Tensor
+
+
+def learning_steps(spec: ModelSpec) -> int:
+    """How often :func:`learn_rotations` reports progress."""
+    return 2 * spec.layers + int(spec.architecture.rotates_residual)
+
+
+def learning_flop(spec: ModelSpec, steps: int) -> float:
+    """Floating-point operations of the descents: a forward and a backward pass, twice as long, of each step's products."""
+    rows, query, order = SAMPLE_TOKENS + SAMPLE_ROWS, spec.heads * spec.head_dim, spec.hidden
+    values = spec.kv_heads * spec.head_dim * spec.hidden
+    product = 2 * SAMPLE_TOKENS * SAMPLE_ROWS
+    heads = spec.layers * (2 * (rows * query + values) * spec.head_dim + product * query)
+    residual = BATCH * (2 * rows * order**2 + product * order) + 3 * order**3 if spec.architecture.rotates_residual else 0
+    return 3.0 * steps * (heads + residual)
+
+
+def learning_bytes(spec: ModelSpec) -> int:
+    """Memory of all the samples, and of their rotated copies."""
+    readers = 2 * (SAMPLE_TOKENS + SAMPLE_ROWS) * spec.hidden if spec.architecture.rotates_residual else 0
+    return 4 * spec.layers * (2 * readers + SAMPLE_TOKENS * spec.heads * spec.head_dim)
+
+
+def learn_rotations(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    transform: ModelTransform,
+    tokens: torch.Tensor,
+    step: Callable[[str], None],
+) -> tuple[ModelTransform, LearnedRecord]:
+    """The transform with learned matrices in place of the Hadamard ones that they start from: R1 where it is folded, then R2.
+
+    Smoothing is left out: it scales channels of up_proj's output, which R1's error sees as the weight of a row.
+
+    Args:
+        checkpoint, spec, config: of the conversion.
+        schema: its weights' and activations' bits, groups and clip are those that the error is measured with.
+        transform: with the chosen signs.
+        tokens: calibration tokens, int64 ``(samples, seqlen)``.
+        step: told what begins, ``learning_steps`` times.
+
+    Raises:
+        CheckpointError: the model's activations are not finite.
+    """
+    samples = _samples(checkpoint, spec, config.seed, tokens[:SAMPLE_SEQUENCES], step)
+    residual = None
+    if transform.residual is not None:
+        step("learning R1")
+        residual = learn_residual_rotation(
+            [reader for sample in samples for reader in sample.readers],
+            transform.residual.rotate(torch.eye(spec.hidden, dtype=torch.float64)),
+            activations=schema.activations,
+            weights=schema.weights,
+            steps=config.rotation_steps,
+            seed=config.seed,
+        )
+        transform = replace(transform, residual=DenseRotation(residual.matrices[None]))
+    heads = []
+    for index, sample in enumerate(samples):
+        step(f"learning R2 of layer {index + 1} of {spec.layers}")
+        heads.append(_learn_heads(checkpoint, spec, config, schema, transform, index, sample.output_input))
+    mean = HeldOutError(
+        hadamard=sum(learned.before for learned in heads) / len(heads),
+        learned=sum(learned.after for learned in heads) / len(heads),
+    )
+    r1 = None if residual is None else HeldOutError(hadamard=residual.before, learned=residual.after)
+    transform = replace(transform, heads=[learned.matrices for learned in heads])
+    return transform, LearnedRecord(steps=config.rotation_steps, r1=r1, r2=mean)
+
+
+def _samples(
+    checkpoint: Checkpoint, spec: ModelSpec, seed: int, tokens: torch.Tensor, step: Callable[[str], None]
+) -> list[LayerSample]:
+    """Run the original model on ``tokens``, layer by layer, and keep some of what the rotated linears read."""
+    table = spec.architecture
+    name = f"{table.embedding}.weight"
+    hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
+    runner, generator = LayerRunner(spec), torch.Generator().manual_seed(seed)
+    norms = table.readers if table.rotates_residual else {}
+    # Odd, so that it does not keep to one position of the sequences.
+    stride = max(1, tokens.numel() // SAMPLE_TOKENS) | 1
+    found = []
+    for index in range(spec.layers):
+        step(f"sampling layer {index + 1} of {spec.layers}")
+        layer = _load(checkpoint, spec, index)
+        seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, table.output)}
+        runner.run(index, layer, hidden, {module: _keeping(parts, stride) for module, parts in seen.items()})
+        inputs = {module: torch.cat(parts) for module, parts in seen.items()}
+        readers = []
+        for norm, linears in norms.items():
+            weight = torch.cat([layer[f"{linear}.weight"] for linear in linears])
+            rows = _some_rows(weight, generator).float() * (layer[f"{norm}.weight"].float() + table.norm_offset)
+            variance = inputs[norm].square().mean(dim=1, keepdim=True)
+            readers.append(ReaderSample(inputs[norm] * (variance + spec.config.rms_norm_eps).rsqrt(), rows))
+        found.append(LayerSample(readers, inputs[table.output]))
+    return found
+
+
+def _learn_heads(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    transform: ModelTransform,
+    index: int,
+    output_input: torch.Tensor,
+) -> Learned:
+    """R2 of decoder layer ``index``, from what its o_proj reads before R2."""
+    table = spec.architecture
+    layer = {name: tensor.double() for name, tensor in _load(checkpoint, spec, index).items()}
+    # All but R2 and R4: the weights that R2 will be folded into.
+    replace(transform, online=Online(readers=transform.online.readers)).layer(index, layer, None)
+    output = _some_rows(layer[f"{table.output}.weight"], torch.Generator().manual_seed(config.seed))
+    return learn_head_rotations(
+        output_input,
+        output.float(),
+        layer[f"{table.value}.weight"].float(),
+        head_matrices(spec.kv_heads, spec.head_dim),
+        activations=schema.activations,
+        weights=schema.weights,
+        steps=config.rotation_steps,
+    )
+
+
+def _load(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> Tensors:
+    prefix = spec.layer_prefix(index)
+    loaded = checkpoint.load(prefix + name for name in spec.layer_tensors())
+    return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
+
+
+def _keeping(parts: list[torch.Tensor], stride: int) -> Observer:
+    """Appends every ``stride``-th token that it is given."""
+    return lambda x: parts.append(x[::stride].clone())
+
+
+def _some_rows(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return weight[torch.randperm(len(weight), generator=generator)[:SAMPLE_ROWS]]
