@@ -34,8 +34,8 @@ TIME_METHOD = (
 )
 MEMORY_METHOD = (
     "this process now, plus five quarters of: the calibration's hidden states, one shard, and the largest of a decoder layer run "
-    "in float32, the same layer folded in float64 with the samples that rotations are learned from, the head with a slice of rows in float64; or of the whole model, if it "
-    "generates the text"
+    "in float32, the same layer folded in float64 with the samples that rotations are learned from, the head with a slice of "
+    "rows in float64; or of the whole model, if it generates the text"
 )
 
 

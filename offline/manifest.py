@@ -46,7 +46,7 @@ class HeldOutError(_Record):
 
 
 class LearnedRecord(_Record):
-    """Learned rotations: optimiser steps, and the errors of R1, None where it is not folded, and of R2, the mean of the layers."""
+    """Learned rotations: optimiser steps, and the errors of R1, None where it is not folded, and of R2, a mean over layers."""
 
     steps: int
     r1: HeldOutError | None

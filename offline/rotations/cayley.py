@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Learned:
-    """Orthogonal ``matrices``, float64 ``(..., n, n)``; the error on what was held out ``before``, at the start, and ``after``."""
+    """Orthogonal ``matrices``, float64 ``(..., n, n)``; the error on what was held out ``before``, at the start, and after."""
 
     matrices: torch.Tensor
     before: float
@@ -39,7 +39,7 @@ def learn_turn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         optimizer.zero_grad()
-        loss(cayley(free), step).backward()  # type: ignore[no-untyped-call]
+        loss(cayley(free), step).backward()
         optimizer.step()
         schedule.step()
     return cayley(free.detach().double())

@@ -28,7 +28,7 @@ SAMPLE_ROWS = 256
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj reads, float32 ``(tokens, n)``."""
+    """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj reads, float32."""
 
     readers: list[ReaderSample]
     output_input: torch.Tensor

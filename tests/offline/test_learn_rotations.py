@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def start() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])
-def test_r1_reduces_the_error_on_unseen_tokens(start: torch.Tensor, group_size: int) -> None:
+def test_r1_reduces_the_error_on_unseen_tokens(start: torch.Tensor, group_size: Literal[-1, 32]) -> None:
     weights = WeightScheme(group_size=group_size)
     samples = reader_samples(start, 9, 256)
     learned = learn_residual_rotation(
