@@ -14,6 +14,7 @@ import typer
 
 from smoothrot_offline.cli_analysis import analyze, report
 from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
+from smoothrot_offline.memory import reuse_freed_memory
 
 app = typer.Typer(
     name="smoothrot-convert",
@@ -235,6 +236,7 @@ app.command()(report)
 
 def main() -> None:
     """Entry point of the console script."""
+    reuse_freed_memory()
     app()
 
 

@@ -25,7 +25,7 @@ from smoothrot_vllm.format import ActivationScheme, LinearScheme, QuantizationSc
 PROBE_SAMPLES = 8
 """Calibration sequences on which clips and sensitivities are measured."""
 CLIP_TOKENS = 1024
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 """Candidate clips of 4-bit activations; 8-bit ones keep all of their range (255 levels lose more to a clipped outlier)."""
 
 

@@ -7,7 +7,7 @@ import torch
 
 from smoothrot_offline.smooth.layer_error import LayerError
 
-STEPS = 60
+STEPS = 40
 LEARNING_RATE = 0.05
 BOUND = math.log(2.0)
 """A learned scale stays within this factor of its start, either way: the calibration text cannot carry it off."""

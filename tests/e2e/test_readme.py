@@ -30,7 +30,7 @@ def test_converting_and_serving_commands_work_in_the_readmes_order(tiny_converte
     for name in ("CALIB.txt", "TEXT.txt"):
         (tmp_path / name).symlink_to(SHORT_TEXT)
     ours = [command for command in COMMANDS if command.startswith("smoothrot-convert")]
-    assert [command.split()[1] for command in ours] == ["plan", "run", "verify", "eval"]
+    assert [command.split()[1] for command in ours] == ["plan", "run", "verify", "eval", "report", "analyze"]
     for command in ours:
         run(command, tmp_path)
     (serve,) = [command for command in COMMANDS if command.startswith("vllm serve")]

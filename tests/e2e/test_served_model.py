@@ -38,12 +38,12 @@ SETUPS = {
     "llama, flag, eager, TP=1, W4A8": Setup(
         "llama", ("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1
     ),
-    "mistral, no flag, compiled, TP=1, W4A4 in groups": Setup(
-        "mistral", ("--group-size", "32"), flag=False, eager=False, ranks=1
+    "mistral, no flag, compiled, TP=1, W4A4 in groups, some layers W8A8, each its own clip": Setup(
+        "mistral", ("--group-size", "32", "--keep-8bit", "auto:0.4", "--clip-search"), flag=False, eager=False, ranks=1
     ),
-    "qwen2, no flag, eager, TP=2, W4A8 in groups": Setup(
+    "qwen2, no flag, eager, TP=2, W4A8 in groups, some layers W8A8": Setup(
         "qwen2",
-        ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--max-tp", "2"),
+        ("--activation-bits", "8", "--group-size", "32", "--keep-8bit", "auto:0.4", "--lm-head-bits", "8", "--max-tp", "2"),
         flag=False,
         eager=True,
         ranks=2,

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets: what each sets, that options given win, and which one is chosen when nobody chooses."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import smoothrot_offline.presets
+from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.cli import app
+from smoothrot_offline.manifest import read_manifest
+from smoothrot_offline.presets import PRESETS, REASONABLE_SECONDS, choose_preset
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_takes_the_first_group_size_that_fits(make_model: MakeModel, name: str) -> None:
+    odd, even = make_model(), make_model(name="even", hidden_size=256, intermediate_size=512, num_attention_heads=8,
+                                         num_key_value_heads=2)  # fmt: skip
+    assert choose_preset(name, {}, open_checkpoint(odd)).config.group_size == -1
+    config = choose_preset(name, {}, open_checkpoint(even)).config
+    assert config.group_size == PRESETS[name].group_sizes[0]
+    assert config.preset == name
+
+
+def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:
+    config = choose_preset("best", {"rounding": "rtn", "group_size": -1, "sign_seeds": 2}, open_checkpoint(make_model())).config
+    assert (config.rounding, config.group_size, config.sign_seeds, config.scales) == ("rtn", -1, 2, "learned")
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [((1.0,), "best"), ((9e9, 1.0), "balanced"), ((9e9, 9e9, 9e9), "fast")])
+def test_auto_is_the_best_that_takes_reasonable_time(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: str
+) -> None:
+    estimates = iter(seconds)
+    monkeypatch.setattr(smoothrot_offline.presets, "estimate_seconds", lambda *_: next(estimates))
+    choice = choose_preset("auto", {}, open_checkpoint(make_model()))
+    assert choice.config.preset == expected
+    assert f"preset {expected}" in choice.reason
+    assert REASONABLE_SECONDS == 3600
+
+
+def test_command_line_says_what_was_chosen_and_keeps_what_was_given(make_model: MakeModel, tmp_path: Path) -> None:
+    arguments = ["run", str(make_model()), str(tmp_path / "out"), "--preset", "balanced", "--activation-bits", "8",
+                 "--calib-samples", "2", "--calib-seqlen", "16", "--no-rotate"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "preset balanced, as asked for: W4A8 per channel, gptq, scales l2" in result.stderr
+    config = read_manifest(tmp_path / "out").config
+    assert (config.preset, config.rounding, config.activation_bits, config.rotate) == ("balanced", "gptq", 8, False)
+    assert config.calib_samples == 2
+
+
+def test_share_of_eight_bit_weights_is_given_as_auto_fraction(make_model: MakeModel, tmp_path: Path) -> None:
+    command = ["run", str(make_model()), str(tmp_path / "out"), "--preset", "none", "--calib-samples", "2", "--calib-seqlen", "8"]
+    assert CliRunner().invoke(app, [*command, "--keep-8bit", "half"]).exit_code == 2
+    assert CliRunner().invoke(app, [*command, "--keep-8bit", "auto:0.25"]).exit_code == 0
+    assert read_manifest(tmp_path / "out").config.keep_8bit == 0.25
