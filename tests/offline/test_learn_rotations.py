@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learned rotations are orthogonal whatever happens, beat the Hadamard start where there is something to learn, and repeat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,15 @@ ACTIVATIONS = ActivationScheme(clip=0.9)
 WEIGHTS = WeightScheme()
 WIDTH = 32
 KV_HEADS, GROUP, HEAD = 2, 3, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These matrices are too small for two: on a busy machine the threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def generator(seed: int) -> torch.Generator:
