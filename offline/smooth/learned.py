@@ -8,7 +8,7 @@ import torch
 from smoothrot_offline.smooth.layer_error import LayerError
 
 STEPS = 40
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.1
 BOUND = math.log(2.0)
 """A learned scale stays within this factor of its start, either way: the calibration text cannot carry it off."""
 

@@ -169,7 +169,7 @@ def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: P
 
 def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
-    convert(source, tmp_path / "out", config(alpha=0.6))
+    convert(source, tmp_path / "out", config(scales="max", alpha=0.6))
     manifest = read_manifest(tmp_path / "out")
     assert manifest.source.files == {
         name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")

@@ -227,7 +227,7 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
 
 
 def test_activations_that_overflow_are_refused_with_the_layer(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoothrot_offline.convert.load_calibration", lambda *_: torch.arange(8).reshape(1, 8))
+    monkeypatch.setattr("smoothrot_offline.decide.load_calibration", lambda *_: torch.arange(8).reshape(1, 8))
     source = make_model(dtype=torch.float32)
     edit_weights(source, lambda tensors: [tensors[UP.replace("up", kind)].mul_(1e30) for kind in ("up", "down")])
     assert "decoder layer 1" in str(refusal(source, scales="max", calib_seqlen=8))

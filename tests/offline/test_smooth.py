@@ -11,7 +11,7 @@ from smoothrot_vllm import reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 
 SCHEME = LinearScheme(weights=WeightScheme(), activations=ActivationScheme(clip=0.9))
-HIDDEN, WIDTH, BLOCK = 24, 96, 48
+HIDDEN, WIDTH, BLOCK = 96, 192, 96
 
 
 def statistics_of(*batches: torch.Tensor) -> InputStatistics:
@@ -25,7 +25,7 @@ def statistics_of(*batches: torch.Tensor) -> InputStatistics:
 def outlier_layer() -> tuple[InputStatistics, LayerError]:
     """Channels of very different size, and one massive token, in both X and the statistics."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(512, WIDTH, generator=generator) * torch.randn(WIDTH, generator=generator).exp()
+    x = torch.randn(1024, WIDTH, generator=generator) * torch.randn(WIDTH, generator=generator).exp()
     x[0, 3] = 500.0
     weight = torch.randn(HIDDEN, WIDTH, generator=generator) * torch.randn(WIDTH, generator=generator).mul(0.5).exp()
     statistics = statistics_of(x)
