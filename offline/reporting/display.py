@@ -34,8 +34,8 @@ class ReportTable:
 def report_tables(report: Report) -> list[ReportTable]:
     """The report's tables, the same on a terminal and on the page."""
     config = report.config
-    size = {"weights": _disk, "against 16 bits": _ratio, "linear layers": _linears, "conversion": _recipe}
-    tables = [_table(report, "size on disk", size)]
+    size = {"weights": _disk, "against 16 bits": _ratio, "linear layers": _linears}
+    tables = [_table(report, "conversion", {"recipe": _recipe}), _table(report, "size on disk", size)]
     for text in config.texts:
         first = "" if config.limit_chunks is None else f", the first {config.limit_chunks} only"
         columns = {"perplexity": _perplexity(text), "tokens": _tokens(text)}
