@@ -33,11 +33,11 @@ PRESETS = {
     "best": Preset(
         (32, -1),
         {
-            "scales": "learned",
+            "scales": "l2",
+            "rotations": "learned",
             "rounding": "gptaq",
             "clip_search": True,
             "keep_8bit": 0.1,
-            "sign_seeds": 4,
             "lm_head_bits": 8,
         },
     ),

@@ -14,7 +14,7 @@ from smoothrot_offline.smooth.statistics import InputStatistics
 Policy = Literal["max", "quantile", "l2", "search", "learned"]
 Statistic = Literal["max", "quantile", "l2"]
 
-SEARCHED_ALPHAS = (0.4, 0.5, 0.6, 0.7)
+SEARCHED_ALPHAS = (0.4, 0.5, 0.6)
 SEARCHED_QUANTILES = (0.99, 0.999)
 
 

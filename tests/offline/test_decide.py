@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_the_seed_with_the_least_held_out_loss_is_folded(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 1.0, 2.0])
-    held_out = []
+    held_out: list[Any] = []
 
     def trial(*arguments: object) -> float:
         held_out.append(arguments[-1])
@@ -148,7 +149,7 @@ def test_the_seed_with_the_least_held_out_loss_is_folded(
     assert rotations is not None
     assert (rotations.seed, rotations.sign_losses) == (6, {5: 3.0, 6: 1.0, 7: 2.0})
     assert all(tokens.shape == (8, 16) for tokens in held_out)
-    assert read_manifest(tmp_path / "chosen").calibration.samples == 4  # type: ignore[union-attr]
+    assert read_manifest(tmp_path / "chosen").calibration.samples == 4
     convert(source, tmp_path / "first", make_config(**SMALL, seed=5))
     first, chosen = (read_manifest(tmp_path / name).tensors["model.embed_tokens.weight"] for name in ("first", "chosen"))
     assert first.sha256 != chosen.sha256
