@@ -83,6 +83,11 @@ class Checkpoint:
                 )
         return loaded
 
+    def load_relative(self, prefix: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """:meth:`load` of tensors named relative to ``prefix``, under their relative names."""
+        loaded = self.load(prefix + name for name in names)
+        return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
+
     def info(self, name: str) -> TensorInfo:
         """Header entry of a tensor.
 

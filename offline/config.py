@@ -3,9 +3,10 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.options import make_options
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online, OnlineHadamard, QuantizationSchema, WeightScheme
 from smoothrot_vllm.hadamard import choose_block
@@ -81,11 +82,7 @@ def make_config(**options: Any) -> ConvertConfig:
     Raises:
         ConfigError: an unknown option or a value out of range; the message names each.
     """
-    try:
-        return ConvertConfig(**options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-        raise ConfigError(f"conversion options: {problems}") from None
+    return make_options(ConvertConfig, "conversion", options)
 
 
 def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:

@@ -216,9 +216,7 @@ class _Run:
 
     def _layer(self, index: int, rounding: SequentialRounding | None) -> None:
         prefix = self.spec.layer_prefix(index)
-        source = self.checkpoint.load(prefix + name for name in self.spec.layer_tensors())
-        layer = {name.removeprefix(prefix): tensor for name, tensor in source.items()}
-        del source
+        layer = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
         study = self.decisions.studies[index]
         layer = {name: tensor.double() for name, tensor in layer.items()}
         self.transform.layer(index, layer, study.scales)

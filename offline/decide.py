@@ -104,7 +104,5 @@ def _study(
     found = []
     for index in range(spec.layers):
         step(f"studying layer {index + 1} of {spec.layers}")
-        prefix = spec.layer_prefix(index)
-        loaded = checkpoint.load(prefix + tensor for tensor in spec.layer_tensors())
-        found.append(study.layer(index, {tensor.removeprefix(prefix): value for tensor, value in loaded.items()}))
+        found.append(study.layer(index, checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())))
     return found

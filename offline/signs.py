@@ -45,8 +45,8 @@ def trial_loss(
     runner = LayerRunner(spec)
     for index, study in enumerate(studies):
         prefix = spec.layer_prefix(index)
-        loaded = checkpoint.load(prefix + name for name in spec.layer_tensors())
-        layer = {name.removeprefix(prefix): tensor.double() for name, tensor in loaded.items()}
+        loaded = checkpoint.load_relative(prefix, spec.layer_tensors())
+        layer = {name: tensor.double() for name, tensor in loaded.items()}
         transform.layer(index, layer, study.scales)
         schemes = {linear: schema.scheme(prefix + linear) for linear in table.linears}
         for linear, scheme in schemes.items():

@@ -135,8 +135,8 @@ class _Run:
 
     def _layer(self, index: int) -> None:
         prefix = self.spec.layer_prefix(index)
-        loaded = self.checkpoint.load(prefix + name for name in self.spec.layer_tensors())
-        layer = {name.removeprefix(prefix): tensor.double() for name, tensor in loaded.items()}
+        loaded = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
+        layer = {name: tensor.double() for name, tensor in loaded.items()}
         folded = dict(layer)
         if self.spec.architecture.rotates_residual:
             fold_norms(folded, self.spec.architecture)

@@ -11,7 +11,7 @@ from smoothrot_offline.calibrate import LayerRunner, Observer, embed
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.manifest import HeldOutError, LearnedRecord
-from smoothrot_offline.rotate import DenseRotation, Tensors, head_matrices
+from smoothrot_offline.rotate import DenseRotation, head_matrices
 from smoothrot_offline.rotations.cayley import Learned
 from smoothrot_offline.rotations.heads import learn_head_rotations
 from smoothrot_offline.rotations.residual import BATCH, ReaderSample, learn_residual_rotation
@@ -118,7 +118,7 @@ def _samples(
     found = []
     for index in range(spec.layers):
         step(f"sampling layer {index + 1} of {spec.layers}")
-        layer = _load(checkpoint, spec, index)
+        layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
         seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, table.output)}
         runner.run(index, layer, hidden, {module: _keeping(parts, stride) for module, parts in seen.items()})
         inputs = {module: torch.cat(parts) for module, parts in seen.items()}
@@ -143,7 +143,9 @@ def _learn_heads(
 ) -> Learned:
     """R2 of decoder layer ``index``, from what its o_proj reads before R2."""
     table = spec.architecture
-    layer = {name: tensor.double() for name, tensor in _load(checkpoint, spec, index).items()}
+    layer = {
+        name: tensor.double() for name, tensor in checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()).items()
+    }
     # All but R2 and R4: the weights that R2 will be folded into.
     replace(transform, online=Online(readers=transform.online.readers)).layer(index, layer, None)
     output = _some_rows(layer[f"{table.output}.weight"], torch.Generator().manual_seed(config.seed))
@@ -156,12 +158,6 @@ def _learn_heads(
         weights=schema.weights,
         steps=config.rotation_steps,
     )
-
-
-def _load(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> Tensors:
-    prefix = spec.layer_prefix(index)
-    loaded = checkpoint.load(prefix + name for name in spec.layer_tensors())
-    return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
 
 
 def _keeping(parts: list[torch.Tensor], stride: int) -> Observer:
