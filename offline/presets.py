@@ -33,8 +33,7 @@ PRESETS = {
     "best": Preset(
         (32, -1),
         {
-            "scales": "l2",
-            "rotations": "learned",
+            "scales": "search",
             "rounding": "gptaq",
             "clip_search": True,
             "keep_8bit": 0.1,

@@ -28,7 +28,7 @@ def test_preset_takes_the_first_group_size_that_fits(make_model: MakeModel, name
 
 def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:
     config = choose_preset("best", {"rounding": "rtn", "group_size": -1, "sign_seeds": 2}, open_checkpoint(make_model())).config
-    assert (config.rounding, config.group_size, config.sign_seeds, config.scales) == ("rtn", -1, 2, "l2")
+    assert (config.rounding, config.group_size, config.sign_seeds, config.scales) == ("rtn", -1, 2, "search")
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [((1.0,), "best"), ((9e9, 1.0), "balanced"), ((9e9, 9e9, 9e9), "fast")])
