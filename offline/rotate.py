@@ -138,17 +138,24 @@ def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: t
         matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by its Hadamard transform.
     """
     values, outputs = layer[f"{table.value}.weight"], layer[f"{table.output}.weight"]
-    of_values: Orthogonal
-    of_outputs: Orthogonal
-    if matrices is None:
-        of_values, of_outputs = _hadamard_heads(len(values), head_dim), _hadamard_heads(outputs.shape[1], head_dim)
-    else:
-        of_values = DenseRotation(matrices)
-        of_outputs = DenseRotation(matrices.repeat_interleave(outputs.shape[1] // len(values), dim=0))
+    of_values, of_outputs = head_rotations(len(values), outputs.shape[1], head_dim, matrices)
     layer[f"{table.value}.weight"] = of_values.rotate(values.T).T.contiguous()
     if f"{table.value}.bias" in layer:
         layer[f"{table.value}.bias"] = of_values.rotate(layer[f"{table.value}.bias"])
     layer[f"{table.output}.weight"] = of_outputs.rotate(outputs)
+
+
+def head_rotations(
+    values: int, outputs: int, head_dim: int, matrices: torch.Tensor | None = None
+) -> tuple[Orthogonal, Orthogonal]:
+    """R2 of what the value projection writes, ``values`` wide, and of what the output projection reads, ``outputs`` wide.
+
+    Args:
+        matrices: see :func:`rotate_heads`.
+    """
+    if matrices is None:
+        return _hadamard_heads(values, head_dim), _hadamard_heads(outputs, head_dim)
+    return DenseRotation(matrices), DenseRotation(matrices.repeat_interleave(outputs // values, dim=0))
 
 
 def head_matrices(kv_heads: int, head_dim: int) -> torch.Tensor:

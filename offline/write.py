@@ -73,6 +73,11 @@ class OutputDirectory:
         with _writing(self.path / name):
             (self.path / name).write_text(content, encoding="utf-8")
 
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one file in safetensors format."""
+        with _writing(self.path / name):
+            save_file(tensors, self.path / name, metadata={"format": "pt"})
+
     def copy(self, file: Path) -> None:
         """Copy the content of a file, under its name."""
         with _writing(self.path / file.name):

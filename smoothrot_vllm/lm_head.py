@@ -22,6 +22,11 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
     def __init__(self, prefix: str, scheme: LinearScheme) -> None:
         super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
 
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and device."""
+        super().process_weights_after_loading(layer)
+        layer.weight = torch.empty(0, dtype=cast(torch.dtype, layer.params_dtype), device=layer.weight_scale.device)
+
     def stored_rows(self, layer: torch.nn.Module) -> int:
         """The rows before the padding."""
         return cast(ParallelLMHead, layer).num_org_embeddings_per_partition
