@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA adapters for a converted model: their factors are given the transforms that its weights were given.
 
-An adapter adds ``B A`` to a weight W. Where the conversion turned W to ``L W R``, the adapter has to become ``(L B)(A R)``. What the
-server rotates at run time is no part of R: vLLM hands an adapter the input of the linear before that.
+An adapter adds ``B A`` to a weight W. Where the conversion turned W to ``L W R``, the adapter has to become ``(L B)(A R)``. What
+the server rotates at run time is no part of R: vLLM hands an adapter the input of the linear before that.
 """
 
 import re
@@ -65,7 +65,7 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
         base: the converted model that will be served.
 
     Raises:
-        ConfigError: the adapter is more than low-rank factors on decoder linears, has been transformed already, or ``out`` is taken.
+        ConfigError: the adapter is more than low-rank factors, has been transformed already, or ``out`` is taken.
         CheckpointError: a file is missing or damaged, or a factor has the wrong shape or is not finite.
         UnsupportedModelError: a factor belongs to no decoder linear of the base.
     """
@@ -139,8 +139,8 @@ def _plain_config(adapter: Path) -> dict[str, Any]:
     initial = config.get("init_lora_weights", True)
     if isinstance(initial, str) and initial.lower().startswith(_OWN_BASE):
         raise ConfigError(
-            f"{adapter / CONFIG_NAME}: init_lora_weights {initial!r} changes the base model's weights. Save the adapter as a plain "
-            "one with PEFT's path_initial_model_for_weight_conversion."
+            f"{adapter / CONFIG_NAME}: init_lora_weights {initial!r} changes the base model's weights. Save the adapter as a "
+            "plain one with PEFT's path_initial_model_for_weight_conversion."
         )
     return config
 

@@ -38,7 +38,9 @@ class RecordedTransform:
     scales: list[torch.Tensor | None]
 
 
-def transform_tensors(checkpoint: Checkpoint, transform: ModelTransform, studies: Sequence[LayerStudy]) -> dict[str, torch.Tensor]:
+def transform_tensors(
+    checkpoint: Checkpoint, transform: ModelTransform, studies: Sequence[LayerStudy]
+) -> dict[str, torch.Tensor]:
     """Tensors of the file: ``residual`` and ``{layer}heads`` where learned, ``{layer}smoothing``, and the folded norms."""
     spec, found = transform.spec, {}
     if isinstance(transform.residual, DenseRotation):
@@ -63,7 +65,7 @@ def read_transform(directory: Path) -> RecordedTransform:
     """
     path = directory / TRANSFORM_NAME
     if not path.exists():
-        raise CheckpointError(f"{path}: expected the transform of a converted model, found no such file. Convert the model again.")
+        raise CheckpointError(f"{path}: expected the transform of a converted model, found none. Convert the model again.")
     manifest = read_manifest(directory)
     try:
         tensors = load_file(path)

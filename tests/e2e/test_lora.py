@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from openai import BadRequestError, InternalServerError
-from reference_forward import Greedy, Reference
+from reference_forward import Reference
 from safetensors.torch import load_file, save_file
 from serving import VllmServer
 from tiny_models import BIN
@@ -40,8 +40,8 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in range(config["num_hidden_layers"]):
         for linear in LINEARS:
             leaf, name = linear.rpartition(".")[2], f"base_model.model.model.layers.{layer}.{linear}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, sizes.get(leaf, config["hidden_size"])) * 0.15
-            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs.get(leaf, config["hidden_size"]), RANK) * 0.15
+            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, sizes.get(leaf, config["hidden_size"])) * 0.075
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs.get(leaf, config["hidden_size"]), RANK) * 0.075
     save_file(tensors, directory / "adapter_model.safetensors")
     leaves = [linear.rpartition(".")[2] for linear in LINEARS]
     content = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": leaves, "bias": "none"}
@@ -93,23 +93,23 @@ def tokens_of(server: VllmServer, model: str, prompt: list[int]) -> list[int]:
         temperature=0,
         extra_body={"return_token_ids": True, "ignore_eos": True},
     )
-    tokens: list[int] = completion.choices[0].token_ids  # type: ignore[attr-defined]  # vLLM's addition
+    tokens: list[int] = completion.choices[0].token_ids
     return tokens
 
 
 def test_the_served_adapter_says_what_the_reference_with_it_says(server: VllmServer, base: Path, transformed: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     references = {server.model: Reference(base), "adapted": adapted_reference(base, transformed)}
-    answers: dict[str, list[Greedy]] = {}
-    for model, reference in references.items():
-        for text in PROMPTS:
-            prompt = tokenizer(text).input_ids
-            greedy = reference.greedy(prompt, TOKENS)
+    compared = dict.fromkeys(references, 0)
+    for text in PROMPTS:
+        prompt = tokenizer(text).input_ids
+        answers = {model: reference.greedy(prompt, TOKENS) for model, reference in references.items()}
+        assert answers["adapted"].tokens != answers[server.model].tokens
+        for model, greedy in answers.items():
             if greedy.margin > SAFE_MARGIN:
                 assert tokens_of(server, model, prompt) == greedy.tokens
-                answers.setdefault(model, []).append(greedy)
-    assert min(len(found) for found in answers.values()) >= 3, "too few prompts without a close call: choose others"
-    assert [greedy.tokens for greedy in answers["adapted"]] != [greedy.tokens for greedy in answers[server.model]]
+                compared[model] += 1
+    assert min(compared.values()) >= 3, "too few prompts without a close call: choose others"
 
 
 def test_the_original_adapter_is_refused(server: VllmServer, adapter: Path) -> None:
