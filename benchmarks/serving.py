@@ -32,8 +32,7 @@ class VllmServer:
         model: directory or hub id.
         log: file that takes everything the server prints.
         options: of ``vllm serve``, as on the command line.
-        tensor_parallel: ranks of each stage.
-        pipeline_parallel: stages. All ranks of all stages share the cores evenly.
+        tensor_parallel: number of ranks, which share the cores evenly.
         environment: variables set for the server besides those it needs on a small machine.
 
     Raises:
@@ -46,7 +45,6 @@ class VllmServer:
         log: Path,
         *options: str,
         tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
         environment: dict[str, str] | None = None,
     ) -> None:
         self.model = str(model)
@@ -54,9 +52,8 @@ class VllmServer:
         self._port = _free_port()
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self._port)]
-        self._command += ["--tensor-parallel-size", str(tensor_parallel), "--pipeline-parallel-size", str(pipeline_parallel)]
-        self._command += options
-        self._environment = {**os.environ, **_small_machine(tensor_parallel * pipeline_parallel), **(environment or {})}
+        self._command += ["--tensor-parallel-size", str(tensor_parallel), *options]
+        self._environment = {**os.environ, **_small_machine(tensor_parallel), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

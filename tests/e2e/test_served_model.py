@@ -34,12 +34,11 @@ class Setup:
     flag: bool
     eager: bool
     ranks: int
-    stages: int = 1
 
 
 SETUPS = {
-    "llama, flag, eager, PP=2, W4A8": Setup(
-        "llama", ("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1, stages=2
+    "llama, flag, eager, TP=1, W4A8": Setup(
+        "llama", ("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1
     ),
     "mistral, no flag, compiled, TP=1, W4A4 in groups, some layers W8A8, each its own clip": Setup(
         "mistral", ("--group-size", "32", "--keep-8bit", "auto:0.4", "--clip-search"), flag=False, eager=False, ranks=1
@@ -80,7 +79,7 @@ def served(
     options += ["--quantization", "smoothrot"] if setup.flag else []
     options += ["--enforce-eager"] if setup.eager else []
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with VllmServer(directory, log, *options, tensor_parallel=setup.ranks, pipeline_parallel=setup.stages) as server:
+    with VllmServer(directory, log, *options, tensor_parallel=setup.ranks) as server:
         yield Served(server, [answer for answer in expected if is_determined(answer[1])])
 
 
