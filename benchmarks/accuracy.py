@@ -62,6 +62,7 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         Recipe(f"{activations} preset fast", ("--preset", "fast", *bits)),
         Recipe(f"{activations} preset balanced", ("--preset", "balanced", *bits)),
         Recipe(f"{activations} preset best", ("--preset", "best", *bits)),
+        Recipe(f"{activations} preset best, QuaRot in place of SmoothRot", ("--preset", "best", *bits, *QUAROT)),
         Recipe(f"{activations} preset best, learned rotations", ("--preset", "best", *bits, "--rotations", "learned")),
     )
 

@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 from smoothrot_offline.model import load_model
 
 TOKENS = 16
-MAX_MODEL_LEN = 1024
 SAFE_MARGIN = 0.1
 """Lead of the chosen token over the runner-up, in nats, that another order of float32 sums cannot turn."""
 SAMPLE_SECONDS = 5.0
@@ -66,7 +65,14 @@ def main() -> None:
     print(f"{len(answers)} prompts with a determined answer", file=sys.stderr)
     with tempfile.TemporaryDirectory() as work:
         log = Path(work) / "server.log"
-        options = ["--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(arguments.concurrency)]
+        options = [
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            str(arguments.max_model_len),
+            "--max-num-seqs",
+            str(arguments.concurrency),
+        ]
         with VllmServer(arguments.model, log, *options) as server:
             tally = asyncio.run(soak(server, answers, arguments))
     result = summary(tally, arguments)
@@ -83,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=48, help="different prompts to draw from")
+    parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args()
@@ -111,7 +118,7 @@ async def soak(server: VllmServer, answers: dict[tuple[int, ...], list[int]], ar
     """Send requests from ``concurrency`` clients until the time is over."""
     tally, end = Tally(), time.monotonic() + 60 * arguments.minutes
     async with openai.AsyncOpenAI(base_url=server.client.base_url, api_key="none", max_retries=0, timeout=600) as client:
-        session = Session(client, server.model, answers, tally)
+        session = Session(client, server.model, answers, arguments.max_model_len, tally)
         clients = [session.client(random.Random(f"{arguments.seed}/{i}"), end) for i in range(arguments.concurrency)]
         await asyncio.gather(*clients, sample_memory(server.pid, tally, end))
     return tally
@@ -132,6 +139,7 @@ class Session:
     api: openai.AsyncOpenAI
     model: str
     answers: dict[tuple[int, ...], list[int]]
+    max_model_len: int
     tally: Tally
 
     async def client(self, draw: random.Random, end: float) -> None:
@@ -193,7 +201,7 @@ class Session:
 
     async def long(self, draw: random.Random) -> None:
         """A prompt that nearly fills the context: its end decides the answer, its tokens are random."""
-        prompt = [draw.choice(draw.choice(list(self.answers))) for _ in range(MAX_MODEL_LEN - TOKENS)]
+        prompt = [draw.choice(draw.choice(list(self.answers))) for _ in range(self.max_model_len - TOKENS)]
         answer = await self.api.completions.create(**self.greedy(prompt))
         if len(answer.choices[0].token_ids) == TOKENS:
             self.tally.outcomes["long right"] += 1
@@ -217,7 +225,13 @@ class Session:
         """A request that has to be refused as the client's fault."""
         prompt = list(next(iter(self.answers)))
         change: dict[str, Any] = draw.choice(
-            [{"prompt": prompt * MAX_MODEL_LEN}, {"max_tokens": -1}, {"model": "no-such-model"}, {"temperature": -3.0}, {"n": 0}]
+            [
+                {"prompt": prompt * self.max_model_len},
+                {"max_tokens": -1},
+                {"model": "no-such-model"},
+                {"temperature": -3.0},
+                {"n": 0},
+            ]
         )
         try:
             await self.api.completions.create(**self.greedy(prompt) | change)
