@@ -39,6 +39,7 @@ PLAIN = ("--scales", "none", "--no-rotate")
 QUAROT = ("--scales", "none")
 W4A4 = ("--weight-bits", "4", "--activation-bits", "4")
 W4A8 = ("--weight-bits", "4", "--activation-bits", "8")
+L2_RTN = ("--preset", "none", *W4A4, "--scales", "l2", "--rounding", "rtn")
 POLICIES = ("max", "quantile", "l2", "search", "learned")
 
 
@@ -74,6 +75,8 @@ RECIPES = (
     *_steps("W4A8", W4A8),
     Recipe("W4A4 RTN", ("--preset", "none", *W4A4, *PLAIN), seeded=False),
     *_rounded("rtn"),
+    Recipe("W4A4 SmoothRot l2 RTN, best of 8 sign seeds", (*L2_RTN, "--sign-seeds", "8")),
+    Recipe("W4A4 SmoothRot l2 RTN, learned rotations", (*L2_RTN, "--rotations", "learned")),
     *_rounded("gptq"),
     *_rounded("gptaq"),
     Recipe("W4A4 preset paper-compat", ("--preset", "paper-compat", *W4A4)),
