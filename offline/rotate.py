@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from smoothrot_offline.architectures import Architecture
+from smoothrot_offline.architectures import Architecture, ModelSpec
 from smoothrot_vllm.hadamard import choose_block, factorize, hadamard_matrix
 
 Tensors = dict[str, torch.Tensor]
@@ -128,7 +128,7 @@ def rotate_reader_inputs(layer: Tensors, table: Architecture, block: int) -> Non
             layer[f"{reader}.weight"] = hadamard(layer[f"{reader}.weight"], block)
 
 
-def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: torch.Tensor | None = None) -> None:
+def rotate_heads(layer: Tensors, spec: ModelSpec, matrices: torch.Tensor | None = None) -> None:
     """R2: each head of the value projection is rotated, and undone in the output projection.
 
     Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
@@ -137,17 +137,18 @@ def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: t
     Args:
         matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by its Hadamard transform.
     """
-    values, outputs = layer[f"{table.value}.weight"], layer[f"{table.output}.weight"]
+    table, width, head_dim = spec.architecture, spec.values, spec.head_dim
+    value, bias, outputs = f"{table.value}.weight", f"{table.value}.bias", layer[f"{table.output}.weight"]
     of_values: Orthogonal
     of_outputs: Orthogonal
     if matrices is None:
-        of_values, of_outputs = _hadamard_heads(len(values), head_dim), _hadamard_heads(outputs.shape[1], head_dim)
+        of_values, of_outputs = _hadamard_heads(width, head_dim), _hadamard_heads(outputs.shape[1], head_dim)
     else:
         of_values = DenseRotation(matrices)
-        of_outputs = DenseRotation(matrices.repeat_interleave(outputs.shape[1] // len(values), dim=0))
-    layer[f"{table.value}.weight"] = of_values.rotate(values.T).T.contiguous()
-    if f"{table.value}.bias" in layer:
-        layer[f"{table.value}.bias"] = of_values.rotate(layer[f"{table.value}.bias"])
+        of_outputs = DenseRotation(matrices.repeat_interleave(outputs.shape[1] // width, dim=0))
+    layer[value] = torch.cat([layer[value][:-width], of_values.rotate(layer[value][-width:].T).T])
+    if bias in layer:
+        layer[bias] = torch.cat([layer[bias][:-width], of_values.rotate(layer[bias][-width:])])
     layer[f"{table.output}.weight"] = of_outputs.rotate(outputs)
 
 
@@ -167,7 +168,14 @@ def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is the
     Hadamard transform of down_proj's input, without signs.
     """
-    layer[f"{table.up}.weight"] = layer[f"{table.up}.weight"] * rotation.signs[:, None]
-    if f"{table.up}.bias" in layer:
-        layer[f"{table.up}.bias"] = layer[f"{table.up}.bias"] * rotation.signs
+    scale_up(layer, table, rotation.signs)
     layer[f"{table.down}.weight"] = rotation.rotate(layer[f"{table.down}.weight"])
+
+
+def scale_up(layer: Tensors, table: Architecture, factors: torch.Tensor) -> None:
+    """Multiply what up_proj produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused linear."""
+    for name in (f"{table.up}.weight", f"{table.up}.bias"):
+        if name in layer:
+            rows = layer[name][-len(factors) :]
+            scaled = rows * (factors[:, None] if rows.ndim == 2 else factors)
+            layer[name] = torch.cat([layer[name][: -len(factors)], scaled])

@@ -238,9 +238,9 @@ def test_an_unusable_scale_is_refused_with_its_value(vllm_config: VllmConfig, va
     [
         (
             torch.zeros(HIDDEN, INTERMEDIATE, dtype=torch.uint8),
-            "expected torch.uint8 with 96 columns, got torch.uint8 (128, 192)",
+            "expected torch.uint8 with 96 columns and at most 128 rows, got torch.uint8 (128, 192)",
         ),
-        (torch.zeros(HIDDEN, INTERMEDIATE // 2, dtype=torch.int8), "expected torch.uint8 with 96 columns, got torch.int8"),
+        (torch.zeros(HIDDEN, INTERMEDIATE // 2, dtype=torch.int8), "expected torch.uint8 with 96 columns and at most 128 rows, got torch.int8"),
         (torch.zeros(HIDDEN + 1, INTERMEDIATE // 2, dtype=torch.uint8), "stored (129, 96) does not fill this rank's (128, 96)"),
     ],
 )
