@@ -159,18 +159,21 @@ class SmoothRotLinearMethod(LinearMethodBase):
             parts = self._parts_of(shard[0] if shard else None)
             names = [self._tensor_name(part, tensor) for part in parts]
             where = ", ".join(names)
-            if stored.dtype != dtype or stored.ndim != 2 or stored.shape[1] != columns or stored.shape[0] > rows:
+            if stored.dtype != dtype or stored.ndim != 2 or stored.shape[1] != columns:
                 raise CheckpointError(
-                    f"{where}: expected {dtype} with {columns} columns and at most {rows} rows, got {stored.dtype} {tuple(stored.shape)}. "
+                    f"{where}: expected {dtype} with {columns} columns, got {stored.dtype} {tuple(stored.shape)}. "
                     "The checkpoint is damaged or its config.json belongs to another model: convert it again."
                 )
+            misfit = CheckpointError(
+                f"{where}: stored {tuple(stored.shape)} does not fill this rank's {tuple(param.shape)} as the model's "
+                "config.json says. The checkpoint is damaged or belongs to another model: convert it again."
+            )
+            if stored.shape[0] > rows:
+                raise misfit
             try:
                 load(param, stored, *shard)
             except (AssertionError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{where}: stored {tuple(stored.shape)} does not fill this rank's {tuple(param.shape)} as the model's "
-                    "config.json says. The checkpoint is damaged or belongs to another model: convert it again."
-                ) from error
+                raise misfit from error
             self._loaded.update(names)
 
         return loader

@@ -60,7 +60,7 @@ OWN_SIZES = {
             "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
         },
     },
-    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0]},
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 16},
 }
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 

@@ -36,7 +36,7 @@ OWN_SIZES = {
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "qwen3": {"head_dim": 12},
     "phi3": {"pad_token_id": 0},
-    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1]},
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5},
 }
 
 
