@@ -62,6 +62,7 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         Recipe(f"{activations} preset fast", ("--preset", "fast", *bits)),
         Recipe(f"{activations} preset balanced", ("--preset", "balanced", *bits)),
         Recipe(f"{activations} preset best", ("--preset", "best", *bits)),
+        Recipe(f"{activations} preset best, learned rotations", ("--preset", "best", *bits, "--rotations", "learned")),
     )
 
 
@@ -167,17 +168,19 @@ class Results:
 
     def table(self) -> str:
         """Markdown: one line a recipe; the perplexity is the mean over its seeds, with the smallest and the largest."""
-        lines = ["| recipe | perplexity | to 16-bit | MB | convert s | peak GB |", "|---|---|---|---|---|---|"]
+        lines = ["| recipe | perplexity | to 16-bit | MB | convert s | CPU s | peak GB |", "|---|---|---|---|---|---|---|"]
         base = next(row["perplexity"] for row in self.rows if row["recipe"] == SIXTEEN_BIT)
         for name in dict.fromkeys(row["recipe"] for row in self.rows):
             rows = [row for row in self.rows if row["recipe"] == name]
             perplexities = [row["perplexity"] for row in rows]
             mean = statistics.mean(perplexities)
             spread = f" ({min(perplexities):.2f} to {max(perplexities):.2f})" if len(rows) > 1 else ""
-            cost = " | |"
+            cost = " | | |"
             if "convert_seconds" in rows[0]:
-                seconds, memory = (statistics.mean(row[key] for row in rows) for key in ("convert_seconds", "convert_peak_bytes"))
-                cost = f" {seconds:.0f} | {memory / 1e9:.2f} |"
+                seconds, cpu_seconds, memory = (
+                    statistics.mean(row[f"convert_{what}"] for row in rows) for what in ("seconds", "cpu_seconds", "peak_bytes")
+                )
+                cost = f" {seconds:.0f} | {cpu_seconds:.0f} | {memory / 1e9:.2f} |"
             lines.append(f"| {name} | {mean:.2f}{spread} | {mean / base:.3f}x | {rows[0]['bytes'] / 1e6:.0f} |{cost}")
         return "\n".join(lines)
 
@@ -189,10 +192,10 @@ def measured(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[s
         out = work / "model"
         options = [*recipe.options, "--seed", str(seed)]
         # Where the calibration text lies is no part of a result; its digest is in the problem.
-        _, seconds, peak = run_cli("run", str(arguments.model), str(out), *options, "--calib", arguments.calib)
+        _, cost = run_cli("run", str(arguments.model), str(out), *options, "--calib", arguments.calib)
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         row = {"recipe": recipe.name, "seed": seed, "options": options, "bytes": size}
-        return row | {"convert_seconds": seconds, "convert_peak_bytes": peak} | evaluated(out, arguments)
+        return row | {f"convert_{what}": amount for what, amount in cost.items()} | evaluated(out, arguments)
     finally:
         shutil.rmtree(work)
 
@@ -200,12 +203,12 @@ def measured(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[s
 def evaluated(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of a directory and what measuring it took."""
     limit = [] if arguments.limit_chunks is None else ["--limit-chunks", str(arguments.limit_chunks)]
-    found, seconds, _ = run_cli("eval", str(directory), "--text", str(arguments.text), "--seqlen", str(arguments.seqlen), *limit)
-    return {"perplexity": found["perplexity"], "tokens": found["tokens"], "eval_seconds": seconds}
+    found, cost = run_cli("eval", str(directory), "--text", str(arguments.text), "--seqlen", str(arguments.seqlen), *limit)
+    return {"perplexity": found["perplexity"], "tokens": found["tokens"], "eval_seconds": cost["seconds"]}
 
 
-def run_cli(*command: str) -> tuple[dict[str, Any], float, int]:
-    """Output of a ``smoothrot-convert`` command, its wall seconds and its peak resident bytes; its failure is ours."""
+def run_cli(*command: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """Output of a ``smoothrot-convert`` command, and its wall and CPU seconds and peak resident bytes; its failure is ours."""
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([sys.executable, "-m", "smoothrot_offline.cli", *command, "--json"], stdout=output)
@@ -214,7 +217,9 @@ def run_cli(*command: str) -> tuple[dict[str, Any], float, int]:
         if process.returncode:
             sys.exit(f"error: smoothrot-convert {' '.join(command)} failed with exit code {process.returncode}")
         output.seek(0)
-        return json.load(output), round(time.monotonic() - started, 1), usage.ru_maxrss * 1024
+        seconds, cpu_seconds = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+        cost = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "peak_bytes": usage.ru_maxrss * 1024}
+        return json.load(output), cost
 
 
 def cpu_name() -> str:

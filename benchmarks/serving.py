@@ -73,6 +73,12 @@ class VllmServer:
         """The official client, pointed at this server."""
         return OpenAI(base_url=f"http://{HOST}:{self._port}/v1", api_key="none", max_retries=0, timeout=STARTUP_SECONDS)
 
+    @property
+    def pid(self) -> int:
+        """Process of the running server."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start the process without waiting for it to answer."""
         with self.log.open("wb") as log:

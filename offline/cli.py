@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``smoothrot-convert``: plan, run, verify, inspect, eval, analyze, report.
+"""The command ``smoothrot-convert``: plan, run, verify, inspect, lora, eval, analyze, report.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit code 1 is a refusal or
 a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait until a command runs.
@@ -208,6 +208,22 @@ def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -
 
         found = inspect_directory(directory)
         show(found.model_dump(mode="json"), show_inspection(found))
+
+
+@app.command()
+def lora(
+    adapter: Annotated[Path, typer.Argument(help="PEFT LoRA adapter of the original model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False)],
+    base: Annotated[Path, typer.Option(help="Converted directory that the adapter will be served with.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Transform ADAPTER, trained on the original model, into the adapter OUT of a converted one."""
+    with reporting(as_json, debug) as show:
+        from smoothrot_offline.lora import convert_adapter
+
+        done = convert_adapter(adapter, out, base)
+        show(done.summary(), f"{out}: {done.linears} linears of {done.layers} layers, for {base}")
 
 
 @app.command("eval")

@@ -40,9 +40,10 @@ from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
 from smoothrot_offline.sequential import SequentialRounding
 from smoothrot_offline.sizes import Sizes, header_table, measure
+from smoothrot_offline.transform_record import transform_tensors
 from smoothrot_offline.write import OutputDirectory, ShardWriter
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.format import MANIFEST_NAME, WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
+from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
 from smoothrot_vllm.hadamard import choose_block
 from smoothrot_vllm.reference import encode
 
@@ -156,7 +157,9 @@ class _Run:
         config = {key: value for key, value in self.checkpoint.config.items() if key != "auto_map"}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
-        config["quantization_config"] = self.schema.model_dump(mode="json")
+        directory.write_tensors(TRANSFORM_NAME, transform_tensors(self.checkpoint, self.transform, self.decisions.studies))
+        digest = file_digest(directory.path / TRANSFORM_NAME)
+        config["quantization_config"] = self.schema.model_copy(update={"transform_sha256": digest}).model_dump(mode="json")
         directory.write_json(CONFIG_NAME, config)
         names = [CONFIG_NAME, *self.checkpoint.files]
         others = sorted(file.name for file in directory.path.iterdir() if file.suffix != ".safetensors")

@@ -8,6 +8,7 @@ and leaves the layer's function as it was, up to the rotations of what goes in a
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -137,19 +138,27 @@ def rotate_heads(layer: Tensors, spec: ModelSpec, matrices: torch.Tensor | None 
     Args:
         matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by its Hadamard transform.
     """
-    table, width, head_dim = spec.architecture, spec.values, spec.head_dim
-    value, bias, outputs = f"{table.value}.weight", f"{table.value}.bias", layer[f"{table.output}.weight"]
-    of_values: Orthogonal
-    of_outputs: Orthogonal
-    if matrices is None:
-        of_values, of_outputs = _hadamard_heads(width, head_dim), _hadamard_heads(outputs.shape[1], head_dim)
-    else:
-        of_values = DenseRotation(matrices)
-        of_outputs = DenseRotation(matrices.repeat_interleave(outputs.shape[1] // width, dim=0))
-    layer[value] = torch.cat([layer[value][:-width], of_values.rotate(layer[value][-width:].T).T])
+    table = spec.architecture
+    outputs = layer[f"{table.output}.weight"]
+    of_values, of_outputs = head_rotations(spec.values, outputs.shape[1], spec.head_dim, matrices)
+    value, bias = f"{table.value}.weight", f"{table.value}.bias"
+    layer[value] = on_last_rows(layer[value], spec.values, lambda rows: of_values.rotate(rows.T).T)
     if bias in layer:
-        layer[bias] = torch.cat([layer[bias][:-width], of_values.rotate(layer[bias][-width:])])
+        layer[bias] = on_last_rows(layer[bias], spec.values, of_values.rotate)
     layer[f"{table.output}.weight"] = of_outputs.rotate(outputs)
+
+
+def head_rotations(
+    values: int, outputs: int, head_dim: int, matrices: torch.Tensor | None = None
+) -> tuple[Orthogonal, Orthogonal]:
+    """R2 of what the value projection writes, ``values`` wide, and of what the output projection reads, ``outputs`` wide.
+
+    Args:
+        matrices: see :func:`rotate_heads`.
+    """
+    if matrices is None:
+        return _hadamard_heads(values, head_dim), _hadamard_heads(outputs, head_dim)
+    return DenseRotation(matrices), DenseRotation(matrices.repeat_interleave(outputs // values, dim=0))
 
 
 def head_matrices(kv_heads: int, head_dim: int) -> torch.Tensor:
@@ -174,8 +183,12 @@ def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -
 
 def scale_up(layer: Tensors, table: Architecture, factors: torch.Tensor) -> None:
     """Multiply what up_proj produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused linear."""
-    for name in (f"{table.up}.weight", f"{table.up}.bias"):
-        if name in layer:
-            rows = layer[name][-len(factors) :]
-            scaled = rows * (factors[:, None] if rows.ndim == 2 else factors)
-            layer[name] = torch.cat([layer[name][: -len(factors)], scaled])
+    weight, bias = f"{table.up}.weight", f"{table.up}.bias"
+    layer[weight] = on_last_rows(layer[weight], len(factors), lambda rows: rows * factors[:, None])
+    if bias in layer:
+        layer[bias] = on_last_rows(layer[bias], len(factors), lambda rows: rows * factors)
+
+
+def on_last_rows(tensor: torch.Tensor, count: int, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``tensor`` with its last ``count`` rows changed: all of them, or those of the last linear of a fused one."""
+    return torch.cat([tensor[:-count], change(tensor[-count:])])

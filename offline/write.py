@@ -73,6 +73,14 @@ class OutputDirectory:
         with _writing(self.path / name):
             (self.path / name).write_text(content, encoding="utf-8")
 
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one file in safetensors format."""
+        file = self.path / name
+        with _writing(file):
+            save_file(tensors, file, metadata={"format": "pt"})
+            # safetensors makes its files private; a checkpoint has the permissions of any other file.
+            file.chmod(0o666 & ~_umask())
+
     def copy(self, file: Path) -> None:
         """Copy the content of a file, under its name."""
         with _writing(self.path / file.name):
@@ -154,14 +162,11 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        file = self._directory.path / _SHARD.format(len(self._shards) + 1)
-        with _writing(file):
-            save_file(self._pending, file, metadata={"format": "pt"})
-            # safetensors makes its files private; a checkpoint has the permissions of any other file.
-            file.chmod(0o666 & ~_umask())
+        file = _SHARD.format(len(self._shards) + 1)
+        self._directory.write_tensors(file, self._pending)
         for name, tensor in self._pending.items():
             self.records[name] = TensorRecord(
-                file=file.name, dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), sha256=tensor_digest(tensor)
+                file=file, dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), sha256=tensor_digest(tensor)
             )
         self._shards.append(list(self._pending))
         self._pending.clear()

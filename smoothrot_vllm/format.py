@@ -17,6 +17,8 @@ from smoothrot_vllm.hadamard import factorize
 QUANT_METHOD: Literal["smoothrot"] = "smoothrot"
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "smoothrot_manifest.json"
+TRANSFORM_NAME = "smoothrot_transform.st"
+"""What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader takes for weights."""
 GROUP_SIZES = (-1, 32, 64, 128)
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 """Names of the linears that read the residual stream through a norm, and of the fusions of them."""
@@ -90,6 +92,8 @@ class QuantizationSchema(_Model):
 
     ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses instead of the
     default; ``ignore`` lists full module names of linears that stay 16-bit. ``lm_head`` is None for a 16-bit head.
+    ``transform_sha256`` is the digest of ``smoothrot_transform.st``, which names the transform that an adapter must have
+    been given too; None where the checkpoint does not hold one.
     """
 
     quant_method: Literal["smoothrot"] = QUANT_METHOD
@@ -101,6 +105,7 @@ class QuantizationSchema(_Model):
     overrides: dict[str, LinearScheme] = {}
     ignore: list[str] = []
     max_tensor_parallel: int = Field(default=1, ge=1)
+    transform_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
     def _blocks_fit_tensor_parallel(self) -> Self:

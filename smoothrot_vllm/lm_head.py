@@ -8,7 +8,7 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.format import LinearScheme
+from smoothrot_vllm.format import WEIGHT_SCALE, LinearScheme
 from smoothrot_vllm.linear import SmoothRotLinearMethod
 
 
@@ -21,6 +21,12 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
 
     def __init__(self, prefix: str, scheme: LinearScheme) -> None:
         super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and device."""
+        super().process_weights_after_loading(layer)
+        device = layer.get_parameter(WEIGHT_SCALE).device
+        layer.weight = torch.empty(0, dtype=cast(torch.dtype, layer.params_dtype), device=device)
 
     def stored_rows(self, layer: torch.nn.Module) -> int:
         """The rows before the padding."""

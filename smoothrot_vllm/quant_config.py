@@ -12,6 +12,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from smoothrot_vllm import adapters
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
 from smoothrot_vllm.format import QUANT_METHOD, LinearScheme, QuantizationSchema, check_tensor_parallel, parse_schema
 from smoothrot_vllm.headers import check_shards
@@ -138,6 +139,7 @@ class SmoothRotConfig(QuantizationConfig):
         from smoothrot_vllm.lm_head import SmoothRotLMHeadMethod
 
         check_tensor_parallel(self.schema, get_tensor_model_parallel_world_size())
+        adapters.guard.install(self.schema.transform_sha256)
         if isinstance(layer, LinearBase):
             scheme = self.scheme(prefix)
             if scheme is None:

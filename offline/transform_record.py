@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``smoothrot_transform.st``: what a conversion folded into the weights, for what has to be folded alike later (LoRA adapters).
+
+Signs and Hadamard transforms follow from the manifest's configuration and seed. Stored is what does not: smoothing scales, the
+weights of the norms that were folded, learned rotations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from smoothrot_offline.architectures import resolve
+from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from smoothrot_offline.manifest import read_manifest
+from smoothrot_offline.rotate import DenseRotation
+from smoothrot_offline.study import LayerStudy
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import TRANSFORM_NAME
+
+RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class RecordedTransform:
+    """A conversion's transform read back.
+
+    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales`` are S by layer, float64
+    ``(intermediate,)``, or None for a layer without.
+    """
+
+    transform: ModelTransform
+    norms: dict[str, torch.Tensor]
+    scales: list[torch.Tensor | None]
+
+
+def transform_tensors(
+    checkpoint: Checkpoint, transform: ModelTransform, studies: Sequence[LayerStudy]
+) -> dict[str, torch.Tensor]:
+    """Tensors of the file: ``residual`` and ``{layer}heads`` where learned, ``{layer}smoothing``, and the folded norms."""
+    spec, found = transform.spec, {}
+    if isinstance(transform.residual, DenseRotation):
+        found[RESIDUAL] = transform.residual.blocks
+    for index, study in enumerate(studies):
+        prefix = spec.layer_prefix(index)
+        if study.scales is not None:
+            found[f"{prefix}smoothing"] = study.scales
+        if transform.heads is not None:
+            found[f"{prefix}heads"] = transform.heads[index].contiguous()
+        if transform.residual is not None:
+            found |= checkpoint.load([f"{prefix}{norm}.weight" for norm in spec.architecture.readers])
+    return found
+
+
+def read_transform(directory: Path) -> RecordedTransform:
+    """The transform of a converted directory.
+
+    Raises:
+        CheckpointError: the directory has none, or it is damaged.
+        UnsupportedModelError: the model is not one that this version converts.
+    """
+    path = directory / TRANSFORM_NAME
+    if not path.exists():
+        raise CheckpointError(f"{path}: expected the transform of a converted model, found none. Convert the model again.")
+    manifest = read_manifest(directory)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot read: {error}. Convert the model again.") from error
+    config = manifest.config
+    if manifest.rotations is not None:
+        config = config.model_copy(update={"seed": manifest.rotations.seed})
+    source = {key: value for key, value in read_json(directory / CONFIG_NAME).items() if key != "quantization_config"}
+    spec = resolve(source)
+    transform = ModelTransform.of(spec, config)
+    prefixes = [spec.layer_prefix(index) for index in range(spec.layers)]
+    if RESIDUAL in tensors:
+        transform = replace(transform, residual=DenseRotation(tensors[RESIDUAL]))
+    if f"{prefixes[0]}heads" in tensors:
+        transform = replace(transform, heads=[tensors[f"{prefix}heads"] for prefix in prefixes])
+    norms = {}
+    if transform.residual is not None:
+        names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.readers]
+        if missing := [name for name in names if f"{name}.weight" not in tensors]:
+            raise CheckpointError(f"{path}: expected tensor {missing[0]}.weight, found none. Convert the model again.")
+        norms = {name: tensors[f"{name}.weight"] for name in names}
+    return RecordedTransform(transform, norms, [tensors.get(f"{prefix}smoothing") for prefix in prefixes])
