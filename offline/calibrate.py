@@ -89,7 +89,9 @@ class LayerRunner:
             if getattr(config, setting, None):
                 setattr(config, setting, [getattr(config, setting)[index]])
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModel.from_config(config, attn_implementation=self._spec.architecture.attention, dtype=torch.float32)
+            model: PreTrainedModel = AutoModel.from_config(
+                config, attn_implementation=self._spec.architecture.attention, dtype=torch.float32
+            )
         return model
 
 
