@@ -97,7 +97,8 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
         )
     if table is None:
         raise UnsupportedModelError(
-            f"{names} (model_type {model_type!r}) is not supported. Supported model types: {', '.join(SUPPORTED)}."
+            f"{names} (model_type {model_type!r}) is not supported: no table says where its transforms are folded "
+            f"(docs/architectures.md). Supported model types: {', '.join(SUPPORTED)}."
         )
     classes = config.get("architectures") or [table.class_name]
     if classes != [table.class_name]:

@@ -11,9 +11,8 @@ PHI3 = replace(
     class_name="Phi3ForCausalLM",
     linears={
         "self_attn.qkv_proj": ("query_key_value", "hidden"),
-        "self_attn.o_proj": ("hidden", "query"),
         "mlp.gate_up_proj": ("gate_up", "hidden"),
-        "mlp.down_proj": ("hidden", "intermediate"),
+        **{writer: LLAMA.linears[writer] for writer in LLAMA.writers},
     },
     biases={},
     readers={
