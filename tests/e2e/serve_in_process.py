@@ -13,7 +13,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
-TOKENS = 8
+TOKENS = 4
 
 
 def continuations(directory: str, prompts: list[list[int]]) -> list[dict[str, Any]]:

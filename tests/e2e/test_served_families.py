@@ -3,6 +3,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,15 +16,16 @@ from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
+# 8-bit activations: what a rounding tie is worth then leaves enough prompts to compare.
 CONVERSIONS = {
-    "qwen3": (),
+    "qwen3": ("--activation-bits", "8"),
     # Fused linears, rounded for what they read.
     "phi3": ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq"),
-    "gemma2": (),
+    "gemma2": ("--activation-bits", "8", "--lm-head-bits", "8"),
     # vLLM runs transformers' own model code.
     "smollm3": ("--activation-bits", "8"),
 }
-PROMPTS = [f"{start} {number}" for start in STARTS for number in range(3)]
+PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -65,11 +67,12 @@ def test_greedy_tokens_and_logprobs_equal_the_reference(
 ) -> None:
     directory = tiny_converted(family, *CONVERSIONS[family])
     reference = Reference(directory)
-    compared = 0
+    differences = []
     for prompt, answer in zip(prompts[str(directory)], answers[str(directory)], strict=True):
         expected = reference.greedy(prompt, len(answer["tokens"]))
         if expected.is_determined:
-            compared += 1
             assert answer["tokens"] == expected.tokens
-            assert answer["logprobs"] == pytest.approx(expected.logprobs, abs=SAFE_MARGIN)
-    assert compared >= 3, "too few prompts without a close call: choose others"
+            differences += [abs(got - want) for got, want in zip(answer["logprobs"], expected.logprobs, strict=True)]
+    assert len(differences) >= 3 * len(answer["tokens"]), "too few prompts without a close call: choose others"
+    assert statistics.median(differences) < 1e-5
+    assert max(differences) < SAFE_MARGIN
