@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,7 +39,7 @@ FAMILIES = {
     "gemma3": Gemma3TextConfig,
 }
 # A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is shorter than most prompts.
-GEMMA_SIZES = {
+GEMMA_SIZES: dict[str, Any] = {
     "hidden_size": 160,
     "head_dim": 64,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -46,7 +47,7 @@ GEMMA_SIZES = {
     "query_pre_attn_scalar": 100,
 }
 # Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of each head of 32.
-OWN_SIZES = {
+OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 10.0},
     "qwen3": {"head_dim": 64},

@@ -25,7 +25,8 @@ def continuations(directory: str, prompts: list[list[int]]) -> list[dict[str, An
     for output in outputs:
         (completion,) = output.outputs
         tokens = list(completion.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)]
+        steps: Any = completion.logprobs
+        logprobs = [step[token].logprob for step, token in zip(steps, tokens, strict=True)]
         found.append({"tokens": tokens, "logprobs": logprobs})
     return found
 

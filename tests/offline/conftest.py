@@ -24,13 +24,13 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 # Heads wider than the hidden size has room for, windows in some layers, and a scale of attention that is no head's width.
-GEMMA_SIZES = {
+GEMMA_SIZES: dict[str, Any] = {
     "head_dim": 12,
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "query_pre_attn_scalar": 20,
 }
-OWN_SIZES = {
+OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     # Caps low enough to matter.
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
