@@ -18,6 +18,8 @@ Observer = Callable[[torch.Tensor], None]
 CHUNK_TOKENS = 4096
 """Tokens whose activations are held at a time while a layer runs (one sequence at least)."""
 
+_SETTINGS_BY_LAYER = ("layer_types", "no_rope_layers")
+
 
 class LayerRunner:
     """Runs single decoder layers of the original model through transformers' own code.
@@ -83,10 +85,13 @@ class LayerRunner:
         """The base model with decoder layer ``index`` alone, on the meta device."""
         config = copy.deepcopy(self._spec.config)
         config.num_hidden_layers = 1
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[index]]
+        for setting in _SETTINGS_BY_LAYER:
+            if getattr(config, setting, None):
+                setattr(config, setting, [getattr(config, setting)[index]])
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModel.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model: PreTrainedModel = AutoModel.from_config(
+                config, attn_implementation=self._spec.architecture.attention, dtype=torch.float32
+            )
         return model
 
 

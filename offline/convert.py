@@ -154,7 +154,7 @@ class _Run:
         self.shards.finish()
         for file in side_files(self.checkpoint.path):
             directory.copy(file)
-        config = dict(self.checkpoint.config)
+        config = {key: value for key, value in self.checkpoint.config.items() if key != "auto_map"}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
         directory.write_tensors(TRANSFORM_NAME, transform_tensors(self.checkpoint, self.transform, self.decisions.studies))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smoothrot_offline.checkpoint import file_digest, read_json
-from smoothrot_offline.rotate import head_rotations, random_signs
+from smoothrot_offline.rotate import head_rotations, on_last_rows, random_signs
 from smoothrot_offline.transform_record import RecordedTransform, read_transform
 from smoothrot_offline.write import OutputDirectory
 from smoothrot_vllm.adapters import BASE_KEY, CONFIG_NAME
@@ -107,20 +107,19 @@ def transform_factors(
     if linear in table.writers and transform.residual is not None:
         b = transform.residual.rotate(b.T).T
     if linear == table.up and scales is not None:
-        b = b / scales[:, None]
+        b = on_last_rows(b, spec.intermediate, lambda rows: rows / scales[:, None])
     if linear == table.down and scales is not None:
         a = a * scales
     if transform.online.down_proj is not None:
         heads = None if transform.heads is None else transform.heads[index]
-        widths = (spec.kv_heads * spec.head_dim, spec.heads * spec.head_dim)
-        of_values, of_outputs = head_rotations(*widths, spec.head_dim, heads)
+        of_values, of_outputs = head_rotations(spec.values, spec.heads * spec.head_dim, spec.head_dim, heads)
         signs = random_signs(spec.intermediate, transform.seed, f"R4/{index}")
         if linear == table.value:
-            b = of_values.rotate(b.T).T
+            b = on_last_rows(b, spec.values, lambda rows: of_values.rotate(rows.T).T)
         if linear == table.output:
             a = of_outputs.rotate(a)
         if linear == table.up:
-            b = b * signs[:, None]
+            b = on_last_rows(b, spec.intermediate, lambda rows: rows * signs[:, None])
         if linear == table.down:
             a = a * signs
     return a.contiguous(), b.contiguous()

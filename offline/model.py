@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from smoothrot_offline.architectures import SUPPORTED
 from smoothrot_offline.checkpoint import DTYPES
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
@@ -95,6 +96,8 @@ class SmoothRotHfQuantizer(HfQuantizer):
     quantization_config: SmoothRotHfConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if attention := _attention(model.config):
+            model.set_attn_implementation(attention)
         _replace_linears(model, self.quantization_config)
         _check_tensors(model, kwargs["checkpoint_files"])
 
@@ -137,7 +140,12 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, kernels:
         if quantization.get("quant_method") == QUANT_METHOD:
             config.quantization_config = {**quantization, "kernels": kernels}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype or "auto", output_loading_info=True, local_files_only=True
+            directory,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=_attention(config),
+            output_loading_info=True,
+            local_files_only=True,
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot load the model: {error}") from error
@@ -148,6 +156,12 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, kernels:
             f"missing {sorted(info['missing_keys'])}. Fetch or convert the model again."
         )
     return model.eval()
+
+
+def _attention(config: PreTrainedConfig) -> str | None:
+    """The implementation of attention that computes all settings of a family: its default leaves Gemma 2's cap out."""
+    table = SUPPORTED.get(config.model_type)
+    return None if table is None else table.attention
 
 
 def _replace_linears(model: PreTrainedModel, config: SmoothRotHfConfig) -> None:

@@ -8,12 +8,13 @@ and leaves the layer's function as it was, up to the rotations of what goes in a
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from smoothrot_offline.architectures import Architecture
+from smoothrot_offline.architectures import Architecture, ModelSpec
 from smoothrot_vllm.hadamard import choose_block, factorize, hadamard_matrix
 
 Tensors = dict[str, torch.Tensor]
@@ -128,7 +129,7 @@ def rotate_reader_inputs(layer: Tensors, table: Architecture, block: int) -> Non
             layer[f"{reader}.weight"] = hadamard(layer[f"{reader}.weight"], block)
 
 
-def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: torch.Tensor | None = None) -> None:
+def rotate_heads(layer: Tensors, spec: ModelSpec, matrices: torch.Tensor | None = None) -> None:
     """R2: each head of the value projection is rotated, and undone in the output projection.
 
     Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
@@ -137,11 +138,13 @@ def rotate_heads(layer: Tensors, table: Architecture, head_dim: int, matrices: t
     Args:
         matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by its Hadamard transform.
     """
-    values, outputs = layer[f"{table.value}.weight"], layer[f"{table.output}.weight"]
-    of_values, of_outputs = head_rotations(len(values), outputs.shape[1], head_dim, matrices)
-    layer[f"{table.value}.weight"] = of_values.rotate(values.T).T.contiguous()
-    if f"{table.value}.bias" in layer:
-        layer[f"{table.value}.bias"] = of_values.rotate(layer[f"{table.value}.bias"])
+    table = spec.architecture
+    outputs = layer[f"{table.output}.weight"]
+    of_values, of_outputs = head_rotations(spec.values, outputs.shape[1], spec.head_dim, matrices)
+    value, bias = f"{table.value}.weight", f"{table.value}.bias"
+    layer[value] = on_last_rows(layer[value], spec.values, lambda rows: of_values.rotate(rows.T).T)
+    if bias in layer:
+        layer[bias] = on_last_rows(layer[bias], spec.values, of_values.rotate)
     layer[f"{table.output}.weight"] = of_outputs.rotate(outputs)
 
 
@@ -174,7 +177,18 @@ def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is the
     Hadamard transform of down_proj's input, without signs.
     """
-    layer[f"{table.up}.weight"] = layer[f"{table.up}.weight"] * rotation.signs[:, None]
-    if f"{table.up}.bias" in layer:
-        layer[f"{table.up}.bias"] = layer[f"{table.up}.bias"] * rotation.signs
+    scale_up(layer, table, rotation.signs)
     layer[f"{table.down}.weight"] = rotation.rotate(layer[f"{table.down}.weight"])
+
+
+def scale_up(layer: Tensors, table: Architecture, factors: torch.Tensor) -> None:
+    """Multiply what up_proj produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused linear."""
+    weight, bias = f"{table.up}.weight", f"{table.up}.bias"
+    layer[weight] = on_last_rows(layer[weight], len(factors), lambda rows: rows * factors[:, None])
+    if bias in layer:
+        layer[bias] = on_last_rows(layer[bias], len(factors), lambda rows: rows * factors)
+
+
+def on_last_rows(tensor: torch.Tensor, count: int, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``tensor`` with its last ``count`` rows changed: all of them, or those of the last linear of a fused one."""
+    return torch.cat([tensor[:-count], change(tensor[-count:])])

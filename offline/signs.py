@@ -74,5 +74,5 @@ def _loss(
     states = runner.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
     total = 0.0
     for rows, targets in zip(states.split(_LOGIT_ROWS), tokens[:, 1:].flatten().split(_LOGIT_ROWS), strict=True):
-        total += nn.functional.cross_entropy(rows @ head.T, targets, reduction="sum").item()
+        total += nn.functional.cross_entropy(spec.capped(rows @ head.T), targets, reduction="sum").item()
     return total / len(states)

@@ -61,7 +61,7 @@ class ModelTransform:
         if self.online.readers is not None:
             rotate_reader_inputs(tensors, table, self.online.readers.block)
         if self.online.down_proj is not None:
-            rotate_heads(tensors, table, self.spec.head_dim, None if self.heads is None else self.heads[index])
+            rotate_heads(tensors, self.spec, None if self.heads is None else self.heads[index])
             signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}")
             rotate_down_input(tensors, table, Rotation(signs, self.online.down_proj.block))
 

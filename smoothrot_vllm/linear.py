@@ -30,9 +30,18 @@ class SmoothRotLinearMethod(LinearMethodBase):
         scheme: bits, group size and activation clip.
         rotation: the online Hadamard of the layer's whole input, or None.
         parts: names of the stored linears whose rows this layer stacks; one name unless vLLM fuses.
+        stored_fused: the checkpoint stores what vLLM fuses as the one linear that ``parts`` names.
     """
 
-    def __init__(self, prefix: str, scheme: LinearScheme, rotation: OnlineHadamard | None, parts: list[str]) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        scheme: LinearScheme,
+        rotation: OnlineHadamard | None,
+        parts: list[str],
+        stored_fused: bool = False,
+    ) -> None:
+        self.stored_fused = stored_fused
         self.prefix = prefix
         self.scheme = scheme
         self.rotation = rotation
@@ -63,20 +72,20 @@ class SmoothRotLinearMethod(LinearMethodBase):
             UnsupportedModelError: vLLM fuses linears here without telling which.
         """
         self._check_widths(input_size, input_size_per_partition)
-        if len(self.parts) != len(output_partition_sizes):
+        if len(self.parts) != len(output_partition_sizes) and not self.stored_fused:
             raise UnsupportedModelError(
                 f"{self.prefix}: vLLM fuses {len(output_partition_sizes)} linears here, but the model's packed_modules_mapping "
                 f"names {len(self.parts)} ({', '.join(self.parts)}). This model class cannot be served quantised."
             )
         weights = self.scheme.weights
         tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
-        whole = weight_tensors(sum(output_partition_sizes), input_size, weights)
+        whole = weight_tensors(output_size, input_size, weights)
         config = get_current_vllm_config_or_none()
         self._random_weights = config is not None and config.load_config.load_format == "dummy"
 
         def loader(name: str) -> Callable[..., None]:
-            (_, columns), dtype = whole[name]
-            return self._recording_loader(extra_weight_attrs["weight_loader"], name, columns, dtype)
+            shape, dtype = whole[name]
+            return self._recording_loader(extra_weight_attrs["weight_loader"], name, shape, dtype)
 
         shape, dtype = tensors[WEIGHT_PACKED]
         packing = {"packed_dim": 1, "packed_factor": 2} if weights.bits == 4 else {}
@@ -137,8 +146,14 @@ class SmoothRotLinearMethod(LinearMethodBase):
         parent = self.prefix.rpartition(".")[0]
         return ".".join(filter(None, (parent, part, tensor)))
 
-    def _recording_loader(self, load: Callable[..., None], tensor: str, columns: int, dtype: torch.dtype) -> Callable[..., None]:
-        """Wrap vLLM's loader: check the stored tensor, load it, remember the parts it filled."""
+    def _recording_loader(
+        self, load: Callable[..., None], tensor: str, whole: tuple[int, int], dtype: torch.dtype
+    ) -> Callable[..., None]:
+        """Wrap vLLM's loader: check the stored tensor, load it, remember the parts it filled.
+
+        ``whole`` is the shape of the layer on all ranks, of which vLLM would ignore surplus rows of a fused tensor.
+        """
+        rows, columns = whole
 
         def loader(param: torch.nn.Parameter, stored: torch.Tensor, *shard: str | int | tuple[int, ...] | None) -> None:
             parts = self._parts_of(shard[0] if shard else None)
@@ -149,13 +164,16 @@ class SmoothRotLinearMethod(LinearMethodBase):
                     f"{where}: expected {dtype} with {columns} columns, got {stored.dtype} {tuple(stored.shape)}. "
                     "The checkpoint is damaged or its config.json belongs to another model: convert it again."
                 )
+            misfit = CheckpointError(
+                f"{where}: stored {tuple(stored.shape)} does not fill this rank's {tuple(param.shape)} as the model's "
+                "config.json says. The checkpoint is damaged or belongs to another model: convert it again."
+            )
+            if stored.shape[0] > rows:
+                raise misfit
             try:
                 load(param, stored, *shard)
             except (AssertionError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{where}: stored {tuple(stored.shape)} does not fill this rank's {tuple(param.shape)} as the model's "
-                    "config.json says. The checkpoint is damaged or belongs to another model: convert it again."
-                ) from error
+                raise misfit from error
             self._loaded.update(names)
 
         return loader

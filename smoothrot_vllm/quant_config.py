@@ -145,7 +145,9 @@ class SmoothRotConfig(QuantizationConfig):
             if scheme is None:
                 return UnquantizedLinearMethod()
             leaf = prefix.rpartition(".")[2]
-            return SmoothRotLinearMethod(prefix, scheme, self.schema.online.rotation(leaf), self.part_names(leaf))
+            parts = self.part_names(leaf)
+            stored_fused = leaf in self.packed_modules_mapping and parts == [leaf]
+            return SmoothRotLinearMethod(prefix, scheme, self.schema.online.rotation(leaf), parts, stored_fused)
         if isinstance(layer, ParallelLMHead):
             scheme = self.scheme(prefix)
             return None if scheme is None else SmoothRotLMHeadMethod(prefix, scheme)

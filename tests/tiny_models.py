@@ -4,16 +4,21 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
 )
 
 REPOSITORY = Path(__file__).parents[1]
@@ -23,16 +28,40 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SHORT_TEXT = REPOSITORY / "benchmarks" / "demo_text.txt"
-FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "phi3": Phi3Config,
+    "smollm3": SmolLM3Config,
+    "gemma2": Gemma2Config,
+    "gemma3": Gemma3TextConfig,
+}
 # A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is shorter than most prompts.
-OWN_SIZES = {
-    "gemma3": {
-        "hidden_size": 160,
-        "head_dim": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "sliding_window": 16,
-        "query_pre_attn_scalar": 100,
-    }
+GEMMA_SIZES: dict[str, Any] = {
+    "hidden_size": 160,
+    "head_dim": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 100,
+}
+# Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of each head of 32.
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gemma3": GEMMA_SIZES,
+    "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 10.0},
+    "qwen3": {"head_dim": 64},
+    "phi3": {
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        },
+    },
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 16},
 }
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -77,7 +106,7 @@ def save_tiny_model(directory: Path, family: str) -> Path:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 # Gemma's norms multiply by one more than their weight.
-                parameter.uniform_(0.5, 1.5).sub_(int(family == "gemma3"))
+                parameter.uniform_(0.5, 1.5).sub_(int(family.startswith("gemma")))
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
     model.bfloat16().save_pretrained(directory)

@@ -7,15 +7,19 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smoothrot_offline.architectures.base import Architecture, ModelSpec
+from smoothrot_offline.architectures.gemma2 import GEMMA2
 from smoothrot_offline.architectures.gemma3 import GEMMA3
 from smoothrot_offline.architectures.llama import LLAMA
 from smoothrot_offline.architectures.mistral import MISTRAL
+from smoothrot_offline.architectures.phi3 import PHI3
 from smoothrot_offline.architectures.qwen2 import QWEN2
+from smoothrot_offline.architectures.qwen3 import QWEN3
+from smoothrot_offline.architectures.smollm3 import SMOLLM3
 from smoothrot_vllm.errors import UnsupportedModelError
 
 __all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
 
-SUPPORTED = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, GEMMA3)}
+SUPPORTED = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3)}
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -80,9 +84,10 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
             f"{names} is already quantised (quantization_config, quant_method {method!r}). "
             "Convert the 16-bit model it was made from."
         )
-    if config.get("auto_map"):
+    table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
+    if own_code := _own_code(config, table):
         raise UnsupportedModelError(
-            f"{names} needs its own Python code (auto_map in config.json), which is never run. "
+            f"{names} needs its own Python code (auto_map in config.json: {own_code}), which is never run. "
             "Convert a model whose architecture transformers itself implements."
         )
     experts = next((key for key in _EXPERT_KEYS if config.get(key)), None)
@@ -90,10 +95,10 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
         raise UnsupportedModelError(
             f"{names} is a mixture of experts ({experts} = {config[experts]}): only dense models convert."
         )
-    table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if table is None:
         raise UnsupportedModelError(
-            f"{names} (model_type {model_type!r}) is not supported. Supported model types: {', '.join(SUPPORTED)}."
+            f"{names} (model_type {model_type!r}) is not supported: no table says where its transforms are folded "
+            f"(docs/architectures.md). Supported model types: {', '.join(SUPPORTED)}."
         )
     classes = config.get("architectures") or [table.class_name]
     if classes != [table.class_name]:
@@ -105,6 +110,15 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
             f"{names} mixes attention kinds (layer_types), which transformers ignores for {model_type!r}."
         )
     return table
+
+
+def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
+    """The Python class that a configuration asks for in place of the one of transformers."""
+    own = config.get("auto_map")
+    if not own:
+        return None
+    code = str(own.get("AutoModelForCausalLM", own) if isinstance(own, dict) else own)
+    return None if table is not None and code in table.replaced_code else code
 
 
 def _one_line(error: Exception) -> str:

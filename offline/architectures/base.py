@@ -17,16 +17,19 @@ Shape = tuple[int, ...]
 class Architecture:
     """Where the rotations and scales of one model family are folded. Names are relative to a decoder layer.
 
-    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query or value.
+    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query, value, or the sum of those
+    of the linears that the family stores as one (query_key_value, gate_up).
     ``biases`` gives the linears that have a bias, under the configuration flag that says so ("" = always).
     ``readers`` gives, for each norm, the linears that read its output; ``writers`` add to the residual stream, those of a
     family with ``post_norms`` through one of them. ``head_norms`` normalise single heads of queries and keys.
     A norm multiplies by ``norm_offset`` plus its stored weight.
-    ``value`` produces the heads that ``output`` consumes; ``up`` is the factor of the gated product
-    ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
+    ``value`` produces, in its last rows, the heads that ``output`` consumes; ``up`` produces, in its last rows, the factor of
+    the gated product ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
     ``settings`` gives the values of a configuration key that transformers and the server both compute;
     ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden size, ``layer_types``
-    that the configuration chooses each layer's kind of attention.
+    that the configuration chooses each layer's kind of attention. ``attention`` is the implementation that transformers
+    computes all settings with. ``replaced_code`` are the model classes by which ``auto_map`` names Python code that
+    transformers has its own version of.
     """
 
     model_type: str
@@ -45,6 +48,8 @@ class Architecture:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     layer_types: bool = False
+    attention: str = "sdpa"
+    replaced_code: tuple[str, ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -81,13 +86,25 @@ class ModelSpec:
         """What the model multiplies the rows of its embedding by."""
         return self.hidden**0.5 if self.architecture.scaled_embedding else 1.0
 
+    @property
+    def values(self) -> int:
+        """Width of all value heads: the rows of ``value`` that R2 rotates."""
+        return self.kv_heads * self.head_dim
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)`` if it caps them."""
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """``(out_features, in_features)`` of a decoder linear, named relative to its layer."""
         sizes = {
             "hidden": self.hidden,
             "intermediate": self.intermediate,
             "query": self.heads * self.head_dim,
-            "value": self.kv_heads * self.head_dim,
+            "value": self.values,
+            "query_key_value": self.heads * self.head_dim + 2 * self.values,
+            "gate_up": 2 * self.intermediate,
         }
         out, inputs = self.architecture.linears[linear]
         return sizes[out], sizes[inputs]

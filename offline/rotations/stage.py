@@ -152,7 +152,7 @@ def _learn_heads(
     return learn_head_rotations(
         output_input,
         output.float(),
-        layer[f"{table.value}.weight"].float(),
+        layer[f"{table.value}.weight"][-spec.values :].float(),
         head_matrices(spec.kv_heads, spec.head_dim),
         activations=schema.activations,
         weights=schema.weights,

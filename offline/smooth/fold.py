@@ -4,6 +4,7 @@
 import torch
 
 from smoothrot_offline.architectures import Architecture
+from smoothrot_offline.rotate import scale_up
 from smoothrot_vllm.errors import CheckpointError
 
 
@@ -15,7 +16,5 @@ def fold_smoothing(layer: dict[str, torch.Tensor], table: Architecture, scales: 
     """
     if not (scales.isfinite() & (scales > 0)).all():
         raise CheckpointError(f"smoothing scales of {table.down}: expected positive finite numbers. Check the calibration text.")
-    layer[f"{table.up}.weight"] = layer[f"{table.up}.weight"] / scales[:, None]
-    if f"{table.up}.bias" in layer:
-        layer[f"{table.up}.bias"] = layer[f"{table.up}.bias"] / scales
+    scale_up(layer, table, 1 / scales)
     layer[f"{table.down}.weight"] = layer[f"{table.down}.weight"] * scales

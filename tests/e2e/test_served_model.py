@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference_forward import Greedy, Reference
+from reference_forward import SAFE_MARGIN, STARTS, Greedy, Reference
 from serving import VllmServer
 from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 TOKENS = 8
-# The served forward and the reference give the same float32 numbers, save where another order of summation moves an
-# activation across a rounding tie: its code then differs by one, which in these small models is worth up to 0.2 nats at
-# 4 bits and 0.05 at 8. Answers are compared where no 4-bit input comes near a tie and the chosen tokens lead by more
-# than 8-bit ties are worth, so that they are not a matter of luck.
-SAFE_MARGIN = 0.1
-SAFE_TIE_DISTANCE = 3e-6
-STARTS = ["The quick brown fox", "def main():", "0123456789", "Rotation", "SELECT * FROM t", "Привет"]
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 
 
@@ -80,11 +73,7 @@ def served(
     options += ["--enforce-eager"] if setup.eager else []
     log = tmp_path_factory.mktemp("server") / "server.log"
     with VllmServer(directory, log, *options, tensor_parallel=setup.ranks) as server:
-        yield Served(server, [answer for answer in expected if is_determined(answer[1])])
-
-
-def is_determined(greedy: Greedy) -> bool:
-    return greedy.margin > SAFE_MARGIN and greedy.tie_distance > SAFE_TIE_DISTANCE
+        yield Served(server, [answer for answer in expected if answer[1].is_determined])
 
 
 def complete(served: Served, prompt: list[int] | list[list[int]], **options: Any) -> Any:

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from tiny_models import FAMILIES
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from smoothrot_offline.architectures import SUPPORTED
 
 # Two kinds of width on purpose: 72 = 36·2 and 152 = 76·2 have Hadamard orders that are not symmetric matrices.
 SIZES = {
@@ -20,28 +23,32 @@ SIZES = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "gemma3": Gemma3TextConfig}
 # Heads wider than the hidden size has room for, windows in some layers, and a scale of attention that is no head's width.
-OWN_SIZES = {
-    "gemma3": {
-        "head_dim": 12,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "query_pre_attn_scalar": 20,
-    }
+GEMMA_SIZES: dict[str, Any] = {
+    "head_dim": 12,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 20,
+}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gemma3": GEMMA_SIZES,
+    # Caps low enough to matter.
+    "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "qwen3": {"head_dim": 12},
+    "phi3": {"pad_token_id": 0},
+    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5},
 }
 
 
 def random_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> PreTrainedModel:
     """A small model whose every parameter is random: norm weights far from one, biases far from zero."""
     torch.manual_seed(1)
-    config = CONFIGS[family](**SIZES | OWN_SIZES.get(family, {}) | sizes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    config = FAMILIES[family](**SIZES | OWN_SIZES.get(family, {}) | sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=SUPPORTED[config.model_type].attention, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                # Gemma's norms multiply by one more than their weight.
-                parameter.uniform_(0.5, 2.0).sub_(int(family == "gemma3"))
+                parameter.uniform_(0.5, 2.0).sub_(SUPPORTED[config.model_type].norm_offset)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.5)
             else:

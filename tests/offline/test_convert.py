@@ -24,7 +24,7 @@ from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.model import load_model
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.verify import verify
-from smoothrot_vllm.format import MANIFEST_NAME, Online, OnlineHadamard, parse_schema
+from smoothrot_vllm.format import MANIFEST_NAME, Online, OnlineHadamard, WeightScheme, parse_schema
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
 MakeModel = Callable[..., Path]
@@ -51,10 +51,14 @@ def logits(directory: Path) -> torch.Tensor:
         {"family": "llama", "tie_word_embeddings": True},
         {"family": "mistral", "sliding_window": 6},
         {"family": "qwen2", "tie_word_embeddings": True},
+        {"family": "qwen3"},
+        {"family": "phi3", "num_key_value_heads": 9},
+        {"family": "smollm3", "attention_bias": True},
+        {"family": "gemma2", "tie_word_embeddings": True},
         {"family": "gemma3", "attention_bias": True},
         {"family": "gemma3", "tie_word_embeddings": True},
     ],
-    ids=["llama-biased", "llama-tied", "mistral", "qwen2-tied", "gemma3-biased", "gemma3-tied"],
+    ids=lambda source: "-".join(map(str, source.values())),
 )
 @pytest.mark.parametrize(
     "options", [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "plain", "tp2-head8"]
@@ -147,6 +151,26 @@ def test_rotation_that_cannot_be_folded_is_left_to_the_server(make_model: MakeMo
     assert (rotations.r1, rotations.r2, rotations.r4) == (72, 12, 76)
 
 
+def test_python_code_that_transformers_has_its_own_version_of_is_left_behind(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("phi3")
+    path = source / "config.json"
+    named = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": named}))
+    convert(source, tmp_path / "out", config(scales="none"))
+    assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_rows_of_a_fused_linear_have_scales_of_their_own(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("phi3")
+    convert(source, tmp_path / "out", config(rotate=False, scales="none"))
+    stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
+    for linear in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+        weight = load_file(source / "model.safetensors")[f"model.layers.0.{linear}.weight"]
+        # q, k and v (or gate and up) quantised apart are the rows of what is stored.
+        parts = [quantize_rtn(part, WeightScheme()).scale for part in weight.split(24)]
+        assert torch.equal(stored[f"model.layers.0.{linear}.weight_scale"], torch.cat(parts))
+
+
 def test_codes_are_those_of_the_quantiser_on_the_source(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model(hidden_size=288, intermediate_size=320)
     options = config(rotate=False, scales="none", group_size=32)
@@ -214,13 +238,17 @@ def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Pat
         {"family": "llama", "attention_bias": True},
         {"family": "mistral", "sliding_window": 5},
         {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {"family": "qwen3"},
+        {"family": "phi3", "sliding_window": 5},
+        {"family": "smollm3"},
+        {"family": "gemma2"},
         {"family": "gemma3", "attention_bias": True},
     ],
-    ids=["llama", "mistral-window", "qwen2-mixed-windows", "gemma3-mixed-windows"],
+    ids=lambda source: "-".join(map(str, source.values())),
 )
 def test_layers_run_one_by_one_see_what_the_whole_model_sees(make_model: MakeModel, source: dict[str, object]) -> None:
     directory = make_model(**source)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = load_model(directory, torch.float32)
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))

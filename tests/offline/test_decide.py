@@ -116,7 +116,7 @@ def test_eight_bit_inputs_are_not_clipped(make_model: MakeModel, tmp_path: Path)
     assert schema_of(tmp_path / "out").overrides == {}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_trial_loss_is_that_of_the_converted_model(make_model: MakeModel, tmp_path: Path, family: str) -> None:
     source = make_model(family, dtype=torch.float32)
     config = make_config(scales="none", seed=3)

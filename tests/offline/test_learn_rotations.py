@@ -179,7 +179,7 @@ def test_dense_rotation_turns_each_block_of_a_row() -> None:
 LEARNED: dict[str, Any] = {"rotations": "learned", "rotation_steps": 3, "calib_samples": 3, "calib_seqlen": 16}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_a_conversion_learns_what_can_be_folded(make_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
     source = make_model(family, attention_bias=True, dtype=torch.float16)
     convert(source, tmp_path / "out", make_config(weight_bits=8, activation_bits=8, **LEARNED))

@@ -32,7 +32,7 @@ def orthogonal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("learned", [False, True], ids=["hadamard", "learned"])
 @pytest.mark.parametrize("smoothed", [False, True], ids=["no scales", "scales"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_transformed_factors_add_what_the_transformed_sum_adds(
     build_model: Callable[..., PreTrainedModel], family: str, smoothed: bool, learned: bool
 ) -> None:

@@ -80,6 +80,26 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(make_model: MakeMode
     assert_unsupported(make_model("gemma3"), changes, words)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias: expected one of False.*Qwen3ForCausalLM.*True"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window: expected one of False.*True"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "transformers refuses"),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code.*modeling_x.X"),
+        ("phi3", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("smollm3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation: expected one of gelu_pytorch_tanh.*silu"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected one of None, False.*True"),
+    ],
+)
+def test_settings_that_a_family_is_not_served_with_are_named(
+    make_model: MakeModel, family: str, changes: dict[str, Any], words: str
+) -> None:
+    assert_unsupported(make_model(family), changes, words)
+
+
 def assert_unsupported(source: Path, changes: dict[str, Any], words: str) -> None:
     edit_config(source, **changes)
     error = refusal(source)

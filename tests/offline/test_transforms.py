@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.config import make_config, online_rotations
@@ -56,6 +56,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "max_window_layers": 1,
     },
+    "qwen3": {"family": "qwen3"},
+    "phi3": {"family": "phi3"},
+    "phi3, one key-value head, half of each rotary, tied": {
+        "family": "phi3",
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        "tie_word_embeddings": True,
+    },
+    "smollm3, all biases": {"family": "smollm3", "attention_bias": True, "mlp_bias": True},
+    "gemma2": {"family": "gemma2"},
+    "gemma2, biases, tied": {"family": "gemma2", "attention_bias": True, "tie_word_embeddings": True},
     "gemma3": {"family": "gemma3"},
     "gemma3, biases, tied, one key-value head": {
         "family": "gemma3",
@@ -72,12 +83,36 @@ class Float64Norm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.weight = nn.Parameter(norm.get_parameter("weight"))
-        gemma = isinstance(norm, Gemma3RMSNorm)
-        self.offset = 1 if gemma else 0
-        self.eps: float = norm.eps if gemma else norm.variance_epsilon  # type: ignore[assignment]
+        # Gemma's norms multiply by one more than their weight, and have their own name for epsilon.
+        self.offset = 1 if hasattr(norm, "eps") else 0
+        self.eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def float64_attention(
+    _module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention without transformers' softmax in float32, and with the cap that its float64 attention leaves out."""
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, 1).mT * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = (logits + mask).softmax(-1)
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("float64", float64_attention)
+AttentionMaskInterface.register("float64", eager_mask)
 
 
 class Subject:
@@ -86,6 +121,7 @@ class Subject:
     def __init__(self, model: PreTrainedModel) -> None:
         self.spec = resolve(model.config.to_dict())
         self.tokens = torch.arange(40).reshape(2, 20) * 31 % self.spec.vocab
+        model.set_attn_implementation("float64")
         self._original = _with_float64_norms(model)
         self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         # Whatever was tied is two tensors from here on.
@@ -103,7 +139,7 @@ class Subject:
         config = copy.deepcopy(self._original.config)
         config.tie_word_embeddings = False
         # Not made in float32 and widened: Gemma's scale of the embedding would be rounded.
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="float64", dtype=torch.float64)
         model = _with_float64_norms(model.eval())
         model.load_state_dict(self.tensors)
         for linear, block in (online or {}).items():
@@ -156,7 +192,7 @@ def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma3")], indirect=True)
+@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True)
 def test_r1_keeps_the_logits(subject: Subject) -> None:
     table, rotation = subject.spec.architecture, random_rotation(subject.spec.hidden, seed=5)
 
@@ -186,11 +222,11 @@ def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
 
 
 def test_r2_keeps_the_logits(subject: Subject) -> None:
-    subject.each_layer(lambda layer, _: rotate_heads(layer, subject.spec.architecture, subject.spec.head_dim))
+    subject.each_layer(lambda layer, _: rotate_heads(layer, subject.spec))
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma3")], indirect=True)
+@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True)
 def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
     table, hidden = subject.spec.architecture, subject.spec.hidden
     rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
@@ -210,7 +246,7 @@ def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
 def test_any_orthogonal_matrix_of_each_value_head_will_do_for_r2(subject: Subject) -> None:
     spec = subject.spec
     matrices = random_orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim)
-    subject.each_layer(lambda layer, _: rotate_heads(layer, spec.architecture, spec.head_dim, matrices))
+    subject.each_layer(lambda layer, _: rotate_heads(layer, spec, matrices))
     assert subject.error() <= 1e-10
 
 
@@ -218,8 +254,8 @@ def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
     table, spec = subject.spec.architecture, subject.spec
     layer = {f"{n}.weight": torch.randn(spec.linear_shape(n), dtype=torch.float64) for n in (table.value, table.output)}
     dense = dict(layer)
-    rotate_heads(layer, table, spec.head_dim)
-    rotate_heads(dense, table, spec.head_dim, head_matrices(spec.kv_heads, spec.head_dim))
+    rotate_heads(layer, spec)
+    rotate_heads(dense, spec, head_matrices(spec.kv_heads, spec.head_dim))
     torch.testing.assert_close(dense, layer)
 
 
@@ -265,7 +301,8 @@ def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:
     before = dict(subject.tensors)
     subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
     changed = {name.split(".", 3)[-1] for name in before if not torch.equal(before[name], subject.tensors[name])}
-    assert changed - {"mlp.up_proj.bias"} == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
+    table = subject.spec.architecture
+    assert changed - {f"{table.up}.bias"} == {f"{table.up}.weight", f"{table.down}.weight"}
     assert subject.error() <= 1e-10
 
 

@@ -268,6 +268,31 @@ def test_a_fusion_of_unknown_parts_is_refused(vllm_config: VllmConfig) -> None:
         gate_up(config)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_fusion_that_is_stored_as_one_is_sharded_part_by_part(
+    config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int
+) -> None:
+    weights, x = config.schema.weights.model_dump(), tokens(HIDDEN)
+    for make, parts in ((qkv, (4 * HEAD, 2 * HEAD, 2 * HEAD)), (gate_up, (INTERMEDIATE, INTERMEDIATE))):
+        stored = Stored.random(sum(parts), HIDDEN, weights, 5)
+        expected = linear_reference(x, stored, config).split(parts, dim=1)
+        for rank in range(size):
+            tensor_parallel(rank, size)
+            config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_up_proj"]}
+            layer = make(config)
+            stored.load_into(layer)
+            finish(layer)
+            shards = torch.cat([part.chunk(size, dim=1)[rank] for part in expected], dim=1)
+            torch.testing.assert_close(layer(x), shards, rtol=1e-6, atol=1e-5)
+
+
+def test_surplus_rows_of_a_fusion_that_is_stored_as_one_are_refused(vllm_config: VllmConfig) -> None:
+    config = make_config()
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_up_proj"]}
+    with pytest.raises(CheckpointError, match=r"gate_up_proj\.weight_packed: stored \(386, 64\) does not fill"):
+        load(gate_up(config), WEIGHT_PACKED, torch.zeros(2 * INTERMEDIATE + 2, HIDDEN // 2, dtype=torch.uint8))
+
+
 def test_a_head_cannot_be_tied_after_the_fact(vllm_config: VllmConfig) -> None:
     head = ParallelLMHead(VOCAB, HIDDEN, quant_config=make_config(), prefix="lm_head")
     with pytest.raises(ConfigError, match="lm_head: expected an untied output head"):

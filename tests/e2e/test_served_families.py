@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families beside those of ``test_served_model.py``: vLLM's engine, in one process for all of them, against the reference."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference_forward import SAFE_MARGIN, STARTS, Reference
+from transformers import AutoTokenizer
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+
+# 8-bit activations: what a rounding tie is worth then leaves enough prompts to compare.
+CONVERSIONS = {
+    "qwen3": ("--activation-bits", "8"),
+    # Fused linears, rounded for what they read.
+    "phi3": ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq"),
+    "gemma2": ("--activation-bits", "8", "--lm-head-bits", "8"),
+    # vLLM runs transformers' own model code.
+    "smollm3": ("--activation-bits", "8"),
+}
+PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
+ENGINE = Path(__file__).with_name("serve_in_process.py")
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_converted: Callable[..., Path]) -> dict[str, list[list[int]]]:
+    """Prompt tokens by converted directory."""
+    directories = [tiny_converted(family, *options) for family, options in CONVERSIONS.items()]
+    return {
+        str(directory): [AutoTokenizer.from_pretrained(directory)(prompt).input_ids for prompt in PROMPTS]
+        for directory in directories
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(prompts: dict[str, list[list[int]]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the engine makes of the prompts, by directory."""
+    out = tmp_path_factory.mktemp("answers") / "answers.json"
+    command = [sys.executable, str(ENGINE), str(out)]
+    result = subprocess.run(
+        command, input=json.dumps(prompts), env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert out.exists(), result.stdout[-2000:] + result.stderr[-4000:]
+    found: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("family", CONVERSIONS)
+def test_greedy_tokens_and_logprobs_equal_the_reference(
+    tiny_converted: Callable[..., Path],
+    prompts: dict[str, list[list[int]]],
+    answers: dict[str, list[dict[str, Any]]],
+    family: str,
+) -> None:
+    directory = tiny_converted(family, *CONVERSIONS[family])
+    reference = Reference(directory)
+    differences = []
+    for prompt, answer in zip(prompts[str(directory)], answers[str(directory)], strict=True):
+        expected = reference.greedy(prompt, len(answer["tokens"]))
+        if expected.is_determined:
+            assert answer["tokens"] == expected.tokens
+            differences += [abs(got - want) for got, want in zip(answer["logprobs"], expected.logprobs, strict=True)]
+    assert len(differences) >= 3 * len(answer["tokens"]), "too few prompts without a close call: choose others"
+    assert statistics.median(differences) < 1e-5
+    assert max(differences) < SAFE_MARGIN
