@@ -76,7 +76,7 @@ def make_model(directory: Path, shape: dict[str, int], random: bool) -> Path:
     files: dict[str, dict[str, tuple[int, ...]]] = {"rest": rest_tensors(config)}
     for index in range(shape["num_hidden_layers"]):
         files[f"layer-{index:05d}"] = layer_tensors(config, index)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files.values(), start=1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         write_file(directory / file, tensors, random)
@@ -96,7 +96,7 @@ def layer_tensors(config: dict[str, Any], index: int) -> dict[str, tuple[int, ..
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     values = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     linears = {"q_proj": (hidden, hidden), "k_proj": (values, hidden), "v_proj": (values, hidden), "o_proj": (hidden, hidden)}
-    shapes = {f"self_attn.{name}.weight": shape for name, shape in linears.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in linears.items()}
     shapes |= {"mlp.gate_proj.weight": (wide, hidden), "mlp.up_proj.weight": (wide, hidden)}
     shapes |= {"mlp.down_proj.weight": (hidden, wide)}
     shapes |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}

@@ -251,7 +251,8 @@ class _Run:
         layer = {name: tensor.double() for name, tensor in layer.items()}
         self.transform.layer(index, layer, study.scales)
         rounded = rounding.layer(index, layer) if rounding is not None else {}
-        errors, output = {}, {}
+        errors: dict[str, float] = {}
+        output: dict[str, torch.Tensor] = {}
         for linear in self.spec.architecture.linears:
             scheme = self.schema.scheme(prefix + linear)
             if scheme is not None:
