@@ -67,6 +67,8 @@ class Journal:
             self._append({"identity": identity})
             return
         self._check(entries[0].get("identity"), identity)
+        # Then the files have their final names, and none is to be written again.
+        self.done = "done" in entries[-1]
         for entry in entries[1:]:
             self._replay(entry)
 
@@ -168,7 +170,7 @@ class Journal:
         elif "layer" in entry:
             self.layers.append(LayerRecord.model_validate(entry["layer"]))
             self._layer_entries.append(entry)
-        elif "shard" in entry:
+        elif "shard" in entry and not self.done:
             number = len(self.shards) + 1
             # Whole shards get their final names one after the other: the run may have been killed in between.
             for renamed in self._directory.path.glob(f"model-{number:05d}-of-*.safetensors"):
@@ -176,7 +178,6 @@ class Journal:
                     renamed.rename(self._directory.path / entry["file"])
             self._check_file(entry)
             self.shards.append({name: TensorRecord.model_validate(record) for name, record in entry["shard"].items()})
-        self.done = "done" in entry
 
     def _keep(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         file = f"{WORK_PREFIX}{name}.safetensors"

@@ -105,7 +105,7 @@ def test_polite_kill_before_a_layer_is_finished_leaves_nothing(make_model: MakeM
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_disk_full_is_one_clear_line_and_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = make_model(vocab_size=4096), tmp_path / "out"
     failed = subprocess.run(
         [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--preset", "none", "--scales", "none"],
@@ -122,6 +122,10 @@ def test_disk_full_is_one_clear_line_and_leaves_nothing(make_model: MakeModel, t
     assert "could not be written" in line
     assert "Traceback" not in failed.stderr
     assert not out.exists()
+    (partial,) = leftovers(out)
+    with pytest.raises(SmoothRotError):
+        verify(partial)
+    assert convert(source, out, OPTIONS).resumed_layers == 3
     assert leftovers(out) == []
 
 
