@@ -109,6 +109,7 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
             run.finish(directory)
             directory.flush()
             journal.finish()
+        journal.clear_work()
         manifest = read_manifest(directory.path)
         directory.commit()
     progress("done", steps, steps)

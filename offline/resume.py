@@ -125,6 +125,9 @@ class Journal:
     def finish(self) -> None:
         """Everything is written: only the directory's name, and that of its configuration, are left to change."""
         self._append({"done": True})
+
+    def clear_work(self) -> None:
+        """Remove every file that only serves to go on, but the journal."""
         for file in self._directory.path.glob(f"{WORK_PREFIX}*"):
             if file.name != JOURNAL_NAME:
                 file.unlink()
