@@ -2,6 +2,7 @@
 """Damaged and hostile checkpoints end in a typed error, in bounded time, whatever is in configuration, index or shard."""
 
 import contextlib
+import functools
 import json
 import math
 import shutil
@@ -86,7 +87,8 @@ def test_quantization_config(place: tuple[Any, ...], value: Any) -> None:
 @given(size=st.integers(1, 2**200), block=st.integers(1, 2**200), power=st.integers(0, 200))
 def test_hadamard_sizes_of_any_magnitude_take_no_time(size: int, block: int, power: int) -> None:
     for wide, of in ((size, block), (block * size, block), (math.prod((block, 2**power)), 2**power)):
-        typed(lambda wide=wide, of=of: parse_schema(CONFIG | {"online": {"down_proj": {"size": wide, "block": of}}}))
+        config = CONFIG | {"online": {"down_proj": {"size": wide, "block": of}}}
+        typed(functools.partial(parse_schema, config))
 
 
 @BOUNDED
