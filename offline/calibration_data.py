@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.model import load_model
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
@@ -16,6 +17,19 @@ _GENERATION_BATCH = 32
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Families trained with <bos> before every text that fall apart without it; exported tokenizers do not always add it.
 _BOS_FAMILIES = ("gemma",)
+
+
+def check_text(checkpoint: Checkpoint, calib: str) -> None:
+    """Refuse to let a model generate its own text that cannot be run as it is stored.
+
+    Raises:
+        ConfigError: its weights are FP8.
+    """
+    if calib == GENERATED and checkpoint.scales:
+        raise ConfigError(
+            f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8 weights, which are only read a "
+            "layer at a time. Give a text file."
+        )
 
 
 def load_calibration(spec: str, model_dir: str | Path, samples: int, seqlen: int, seed: int) -> torch.Tensor:

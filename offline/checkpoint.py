@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from smoothrot_offline.fp8 import FP8, SCALE_SUFFIX, block_shape, check_scale, dequantize, is_fp8
 from smoothrot_vllm.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
@@ -26,6 +27,7 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    FP8: torch.float8_e4m3fn,
     "I8": torch.int8,
     "U8": torch.uint8,
 }
@@ -45,26 +47,40 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory of safetensors: its configuration and its headers. Weights are read only by :meth:`load`."""
+    """A directory of safetensors: its configuration and its headers. Weights are read only by :meth:`load`.
+
+    ``scales`` are the scales of FP8 weights, in blocks of ``block``; they are no tensors of the model, and its ``config`` says
+    nothing of them.
+    """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    scales: Mapping[str, TensorInfo] = field(default_factory=dict)
+    block: tuple[int, int] = (1, 1)
 
     @property
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
-        return sorted({info.file for info in self.tensors.values()})
+        return sorted({info.file for info in (*self.tensors.values(), *self.scales.values())})
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read tensors in their stored dtype.
+        """Read tensors in their stored dtype, FP8 weights in float32.
 
         Raises:
             CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity.
         """
+        wanted = list(names)
+        loaded = self._read(wanted + [name + SCALE_SUFFIX for name in wanted if self.info(name).dtype == FP8])
+        for name in wanted:
+            if self.info(name).dtype == FP8:
+                loaded[name] = dequantize(loaded[name], loaded.pop(name + SCALE_SUFFIX), self.block)
+        return loaded
+
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         by_file: dict[str, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.info(name).file, []).append(name)
+            by_file.setdefault((self.scales.get(name) or self.info(name)).file, []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
             try:
@@ -75,11 +91,11 @@ class Checkpoint:
                     f"{self.path / file}: reading {', '.join(members)}: {error}. Fetch the file again."
                 ) from error
         for name, tensor in loaded.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                count = int((~tensor.isfinite()).sum())
+            if count := _count_not_finite(tensor):
+                file = (self.scales.get(name) or self.info(name)).file
                 raise CheckpointError(
-                    f"{self.path / self.tensors[name].file}: tensor {name}: expected finite values, got {count} NaN or infinite "
-                    "ones. The checkpoint is damaged: fetch it again."
+                    f"{self.path / file}: tensor {name}: expected finite values, got {count} NaN or infinite ones. The "
+                    "checkpoint is damaged: fetch it again."
                 )
         return loaded
 
@@ -131,7 +147,7 @@ def open_headers(model: str) -> Checkpoint:
         for file, metadata in files.items()
         for name, info in metadata.tensors.items()
     }
-    return Checkpoint(Path(model), config, headers)
+    return _with_scales(Checkpoint(Path(model), config, headers))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -142,7 +158,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     config = read_json(path / CONFIG_NAME)
     if (path / SINGLE_NAME).is_file():
-        return Checkpoint(path, config, _read_header(path, SINGLE_NAME))
+        return _with_scales(Checkpoint(path, config, _read_header(path, SINGLE_NAME)))
     if not (path / INDEX_NAME).is_file():
         pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
         if pickles:
@@ -162,7 +178,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise CheckpointError(f"{path / INDEX_NAME}: tensor {name} should be in {file}, whose header does not list it.")
-    return Checkpoint(path, config, {name: headers[file][name] for name, file in weight_map.items()})
+    return _with_scales(Checkpoint(path, config, {name: headers[file][name] for name, file in weight_map.items()}))
 
 
 def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()) -> None:
@@ -179,7 +195,7 @@ def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
     for name, shape in expected.items():
         info = checkpoint.info(name)
         where = f"{checkpoint.path / info.file}: tensor {name}"
-        if info.dtype not in _SOURCE_DTYPES:
+        if info.dtype not in _SOURCE_DTYPES and not (info.dtype == FP8 and name + SCALE_SUFFIX in checkpoint.scales):
             raise CheckpointError(
                 f"{where}: expected dtype {', '.join(_SOURCE_DTYPES)}, got {info.dtype}. Convert the 16-bit original."
             )
@@ -241,6 +257,29 @@ def source_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16 for a float32 source."""
     dtype = DTYPES[checkpoint.info(name).dtype]
     return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def _with_scales(found: Checkpoint) -> Checkpoint:
+    """The checkpoint with the scales of its FP8 weights, if it has any, set apart from the tensors of the model."""
+    if not is_fp8(found.config):
+        return found
+    block = block_shape(found.config)
+    weights = [name for name, info in found.tensors.items() if info.dtype == FP8]
+    for name in weights:
+        scale = found.tensors.get(name + SCALE_SUFFIX)
+        check_scale(name, found.tensors[name].shape, scale and (scale.dtype, scale.shape), block)
+    scales = {name + SCALE_SUFFIX: found.tensors[name + SCALE_SUFFIX] for name in weights}
+    config = {key: value for key, value in found.config.items() if key != "quantization_config"}
+    tensors = {name: info for name, info in found.tensors.items() if name not in scales}
+    return Checkpoint(found.path, config, tensors, scales, block)
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    if not tensor.is_floating_point():
+        return 0
+    # isfinite does not know FP8, whose only value that is not finite is NaN: all bits set but the sign.
+    finite = (tensor.view(torch.uint8) & 0x7F) != 0x7F if tensor.dtype == DTYPES[FP8] else tensor.isfinite()
+    return int((~finite).sum())
 
 
 def _is_local(model: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smoothrot_offline.cli_analysis import analyze, report
-from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, unwind_when_killed
+from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, telling_how_to_go_on, unwind_when_killed
 from smoothrot_offline.memory import reuse_freed_memory
 
 app = typer.Typer(
@@ -130,10 +130,10 @@ def run(
         source = resolve_source(model)
         choice = choose_preset(preset, options, open_checkpoint(source))
         print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
-        with progress_bar() as progress:
+        with telling_how_to_go_on(out), progress_bar() as progress:
             done = convert(source, out, choice.config, progress)
-        for leftover in done.removed:
-            print(f"removed {leftover}, left by a conversion that was killed", file=sys.stderr)
+        if done.resumed_layers is not None:
+            print(f"went on after {done.resumed_layers} finished layers of an interrupted run", file=sys.stderr)
         chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
         show(done.summary() | chosen | {"output": str(out)}, show_conversion(done, str(out)))
 
@@ -186,17 +186,37 @@ def plan(
 
 
 @app.command()
-def verify(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
+def verify(
+    directory: Converted,
+    source: Annotated[
+        str | None, typer.Option(help="Also derive a sample of the codes from this model, path or hub id.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
     with reporting(as_json, debug) as show:
+        from smoothrot_offline.checkpoint import resolve_source
         from smoothrot_offline.progress import progress_bar
+        from smoothrot_offline.source_check import compare_with_source
         from smoothrot_offline.verify import verify as verify_directory
 
         with progress_bar() as progress:
             found = verify_directory(directory, progress)
         summary = f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were written"
-        show(found.model_dump(mode="json"), summary if found.ok else f"{directory}: {len(found.problems)} problem(s)")
-        refuse(found.problems)
+        facts, problems = found.model_dump(mode="json"), found.problems
+        # Codes are derived again only from whole ones.
+        if source is not None and found.ok:
+            compared = compare_with_source(directory, resolve_source(source))
+            facts |= {"ok": not compared.problems, "source": compared.model_dump(mode="json")}
+            problems = compared.problems
+            summary += (
+                f"; against {source}: layers {', '.join(map(str, compared.layers)) or 'none'}, codes of {compared.codes} linears "
+                f"and weight errors of {compared.errors}"
+            )
+            summary = "; ".join([summary, *(f"not compared: {reason}" for reason in compared.left_out)])
+        show(facts, f"{directory}: {len(problems)} problem(s)" if problems else summary)
+        refuse(problems)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -59,5 +60,20 @@ def refuse(problems: list[str]) -> None:
 
 
 def unwind_when_killed() -> None:
-    """A polite kill unwinds like Ctrl-C, so that a partial output is removed."""
+    """A polite kill unwinds like Ctrl-C, so that a partial output is removed, or left so that it can be gone on with."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextmanager
+def telling_how_to_go_on(out: Path) -> Iterator[None]:
+    """On Ctrl-C or a polite kill of a conversion into ``out``, say what was kept and end with the exit code of the signal."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        kept = out.absolute().with_name(f"{out.name}.partial")
+        if kept.exists():
+            print(f"interrupted: run the same command again to go on; what is finished is in {kept}", file=sys.stderr)
+        else:
+            print("interrupted before anything was finished: nothing was kept", file=sys.stderr)
+        code = error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT
+        raise typer.Exit(int(code or 0)) from None

@@ -8,8 +8,8 @@ a slice of rows at a time.
 """
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ import torch
 
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
+from smoothrot_offline.calibration_data import check_text
 from smoothrot_offline.checkpoint import (
     CONFIG_NAME,
+    DTYPES,
     Checkpoint,
     check_source,
-    file_digest,
     open_checkpoint,
     side_files,
     source_dtype,
 )
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
-from smoothrot_offline.decide import count_steps, decide
+from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
 from smoothrot_offline.manifest import (
     CalibrationRecord,
     LayerRecord,
@@ -35,13 +36,15 @@ from smoothrot_offline.manifest import (
     RotationRecord,
     SourceRecord,
     package_versions,
+    read_manifest,
 )
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
+from smoothrot_offline.resume import Journal, conversion_identity
 from smoothrot_offline.sequential import SequentialRounding
 from smoothrot_offline.sizes import Sizes, header_table, measure
 from smoothrot_offline.transform_record import transform_tensors
-from smoothrot_offline.write import OutputDirectory, ShardWriter
+from smoothrot_offline.write import ResumableDirectory, ShardWriter
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
 from smoothrot_vllm.hadamard import choose_block
@@ -53,13 +56,13 @@ HEAD_ROWS = 4096
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a finished conversion did: its manifest, bytes, seconds, and the dead runs' leftovers it removed."""
+    """What a finished conversion did: its manifest, bytes, seconds, and how many layers it took from an interrupted run."""
 
     manifest: Manifest
     source_bytes: Sizes
     output_bytes: Sizes
     seconds: float
-    removed: list[Path]
+    resumed_layers: int | None
 
     def summary(self) -> dict[str, Any]:
         """The facts in one JSON-able object."""
@@ -73,7 +76,7 @@ class Conversion:
             "mean_weight_error": sum(errors) / len(errors),
             "calibration": self.manifest.calibration.model_dump() if self.manifest.calibration else None,
             "seconds": round(self.seconds, 1),
-            "removed_leftovers": [str(path) for path in self.removed],
+            "resumed_layers": self.resumed_layers,
         }
 
 
@@ -93,18 +96,31 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
     check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
     if config.needs_calibration:
         check_seqlen(spec, config.calib_seqlen)
-    with OutputDirectory(out) as directory:
-        run = _Run(checkpoint, spec, config, schema, ShardWriter(directory, config.shard_mib * MEBIBYTE), progress)
-        run.everything()
-        manifest = run.finish(directory)
+        check_text(checkpoint, config.calib)
+    with ResumableDirectory(out) as directory:
+        steps = count_steps(spec, config) + spec.layers + 2
+        progress("source digests", 0, steps)
+        identity = conversion_identity(checkpoint, config)
+        journal = Journal(directory, identity)
+        resumed = len(journal.layers) if directory.resumed else None
+        if not journal.done:
+            shards = ShardWriter(directory, config.shard_mib * MEBIBYTE, journal.shards, journal.finish_shard)
+            run = _Run(checkpoint, spec, config, schema, identity["source"], journal, shards, progress, steps)
+            run.everything()
+            run.finish(directory)
+            directory.flush()
+            journal.finish()
+        journal.clear_work()
+        manifest = read_manifest(directory.path)
         directory.commit()
-    progress("done", run.steps, run.steps)
+    progress("done", steps, steps)
+    stored = {name: (tuple(record.shape), DTYPES[record.dtype]) for name, record in manifest.tensors.items()}
     return Conversion(
         manifest,
         source_bytes=measure(spec, header_table(checkpoint, spec.source_tensors())),
-        output_bytes=measure(spec, spec.output_tensors(run.schema, stays_tied(spec, config), run.dtype)),
+        output_bytes=measure(spec, stored),
         seconds=time.monotonic() - started,
-        removed=directory.removed,
+        resumed_layers=resumed,
     )
 
 
@@ -116,9 +132,11 @@ class _Run:
     spec: ModelSpec
     config: ConvertConfig
     schema: QuantizationSchema
+    source_digests: dict[str, str]
+    journal: Journal
     shards: ShardWriter
     progress: ProgressCallback
-    layers: list[LayerRecord] = field(default_factory=list)
+    steps: int
     head_error: float | None = None
 
     def __post_init__(self) -> None:
@@ -133,23 +151,34 @@ class _Run:
         def step(message: str) -> None:
             self.progress(message, next(steps), self.steps)
 
-        self.decisions = decide(self.checkpoint, self.spec, self.config, self.schema, step)
+        self.decisions = self._decide(step)
         self.schema, self.transform = self.decisions.schema, self.decisions.transform
         step("embedding")
         hidden = self._embedding(self.decisions.tokens)
         rounding = self._rounding(hidden)
-        for index in range(self.spec.layers):
+        for index in range(len(self.journal.layers)):
+            step(f"layer {index + 1} of {self.spec.layers}, finished before")
+            self.shards.add(self.journal.load_layer(index))
+        for index in range(len(self.journal.layers), self.spec.layers):
             step(f"layer {index + 1} of {self.spec.layers}")
             self._layer(index, rounding)
         step("head and files")
         self._head()
 
-    @property
-    def steps(self) -> int:
-        """Progress reports of :meth:`everything`."""
-        return count_steps(self.spec, self.config) + self.spec.layers + 2
+    def _decide(self, step: Callable[[str], None]) -> Decisions:
+        if self.journal.decisions is None:
+            found = decide(self.checkpoint, self.spec, self.config, self.schema, step)
+            if found.tokens is None:
+                return found
+            self.journal.finish_decisions(*pack_decisions(found))
+        else:
+            for _ in range(count_steps(self.spec, self.config)):
+                step("decided before")
+        # Read back in every run, so that an interrupted one goes on from the same bytes in the same layout.
+        assert self.journal.decisions is not None
+        return unpack_decisions(self.journal.decisions["decisions"], self.journal.load_decisions(), self.spec, self.config)
 
-    def finish(self, directory: OutputDirectory) -> Manifest:
+    def finish(self, directory: ResumableDirectory) -> None:
         """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
         self.shards.finish()
         for file in side_files(self.checkpoint.path):
@@ -162,24 +191,23 @@ class _Run:
         config["quantization_config"] = self.schema.model_copy(update={"transform_sha256": digest}).model_dump(mode="json")
         directory.write_json(CONFIG_NAME, config)
         names = [CONFIG_NAME, *self.checkpoint.files]
-        others = sorted(file.name for file in directory.path.iterdir() if file.suffix != ".safetensors")
+        (directory.path / MANIFEST_NAME).unlink(missing_ok=True)
         manifest = Manifest(
             config=self._recorded_config(),
             source=SourceRecord(
                 model_type=self.spec.architecture.model_type,
                 tied=self.spec.tied,
-                files={name: file_digest(self.checkpoint.path / name) for name in names},
+                files={name: self.source_digests[name] for name in names},
             ),
             packages=package_versions(),
             calibration=self._calibration(),
             rotations=self._rotations(),
-            layers=self.layers,
+            layers=self.journal.layers,
             lm_head_weight_error=self.head_error,
             tensors=self.shards.records,
-            files={name: file_digest(directory.path / name) for name in others},
+            files=directory.digests(),
         )
         directory.write_json(MANIFEST_NAME, manifest.model_dump(mode="json"))
-        return manifest
 
     def _check_shared_head(self) -> None:
         head = f"{self.spec.architecture.lm_head}.weight"
@@ -206,7 +234,7 @@ class _Run:
     def _rounding(self, hidden: torch.Tensor | None) -> SequentialRounding | None:
         if self.config.rounding == "rtn" or hidden is None:
             return None
-        return SequentialRounding(
+        rounding = SequentialRounding(
             LayerRunner(self.spec),
             self.spec,
             self.schema,
@@ -216,6 +244,9 @@ class _Run:
             act_order=self.config.act_order,
             damping=self.config.damping,
         )
+        if kept := self.journal.load_hidden():
+            rounding.restore(kept)
+        return rounding
 
     def _layer(self, index: int, rounding: SequentialRounding | None) -> None:
         prefix = self.spec.layer_prefix(index)
@@ -224,7 +255,8 @@ class _Run:
         layer = {name: tensor.double() for name, tensor in layer.items()}
         self.transform.layer(index, layer, study.scales)
         rounded = rounding.layer(index, layer) if rounding is not None else {}
-        errors = {}
+        errors: dict[str, float] = {}
+        output: dict[str, torch.Tensor] = {}
         for linear in self.spec.architecture.linears:
             scheme = self.schema.scheme(prefix + linear)
             if scheme is not None:
@@ -232,11 +264,12 @@ class _Run:
                 done = rounded.pop(linear, None)
                 parts = [(weight, done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"))]
                 stored, errors[linear] = _stored(parts, scheme.weights, prefix + linear)
-                self.shards.add(stored)
-        self.shards.add({prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()})
-        self.layers.append(
-            LayerRecord(weight_error=errors, smoothing=study.smoothing, clips=study.clips, sensitivity=study.sensitivity)
-        )
+                output |= stored
+        output |= {prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()}
+        output = {name: tensor.contiguous() for name, tensor in output.items()}
+        record = LayerRecord(weight_error=errors, smoothing=study.smoothing, clips=study.clips, sensitivity=study.sensitivity)
+        self.journal.finish_layer(index, record, output, {} if rounding is None else rounding.state())
+        self.shards.add(output)
 
     def _head(self) -> None:
         table = self.spec.architecture

@@ -2,7 +2,8 @@
 """Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers, signs, rotations."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.config import ConvertConfig
-from smoothrot_offline.manifest import LearnedRecord
+from smoothrot_offline.manifest import LearnedRecord, SmoothingRecord
+from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.rotations.stage import learn_rotations, learning_steps
 from smoothrot_offline.signs import trial_loss
 from smoothrot_offline.study import LayerStudy, Study
@@ -106,3 +108,51 @@ def _study(
         step(f"studying layer {index + 1} of {spec.layers}")
         found.append(study.layer(index, checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())))
     return found
+
+
+def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Decisions on a calibrated model as a JSON object and named tensors, which :func:`unpack_decisions` takes."""
+    assert found.tokens is not None
+    tensors = {"tokens": found.tokens}
+    tensors |= {f"scales.{index}": study.scales for index, study in enumerate(found.studies) if study.scales is not None}
+    if isinstance(found.transform.residual, DenseRotation):
+        tensors["residual"] = found.transform.residual.blocks
+    tensors |= {f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])}
+    facts = {
+        "schema": found.schema.model_dump(mode="json"),
+        "seed": found.transform.seed,
+        "sign_losses": list(found.sign_losses.items()),
+        "learned": found.learned and found.learned.model_dump(mode="json"),
+        "studies": [
+            {
+                "smoothing": study.smoothing and study.smoothing.model_dump(mode="json"),
+                "clips": study.clips,
+                "sensitivity": study.sensitivity,
+            }
+            for study in found.studies
+        ],
+    }
+    return facts, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def unpack_decisions(
+    facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
+) -> Decisions:
+    """The decisions that :func:`pack_decisions` packed."""
+    transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
+    if "residual" in tensors:
+        transform = replace(transform, residual=DenseRotation(tensors["residual"]))
+    if "heads.0" in tensors:
+        transform = replace(transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)])
+    studies = [
+        LayerStudy(
+            tensors.get(f"scales.{index}"),
+            study["smoothing"] and SmoothingRecord.model_validate(study["smoothing"]),
+            study["clips"],
+            study["sensitivity"],
+        )
+        for index, study in enumerate(facts["studies"])
+    ]
+    learned = facts["learned"] and LearnedRecord.model_validate(facts["learned"])
+    schema = QuantizationSchema.model_validate(facts["schema"])
+    return Decisions(tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned)

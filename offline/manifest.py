@@ -4,13 +4,14 @@
 No times, no paths, no host: converting the same source twice gives the same manifest.
 """
 
+import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from smoothrot_offline.checkpoint import read_json
+from smoothrot_offline.checkpoint import DTYPES, read_json
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import MANIFEST_NAME
@@ -102,6 +103,11 @@ class TensorRecord(_Record):
     dtype: str
     shape: list[int]
     sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class Manifest(_Record):

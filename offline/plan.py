@@ -5,6 +5,7 @@ from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.calibrate import check_seqlen
+from smoothrot_offline.calibration_data import check_text
 from smoothrot_offline.checkpoint import Checkpoint, check_source, source_dtype
 from smoothrot_offline.config import ConvertConfig, check_shards, make_schema
 from smoothrot_offline.estimate import MEMORY_METHOD, TIME_METHOD, memory_bytes, seconds
@@ -72,6 +73,7 @@ def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig) -> Plan:
         schema = make_schema(spec, config)
         if config.needs_calibration:
             check_seqlen(spec, config.calib_seqlen)
+            check_text(checkpoint, config.calib)
     except SmoothRotError as error:
         return Plan(**known, refusals=[str(error)])
     after = output_sizes(spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight"))

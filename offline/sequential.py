@@ -55,6 +55,15 @@ class SequentialRounding:
         self._act_order = act_order
         self._damping = damping
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next layer depends on, by name: the hidden states as served and, if asymmetric, in full precision."""
+        return {"hidden": self._hidden} | ({"exact": self._exact} if self._asymmetric else {})
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a :meth:`state` that was kept."""
+        self._hidden = state["hidden"]
+        self._exact = state.get("exact", self._hidden)
+
     def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, QuantizedWeight]:
         """Round decoder layer ``index`` and move the hidden states past it.
 

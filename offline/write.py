@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint so that it is either there as a whole or not at all.
 
-Everything goes into a sibling directory ``OUT.partial-XXXXXXXX``: shards as they fill up, then index, side
-files and configuration, the manifest last; each file is flushed to disk, then the directory is renamed to OUT.
-The writer holds a lock on its partial directory, so a later run knows a dead run's leftovers from a live run.
+Everything goes into a sibling directory, ``OUT.partial``, or ``OUT.partial-XXXXXXXX`` where nothing can be resumed: shards
+as they fill up, then index, side files and configuration, the manifest last; each file is flushed to disk, then the directory
+is renamed to OUT. The writer locks its partial directory, so a later run knows a dead run's leftovers from a live run.
 """
 
 import errno
@@ -13,7 +13,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +24,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from smoothrot_offline.checkpoint import DTYPES, INDEX_NAME, tensor_digest
+from smoothrot_offline.checkpoint import CONFIG_NAME, DTYPES, INDEX_NAME, file_digest, tensor_digest
 from smoothrot_offline.manifest import TensorRecord
-from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.errors import ConfigError, OutputError, SmoothRotError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WORK_PREFIX = "resume-"
+"""Of the files that only serve to go on with an interrupted conversion."""
+JOURNAL_NAME = f"{WORK_PREFIX}journal.jsonl"
+_HOLDER = f"{WORK_PREFIX}holder.txt"
+_INCOMPLETE = ".incomplete"
 _SHARD = "shard-{:05d}.safetensors"
 _FINAL_SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
@@ -39,7 +45,7 @@ class OutputDirectory:
 
     Raises:
         ConfigError: OUT exists and is not an empty directory, or another run is writing it.
-        CheckpointError: the file system refuses (no space, no permission); what was written is removed.
+        OutputError: the file system refuses (no space, no permission); what was written is removed.
     """
 
     def __init__(self, out: Path) -> None:
@@ -51,7 +57,7 @@ class OutputDirectory:
 
     def __enter__(self) -> Self:
         self._refuse_existing()
-        with _writing(self.path):
+        with writing(self.path):
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._clean_leftovers()
             self.path.mkdir()
@@ -70,32 +76,32 @@ class OutputDirectory:
 
     def write_text(self, name: str, content: str) -> None:
         """Write one UTF-8 file."""
-        with _writing(self.path / name):
+        with writing(self.path / name):
             (self.path / name).write_text(content, encoding="utf-8")
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write one file in safetensors format."""
-        file = self.path / name
-        with _writing(file):
-            save_file(tensors, file, metadata={"format": "pt"})
-            # safetensors makes its files private; a checkpoint has the permissions of any other file.
-            file.chmod(0o666 & ~_umask())
+        with writing(self.path / name):
+            write_tensors(self.path / name, tensors)
 
     def copy(self, file: Path) -> None:
         """Copy the content of a file, under its name."""
-        with _writing(self.path / file.name):
+        with writing(self.path / file.name):
             shutil.copyfile(file, self.path / file.name)
 
     def commit(self) -> None:
         """Flush every file to disk and give the directory its final name."""
         self._refuse_existing()
-        with _writing(self.path):
-            for file in sorted(self.path.iterdir()):
-                _sync(file)
-            _sync(self.path)
+        with writing(self.path):
+            self._sync_all()
             self.path.rename(self._out)
             self._committed = True
             _sync(self._out.parent)
+
+    def _sync_all(self) -> None:
+        for file in sorted(self.path.iterdir()):
+            _sync(file)
+        _sync(self.path)
 
     def _refuse_existing(self) -> None:
         if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
@@ -119,41 +125,140 @@ class OutputDirectory:
             self.removed.append(path)
 
 
+class ResumableDirectory(OutputDirectory):
+    """An output that an interrupted run leaves as ``OUT.partial`` and that the next run into OUT goes on with.
+
+    Its ``config.json``, without which nothing opens it, has another name until the directory has its own. ``resumable`` is to be
+    set when there is something worth keeping, ``resumed`` when it was there before. A refusal of a source that was begun in
+    this run leaves nothing.
+    """
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self._partial = self._out.with_name(f"{self._out.name}.partial")
+        self.path = self._partial
+        self.resumable = False
+        self.resumed = False
+
+    def __enter__(self) -> Self:
+        with writing(self._partial):
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            # A journal in OUT itself: the run was killed while it gave the files their final names.
+            if (self._out / JOURNAL_NAME).is_file():
+                self.path = self._out
+            else:
+                self._refuse_existing()
+                self._partial.mkdir(exist_ok=True)
+                strangers = [file.name for file in self._partial.iterdir() if file.name not in (JOURNAL_NAME, _HOLDER)]
+                if strangers and not (self._partial / JOURNAL_NAME).is_file():
+                    raise ConfigError(
+                        f"{self._partial}: expected the work of an interrupted conversion, got {strangers[0]} and "
+                        f"no {JOURNAL_NAME}. Choose another output, or remove it first."
+                    )
+            self._lock = _try_lock(self.path)
+            if self._lock is None:
+                holder = self.path / _HOLDER
+                who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+                raise ConfigError(
+                    f"{self.path}: {who} is converting into {self._out}, or its file system has no locks. Wait for it, or choose "
+                    "another output."
+                )
+            if not self.path.exists() or os.fstat(self._lock).st_ino != self.path.stat().st_ino:
+                os.close(self._lock)
+                raise ConfigError(f"{self._out}: another conversion into it has ended just now. Run the command again.")
+            (self.path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        refused = isinstance(error, SmoothRotError) and not isinstance(error, OutputError)
+        keep = self.resumed or (self.resumable and not refused)
+        if not self._committed and not keep and self.path == self._partial:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            (self.path / _HOLDER).unlink(missing_ok=True)
+            os.close(self._lock)
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write one JSON file, keys in the order given; ``config.json`` under a name that nothing opens."""
+        super().write_json(name + _INCOMPLETE if name == CONFIG_NAME else name, content)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file that is no shard, by its final name."""
+        files = [file for file in self.path.iterdir() if file.suffix != ".safetensors" and not file.name.startswith(WORK_PREFIX)]
+        return {file.name.removesuffix(_INCOMPLETE): file_digest(file) for file in sorted(files)}
+
+    def flush(self) -> None:
+        """Flush every file to disk."""
+        with writing(self.path):
+            self._sync_all()
+
+    def commit(self) -> None:
+        """Give the directory its name, then its configuration, which makes it a model; then drop the journal."""
+        with writing(self.path):
+            if self.path == self._partial:
+                self._refuse_existing()
+                self.path.rename(self._out)
+                self.path = self._out
+                _sync(self._out.parent)
+            incomplete = self._out / (CONFIG_NAME + _INCOMPLETE)
+            if incomplete.exists():
+                incomplete.rename(self._out / CONFIG_NAME)
+                _sync(self._out)
+            self._committed = True
+            (self._out / _HOLDER).unlink(missing_ok=True)
+            (self._out / JOURNAL_NAME).unlink()
+            _sync(self._out)
+
+
 class ShardWriter:
     """Collects tensors into safetensors shards of a limited size, so that no more than one shard is held in memory.
 
-    ``records`` describes every tensor added, in order.
+    ``records`` describes every tensor in a shard, in order.
+
+    Args:
+        directory: where to write.
+        limit: bytes of a shard.
+        whole: the tensors of each shard that is there already; they are passed over when they are added again.
+        finished: told the file and the tensors of each new shard.
     """
 
-    def __init__(self, directory: OutputDirectory, limit: int) -> None:
+    def __init__(
+        self,
+        directory: OutputDirectory,
+        limit: int,
+        whole: Sequence[dict[str, TensorRecord]],
+        finished: Callable[[str, dict[str, TensorRecord]], None],
+    ) -> None:
         self._directory = directory
         self._limit = limit
+        self._finished = finished
         self._pending: dict[str, torch.Tensor] = {}
-        self._shards: list[list[str]] = []
-        self.records: dict[str, TensorRecord] = {}
-        self.total_bytes = 0
+        self._shards = [list(shard) for shard in whole]
+        self.records = {name: record for shard in whole for name, record in shard.items()}
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Queue tensors under their full names; a full shard is written at once."""
         for name, tensor in tensors.items():
+            if name in self.records:
+                continue
             if self._pending and self._pending_bytes() + tensor.nbytes > self._limit:
                 self._flush()
             self._pending[name] = tensor.contiguous()
-            self.total_bytes += tensor.nbytes
 
     def finish(self) -> None:
         """Write the last shard, give every shard its final name, and write the index."""
         self._flush()
         count = len(self._shards)
         weight_map = {}
-        with _writing(self._directory.path):
+        with writing(self._directory.path):
             for number, names in enumerate(self._shards, start=1):
                 file = _FINAL_SHARD.format(number, count)
                 (self._directory.path / _SHARD.format(number)).rename(self._directory.path / file)
                 for name in names:
                     weight_map[name] = file
                     self.records[name] = self.records[name].model_copy(update={"file": file})
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        total = sum(record.nbytes for record in self.records.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self._directory.write_json(INDEX_NAME, index)
 
     def _pending_bytes(self) -> int:
@@ -162,14 +267,26 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        file = _SHARD.format(len(self._shards) + 1)
-        self._directory.write_tensors(file, self._pending)
-        for name, tensor in self._pending.items():
-            self.records[name] = TensorRecord(
-                file=file, dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), sha256=tensor_digest(tensor)
+        file = self._directory.path / _SHARD.format(len(self._shards) + 1)
+        self._directory.write_tensors(file.name, self._pending)
+        records = {
+            name: TensorRecord(
+                file=file.name, dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), sha256=tensor_digest(tensor)
             )
+            for name, tensor in self._pending.items()
+        }
+        self._finished(file.name, records)
+        self.records |= records
         self._shards.append(list(self._pending))
         self._pending.clear()
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write contiguous tensors to a safetensors file and flush it to disk."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    # safetensors makes its files private; a checkpoint has the permissions of any other file.
+    file.chmod(0o666 & ~_umask())
+    _sync(file)
 
 
 def _try_lock(path: Path) -> int | None:
@@ -198,7 +315,7 @@ def _umask() -> int:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Turn what the file system and safetensors raise into one clear error."""
     try:
         yield
@@ -206,6 +323,7 @@ def _writing(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())
         full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in reason
         advice = "Free some space or choose another disk" if full else "Check the disk and its permissions"
-        raise CheckpointError(
-            f"{path}: the output could not be written: {reason}. {advice}; what was written has been removed."
+        raise OutputError(
+            f"{path}: the output could not be written: {reason}. {advice}; the same command then goes on from "
+            "the last finished layer, if there is one."
         ) from error

@@ -18,6 +18,14 @@ class CheckpointError(SmoothRotError):
     """A checkpoint on disk is missing, truncated, malformed or holds unusable values."""
 
 
+class OutputError(CheckpointError):
+    """The output cannot be written: no space, no permission, or a failing disk."""
+
+
+class ResumeError(ConfigError):
+    """An interrupted conversion cannot go on: it was another one, or its files are not those that were written."""
+
+
 class UnsupportedModelError(SmoothRotError):
     """The model's architecture or one of its sizes cannot be converted or served."""
 

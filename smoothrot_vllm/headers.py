@@ -28,6 +28,9 @@ def check_shards(directory: Path) -> None:
             f"{directory / INDEX_NAME}: expected tensor {lost[0]} (one of {len(lost)}), as {MANIFEST_NAME} lists it, got no "
             f"entry for it. {advice}"
         )
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{directory / INDEX_NAME}: tensor {name}: expected a plain file name, got {shard!r}. {advice}")
     files = {directory / name for name in weight_map.values()} or set(directory.glob("*.safetensors"))
     for file in sorted(files):
         try:

@@ -28,7 +28,7 @@ from smoothrot_offline.analysis.record import (
 from smoothrot_offline.analysis.transforms import DOWN, KINDS, TRANSFORMS, converted, layer_transforms
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
-from smoothrot_offline.calibration_data import load_calibration
+from smoothrot_offline.calibration_data import check_text, load_calibration
 from smoothrot_offline.checkpoint import Checkpoint, check_source, open_checkpoint
 from smoothrot_offline.config import ACTIVATION_CLIP
 from smoothrot_offline.manifest import CalibrationRecord, package_versions
@@ -66,6 +66,7 @@ def analyze(
     head = f"{spec.architecture.lm_head}.weight"
     check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
     check_seqlen(spec, config.calib_seqlen)
+    check_text(checkpoint, config.calib)
     chosen = _chosen_layers(spec, config)
     with OutputDirectory(out) as directory:
         run = _Run(checkpoint, spec, config, chosen, progress)

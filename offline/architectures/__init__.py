@@ -77,9 +77,15 @@ def _rope_types(parameters: dict[str, Any]) -> list[str]:
 
 def _supported_table(config: dict[str, Any]) -> Architecture:
     model_type = config.get("model_type")
-    names = ", ".join(config.get("architectures") or [str(model_type)])
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    classes = config.get("architectures") or []
+    if not isinstance(model_type, str | None) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+        raise UnsupportedModelError(
+            f"config.json: expected a text as model_type and a list of texts as architectures, got {model_type!r}, {classes!r}."
+        )
+    names = ", ".join(classes or [str(model_type)])
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{names} is already quantised (quantization_config, quant_method {method!r}). "
             "Convert the 16-bit model it was made from."
@@ -100,8 +106,7 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
             f"{names} (model_type {model_type!r}) is not supported: no table says where its transforms are folded "
             f"(docs/architectures.md). Supported model types: {', '.join(SUPPORTED)}."
         )
-    classes = config.get("architectures") or [table.class_name]
-    if classes != [table.class_name]:
+    if classes and classes != [table.class_name]:
         raise UnsupportedModelError(
             f"config.json: architectures: expected {table.class_name} for model_type {model_type!r}, got {', '.join(classes)}."
         )

@@ -47,13 +47,12 @@ def run_and_signal(source: Path, out: Path, step: int, which: signal.Signals) ->
 
 
 def leftovers(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f"{out.name}.partial-*"))
+    return sorted(out.parent.glob(f"{out.name}.partial*"))
 
 
-@pytest.mark.parametrize("step", [3, 5], ids=["between layers", "before the head"])
-def test_kill_9_leaves_nothing_that_loads_and_the_next_run_cleans_up(make_model: MakeModel, tmp_path: Path, step: int) -> None:
+def test_kill_9_leaves_nothing_that_loads_and_the_next_run_goes_on(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = make_model(vocab_size=16384), tmp_path / "out"
-    killed = run_and_signal(source, out, step, signal.SIGKILL)
+    killed = run_and_signal(source, out, 4, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     (partial,) = leftovers(out)
@@ -62,7 +61,7 @@ def test_kill_9_leaves_nothing_that_loads_and_the_next_run_cleans_up(make_model:
     with pytest.raises((SmoothRotError, OSError, ValueError)):
         load_model(partial)
     done = convert(source, out, OPTIONS)
-    assert done.removed == [partial]
+    assert done.resumed_layers == 2
     assert leftovers(out) == []
     assert verify(out).ok
 
@@ -75,26 +74,38 @@ def test_configuration_and_manifest_come_after_everything_they_describe(
 
     def recording(self: OutputDirectory, name: str, content: dict[str, object]) -> None:
         written.append(name)
-        if name == "config.json":
+        if name == "config.json.incomplete":
             assert (self.path / "model-00001-of-00001.safetensors").is_file()
         write_json(self, name, content)
 
     monkeypatch.setattr(OutputDirectory, "write_json", recording)
     convert(make_model(), tmp_path / "out", OPTIONS)
-    assert written == ["model.safetensors.index.json", "config.json", "smoothrot_manifest.json"], (
+    assert written == ["model.safetensors.index.json", "config.json.incomplete", "smoothrot_manifest.json"], (
         "what makes the directory a model comes after its weights"
     )
 
 
-def test_polite_kill_removes_what_was_written(make_model: MakeModel, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    killed = run_and_signal(make_model(), out, 3, signal.SIGTERM)
-    assert killed.returncode == 128 + signal.SIGTERM, killed.stderr
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_polite_kill_and_ctrl_c_keep_the_finished_layers_and_say_how_to_go_on(
+    make_model: MakeModel, tmp_path: Path, which: signal.Signals, code: int
+) -> None:
+    source, out = make_model(), tmp_path / "out"
+    killed = run_and_signal(source, out, 4, which)
+    assert killed.returncode == code, killed.stderr
+    assert "interrupted: run the same command again to go on" in killed.stderr
+    assert "Traceback" not in killed.stderr
     assert not out.exists()
+    assert convert(source, out, OPTIONS).resumed_layers == 2
     assert leftovers(out) == []
 
 
-def test_disk_full_is_one_clear_line_and_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+def test_polite_kill_before_a_layer_is_finished_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+    killed = run_and_signal(make_model(), tmp_path / "out", 1, signal.SIGTERM)
+    assert "nothing was kept" in killed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = make_model(vocab_size=4096), tmp_path / "out"
     failed = subprocess.run(
         [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--preset", "none", "--scales", "none"],
@@ -111,6 +122,10 @@ def test_disk_full_is_one_clear_line_and_leaves_nothing(make_model: MakeModel, t
     assert "could not be written" in line
     assert "Traceback" not in failed.stderr
     assert not out.exists()
+    (partial,) = leftovers(out)
+    with pytest.raises(SmoothRotError):
+        verify(partial)
+    assert convert(source, out, OPTIONS).resumed_layers == 3
     assert leftovers(out) == []
 
 
@@ -121,12 +136,14 @@ def test_full_disk_is_named_as_such(make_model: MakeModel, tmp_path: Path, monke
     monkeypatch.setattr("shutil.copyfile", fail)
     with pytest.raises(CheckpointError, match=r"No space left on device.*Free some space"):
         convert(make_model(), tmp_path / "out", OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    assert convert(tmp_path / "model", tmp_path / "out", OPTIONS).resumed_layers == 3
 
 
-def test_failed_conversion_removes_what_was_written(make_model: MakeModel, tmp_path: Path) -> None:
+def test_conversion_that_fails_before_a_layer_is_finished_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
     def fail(_message: str, done: int, _total: int) -> None:
-        if done == 4:
+        if done == 2:
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -150,25 +167,24 @@ def test_empty_output_directory_is_used(make_model: MakeModel, tmp_path: Path) -
     assert verify(tmp_path / "out").ok
 
 
-def test_partial_output_of_a_live_run_is_refused_and_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
-    live = tmp_path / "out.partial-0123abcd"
+def test_leftovers_of_an_output_that_is_not_resumed_are_cleaned_and_those_of_live_runs_and_others_left_alone(
+    tmp_path: Path,
+) -> None:
+    others = [tmp_path / name for name in ("out.partial", "out.partial-backup", "other.partial-0123abcd")]
+    dead, live = tmp_path / "out.partial-0123abcd", tmp_path / "out.partial-4567abcd"
+    for path in (*others, dead):
+        path.mkdir()
+    with OutputDirectory(tmp_path / "out") as directory:
+        assert directory.removed == [dead]
     live.mkdir()
     descriptor = os.open(live, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(ConfigError, match="another conversion"):
-            convert(make_model(), tmp_path / "out", OPTIONS)
+        with pytest.raises(ConfigError, match="another conversion"), OutputDirectory(tmp_path / "out"):
+            pass
     finally:
         os.close(descriptor)
-    assert live.is_dir()
-
-
-def test_directories_of_other_names_are_never_cleaned(make_model: MakeModel, tmp_path: Path) -> None:
-    others = [tmp_path / name for name in ("out.partial", "out.partial-backup", "other.partial-0123abcd")]
-    for path in others:
-        path.mkdir()
-    convert(make_model(), tmp_path / "out", OPTIONS)
-    assert all(path.is_dir() for path in others)
+    assert all(path.is_dir() for path in (*others, live))
 
 
 def test_files_have_the_permissions_of_ordinary_files(make_model: MakeModel, tmp_path: Path) -> None:

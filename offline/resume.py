@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal of a conversion: what is finished, so that a run that was killed goes on where it stopped.
+
+One JSON object a line, flushed to disk before anything relies on it. The first line says what is converted and how; the others
+name a finished piece of work with the file that holds it and its SHA-256. A torn last line is work that was not finished.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, side_files
+from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.manifest import LayerRecord, TensorRecord, package_versions
+from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, write_tensors, writing
+from smoothrot_vllm.errors import ResumeError
+
+
+def conversion_identity(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, dict[str, Any]]:
+    """Everything that the bytes of a conversion follow from, by field: a conversion goes on only if all of it is the same.
+
+    Raises:
+        CheckpointError: a file of the source cannot be read.
+    """
+    names = [CONFIG_NAME, *checkpoint.files, *(file.name for file in side_files(checkpoint.path))]
+    text = Path(config.calib)
+    return {
+        "source": {name: file_digest(checkpoint.path / name) for name in names},
+        "options": config.model_dump(mode="json", exclude={"calib"}),
+        "calibration": {"text": file_digest(text) if text.is_file() else config.calib},
+        "versions": package_versions(),
+        # Sums are split over threads, and kernels differ by instruction set: both can change a last bit.
+        "machine": {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()},
+    }
+
+
+class Journal:
+    """Reads the journal of a directory, or begins it; records each finished piece of work.
+
+    ``layers`` are the records of the decoder layers that are finished, ``shards`` the tensors of each whole shard.
+
+    Args:
+        directory: the output, locked.
+        identity: of this conversion, from :func:`conversion_identity`.
+
+    Raises:
+        ResumeError: the directory holds another conversion's work, or its files are not those that were written.
+    """
+
+    def __init__(self, directory: OutputDirectory, identity: Mapping[str, Mapping[str, Any]]) -> None:
+        self._directory = directory
+        self._path = directory.path / JOURNAL_NAME
+        self.layers: list[LayerRecord] = []
+        self.shards: list[dict[str, TensorRecord]] = []
+        self.done = False
+        self.decisions: dict[str, Any] | None = None
+        self._layer_entries: list[dict[str, Any]] = []
+        entries = self._read()
+        if len(entries) < 2:
+            self._path.unlink(missing_ok=True)
+            self._append({"identity": identity})
+            return
+        self._check(entries[0].get("identity"), identity)
+        # Then the files have their final names, and none is to be written again.
+        self.done = "done" in entries[-1]
+        for entry in entries[1:]:
+            self._replay(entry)
+
+    def finish_decisions(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Keep what :func:`~smoothrot_offline.decide.decide` found."""
+        self.decisions = {"decisions": facts, **self._keep("decisions", tensors)}
+        self._append(self.decisions)
+
+    def load_decisions(self) -> dict[str, torch.Tensor]:
+        """The tensors of the finished decisions."""
+        assert self.decisions is not None
+        return self._load(self.decisions)
+
+    def finish_layer(
+        self, index: int, record: LayerRecord, stored: dict[str, torch.Tensor], hidden: dict[str, torch.Tensor]
+    ) -> None:
+        """Keep a finished layer: its output tensors, and the hidden states that the next one reads, if any."""
+        entry = {
+            "layer": record.model_dump(mode="json"),
+            "tensors": list(stored),
+            **self._keep(f"layer-{index:05d}", stored),
+            "hidden": self._keep(f"hidden-{index:05d}", hidden) if hidden else None,
+        }
+        self._append(entry)
+        self.layers.append(record)
+        self._layer_entries.append(entry)
+        if index and hidden:
+            self._drop(self._layer_entries[index - 1]["hidden"]["file"])
+
+    def load_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Output tensors of a finished layer; none if all of them are in whole shards."""
+        entry = self._layer_entries[index]
+        if self._in_shards(entry):
+            return {}
+        stored = self._load(entry)
+        # A file's tensors come in another order, which would move the limits of shards.
+        return {name: stored[name] for name in entry["tensors"]}
+
+    def load_hidden(self) -> dict[str, torch.Tensor]:
+        """Hidden states after the last finished layer; none if there are none."""
+        if not self._layer_entries or self._layer_entries[-1]["hidden"] is None:
+            return {}
+        return self._load(self._layer_entries[-1]["hidden"])
+
+    def finish_shard(self, file: str, records: dict[str, TensorRecord]) -> None:
+        """Record a whole shard, and drop the layers that it makes superfluous."""
+        tensors = {name: record.model_dump(mode="json") for name, record in records.items()}
+        self._append({"shard": tensors, "file": file, "sha256": file_digest(self._directory.path / file)})
+        self.shards.append(records)
+        for entry in self._layer_entries:
+            if self._in_shards(entry):
+                self._drop(entry["file"])
+
+    def finish(self) -> None:
+        """Everything is written: only the directory's name, and that of its configuration, are left to change."""
+        self._append({"done": True})
+
+    def clear_work(self) -> None:
+        """Remove every file that only serves to go on, but the journal."""
+        for file in self._directory.path.glob(f"{WORK_PREFIX}*"):
+            if file.name != JOURNAL_NAME:
+                file.unlink()
+
+    def _in_shards(self, entry: dict[str, Any]) -> bool:
+        return all(any(name in shard for shard in self.shards) for name in entry["tensors"])
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with writing(self._path):
+            data = self._path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            # From here on a refusal keeps what is there: it may be another conversion's.
+            self._directory.resumed = whole.count(b"\n") > 1
+            if whole != data:
+                os.truncate(self._path, len(whole))
+        try:
+            entries = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise ResumeError(f"{self._path}: expected one JSON object a line: {error}. {self._advice()}") from error
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise ResumeError(f"{self._path}: expected one JSON object a line. {self._advice()}")
+        return entries
+
+    def _check(self, before: Any, now: Mapping[str, Mapping[str, Any]]) -> None:
+        if not isinstance(before, dict) or before.keys() != now.keys():
+            raise ResumeError(f"{self._path}: expected fields {', '.join(now)} in its first line. {self._advice()}")
+        # The journal has been through JSON.
+        wanted = json.loads(json.dumps(now))
+        for part, fields in wanted.items():
+            for field in sorted({*fields, *before[part]}):
+                old, new = before[part].get(field), fields.get(field)
+                if old != new:
+                    raise ResumeError(
+                        f"{self._path}: {part}: {field}: the conversion that was interrupted had {old!r}, this one has {new!r}. "
+                        f"Run the same command on the same source, or start over: {self._advice()}"
+                    )
+
+    def _replay(self, entry: dict[str, Any]) -> None:
+        if "decisions" in entry:
+            self.decisions = entry
+        elif "layer" in entry:
+            self.layers.append(LayerRecord.model_validate(entry["layer"]))
+            self._layer_entries.append(entry)
+        elif "shard" in entry and not self.done:
+            number = len(self.shards) + 1
+            # Whole shards get their final names one after the other: the run may have been killed in between.
+            for renamed in self._directory.path.glob(f"model-{number:05d}-of-*.safetensors"):
+                if not (self._directory.path / entry["file"]).exists():
+                    renamed.rename(self._directory.path / entry["file"])
+            self._check_file(entry)
+            self.shards.append({name: TensorRecord.model_validate(record) for name, record in entry["shard"].items()})
+
+    def _keep(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+        file = f"{WORK_PREFIX}{name}.safetensors"
+        with writing(self._directory.path / file):
+            write_tensors(self._directory.path / file, tensors)
+        return {"file": file, "sha256": file_digest(self._directory.path / file)}
+
+    def _load(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        self._check_file(entry)
+        path = self._directory.path / entry["file"]
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ResumeError(f"{path}: cannot be read: {error}. {self._advice()}") from error
+
+    def _check_file(self, entry: Mapping[str, Any]) -> None:
+        path = self._directory.path / entry["file"]
+        if not path.is_file() or file_digest(path) != entry["sha256"]:
+            raise ResumeError(f"{path}: expected the file that was written, got another or none. {self._advice()}")
+
+    def _drop(self, file: str) -> None:
+        (self._directory.path / file).unlink(missing_ok=True)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._directory.resumable = "identity" not in entry
+
+    def _advice(self) -> str:
+        return f"remove {self._directory.path} to start over, or choose another output."

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Derive some of a converted model's codes from its source again, and compare."""
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, open_checkpoint
+from smoothrot_offline.manifest import Manifest, read_manifest
+from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_offline.verify import open_converted
+from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme
+from smoothrot_vllm.reference import dequantize_weight, encode
+
+ERROR_TOLERANCE = 1e-9
+"""Relative; the recorded weight errors are sums in double precision, which another machine may add in another order."""
+
+
+class SourceComparison(BaseModel):
+    """What was compared with the source, and every difference.
+
+    ``layers`` were sampled. ``codes`` linears have been rounded again and compared code by code; ``errors`` linears have had
+    their relative weight error computed again and compared with the manifest's, where the rounding depends on the calibration.
+    ``left_out`` says which linears could not be compared, and why.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: list[int]
+    codes: int
+    errors: int
+    left_out: list[str]
+    problems: list[str]
+
+
+def compare_with_source(directory: Path, source: Path) -> SourceComparison:
+    """Compare a converted directory with the model it says it was made from: first, middle and last decoder layer.
+
+    Raises:
+        SmoothRotError: one of them cannot be opened.
+    """
+    converted, spec, schema = open_converted(directory)
+    manifest = read_manifest(directory)
+    original = open_checkpoint(source)
+    problems = _file_problems(original, manifest)
+    rotations = manifest.rotations
+    if problems or (rotations is not None and rotations.learned is not None):
+        left_out = [] if problems else ["every linear: learned rotations are not stored in the checkpoint"]
+        return SourceComparison(layers=[], codes=0, errors=0, left_out=left_out, problems=problems)
+    seed = manifest.config.seed if rotations is None else rotations.seed
+    transform = ModelTransform.of(resolve(original.config), manifest.config.model_copy(update={"seed": seed}))
+    layers = sorted({0, spec.layers // 2, spec.layers - 1})
+    smoothed = {"mlp.up_proj", "mlp.down_proj"} if manifest.config.scales != "none" else set()
+    exact = manifest.config.rounding == "rtn"
+    compared = 0
+    for index in layers:
+        tensors = original.load_relative(spec.layer_prefix(index), spec.layer_tensors())
+        tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        transform.layer(index, tensors, None)
+        for linear in spec.architecture.linears:
+            scheme = schema.scheme(spec.layer_prefix(index) + linear)
+            if scheme is None or linear in smoothed:
+                continue
+            compared += 1
+            weight = tensors[f"{linear}.weight"]
+            problems += _linear_problems(converted, spec, manifest, (index, linear), weight, scheme, exact)
+    return SourceComparison(
+        layers=layers,
+        codes=compared if exact else 0,
+        errors=0 if exact else compared,
+        left_out=[f"{linear}: its smoothing scales are not stored in the checkpoint" for linear in sorted(smoothed)],
+        problems=problems,
+    )
+
+
+def _file_problems(original: Checkpoint, manifest: Manifest) -> list[str]:
+    found = {name: file_digest(original.path / name) for name in [CONFIG_NAME, *original.files]}
+    return [
+        f"{original.path / name}: not the file that was converted: expected SHA-256 {manifest.source.files.get(name)}, "
+        f"got {found.get(name)}"
+        for name in sorted({*found, *manifest.source.files})
+        if found.get(name) != manifest.source.files.get(name)
+    ]
+
+
+def _linear_problems(
+    converted: Checkpoint,
+    spec: ModelSpec,
+    manifest: Manifest,
+    where: tuple[int, str],
+    weight: torch.Tensor,
+    scheme: LinearScheme,
+    exact: bool,
+) -> list[str]:
+    index, linear = where
+    name = spec.layer_prefix(index) + linear
+    packed, scale = converted.load([f"{name}.{WEIGHT_PACKED}", f"{name}.{WEIGHT_SCALE}"]).values()
+    if exact:
+        again = quantize_rtn(weight, scheme.weights, name)
+        differ = int((encode(again.codes, scheme.weights.bits) != packed).sum()) + int((again.scale != scale).sum())
+        return [f"tensor {name}: {differ} bytes of codes or scales are not those that the source leads to"] if differ else []
+    stored = dequantize_weight(packed, scale, scheme.weights.bits)
+    error = float((weight - stored).norm() / weight.norm())
+    recorded = manifest.layers[index].weight_error[linear]
+    if abs(error - recorded) <= ERROR_TOLERANCE * recorded:
+        return []
+    return [f"tensor {name}: relative weight error: expected {recorded} from the manifest, got {error} against the source"]

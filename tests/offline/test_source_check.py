@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``verify --source``: codes derived again from the source, and what a forged checkpoint cannot hide."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from test_refusals import edit_config
+
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.source_check import compare_with_source
+
+MakeModel = Callable[..., Path]
+CALIBRATION = {"calib_samples": 2, "calib_seqlen": 16}
+QUERY = "model.layers.0.self_attn.q_proj"
+
+
+def made(make_model: MakeModel, tmp_path: Path, **options: object) -> tuple[Path, Path]:
+    source = make_model()
+    convert(source, tmp_path / "out", make_config(**CALIBRATION | options))
+    return source, tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("options", "codes", "errors", "left_out"),
+    [
+        ({"scales": "none", "group_size": -1, "activation_bits": 8}, 21, 0, 0),
+        ({"scales": "l2", "keep_8bit": 0.3}, 15, 0, 2),
+        ({"scales": "none", "rounding": "gptq", "seed": 3}, 0, 21, 0),
+        ({"scales": "none", "rotations": "learned", "rotation_steps": 1}, 0, 0, 1),
+    ],
+    ids=["rtn", "smoothed", "gptq", "learned"],
+)
+def test_says_what_was_compared(
+    make_model: MakeModel, tmp_path: Path, options: dict[str, object], codes: int, errors: int, left_out: int
+) -> None:
+    source, out = made(make_model, tmp_path, **options)
+    found = compare_with_source(out, source)
+    assert found.problems == []
+    assert (found.codes, found.errors, len(found.left_out)) == (codes, errors, left_out)
+
+
+@pytest.mark.parametrize(("rounding", "words"), [("rtn", "1 bytes of codes"), ("gptq", "relative weight error")])
+def test_one_changed_code_is_found(make_model: MakeModel, tmp_path: Path, rounding: str, words: str) -> None:
+    source, out = made(make_model, tmp_path, scales="none", rounding=rounding)
+    file = out / "model-00001-of-00001.safetensors"
+    tensors = load_file(file)
+    tensors[f"{QUERY}.weight_packed"][3, 5] ^= 0b100
+    save_file(tensors, file, metadata={"format": "pt"})
+    (problem,) = compare_with_source(out, source).problems
+    assert QUERY in problem
+    assert words in problem
+
+
+def test_another_source_is_named_by_file(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = made(make_model, tmp_path, scales="none")
+    edit_config(source, rms_norm_eps=1e-3)
+    (problem,) = compare_with_source(out, source).problems
+    assert "config.json: not the file that was converted" in problem
