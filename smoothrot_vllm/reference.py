@@ -206,6 +206,8 @@ def rms_norm_quant(
             sums = sums + value
     while sums.shape[1] > 1:
         sums = sums[:, 0::2] + sums[:, 1::2]
-    normed = values * (1.0 / (sums / size + epsilon).sqrt())
+    # torch's float32 square root is not rounded to nearest; by way of float64 it is.
+    root = (sums * (1.0 / size) + epsilon).double().sqrt().float()
+    normed = values * (1.0 / root)
     codes, scale = quant(normed if weight is None else normed * weight.float(), clip, bits)
     return codes, scale, residual

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T for at most 16 tokens: every weight is read once, straight into the registers of the warp that multiplies
+// it.
+//
+// A block holds 16 * Tiles outputs. Its warps take turns over the inputs and add their int32 sums in shared memory, so
+// the result does not depend on the order. Weights are operand A (16 outputs a tile), tokens operand B (eight a tile):
+// any order of inputs serves as long as both sides share it, so each lane takes 32 neighbouring inputs, 16 bytes a row.
+#pragma once
+
+#include "gemm_common.h"
+
+namespace smoothrot::cuda {
+
+constexpr int kSmallWarps = 8;
+constexpr int kSmallThreads = kSmallWarps * 32;
+constexpr int kLaneInputs = 32;
+constexpr int kChunkInputs = 4 * kLaneInputs;
+constexpr int kTileOutputs = 16;
+constexpr int kOctet = 8;
+
+// One lane's share of a chunk of inputs.
+template <Codes Form, int Tiles, int Octets>
+struct SmallChunk {
+  static constexpr int kCodeWords = Form == Codes::packed_int4 ? 1 : 2;
+  Words4 weight[Tiles][2];
+  Words4 codes[Octets][kCodeWords];
+};
+
+template <Codes Form, int Tiles, int Octets>
+SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int64_t first_input,
+                                 SmallChunk<Form, Tiles, Octets>& chunk) {
+  constexpr int kCodeWords = SmallChunk<Form, Tiles, Octets>::kCodeWords;
+  const int lane = thread_index() % 32;
+  const int64_t input = first_input + lane % 4 * kLaneInputs;
+  const bool inside = input < g.inputs;
+#pragma unroll
+  for (int i = 0; i < 2 * Tiles; ++i) {
+    const int output = first_output + i * kOctet + lane / 4;
+    chunk.weight[i / 2][i % 2] = {};
+    if (inside && output < g.outputs) {
+      const uint8_t* row = g.weight + output * (g.inputs / 2) + input / 2;
+      chunk.weight[i / 2][i % 2] = load_once(reinterpret_cast<const Words4*>(row));
+    }
+  }
+  const auto* codes = static_cast<const unsigned char*>(g.codes);
+#pragma unroll
+  for (int o = 0; o < Octets; ++o) {
+    const int token = o * kOctet + lane / 4;
+#pragma unroll
+    for (int w = 0; w < kCodeWords; ++w) {
+      chunk.codes[o][w] = {};
+      if (inside && token < g.tokens) {
+        const unsigned char* row = codes + (token * g.inputs + input) * kCodeWords / 2;
+        chunk.codes[o][w] = load_global(reinterpret_cast<const Words4*>(row) + w);
+      }
+    }
+  }
+}
+
+template <Codes Form, int Tiles, int Octets>
+SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Tiles, Octets>& chunk, int32_t (&sums)[Tiles][Octets][4]) {
+  if constexpr (kNativeInt4 && Form == Codes::packed_int4) {
+#pragma unroll
+    for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+      for (int i = 0; i < Tiles; ++i) {
+        const uint32_t *low = chunk.weight[i][0].word + w, *high = chunk.weight[i][1].word + w;
+        const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
+#pragma unroll
+        for (int o = 0; o < Octets; ++o) {
+          const uint32_t b[2] = {chunk.codes[o][0].word[w], chunk.codes[o][0].word[w + 1]};
+          mma_s4(sums[i][o], a, b);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      uint32_t b[Octets][2];
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        if constexpr (Form == Codes::packed_int4) {
+          b[o][0] = even_nibbles(chunk.codes[o][0].word[w]);
+          b[o][1] = odd_nibbles(chunk.codes[o][0].word[w]);
+        } else {
+          const uint32_t* pair = chunk.codes[o][w / 2].word + w % 2 * 2;
+          b[o][0] = even_bytes(pair[0], pair[1]);
+          b[o][1] = odd_bytes(pair[0], pair[1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Tiles; ++i) {
+        const uint32_t low = chunk.weight[i][0].word[w], high = chunk.weight[i][1].word[w];
+        const uint32_t a[4] = {even_nibbles(low), even_nibbles(high), odd_nibbles(low), odd_nibbles(high)};
+#pragma unroll
+        for (int o = 0; o < Octets; ++o) mma_s8(sums[i][o], a, b[o]);
+      }
+    }
+  }
+}
+
+template <Codes Form>
+constexpr int kSmallShift = Form == Codes::int8 ? kNibbleShift
+                            : kNativeInt4       ? 0
+                                                : 2 * kNibbleShift;
+
+// Shared memory: int32 [warp][token][16 * Tiles].
+template <int Tiles, int Octets>
+constexpr int kSmallSums = Octets * kOctet * Tiles * kTileOutputs;
+
+template <Codes Form, int Tiles, int Octets>
+SMOOTHROT_KERNEL(kSmallThreads)
+gemm_small_kernel(const GemmArgs g) {
+  constexpr int kOutputs = Tiles * kTileOutputs, kSums = kSmallSums<Tiles, Octets>;
+  const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * kOutputs;
+  int32_t sums[Tiles][Octets][4] = {};
+  SmallChunk<Form, Tiles, Octets> chunk, next;
+  constexpr int64_t kStep = kSmallWarps * kChunkInputs;
+  int64_t input = int64_t{warp} * kChunkInputs;
+  load_chunk(g, first_output, input, chunk);
+  for (; input < g.inputs; input += kStep) {
+    load_chunk(g, first_output, input + kStep, next);
+    multiply_chunk(chunk, sums);
+    chunk = next;
+  }
+  auto* shared = reinterpret_cast<int32_t*>(shared_memory());
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i) {
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int output = i * kTileOutputs + lane / 4 + r / 2 * kOctet, token = o * kOctet + lane % 4 * 2 + r % 2;
+        shared[warp * kSums + token * kOutputs + output] = sums[i][o][r];
+      }
+    }
+  }
+  block_barrier();
+  for (int i = thread_index(); i < kSums; i += kSmallThreads) {
+    const int token = i / kOutputs, output = first_output + i % kOutputs;
+    if (token >= g.tokens || output >= g.outputs) continue;
+    int32_t sum = 0;
+    for (int w = 0; w < kSmallWarps; ++w) sum += shared[w * kSums + i];
+    float y = multiply(float(sum >> kSmallShift<Form>), load_global(g.weight_scale + output));
+    y = multiply(y, load_global(g.scale + token));
+    if (g.bias) y = add(y, load_float(g.bias, g.bias_dtype, output));
+    store_float(g.out, g.out_dtype, token * g.outputs + output, y);
+  }
+}
+
+}  // namespace smoothrot::cuda

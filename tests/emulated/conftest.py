@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulated kernels, built once a session, with and without the int4 MMA."""
+
+import pytest
+import torch
+from emulator import Emulator, build_emulator
+
+
+@pytest.fixture(scope="session")
+def emulator_int4(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The kernels as sm_80 to sm_89 compile them."""
+    return Emulator(build_emulator(tmp_path_factory.mktemp("emulator") / "int4.so", native_int4=True))
+
+
+@pytest.fixture(scope="session")
+def emulator_int8(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    """The kernels as later architectures compile them."""
+    return Emulator(build_emulator(tmp_path_factory.mktemp("emulator") / "int8.so", native_int4=False))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
