@@ -10,7 +10,8 @@
 #include <cstdint>
 
 #define SMOOTHROT_DEVICE __device__ __forceinline__
-#define SMOOTHROT_KERNEL(threads) static __global__ void __launch_bounds__(threads)
+// Threads of a block at most and, optionally, blocks that a multiprocessor must hold.
+#define SMOOTHROT_KERNEL(...) static __global__ void __launch_bounds__(__VA_ARGS__)
 
 namespace smoothrot::cuda {
 

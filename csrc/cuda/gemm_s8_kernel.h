@@ -160,7 +160,7 @@ SMOOTHROT_DEVICE void store_outputs(const GemmArgs& g, int64_t first_token, int6
 }
 
 template <Codes Form, bool Grouped, int Columns>
-SMOOTHROT_KERNEL(kTiledThreads)
+SMOOTHROT_KERNEL(kTiledThreads, 2)
 gemm_s8_kernel(const GemmArgs g) {
   constexpr int kTiles = Columns / 2 / 8;
   const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens, warp_column = warp / 2 * (Columns / 2);

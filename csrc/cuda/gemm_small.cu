@@ -8,7 +8,7 @@ namespace {
 template <Codes Form, int Tiles, int Octets>
 cudaError_t launch_small(const GemmArgs& g, cudaStream_t stream) {
   constexpr int64_t kOutputs = Tiles * kTileOutputs;
-  constexpr int64_t kShared = int64_t{kSmallWarps} * kSmallSums<Tiles, Octets> * int64_t{sizeof(int32_t)};
+  constexpr int64_t kShared = sizeof(SmallShared<Tiles, Octets>);
   const int blocks = int((g.outputs + kOutputs - 1) / kOutputs);
   return launch(gemm_small_kernel<Form, Tiles, Octets>, blocks, 1, kSmallThreads, kShared, stream, g);
 }

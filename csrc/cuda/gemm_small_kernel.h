@@ -104,15 +104,35 @@ constexpr int kSmallShift = Form == Codes::int8 ? kNibbleShift
                             : kNativeInt4       ? 0
                                                 : 2 * kNibbleShift;
 
-// Shared memory: int32 [warp][token][16 * Tiles].
+// What the block needs at its end: int32 [warp][token][output] beside the scales and biases, each loaded once.
 template <int Tiles, int Octets>
-constexpr int kSmallSums = Octets * kOctet * Tiles * kTileOutputs;
+struct SmallShared {
+  static constexpr int kOutputs = Tiles * kTileOutputs;
+  static constexpr int kTokens = Octets * kOctet;
+  int32_t sums[kSmallWarps][kTokens][kOutputs];
+  float scale[kTokens];
+  float weight_scale[kOutputs];
+  float bias[kOutputs];
+};
+
+template <int Tiles, int Octets>
+SMOOTHROT_DEVICE void load_scales(const GemmArgs& g, int first_output, SmallShared<Tiles, Octets>& shared) {
+  const int i = thread_index();
+  if (i < shared.kTokens && i < g.tokens) shared.scale[i] = load_global(g.scale + i);
+  const int output = first_output + i;
+  if (i < shared.kOutputs && output < g.outputs) {
+    shared.weight_scale[i] = load_global(g.weight_scale + output);
+    if (g.bias) shared.bias[i] = load_float(g.bias, g.bias_dtype, output);
+  }
+}
 
 template <Codes Form, int Tiles, int Octets>
 SMOOTHROT_KERNEL(kSmallThreads)
 gemm_small_kernel(const GemmArgs g) {
-  constexpr int kOutputs = Tiles * kTileOutputs, kSums = kSmallSums<Tiles, Octets>;
-  const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * kOutputs;
+  using Shared = SmallShared<Tiles, Octets>;
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * Shared::kOutputs;
+  load_scales(g, first_output, shared);
   int32_t sums[Tiles][Octets][4] = {};
   SmallChunk<Form, Tiles, Octets> chunk, next;
   constexpr int64_t kStep = kSmallWarps * kChunkInputs;
@@ -123,7 +143,6 @@ gemm_small_kernel(const GemmArgs g) {
     multiply_chunk(chunk, sums);
     chunk = next;
   }
-  auto* shared = reinterpret_cast<int32_t*>(shared_memory());
 #pragma unroll
   for (int i = 0; i < Tiles; ++i) {
 #pragma unroll
@@ -131,19 +150,19 @@ gemm_small_kernel(const GemmArgs g) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int output = i * kTileOutputs + lane / 4 + r / 2 * kOctet, token = o * kOctet + lane % 4 * 2 + r % 2;
-        shared[warp * kSums + token * kOutputs + output] = sums[i][o][r];
+        shared.sums[warp][token][output] = sums[i][o][r];
       }
     }
   }
   block_barrier();
-  for (int i = thread_index(); i < kSums; i += kSmallThreads) {
-    const int token = i / kOutputs, output = first_output + i % kOutputs;
+  for (int i = thread_index(); i < Shared::kTokens * Shared::kOutputs; i += kSmallThreads) {
+    const int token = i / Shared::kOutputs, within = i % Shared::kOutputs, output = first_output + within;
     if (token >= g.tokens || output >= g.outputs) continue;
     int32_t sum = 0;
-    for (int w = 0; w < kSmallWarps; ++w) sum += shared[w * kSums + i];
-    float y = multiply(float(sum >> kSmallShift<Form>), load_global(g.weight_scale + output));
-    y = multiply(y, load_global(g.scale + token));
-    if (g.bias) y = add(y, load_float(g.bias, g.bias_dtype, output));
+    for (int w = 0; w < kSmallWarps; ++w) sum += shared.sums[w][token][within];
+    float y = multiply(float(sum >> kSmallShift<Form>), shared.weight_scale[within]);
+    y = multiply(y, shared.scale[token]);
+    if (g.bias) y = add(y, shared.bias[within]);
     store_float(g.out, g.out_dtype, token * g.outputs + output, y);
   }
 }

@@ -52,6 +52,7 @@ SMOOTHROT_DEVICE void base_step(const float* values, int first, int log2_run, in
                                 int sign_pitch, float (&sums)[kVector]) {
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
+#pragma unroll 1
   for (int g = 0; g < base / 4; ++g) {
     float r[4];
 #pragma unroll
@@ -118,6 +119,7 @@ rotate_rows(const RowArgs a) {
     }
   }
   for (int64_t row = block_index_x(); row < a.q.tokens; row += block_count_x()) {
+    if (row != block_index_x()) block_barrier();  // the last row's codes have been read
 #pragma unroll(2)
     for (int first = thread_index() * kVector; first < inputs; first += block_threads() * kVector) {
       float v[kVector];
@@ -155,7 +157,6 @@ rotate_rows(const RowArgs a) {
       }
     }
     quantise_row(a, row, results, scratch, staging, PutUnit<Base>{a, staging});
-    block_barrier();
   }
 }
 

@@ -12,7 +12,7 @@
 #include "mma_layout.h"
 
 #define SMOOTHROT_DEVICE inline
-#define SMOOTHROT_KERNEL(threads) static void
+#define SMOOTHROT_KERNEL(...) static void
 #ifndef SMOOTHROT_EMULATED_INT4
   #define SMOOTHROT_EMULATED_INT4 1
 #endif

@@ -38,7 +38,6 @@ struct Options {
 struct Access {
   uintptr_t address;
   int bytes;
-  bool store;
 };
 
 // What the launches since the last reset did.
@@ -46,8 +45,8 @@ struct Counters {
   int64_t loaded = 0;
   int64_t stored = 0;
   int64_t launches = 0;
-  int64_t barriers = 0;  // of the block that met most
-  std::vector<Access> trace;
+  int64_t barriers = 0;       // of the block that met most
+  std::vector<Access> trace;  // of loads, with options.trace
 };
 
 inline Options options;
@@ -222,7 +221,7 @@ inline cudaError_t launch(int grid_x, int grid_y, int threads, int64_t shared_by
 
 inline void count(const void* address, int bytes, bool store) {
   (store ? counters.stored : counters.loaded) += bytes;
-  if (options.trace) counters.trace.push_back({reinterpret_cast<uintptr_t>(address), bytes, store});
+  if (options.trace && !store) counters.trace.push_back({reinterpret_cast<uintptr_t>(address), bytes});
 }
 
 // The copy's source is read at once and its target written when the copy is waited for: a wait that is missing or too

@@ -1,30 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The hand-written CUDA kernels and the emulator as one library of C functions, for tests/emulated.
-#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "../cuda/gemm_s8.cu"
 #include "../cuda/gemm_small.cu"
 #include "../cuda/quant.cu"
-
-namespace {
-
-// Bytes of the distinct 32-byte sectors that were loaded or stored.
-int64_t distinct_bytes(bool store) {
-  constexpr uintptr_t kSector = 32;
-  std::vector<uintptr_t> sectors;
-  for (const auto& access : smoothrot::emulator::counters.trace) {
-    if (access.store != store) continue;
-    for (uintptr_t s = access.address / kSector; s <= (access.address + uintptr_t(access.bytes) - 1) / kSector; ++s) {
-      sectors.push_back(s);
-    }
-  }
-  std::sort(sectors.begin(), sectors.end());
-  return int64_t(std::unique(sectors.begin(), sectors.end()) - sectors.begin()) * int64_t{kSector};
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -41,8 +22,6 @@ struct smoothrot_counters {
   int64_t stored;
   int64_t launches;
   int64_t barriers;
-  int64_t distinct_loaded;
-  int64_t distinct_stored;
 };
 
 // Sets the options and clears the counters.
@@ -54,7 +33,17 @@ void smoothrot_set_options(const smoothrot_options* o) {
 
 void smoothrot_get_counters(smoothrot_counters* out) {
   const auto& c = smoothrot::emulator::counters;
-  *out = {c.loaded, c.stored, c.launches, c.barriers, distinct_bytes(false), distinct_bytes(true)};
+  *out = {c.loaded, c.stored, c.launches, c.barriers};
+}
+
+// Bytes that launches loaded from [begin, begin + bytes); needs options.trace.
+int64_t smoothrot_loaded_from(const void* begin, int64_t bytes) {
+  int64_t loaded = 0;
+  for (const auto& access : smoothrot::emulator::counters.trace) {
+    const auto offset = int64_t(access.address - reinterpret_cast<uintptr_t>(begin));
+    if (offset >= 0 && offset < bytes) loaded += access.bytes;
+  }
+  return loaded;
 }
 
 // `base_matrix` is [base][base] of +1 and -1, or null: the launcher gets its packed signs.

@@ -82,9 +82,7 @@ class _Options(ctypes.Structure):
 
 
 class _Counters(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("loaded", "stored", "launches", "barriers", "distinct_loaded", "distinct_stored")
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in ("loaded", "stored", "launches", "barriers")]
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,6 @@ class Counters:
     stored: int
     launches: int
     barriers: int
-    distinct_loaded: int
-    distinct_stored: int
 
 
 class Emulator:
@@ -104,6 +100,7 @@ class Emulator:
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
+        self._library.smoothrot_loaded_from.restype = ctypes.c_int64
         self._options: dict[str, int] = {"dropped_barrier": -1, "multiprocessors": 2}
         self.reset()
 
@@ -128,6 +125,10 @@ class Emulator:
         counters = _Counters()
         self._library.smoothrot_get_counters(ctypes.byref(counters))
         return Counters(*(getattr(counters, name) for name, _ in _Counters._fields_))
+
+    def loaded_from(self, tensor: torch.Tensor) -> int:
+        """Bytes loaded from ``tensor`` since the last reset, repeats included; needs the option ``trace``."""
+        return self._library.smoothrot_loaded_from(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
 
     def quant(
         self,
