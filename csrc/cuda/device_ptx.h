@@ -23,6 +23,12 @@ constexpr bool kNativeInt4 = true;
 #endif
 
 SMOOTHROT_DEVICE int thread_index() { return int(threadIdx.x); }
+// The same, opaque to the compiler: what follows from it is computed anew and not kept in registers.
+SMOOTHROT_DEVICE int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 SMOOTHROT_DEVICE int block_index_x() { return int(blockIdx.x); }
 SMOOTHROT_DEVICE int block_index_y() { return int(blockIdx.y); }
 SMOOTHROT_DEVICE int block_count_x() { return int(gridDim.x); }

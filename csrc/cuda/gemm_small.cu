@@ -13,10 +13,11 @@ cudaError_t launch_small(const GemmArgs& g, cudaStream_t stream) {
   return launch(gemm_small_kernel<Form, Tiles, Octets>, blocks, 1, kSmallThreads, kShared, stream, g);
 }
 
-// Wide blocks read the activations less often; narrow ones keep every multiprocessor busy.
+// Wide blocks read the activations less often; narrow ones keep multiprocessors busy, half of which draw all that DRAM
+// gives.
 template <Codes Form, int Octets>
 cudaError_t launch_tiles(const GemmArgs& g, cudaStream_t stream) {
-  const int64_t enough = g.outputs / kTileOutputs / multiprocessors();
+  const int64_t enough = 2 * g.outputs / kTileOutputs / multiprocessors();
   if (enough >= 8) return launch_small<Form, 8, Octets>(g, stream);
   if (enough >= 4) return launch_small<Form, 4, Octets>(g, stream);
   return launch_small<Form, 2, Octets>(g, stream);

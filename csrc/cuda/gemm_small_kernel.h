@@ -134,14 +134,22 @@ gemm_small_kernel(const GemmArgs g) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * Shared::kOutputs;
   load_scales(g, first_output, shared);
   int32_t sums[Tiles][Octets][4] = {};
-  SmallChunk<Form, Tiles, Octets> chunk, next;
+  SmallChunk<Form, Tiles, Octets> chunk;
   constexpr int64_t kStep = kSmallWarps * kChunkInputs;
   int64_t input = int64_t{warp} * kChunkInputs;
-  load_chunk(g, first_output, input, chunk);
-  for (; input < g.inputs; input += kStep) {
-    load_chunk(g, first_output, input + kStep, next);
-    multiply_chunk(chunk, sums);
-    chunk = next;
+  if constexpr (Tiles == 8) {  // registers for one chunk only
+    for (; input < g.inputs; input += kStep) {
+      load_chunk(g, first_output, input, chunk);
+      multiply_chunk(chunk, sums);
+    }
+  } else {
+    load_chunk(g, first_output, input, chunk);
+    for (; input < g.inputs; input += kStep) {
+      SmallChunk<Form, Tiles, Octets> next;
+      load_chunk(g, first_output, input + kStep, next);
+      multiply_chunk(chunk, sums);
+      chunk = next;
+    }
   }
 #pragma unroll
   for (int i = 0; i < Tiles; ++i) {

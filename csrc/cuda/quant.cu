@@ -19,7 +19,7 @@ bool valid(const QuantArgs& q) {
                                          (h.power & (h.power - 1)) == 0 && q.inputs % (h.base * h.power) == 0 &&
                                          (h.base == 1 || h.signs));
   return rotation && q.inputs > 0 && q.inputs <= kMostInputs && q.inputs % kInputMultiple == 0 && q.tokens >= 0 &&
-         q.tokens <= INT32_MAX && (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
+         q.tokens <= INT32_MAX / 2 && (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
 }
 
 RowArgs row_args(const QuantArgs& q) {

@@ -24,7 +24,7 @@ SMOOTHROT_DEVICE int first_of_butterfly(int i, int log2_stride, int log2_radix) 
 template <int Log2Radix>
 SMOOTHROT_DEVICE void butterfly_pass(float* values, int inputs, int log2_stride) {
   constexpr int kRadix = 1 << Log2Radix;
-  for (int i = thread_index(); i < inputs / kRadix; i += block_threads()) {
+  for (int i = thread_index_anew(); i < inputs / kRadix; i += block_threads()) {
     const int first = first_of_butterfly(i, log2_stride, Log2Radix);
     float v[kRadix];
 #pragma unroll
@@ -97,7 +97,7 @@ struct PutUnit {
   unsigned char* staging;
 
   SMOOTHROT_DEVICE void operator()(int k, const uint32_t (&codes)[kVector]) const {
-    const Unit unit = unit_at<Base>(a, thread_index() + k * block_threads());
+    const Unit unit = unit_at<Base>(a, thread_index_anew() + k * block_threads());
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (i < unit.count) staging[unit.first + (i << unit.log2_stride)] = static_cast<unsigned char>(codes[i]);
@@ -118,7 +118,7 @@ rotate_rows(const RowArgs a) {
       signs[i] = load_global(a.q.rotation.signs + i);
     }
   }
-  for (int64_t row = block_index_x(); row < a.q.tokens; row += block_count_x()) {
+  for (int row = block_index_x(); row < int(a.q.tokens); row += block_count_x()) {
     if (row != block_index_x()) block_barrier();  // the last row's codes have been read
 #pragma unroll(2)
     for (int first = thread_index() * kVector; first < inputs; first += block_threads() * kVector) {

@@ -24,6 +24,7 @@ namespace emu = smoothrot::emulator;
 constexpr bool kNativeInt4 = SMOOTHROT_EMULATED_INT4;
 
 inline int thread_index() { return emu::self().index; }
+inline int thread_index_anew() { return thread_index(); }
 inline int block_index_x() { return emu::block->index_x; }
 inline int block_index_y() { return emu::block->index_y; }
 inline int block_count_x() { return emu::block->count_x; }

@@ -124,7 +124,7 @@ class Emulator:
         """What happened since the last reset."""
         counters = _Counters()
         self._library.smoothrot_get_counters(ctypes.byref(counters))
-        return Counters(*(getattr(counters, name) for name, _ in _Counters._fields_))
+        return Counters(*(getattr(counters, field[0]) for field in _Counters._fields_))
 
     def loaded_from(self, tensor: torch.Tensor) -> int:
         """Bytes loaded from ``tensor`` since the last reset, repeats included; needs the option ``trace``."""

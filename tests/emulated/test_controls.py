@@ -2,6 +2,7 @@
 """The emulator sees what it is there to see: kernels without one of their barriers, or with too weak a wait, fail."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +13,17 @@ from smoothrot_vllm import reference
 Run = Callable[[Emulator], torch.Tensor]
 
 
-def quantise(tokens: int, inputs: int, **options: object) -> tuple[Run, torch.Tensor]:
+def quantise(tokens: int, inputs: int, **options: Any) -> tuple[Run, torch.Tensor]:
     x = torch.randn(tokens, inputs)
     block, producer = options.get("block", 0), options.get("producer", "")
     if producer == "rms_norm":
         expected = reference.rms_norm_quant(x, None, 1e-6, 1.0, 4)[0]
         options["epsilon"] = 1e-6
     elif block:
-        expected = reference.hadamard_quant(x, int(str(block)), 1.0, 4)[0]
+        expected = reference.hadamard_quant(x, block, 1.0, 4)[0]
     else:
         expected = reference.quant(x, 1.0, 4)[0]
-    return lambda emulator: emulator.quant(x, 1.0, 4, **options)[0], expected  # type: ignore[arg-type]
+    return lambda emulator: emulator.quant(x, 1.0, 4, **options)[0], expected
 
 
 def multiply(kernel: str, tokens: int, outputs: int, inputs: int) -> tuple[Run, torch.Tensor]:
