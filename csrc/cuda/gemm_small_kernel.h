@@ -144,6 +144,7 @@ gemm_small_kernel(const GemmArgs g) {
     }
   } else {
     load_chunk(g, first_output, input, chunk);
+#pragma unroll 2
     for (; input < g.inputs; input += kStep) {
       SmallChunk<Form, Tiles, Octets> next;
       load_chunk(g, first_output, input + kStep, next);

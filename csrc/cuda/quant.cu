@@ -15,9 +15,10 @@ bool rotates_in_shared_memory(const Rotation& h) { return h.base > 1 || h.power 
 
 bool valid(const QuantArgs& q) {
   const Rotation& h = q.rotation;
-  const bool rotation = h.power == 0 || (h.base >= 1 && h.base <= kMostBase && (h.base == 1 || h.base % 4 == 0) &&
-                                         (h.power & (h.power - 1)) == 0 && q.inputs % (h.base * h.power) == 0 &&
-                                         (h.base == 1 || h.signs));
+  const bool rotation =
+      h.power == 0 ||
+      ((h.base == 1 || (h.base > kVector && h.base <= kMostBase && h.base % 4 == 0)) &&
+       (h.power & (h.power - 1)) == 0 && q.inputs % (h.base * h.power) == 0 && (h.base == 1 || h.signs));
   return rotation && q.inputs > 0 && q.inputs <= kMostInputs && q.inputs % kInputMultiple == 0 && q.tokens >= 0 &&
          q.tokens <= INT32_MAX / 2 && (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
 }
@@ -34,6 +35,7 @@ RowArgs row_args(const QuantArgs& q) {
   a.first_stages = before < 3 ? before : 3;
   a.middle_stages = before - a.first_stages;
   a.sign_pitch = int((h.base + kVector - 1) / kVector);
+  a.sign_pitch_inverse = uint32_t(((int64_t{1} << 32) + a.sign_pitch - 1) / a.sign_pitch);
   return a;
 }
 

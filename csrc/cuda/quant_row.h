@@ -21,7 +21,8 @@ struct RowArgs {
   int first_stages;   // butterfly strides done on values as they are loaded
   int middle_stages;  // in shared memory; for base 1 another three follow in registers
   int sign_pitch;
-  float mean_factor;  // 1 / inputs
+  uint32_t sign_pitch_inverse;  // 2^32 / sign_pitch, rounded up: divides what is below 2^16 exactly
+  float mean_factor;            // 1 / inputs
 };
 
 // Shared memory: one word a warp, then the row, as floats padded against bank conflicts and later as codes, a byte

@@ -73,21 +73,23 @@ SMOOTHROT_DEVICE void base_step(const float* values, int first, int log2_run, in
 struct Unit {
   int first;
   int log2_stride;
-  int count;  // 0: no such unit
+  int count;        // 0: no such unit
+  int block_start;  // with a base: where the position of these results is in the block's first run
+  int octet;        // and which of the base matrix's columns they are, in eights
 };
 
 template <bool Base>
 SMOOTHROT_DEVICE Unit unit_at(const RowArgs& a, int index) {
   if constexpr (Base) {
-    const int within = index & ((1 << a.power_log2) - 1), rest = index >> a.power_log2;
-    const int block = rest / a.sign_pitch, octet = rest % a.sign_pitch, base = int(a.q.rotation.base);
-    const int left = base - octet * kVector;
-    const int first = ((block * base + octet * kVector) << a.power_log2) + within;
-    if (block * (base << a.power_log2) >= a.q.inputs) return {0, 0, 0};
-    return {first, a.power_log2, left < kVector ? left : kVector};
+    const int base = int(a.q.rotation.base), within = index & ((1 << a.power_log2) - 1), rest = index >> a.power_log2;
+    const int block = int(uint64_t{uint32_t(rest)} * a.sign_pitch_inverse >> 32), octet = rest - block * a.sign_pitch;
+    const int block_start = (block * base << a.power_log2) + within, left = base - octet * kVector;
+    const int count = block_start >= a.q.inputs ? 0 : left < kVector ? left : kVector;
+    return {block_start + (octet * kVector << a.power_log2), a.power_log2, count, block_start, octet};
   } else {
-    if (index * kVector >= a.q.inputs) return {0, 0, 0};
-    return {first_of_butterfly(index, a.power_log2 - 3, 3), a.power_log2 - 3, kVector};
+    const int log2_stride = a.power_log2 - 3;
+    const int count = index * kVector < a.q.inputs ? kVector : 0;
+    return {first_of_butterfly(index, log2_stride, 3), log2_stride, count, 0, 0};
   }
 }
 
@@ -118,10 +120,11 @@ rotate_rows(const RowArgs a) {
       signs[i] = load_global(a.q.rotation.signs + i);
     }
   }
+  constexpr int kLoadsAhead = S == Source::plain ? 2 : 1;
   for (int row = block_index_x(); row < int(a.q.tokens); row += block_count_x()) {
     if (row != block_index_x()) block_barrier();  // the last row's codes have been read
-#pragma unroll(2)
-    for (int first = thread_index() * kVector; first < inputs; first += block_threads() * kVector) {
+#pragma unroll kLoadsAhead
+    for (int first = thread_index_anew() * kVector; first < inputs; first += block_threads() * kVector) {
       float v[kVector];
       load_values<S>(a.q, row, first, v);
       butterflies(v, a.first_stages);
@@ -137,13 +140,10 @@ rotate_rows(const RowArgs a) {
     float results[Units][kVector];
 #pragma unroll
     for (int k = 0; k < Units; ++k) {
-      const Unit unit = unit_at<Base>(a, thread_index() + k * block_threads());
+      const Unit unit = unit_at<Base>(a, thread_index_anew() + k * block_threads());
       if constexpr (Base) {
-        if (unit.count) {
-          const int run = unit.first >> a.power_log2, octet = run % base / kVector;
-          const int block_start = ((run - run % base) << a.power_log2) + (unit.first & ((1 << a.power_log2) - 1));
-          base_step(values, block_start, a.power_log2, base, signs + octet, a.sign_pitch, results[k]);
-        }
+        const int start = unit.count ? unit.block_start : 0;
+        base_step(values, start, a.power_log2, base, signs + unit.octet, a.sign_pitch, results[k]);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           if (i >= unit.count) results[k][i] = 0.0f;
