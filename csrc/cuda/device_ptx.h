@@ -54,14 +54,15 @@ SMOOTHROT_DEVICE T load_global(const T* address) {
   }
 }
 
-// The same for 16 bytes that no other thread wants: they pass the first-level cache by.
+// The same for 16 bytes that no other thread wants, past the first-level cache; zeros where not `wanted`.
 template <class T>
-SMOOTHROT_DEVICE T load_once(const T* address) {
+SMOOTHROT_DEVICE T load_once(const T* address, bool wanted) {
   static_assert(sizeof(T) == 16);
-  T v;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-      : "l"(address));
+  T v = {};
+  asm("{ .reg .pred wanted; setp.ne.u32 wanted, %5, 0;\n"
+      "  @wanted ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3])
+      : "l"(address), "r"(uint32_t(wanted)));
   return v;
 }
 

@@ -27,20 +27,18 @@ struct SmallChunk {
 };
 
 template <Codes Form, int Tiles, int Octets>
-SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int64_t first_input,
+SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int first_input,
                                  SmallChunk<Form, Tiles, Octets>& chunk) {
   constexpr int kCodeWords = SmallChunk<Form, Tiles, Octets>::kCodeWords;
-  const int lane = thread_index() % 32;
-  const int64_t input = first_input + lane % 4 * kLaneInputs;
-  const bool inside = input < g.inputs;
+  const int lane = thread_index() % 32, inputs = int(g.inputs), input = first_input + lane % 4 * kLaneInputs;
+  const bool inside = input < inputs;
+  // Within a block's rows offsets fit 32 bits.
+  const uint8_t* weight = g.weight + int64_t{first_output} * (inputs / 2);
 #pragma unroll
   for (int i = 0; i < 2 * Tiles; ++i) {
-    const int output = first_output + i * kOctet + lane / 4;
-    chunk.weight[i / 2][i % 2] = {};
-    if (inside && output < g.outputs) {
-      const uint8_t* row = g.weight + output * (g.inputs / 2) + input / 2;
-      chunk.weight[i / 2][i % 2] = load_once(reinterpret_cast<const Words4*>(row));
-    }
+    const int row = i * kOctet + lane / 4;
+    const auto* words = reinterpret_cast<const Words4*>(weight + (row * inputs + input) / 2);
+    chunk.weight[i / 2][i % 2] = load_once(words, inside && first_output + row < g.outputs);
   }
   const auto* codes = static_cast<const unsigned char*>(g.codes);
 #pragma unroll
@@ -50,7 +48,7 @@ SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int64_t fi
     for (int w = 0; w < kCodeWords; ++w) {
       chunk.codes[o][w] = {};
       if (inside && token < g.tokens) {
-        const unsigned char* row = codes + (token * g.inputs + input) * kCodeWords / 2;
+        const unsigned char* row = codes + (token * inputs + input) / 2 * kCodeWords;
         chunk.codes[o][w] = load_global(reinterpret_cast<const Words4*>(row) + w);
       }
     }
@@ -74,26 +72,29 @@ SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Tiles, Octets>& chun
       }
     }
   } else {
+    uint32_t b[4][Octets][2];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      uint32_t b[Octets][2];
 #pragma unroll
       for (int o = 0; o < Octets; ++o) {
         if constexpr (Form == Codes::packed_int4) {
-          b[o][0] = even_nibbles(chunk.codes[o][0].word[w]);
-          b[o][1] = odd_nibbles(chunk.codes[o][0].word[w]);
+          b[w][o][0] = even_nibbles(chunk.codes[o][0].word[w]);
+          b[w][o][1] = odd_nibbles(chunk.codes[o][0].word[w]);
         } else {
           const uint32_t* pair = chunk.codes[o][w / 2].word + w % 2 * 2;
-          b[o][0] = even_bytes(pair[0], pair[1]);
-          b[o][1] = odd_bytes(pair[0], pair[1]);
+          b[w][o][0] = even_bytes(pair[0], pair[1]);
+          b[w][o][1] = odd_bytes(pair[0], pair[1]);
         }
       }
+    }
 #pragma unroll
-      for (int i = 0; i < Tiles; ++i) {
+    for (int i = 0; i < Tiles; ++i) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
         const uint32_t low = chunk.weight[i][0].word[w], high = chunk.weight[i][1].word[w];
         const uint32_t a[4] = {even_nibbles(low), even_nibbles(high), odd_nibbles(low), odd_nibbles(high)};
 #pragma unroll
-        for (int o = 0; o < Octets; ++o) mma_s8(sums[i][o], a, b[o]);
+        for (int o = 0; o < Octets; ++o) mma_s8(sums[i][o], a, b[w][o]);
       }
     }
   }
@@ -127,7 +128,7 @@ SMOOTHROT_DEVICE void load_scales(const GemmArgs& g, int first_output, SmallShar
 }
 
 template <Codes Form, int Tiles, int Octets>
-SMOOTHROT_KERNEL(kSmallThreads)
+SMOOTHROT_KERNEL(kSmallThreads, 1)
 gemm_small_kernel(const GemmArgs g) {
   using Shared = SmallShared<Tiles, Octets>;
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
@@ -135,22 +136,14 @@ gemm_small_kernel(const GemmArgs g) {
   load_scales(g, first_output, shared);
   int32_t sums[Tiles][Octets][4] = {};
   SmallChunk<Form, Tiles, Octets> chunk;
-  constexpr int64_t kStep = kSmallWarps * kChunkInputs;
-  int64_t input = int64_t{warp} * kChunkInputs;
-  if constexpr (Tiles == 8) {  // registers for one chunk only
-    for (; input < g.inputs; input += kStep) {
-      load_chunk(g, first_output, input, chunk);
-      multiply_chunk(chunk, sums);
-    }
-  } else {
+  constexpr int kStep = kSmallWarps * kChunkInputs;
+  int input = warp * kChunkInputs;
+  // What registers allow to be in flight.
+  [[maybe_unused]] constexpr int kChunksAhead = Tiles == 8 ? 1 : 2;
+#pragma unroll kChunksAhead
+  for (; input < g.inputs; input += kStep) {
     load_chunk(g, first_output, input, chunk);
-#pragma unroll 2
-    for (; input < g.inputs; input += kStep) {
-      SmallChunk<Form, Tiles, Octets> next;
-      load_chunk(g, first_output, input + kStep, next);
-      multiply_chunk(chunk, sums);
-      chunk = next;
-    }
+    multiply_chunk(chunk, sums);
   }
 #pragma unroll
   for (int i = 0; i < Tiles; ++i) {
@@ -172,7 +165,7 @@ gemm_small_kernel(const GemmArgs g) {
     float y = multiply(float(sum >> kSmallShift<Form>), shared.weight_scale[within]);
     y = multiply(y, shared.scale[token]);
     if (g.bias) y = add(y, shared.bias[within]);
-    store_float(g.out, g.out_dtype, token * g.outputs + output, y);
+    store_float(g.out, g.out_dtype, int64_t{token} * g.outputs + output, y);
   }
 }
 

@@ -120,7 +120,7 @@ rotate_rows(const RowArgs a) {
       signs[i] = load_global(a.q.rotation.signs + i);
     }
   }
-  constexpr int kLoadsAhead = S == Source::plain ? 2 : 1;
+  [[maybe_unused]] constexpr int kLoadsAhead = S == Source::plain ? 2 : 1;
   for (int row = block_index_x(); row < int(a.q.tokens); row += block_count_x()) {
     if (row != block_index_x()) block_barrier();  // the last row's codes have been read
 #pragma unroll kLoadsAhead

@@ -39,8 +39,8 @@ inline T load_global(const T* address) {
 }
 
 template <class T>
-inline T load_once(const T* address) {
-  return load_global(address);
+inline T load_once(const T* address, bool wanted) {
+  return wanted ? load_global(address) : T{};
 }
 
 template <class T>

@@ -21,7 +21,6 @@ FLAGS = [
     "-fPIC",
     "-shared",
     "-ffp-contract=off",
-    "-Wall",
     "-Wno-unknown-pragmas",
     "-DSMOOTHROT_EMULATED",
 ]
