@@ -103,9 +103,9 @@ constexpr int kTiledShift = Form == Codes::int8 ? kNibbleShift : 2 * kNibbleShif
 
 // Ends a group: its sums times its scales join the float sums.
 template <Codes Form, int Tiles>
-SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int64_t group, int64_t first_column, int32_t (&sums)[2][Tiles][4],
+SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_column, int32_t (&sums)[2][Tiles][4],
                                  float (&totals)[2][Tiles][4]) {
-  const int64_t groups = g.inputs / g.group_size;
+  const int groups = int(g.inputs) / int(g.group_size);
 #pragma unroll
   for (int j = 0; j < Tiles; ++j) {
     float scale[2];
@@ -166,14 +166,14 @@ gemm_s8_kernel(const GemmArgs g) {
   const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens, warp_column = warp / 2 * (Columns / 2);
   const int64_t first_token = int64_t{block_index_x()} * kTiledTokens;
   const int64_t first_column = int64_t{block_index_y()} * Columns;
-  const int steps = int((g.inputs + kStepInputs - 1) / kStepInputs);
+  const int steps = (int(g.inputs) + kStepInputs - 1) / kStepInputs;
   unsigned char* shared = shared_memory();
   int32_t sums[2][kTiles][4] = {};
   float totals[2][kTiles][4] = {};
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) copy_step<Form, Columns>(shared, g, s, first_token, first_column);
-  int left = int(g.group_size / kGranule);
-  int64_t group = 0;
+  int left = int(g.group_size) / kGranule;
+  int group = 0;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     block_barrier();  // this step has landed for all, and all are done with the stage that is filled next
@@ -194,9 +194,9 @@ gemm_s8_kernel(const GemmArgs g) {
         }
       }
       if constexpr (Grouped) {
-        if (--left == 0 && group * g.group_size < g.inputs) {  // a last step may reach past the inputs
+        if (--left == 0 && group * int(g.group_size) < int(g.inputs)) {  // a last step may reach past the inputs
           fold_group<Form>(g, group++, first_column + warp_column, sums, totals);
-          left = int(g.group_size / kGranule);
+          left = int(g.group_size) / kGranule;
         }
       }
     }

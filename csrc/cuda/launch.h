@@ -51,11 +51,17 @@ inline void pack_signs(const int8_t* matrix, int64_t base, uint32_t* words) {
   }
 }
 
+// Inputs of a row that a rotation with this base may have: its outputs are made in eights, which a block has
+// kMostInputs of. 24576 for base 12, and for base 28 the 28672 of the largest Llamas.
+constexpr int64_t most_rotated_inputs(int64_t base) {
+  return base > 1 ? kMostInputs / ((base + 7) / 8 * 8) * base : kMostInputs;
+}
+
 struct QuantArgs {
   const void* x;  // [tokens][inputs]; [tokens][2 * inputs], gate before up, for silu_mul_quant
   Float dtype;    // of x, residual and norm_weight
   int64_t tokens;
-  int64_t inputs;  // values of a row that is quantised, at most kMostInputs
+  int64_t inputs;  // values of a row that is quantised, at most most_rotated_inputs(rotation.base)
   Rotation rotation;
   float factor;  // float(clip / quant_max)
   float norm;    // float(1 / sqrt(base * power)), 1 without rotation

@@ -19,8 +19,8 @@ bool valid(const QuantArgs& q) {
       h.power == 0 ||
       ((h.base == 1 || (h.base > kVector && h.base <= kMostBase && h.base % 4 == 0)) &&
        (h.power & (h.power - 1)) == 0 && q.inputs % (h.base * h.power) == 0 && (h.base == 1 || h.signs));
-  return rotation && q.inputs > 0 && q.inputs <= kMostInputs && q.inputs % kInputMultiple == 0 && q.tokens >= 0 &&
-         q.tokens <= INT32_MAX / 2 && (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
+  return rotation && q.inputs > 0 && q.inputs <= most_rotated_inputs(h.base) && q.inputs % kInputMultiple == 0 &&
+         q.tokens >= 0 && q.tokens <= INT32_MAX / 2 && (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
 }
 
 RowArgs row_args(const QuantArgs& q) {
@@ -101,7 +101,7 @@ cudaError_t rms_norm_quant(const QuantArgs& q, cudaStream_t stream) {
   if (q.inputs <= 2 * sweep) return run(rms_norm_rows<2>);
   if (q.inputs <= 4 * sweep) return run(rms_norm_rows<4>);
   if (q.inputs <= 8 * sweep) return run(rms_norm_rows<8>);
-  return cudaErrorInvalidValue;
+  return run(rms_norm_rows<16>);
 }
 
 }  // namespace smoothrot::cuda

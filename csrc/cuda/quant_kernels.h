@@ -87,7 +87,7 @@ SMOOTHROT_DEVICE void add_residual(const QuantArgs& q, int64_t first, float (&y)
 }
 
 template <int Units>
-SMOOTHROT_KERNEL(kNormThreads)
+SMOOTHROT_KERNEL(kNormThreads, 1)
 rms_norm_rows(const RowArgs a) {
   auto* scratch = reinterpret_cast<uint32_t*>(shared_memory());
   auto* sums = reinterpret_cast<float*>(shared_memory() + kReductionBytes);

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The emulated kernels, built once a session, with and without the int4 MMA."""
 
+import platform
+
 import pytest
 import torch
 from emulator import Emulator, build_emulator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _x86_64() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulator switches fibers in x86-64 assembly")
 
 
 @pytest.fixture(scope="session")
