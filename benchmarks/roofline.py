@@ -83,7 +83,7 @@ def multiply(emulator: Emulator, kernel: str, name: str, tokens: int, form: int)
     weight = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
     scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
     emulator.reset()
-    out = emulator.gemm(kernel, codes, scale, weight, weight_scale, None, torch.bfloat16)
+    out = emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.bfloat16)
     counters = emulator.counters()
     floor = sum(t.nbytes for t in (codes, weight, scale, weight_scale, out))
     operands = "int8 x int4" if form == INT8 else "int4 x int4"

@@ -183,8 +183,8 @@ class Emulator:
         scale: torch.Tensor,
         weight: torch.Tensor,
         weight_scale: torch.Tensor,
-        bias: torch.Tensor | None,
         out_dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``(T, N)`` from one launch of ``kernel``, "small" or "s8"; int8 codes are unpacked ones."""
         inputs = weight.shape[1] * 2

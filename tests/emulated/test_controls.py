@@ -31,7 +31,7 @@ def multiply(kernel: str, tokens: int, outputs: int, inputs: int) -> tuple[Run, 
     weight = reference.pack_int4(torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8))
     scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
     expected = reference.gemm(codes, scale, weight, weight_scale, None, torch.float32, 4, 4)
-    return lambda emulator: emulator.gemm(kernel, codes, scale, weight, weight_scale, None, torch.float32), expected
+    return lambda emulator: emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.float32), expected
 
 
 CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {

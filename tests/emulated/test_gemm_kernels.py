@@ -49,7 +49,7 @@ def test_gemm_small_equals_the_reference(emulator: Emulator, tokens: int, output
         bias = None if bias_dtype is None else torch.randn(outputs).to(bias_dtype)
         expected = reference.gemm(codes, scale, weight, weight_scale, bias, out_dtype, 8, 4)
         for stored in stored_forms(codes, act_bits):
-            got = emulator.gemm("small", stored, scale, weight, weight_scale, bias, out_dtype)
+            got = emulator.gemm("small", stored, scale, weight, weight_scale, out_dtype, bias)
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -58,7 +58,7 @@ def test_gemm_small_does_not_depend_on_how_wide_its_blocks_are(emulator_int4: Em
     codes, scale, weight, weight_scale = operands(5, 144, 192, 4)
     expected = reference.gemm(codes, scale, weight, weight_scale, None, torch.float32, 8, 4)
     with emulator_int4.options(multiprocessors=multiprocessors):
-        got = emulator_int4.gemm("small", reference.pack_int4(codes), scale, weight, weight_scale, None, torch.float32)
+        got = emulator_int4.gemm("small", reference.pack_int4(codes), scale, weight, weight_scale, torch.float32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -76,7 +76,7 @@ def test_gemm_s8_equals_the_reference(
         expected = reference.gemm(codes, scale, weight, weight_scale, bias, out_dtype, 8, 4)
         for stored in stored_forms(codes, act_bits):
             with emulator.options(multiprocessors=multiprocessors):
-                got = emulator.gemm("s8", stored, scale, weight, weight_scale, bias, out_dtype)
+                got = emulator.gemm("s8", stored, scale, weight, weight_scale, out_dtype, bias)
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -92,7 +92,7 @@ def test_gemm_s8_with_groups_errs_at_most_twice_as_much_as_torch(
     expected = reference.gemm(codes, scale, weight, weight_scale, bias, torch.float32, 8, 4)
     allowed = 2 * (expected.double() - exact).abs().max()
     for stored in stored_forms(codes, act_bits):
-        got = emulator.gemm("s8", stored, scale, weight, weight_scale, bias, torch.float32)
+        got = emulator.gemm("s8", stored, scale, weight, weight_scale, torch.float32, bias)
         assert (got.double() - exact).abs().max() <= allowed
 
 
@@ -102,7 +102,7 @@ def test_gemm_s8_with_groups_has_exact_sums(emulator: Emulator) -> None:
     weight_scale = 2.0 ** torch.randint(-3, 3, (70, 12))
     scale = 2.0 ** torch.randint(-3, 3, (19,))
     expected = reference.gemm(codes, scale, weight, weight_scale, None, torch.float32, 8, 4)
-    got = emulator.gemm("s8", codes, scale, weight, weight_scale, None, torch.float32)
+    got = emulator.gemm("s8", codes, scale, weight, weight_scale, torch.float32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
@@ -111,7 +111,7 @@ def test_the_largest_sums_do_not_overflow(emulator: Emulator) -> None:
     codes, scale = torch.full((1, inputs), -128, dtype=torch.int8), torch.ones(1)
     weight = torch.full((1, inputs // 2), 0x88, dtype=torch.uint8)
     for kernel in ("small", "s8"):
-        got = emulator.gemm(kernel, codes, scale, weight, torch.ones(1, 1), None, torch.float32)
+        got = emulator.gemm(kernel, codes, scale, weight, torch.ones(1, 1), torch.float32)
         assert got.item() == 1024.0 * inputs
 
 
@@ -121,4 +121,4 @@ def test_the_largest_sums_do_not_overflow(emulator: Emulator) -> None:
 def test_shapes_out_of_bounds_are_refused(emulator_int4: Emulator, kernel: str, tokens: int, inputs: int, groups: int) -> None:
     codes, scale, weight, weight_scale = operands(tokens, 8, inputs, 8, groups)
     with pytest.raises(RuntimeError, match="cudaError 1"):
-        emulator_int4.gemm(kernel, codes, scale, weight, weight_scale, None, torch.float32)
+        emulator_int4.gemm(kernel, codes, scale, weight, weight_scale, torch.float32)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA quantise kernels give the reference's codes and scales bit for bit, in any order of threads."""
 
-import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from awkward_rows import awkward_rows
 from emulator import INT8, PACKED, Emulator
 
 from smoothrot_vllm import reference
@@ -23,20 +23,6 @@ def assert_same(got: Result, expected: Result, bits: int, form: int) -> None:
     codes = reference.unpack_int4(expected[0]) if (bits, form) == (4, INT8) else expected[0]
     torch.testing.assert_close(got[0], codes, rtol=0, atol=0)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
-
-
-def awkward_rows(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ordinary rows, ties, zeros, subnormals, the largest values, NaN and infinities."""
-    x = torch.randn(9, size) * torch.logspace(-3, 3, 9)[:, None]
-    x[1] = 0.0
-    x[2] = 1e-40
-    x[3, -1] = math.nan
-    x[4, 0] = math.inf
-    x[5] = torch.randint(-14, 15, (size,)) / 2
-    x[5, 0] = 7.0
-    x[6, 0] = torch.finfo(dtype).max
-    x[7] = torch.finfo(dtype).tiny
-    return x.to(dtype)
 
 
 @pytest.fixture(params=[0, 1], ids=["forward", "reverse"])

@@ -50,7 +50,7 @@ def test_gemm_small_reads_each_weight_once(emulator_int4: Emulator, tokens: int,
     weight = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
     scale, weight_scale, bias = torch.rand(tokens), torch.rand(outputs, 1), torch.randn(outputs).bfloat16()
     with emulator_int4.options(multiprocessors=1, trace=1):
-        out = emulator_int4.gemm("small", stored, scale, weight, weight_scale, bias, torch.bfloat16)
+        out = emulator_int4.gemm("small", stored, scale, weight, weight_scale, torch.bfloat16, bias)
         counters, weight_bytes = emulator_int4.counters(), emulator_int4.loaded_from(weight)
     assert weight_bytes == weight.nbytes
     floor = sum(t.nbytes for t in (stored, scale, weight, weight_scale, bias, out))
