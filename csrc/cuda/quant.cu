@@ -34,6 +34,7 @@ RowArgs row_args(const QuantArgs& q) {
   const int before = a.power_log2 - in_registers;
   a.first_stages = before < 3 ? before : 3;
   a.middle_stages = before - a.first_stages;
+  a.padding = h.base > 1 && h.power < 32 ? 0 : kPadding;
   a.sign_pitch = int((h.base + kVector - 1) / kVector);
   a.sign_pitch_inverse = uint32_t(((int64_t{1} << 32) + a.sign_pitch - 1) / a.sign_pitch);
   return a;
@@ -53,12 +54,16 @@ cudaError_t launch_rows(const RowArgs& a, int threads, cudaStream_t stream) {
   if (!rotates_in_shared_memory(q.rotation)) {
     return launch(quant_rows<S, Units>, int(q.tokens), 1, threads, shared, stream, a);
   }
-  if (q.rotation.base == 1) {
-    return launch(rotate_rows<S, Units, false>, int(q.tokens), 1, threads, shared, stream, a);
-  }
   const int64_t most = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
   const int blocks = int(q.tokens < most ? q.tokens : most);
-  return launch(rotate_rows<S, Units, true>, blocks, 1, threads, shared, stream, a);
+  switch (signs_kept(q.rotation.base)) {
+    case Base::none:
+      return launch(rotate_rows<S, Units, Base::none>, int(q.tokens), 1, threads, shared, stream, a);
+    case Base::floats:
+      return launch(rotate_rows<S, Units, Base::floats>, blocks, 1, threads, shared, stream, a);
+    default:
+      return launch(rotate_rows<S, Units, Base::words>, blocks, 1, threads, shared, stream, a);
+  }
 }
 
 template <Source S>
@@ -80,7 +85,8 @@ cudaError_t launch_source(const QuantArgs& q, cudaStream_t stream) {
 int64_t quant_shared_bytes(const QuantArgs& q) {
   if (!rotates_in_shared_memory(q.rotation)) return 2 * kReductionBytes + q.inputs;
   const int64_t floats = q.inputs + q.inputs / 32 * kPadding;
-  return kReductionBytes + (floats + sign_words(q.rotation.base)) * int64_t{sizeof(uint32_t)};
+  const int64_t bits_of_sign = signs_kept(q.rotation.base) == Base::floats ? 32 : 1;
+  return kReductionBytes + (floats + sign_words(q.rotation.base) * bits_of_sign) * int64_t{sizeof(uint32_t)};
 }
 
 cudaError_t quant(const QuantArgs& args, cudaStream_t stream) { return launch_source<Source::plain>(args, stream); }

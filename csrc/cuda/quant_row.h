@@ -20,6 +20,7 @@ struct RowArgs {
   int power_log2;
   int first_stages;   // butterfly strides done on values as they are loaded
   int middle_stages;  // in shared memory; for base 1 another three follow in registers
+  int padding;        // floats after every 32 of the row
   int sign_pitch;
   uint32_t sign_pitch_inverse;  // 2^32 / sign_pitch, rounded up: divides what is below 2^16 exactly
   float mean_factor;            // 1 / inputs

@@ -38,7 +38,7 @@ CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {
     "quant": lambda: quantise(1, 1024),
     "rms_norm_quant": lambda: quantise(1, 4096, producer="rms_norm"),
     "hadamard_quant, power of two": lambda: quantise(1, 2048, block=2048),
-    "hadamard_quant, base, several rows a block": lambda: quantise(17, 576, block=576),
+    "hadamard_quant, base, several rows a block": lambda: quantise(17, 768, block=768),
     "gemm_small": lambda: multiply("small", 3, 64, 1024),
     "gemm_s8": lambda: multiply("s8", 20, 70, 640),
 }
