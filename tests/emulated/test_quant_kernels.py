@@ -9,6 +9,7 @@ from awkward_rows import awkward_rows
 from emulator import INT8, PACKED, Emulator
 
 from smoothrot_vllm import reference
+from smoothrot_vllm.hadamard import HadamardFactors, factorize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = [(4, PACKED), (4, INT8), (8, INT8)]
@@ -56,6 +57,13 @@ def test_hadamard_quant_equals_the_reference(emulator: Emulator, size: int, bloc
         x = torch.randn(3, size).to(dtype)
         expected = reference.hadamard_quant(x, block, 0.9, bits)
         assert_same(emulator.quant(x, 0.9, bits, form, block=block), expected, bits, form)
+
+
+@pytest.mark.parametrize("base", [b for b in range(12, 253, 4) if factorize(8 * b) == HadamardFactors(b, 8)])
+def test_hadamard_quant_knows_every_base(emulator_int4: Emulator, base: int) -> None:
+    x = torch.randn(1, 8 * base).half()
+    expected = reference.hadamard_quant(x, 8 * base, 0.9, 4)
+    assert_same(emulator_int4.quant(x, 0.9, 4, block=8 * base), expected, 4, PACKED)
 
 
 @pytest.mark.parametrize(("size", "block"), WIDE)
