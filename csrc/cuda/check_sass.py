@@ -125,7 +125,7 @@ def page(kernels: list[Kernel]) -> str:
         [
             "# Machine code of the CUDA kernels",
             "",
-            "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0 compiled; counts are static, of instructions in the code.",
+            "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0 compiled. Counts are of instructions.",
             "",
             *table,
             "",
