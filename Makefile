@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: env demo test check bench clean
+.PHONY: env demo test check check-cuda sass bench clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -18,6 +18,14 @@ test: env  ## every test
 
 check: env  ## style and types, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
+
+check-cuda: env  ## every CUDA kernel for every architecture: its machine code against docs/sass.md; needs nvcc, no GPU
+	$(BIN)/pip install -q --no-deps -r requirements/cuda.txt
+	$(BIN)/python csrc/cuda/check_sass.py --check
+
+sass: env  ## write docs/sass.md anew
+	$(BIN)/pip install -q --no-deps -r requirements/cuda.txt
+	$(BIN)/python csrc/cuda/check_sass.py
 
 bench: env  ## kernels against their peers and the machine's limits
 	$(BIN)/python benchmarks/kernels.py

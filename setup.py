@@ -4,9 +4,14 @@
 ``smoothrot_vllm/_C.abi3.so`` holds no Python code: it registers its ops with torch through the stable ABI
 when ``torch.ops.load_library`` opens it. Each instruction-set path is one source file built with its own
 flags, and the library picks one at run time, so a build serves every CPU of its architecture.
+
+The CUDA kernels are part of it if ``SMOOTHROT_CUDA`` is ``1``, not if it is ``0``, and otherwise if nvcc and a CUDA
+build of torch are there. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
 """
 
+import os
 import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +19,10 @@ import torch
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import nvcc  # noqa: E402
 
 TORCH_TARGET_VERSION = "0x020d000000000000"
 """Oldest torch whose stable ABI is used: 2.13."""
@@ -44,6 +53,28 @@ X86_SOURCES = {
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
     ],
 }
+CUDA_HOST_SOURCES = [
+    "csrc/torch/cuda_ops.cpp",
+    "csrc/torch/cuda_device.cpp",
+    "csrc/torch/cuda_register.cpp",
+    "csrc/cuda/dispatch.cpp",
+]
+
+
+def cuda_compiler() -> str | None:
+    """The nvcc to build the CUDA kernels with, or None to leave them out."""
+    setting = os.environ.get("SMOOTHROT_CUDA", "auto")
+    if setting not in ("auto", "0", "1"):
+        sys.exit(f"SMOOTHROT_CUDA: expected 0, 1 or auto, got {setting!r}")
+    compiler = None if setting == "0" else nvcc.find_nvcc()
+    if setting == "1" and compiler is None:
+        sys.exit(
+            "SMOOTHROT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or named by CUDACXX, found none. Install the CUDA toolkit."
+        )
+    return compiler if setting == "1" or torch.version.cuda is not None else None
+
+
+NVCC = cuda_compiler()
 
 
 class BuildOps(build_ext):
@@ -57,6 +88,17 @@ class BuildOps(build_ext):
         """Compile the sources in parallel, then link them with the installed torch."""
         extra = X86_SOURCES if platform.machine() in ("x86_64", "AMD64") else {}
         flags: dict[str, list[str]] = {source: [] for source in ext.sources} | extra
+        objects: list[str] = []
+        libraries, library_dirs = ["torch_cpu", "c10"], [str(Path(torch.__file__).parent / "lib")]
+        if NVCC is not None:
+            toolkit = nvcc.toolkit(NVCC)
+            archs = nvcc.architectures(NVCC, os.environ.get("TORCH_CUDA_ARCH_LIST") or None)
+            host = [f"-I{toolkit / 'include'}", *nvcc.definitions(archs)]
+            flags |= dict.fromkeys(CUDA_HOST_SOURCES, host)
+            # Not in build_temp, which pip makes anew each time: these take minutes.
+            objects += map(str, nvcc.compile_units(NVCC, nvcc.units(archs), ROOT / "build" / "cuda"))
+            libraries += ["cudart_static", "dl", "rt", "pthread"]
+            library_dirs.append(str(toolkit / "lib64"))
 
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(
@@ -67,12 +109,12 @@ class BuildOps(build_ext):
             )
 
         with ThreadPoolExecutor(max_workers=self.parallel or 2) as pool:
-            objects = [path for paths in pool.map(compile_one, flags) for path in paths]
+            objects += [path for paths in pool.map(compile_one, flags) for path in paths]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=["torch_cpu", "c10"],
-            library_dirs=[str(Path(torch.__file__).parent / "lib")],
+            libraries=libraries,
+            library_dirs=library_dirs,
             extra_postargs=LINK_FLAGS,
             target_lang="c++",
         )
@@ -85,6 +127,8 @@ setup(
         *(f"smoothrot_offline.{name}" for name in find_packages("offline")),
     ],
     package_dir={"smoothrot_offline": "offline"},
-    ext_modules=[Extension("smoothrot_vllm._C", PORTABLE_SOURCES, depends=sorted(map(str, Path("csrc").rglob("*.h"))))],
+    ext_modules=[Extension("smoothrot_vllm._C", PORTABLE_SOURCES, depends=sorted(str(p) for p in Path("csrc").rglob("*.*")))],
     cmdclass={"build_ext": BuildOps},
+    # Unlike [build-system] requires, this can be left out of builds without CUDA.
+    setup_requires=[nvcc.CUTLASS] if NVCC is not None else [],
 )

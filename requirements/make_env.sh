@@ -37,6 +37,7 @@ pip --no-deps -r requirements/lock.txt
 pip --no-deps --no-build-isolation ./requirements/vllm-shim
 
 say "the project, with its C++ kernels"
-pip --no-deps --no-build-isolation -e .
+# vLLM for CPU has no use for the CUDA kernels, which take minutes to compile: SMOOTHROT_CUDA=1 builds them all the same.
+SMOOTHROT_CUDA=${SMOOTHROT_CUDA:-0} pip --no-deps --no-build-isolation -e .
 "$VENV/bin/python" -c 'import smoothrot_vllm.ops as ops; print("kernels:", ops.kernel_name())'
 touch "$VENV/.ready"

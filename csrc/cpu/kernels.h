@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "../common/layout.h"
+#include "../common/types.h"
 
 namespace smoothrot {
-
-enum class Float : int { f32, bf16, f16 };
 
 // y = x (I (x) H_base (x) H_power), unnormalised, on each run of base * power values.
 struct Rotation {

@@ -14,6 +14,7 @@
 
 #include "checks.h"
 #include "rotations.h"
+#include "schemas.h"
 
 namespace smoothrot {
 namespace {
@@ -323,16 +324,8 @@ std::string select_kernel(std::string isa) {
 }  // namespace smoothrot
 
 STABLE_TORCH_LIBRARY(smoothrot, m) {
-  m.def("quant(Tensor x, float clip, int bits) -> (Tensor, Tensor)");
-  m.def("hadamard_quant(Tensor x, int block, float clip, int bits) -> (Tensor, Tensor)");
+  smoothrot::define_ops(m);
   m.def("prepare_rotation(Tensor base_matrix, int power) -> ()");
-  m.def("prepack_weight(Tensor weight, Tensor weight_scale, int bits) -> Tensor");
-  m.def(
-      "gemm(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias, ScalarType out_dtype, "
-      "int act_bits, int weight_bits) -> Tensor");
-  m.def(
-      "linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int block, float clip, int act_bits, "
-      "int weight_bits) -> Tensor");
   m.def("kernel_name() -> str");
   m.def("select_kernel(str isa) -> str");
 }

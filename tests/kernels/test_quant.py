@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from awkward_rows import awkward_rows
 
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.errors import ConfigError
@@ -22,24 +23,6 @@ pytestmark = pytest.mark.usefixtures("isa")
 def assert_same(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0, equal_nan=True)
-
-
-def awkward_rows(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ordinary rows, rows of one outlier, ties, zeros, subnormals, the largest and the smallest values, NaN and infinities."""
-    x = torch.randn(14, size) * torch.logspace(-3, 3, 14)[:, None]
-    x[1] = 0.0
-    x[2] = 1e-40
-    x[3, -1] = math.nan
-    x[4, 0] = math.inf
-    x[5, size // 2] = -math.inf
-    x[6] = torch.randint(-14, 15, (size,)) / 2
-    x[6, 0] = 7.0
-    x[7] = -0.0
-    x[8, 0] = torch.finfo(dtype).max
-    x[9] = torch.finfo(dtype).tiny
-    x[10] = 0.0
-    x[10, size - 1] = -3110.0
-    return x.to(dtype)
 
 
 @pytest.mark.parametrize("size", [2, 14, 26, 64, 130, 576, 2050])

@@ -65,10 +65,52 @@ def test_a_bad_configuration_is_refused_by_field(changes: dict[str, Any], messag
         make_config(**changes)
 
 
-def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm.platforms._current_platform", SimpleNamespace(is_cpu=lambda: False, device_name="cuda"))
-    with pytest.raises(UnsupportedPlatformError, match="expected vLLM's CPU platform, got cuda"):
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, built_for: str, capability: tuple[int, int] | None) -> None:
+    """vLLM on a GPU of this capability, with a library that was built for these architectures."""
+    found = None if capability is None else SimpleNamespace(major=capability[0], minor=capability[1])
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, get_device_capability=lambda: found)
+    monkeypatch.setattr("vllm.platforms._current_platform", platform)
+    monkeypatch.setattr("smoothrot_vllm.ops.cuda_architectures", lambda: tuple(built_for.split()))
+
+
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
+    monkeypatch.setattr("vllm.platforms._current_platform", platform)
+    with pytest.raises(UnsupportedPlatformError, match="expected vLLM's CPU or CUDA platform, got tpu"):
         make_config()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 3), (12, 1)])
+def test_a_gpu_with_kernels_is_accepted(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    pretend_gpu(monkeypatch, "80 90a 100 120", capability)
+    assert make_config(lm_head=None).schema.weights.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "message"),
+    [
+        ("", (8, 0), "GPU of sm_80: expected CUDA kernels in .* found none. .*SMOOTHROT_CUDA=1"),
+        ("80 90a", (7, 5), "GPU of sm_75: expected one that runs the code for sm_80, sm_90a"),
+        ("80 90a", (11, 0), "GPU of sm_110: .*TORCH_CUDA_ARCH_LIST=11.0"),
+        ("89", (8, 6), "GPU of sm_86: .* sm_89"),
+        ("80", None, "expected a visible GPU, got none"),
+    ],
+)
+def test_a_gpu_without_kernels_is_refused(
+    monkeypatch: pytest.MonkeyPatch, built_for: str, capability: tuple[int, int] | None, message: str
+) -> None:
+    pretend_gpu(monkeypatch, built_for, capability)
+    with pytest.raises(UnsupportedPlatformError, match=message):
+        make_config()
+
+
+def test_weights_of_8_bits_are_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, "80", (8, 0))
+    eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    with pytest.raises(
+        UnsupportedPlatformError, match=r"8-bit ones for model.layers.1.mlp.down_proj, lm_head\. .*--lm-head-bits 16"
+    ):
+        make_config(overrides={"model.layers.1.mlp.down_proj": eight}, lm_head=eight)
 
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,3 +94,39 @@ def test_accumulate_is_exact_where_float32_would_not_be() -> None:
     codes[0, 0] = 1
     weight = torch.full((1, 4096), -128, dtype=torch.int8)
     assert reference.accumulate(codes, weight, 8, 8).item() == 4095 * 128 * 128 - 128
+
+
+def dequantised(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return codes.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_hadamard_quant_is_hadamard_quant_of_silu_times_up(dtype: torch.dtype) -> None:
+    gate_up = (5 * torch.randn(8, 2 * 64)).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    rotated = (torch.nn.functional.silu(gate) * up) @ hadamard_matrix(64)
+    codes, scale = reference.silu_mul_hadamard_quant(gate_up, 64, 1.0, 8)
+    assert ((dequantised(codes, scale) - rotated).abs() <= scale.double()[:, None] * 0.501).all()
+
+
+def test_silu_of_large_inputs_is_the_input_or_nothing() -> None:
+    gate_up = torch.tensor([[-1e4, 1e4, -88.0, 88.0, 1.0, 1.0, 1.0, 1.0]])
+    codes, scale = reference.silu_mul_hadamard_quant(gate_up, 0, 1.0, 8)
+    torch.testing.assert_close(dequantised(codes, scale), torch.tensor([[0.0, 1e4, 0.0, 88.0]]).double(), rtol=0.11, atol=0)
+
+
+def test_the_exponential_errs_by_less_than_two_units_in_the_last_place() -> None:
+    x = torch.linspace(-87, 88, 200001)
+    exact = x.double().exp()
+    assert ((reference._exp(x).double() - exact).abs() / exact).max() < 2 * 2.0**-23
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [8, 576, 4096])
+def test_rms_norm_quant_is_quant_of_the_normed_sum(dtype: torch.dtype, size: int) -> None:
+    x, residual, weight = torch.randn(4, size).to(dtype), torch.randn(4, size).to(dtype), torch.rand(size).to(dtype)
+    codes, scale, added = reference.rms_norm_quant(x, weight, 1e-6, 1.0, 8, residual)
+    assert added is not None
+    torch.testing.assert_close(added, x + residual, rtol=0, atol=0)
+    exact = torch.nn.functional.rms_norm(added.double(), (size,), weight.double(), 1e-6)
+    assert ((dequantised(codes, scale) - exact).abs() <= scale.double()[:, None] * 0.501).all()

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cutlass_sm90.cuh"
+
+namespace smoothrot::cuda {
+
+const char* cutlass_sm90_128x128(const CutlassArgs& args) { return sm90::launch_cooperative<128>(args); }
+
+}  // namespace smoothrot::cuda

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the hand-written GEMMs share: int4 operands as int8 lanes, and the float epilogue of reference.gemm.
+#pragma once
+
+#include "device.h"
+#include "launch.h"
+
+namespace smoothrot::cuda {
+
+// Each nibble in the high half of an int8 lane is 16 times its value: even and odd inputs of a packed word, no shift of
+// the odd ones. Sums then carry 16 for each packed operand, which a right shift takes out exactly.
+SMOOTHROT_DEVICE uint32_t even_nibbles(uint32_t packed) { return packed << 4 & 0xF0F0F0F0u; }
+SMOOTHROT_DEVICE uint32_t odd_nibbles(uint32_t packed) { return packed & 0xF0F0F0F0u; }
+constexpr int kNibbleShift = 4;
+
+// The same order of inputs from eight int8 codes.
+SMOOTHROT_DEVICE uint32_t even_bytes(uint32_t low, uint32_t high) { return pick_bytes(low, high, 0x6420); }
+SMOOTHROT_DEVICE uint32_t odd_bytes(uint32_t low, uint32_t high) { return pick_bytes(low, high, 0x7531); }
+
+SMOOTHROT_DEVICE float load_float(const void* values, Float dtype, int64_t i) {
+  if (dtype == Float::f32) return load_global(static_cast<const float*>(values) + i);
+  const uint16_t half = load_global(static_cast<const uint16_t*>(values) + i);
+  return dtype == Float::bf16 ? bf16_float(half) : f16_float(half);
+}
+
+SMOOTHROT_DEVICE uint32_t half_of(Float dtype, float value) {
+  return dtype == Float::bf16 ? float_bf16(value) : float_f16(value);
+}
+
+SMOOTHROT_DEVICE void store_float(void* values, Float dtype, int64_t i, float value) {
+  if (dtype == Float::f32) {
+    store_global(static_cast<float*>(values) + i, value);
+  } else {
+    store_global(static_cast<uint16_t*>(values) + i, uint16_t(half_of(dtype, value)));
+  }
+}
+
+// Two neighbours, `i` even.
+SMOOTHROT_DEVICE void store_pair(void* values, Float dtype, int64_t i, float first, float second) {
+  if (dtype == Float::f32) {
+    store_global(reinterpret_cast<Words2*>(static_cast<float*>(values) + i),
+                 Words2{{float_bits(first), float_bits(second)}});
+  } else {
+    store_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(values) + i),
+                 half_of(dtype, first) | half_of(dtype, second) << 16);
+  }
+}
+
+inline bool valid(const GemmArgs& g) {
+  return g.tokens >= 0 && g.tokens <= INT32_MAX && g.outputs > 0 && g.outputs <= INT32_MAX && g.inputs > 0 &&
+         g.inputs <= kMostGemmInputs && g.inputs % kInputMultiple == 0 && g.group_size > 0 &&
+         g.group_size % kInputMultiple == 0 && g.inputs % g.group_size == 0;
+}
+
+}  // namespace smoothrot::cuda

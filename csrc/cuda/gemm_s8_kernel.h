@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T on the int8 MMA that every architecture has: a block computes 64 tokens by 32 * Warp columns, its four
+// warps 32 tokens each, with copies to shared memory running kStages - 1 steps ahead.
+//
+// 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even ones in the first half
+// of the MMA's depth and odd ones in the second, on both sides. So a group of weights may be any multiple of 32 inputs.
+#pragma once
+
+#include "gemm_common.h"
+
+namespace smoothrot::cuda {
+
+constexpr int kTiledThreads = 128;
+constexpr int kTiledTokens = 64;
+constexpr int kWarpTokens = 32;
+constexpr int kStages = 3;
+constexpr int kStepInputs = 128;
+constexpr int kGranule = 32;
+constexpr int kChunkBytes = 16;
+
+template <Codes Form>
+constexpr int kRowBytes = Form == Codes::packed_int4 ? kStepInputs / 2 : kStepInputs;
+
+template <Codes Form, int Columns>
+constexpr int kStageBytes = kTiledTokens * kRowBytes<Form> + Columns * kRowBytes<Codes::packed_int4>;
+
+// Where 16-byte chunk `chunk` of a row lies: eight rows of one chunk fall on different banks.
+template <int RowBytes>
+SMOOTHROT_DEVICE int swizzled(int row, int chunk) {
+  const int turn = RowBytes == 128 ? row & 7 : row >> 1 & 3;
+  return row * RowBytes + (chunk ^ turn) * kChunkBytes;
+}
+
+// Rows [first, first + Rows) of inputs [input, input + kStepInputs), zeros beyond the matrix.
+template <Codes Form, int Rows>
+SMOOTHROT_DEVICE void copy_rows(unsigned char* target, const void* matrix, int64_t first, int64_t rows, int64_t inputs,
+                                int64_t input) {
+  constexpr int kChunks = kRowBytes<Form> / kChunkBytes, kChunkInputs = kStepInputs / kChunks;
+#pragma unroll
+  for (int i = 0; i < Rows * kChunks / kTiledThreads; ++i) {
+    const int id = thread_index() + i * kTiledThreads, row = id / kChunks, chunk = id % kChunks;
+    const int64_t from = input + chunk * kChunkInputs;
+    const bool inside = first + row < rows && from < inputs;
+    const int64_t element = inside ? (first + row) * inputs + from : 0;
+    const auto* source = static_cast<const unsigned char*>(matrix) + element * kRowBytes<Form> / kStepInputs;
+    copy_async16(target + swizzled<kRowBytes<Form>>(row, chunk), source, inside);
+  }
+}
+
+template <Codes Form, int Columns>
+SMOOTHROT_DEVICE void copy_step(unsigned char* shared, const GemmArgs& g, int step, int64_t first_token,
+                                int64_t first_column) {
+  const int64_t input = int64_t{step} * kStepInputs;
+  if (input < g.inputs) {
+    unsigned char* stage = shared + step % kStages * kStageBytes<Form, Columns>;
+    copy_rows<Form, kTiledTokens>(stage, g.codes, first_token, g.tokens, g.inputs, input);
+    copy_rows<Codes::packed_int4, Columns>(stage + kTiledTokens * kRowBytes<Form>, g.weight, first_column, g.outputs,
+                                           g.inputs, input);
+  }
+  commit_copies();
+}
+
+// Operand A of a warp's 32 tokens.
+template <Codes Form>
+SMOOTHROT_DEVICE void load_tokens(const unsigned char* stage, int first_row, int granule, uint32_t (&a)[2][4]) {
+  const int lane = thread_index() % 32;
+  if constexpr (Form == Codes::packed_int4) {
+    uint32_t words[4];
+    load_matrices(words, stage + swizzled<kRowBytes<Form>>(first_row + lane, granule));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i / 2][i % 2] = even_nibbles(words[i]);
+      a[i / 2][i % 2 + 2] = odd_nibbles(words[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int chunk = granule * 2 + lane % 4 / 2, row = first_row + i * 8 + lane / 4;
+      const auto pair = *reinterpret_cast<const Words2*>(stage + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
+      a[i / 2][i % 2] = even_bytes(pair.word[0], pair.word[1]);
+      a[i / 2][i % 2 + 2] = odd_bytes(pair.word[0], pair.word[1]);
+    }
+  }
+}
+
+// Operand B of 32 columns.
+SMOOTHROT_DEVICE void load_columns(const unsigned char* rows, int first_row, int granule, uint32_t (&b)[4][2]) {
+  uint32_t words[4];
+  load_matrices(words, rows + swizzled<kRowBytes<Codes::packed_int4>>(first_row + thread_index() % 32, granule));
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    b[j][0] = even_nibbles(words[j]);
+    b[j][1] = odd_nibbles(words[j]);
+  }
+}
+
+// A warp's part of the output: row and column of entry r of tile (i, j), within 32 tokens by 8 * Tiles columns.
+SMOOTHROT_DEVICE int token_of(int i, int r) { return i * 16 + r / 2 * 8 + thread_index() % 32 / 4; }
+SMOOTHROT_DEVICE int column_of(int j) { return j * 8 + thread_index() % 4 * 2; }
+
+template <Codes Form>
+constexpr int kTiledShift = Form == Codes::int8 ? kNibbleShift : 2 * kNibbleShift;
+
+// Ends a group: its sums times its scales join the float sums.
+template <Codes Form, int Tiles>
+SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_column, int32_t (&sums)[2][Tiles][4],
+                                 float (&totals)[2][Tiles][4]) {
+  const int groups = int(g.inputs) / int(g.group_size);
+#pragma unroll
+  for (int j = 0; j < Tiles; ++j) {
+    float scale[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int64_t column = first_column + column_of(j) + c;
+      scale[c] = column < g.outputs ? load_global(g.weight_scale + column * groups + group) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        totals[i][j][r] = multiply_add(float(sums[i][j][r] >> kTiledShift<Form>), scale[r % 2], totals[i][j][r]);
+        sums[i][j][r] = 0;
+      }
+    }
+  }
+}
+
+// `totals` hold sum * weight_scale.
+template <int Tiles>
+SMOOTHROT_DEVICE void store_outputs(const GemmArgs& g, int64_t first_token, int64_t first_column,
+                                    const float (&totals)[2][Tiles][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t token = first_token + token_of(i, 2 * half);
+      if (token >= g.tokens) continue;
+      const float scale = load_global(g.scale + token);
+#pragma unroll
+      for (int j = 0; j < Tiles; ++j) {
+        const int64_t column = first_column + column_of(j);
+        const bool second = column + 1 < g.outputs;
+        if (column >= g.outputs) continue;
+        float y[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          y[c] = multiply(totals[i][j][2 * half + c], scale);
+          if (g.bias && (c == 0 || second)) y[c] = add(y[c], load_float(g.bias, g.bias_dtype, column + c));
+        }
+        const int64_t at = token * g.outputs + column;
+        if (second && g.outputs % 2 == 0) {
+          store_pair(g.out, g.out_dtype, at, y[0], y[1]);
+        } else {
+          store_float(g.out, g.out_dtype, at, y[0]);
+          if (second) store_float(g.out, g.out_dtype, at + 1, y[1]);
+        }
+      }
+    }
+  }
+}
+
+template <Codes Form, bool Grouped, int Columns>
+SMOOTHROT_KERNEL(kTiledThreads, 2)
+gemm_s8_kernel(const GemmArgs g) {
+  constexpr int kTiles = Columns / 2 / 8;
+  const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens, warp_column = warp / 2 * (Columns / 2);
+  const int64_t first_token = int64_t{block_index_x()} * kTiledTokens;
+  const int64_t first_column = int64_t{block_index_y()} * Columns;
+  const int steps = (int(g.inputs) + kStepInputs - 1) / kStepInputs;
+  unsigned char* shared = shared_memory();
+  int32_t sums[2][kTiles][4] = {};
+  float totals[2][kTiles][4] = {};
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) copy_step<Form, Columns>(shared, g, s, first_token, first_column);
+  int left = int(g.group_size) / kGranule;
+  int group = 0;
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    block_barrier();  // this step has landed for all, and all are done with the stage that is filled next
+    copy_step<Form, Columns>(shared, g, step + kStages - 1, first_token, first_column);
+    const unsigned char* stage = shared + step % kStages * kStageBytes<Form, Columns>;
+#pragma unroll
+    for (int k = 0; k < kStepInputs / kGranule; ++k) {
+      uint32_t a[2][4];
+      load_tokens<Form>(stage, warp_token, k, a);
+#pragma unroll
+      for (int j = 0; j < kTiles; j += 4) {
+        uint32_t b[4][2];
+        load_columns(stage + kTiledTokens * kRowBytes<Form>, warp_column + j * 8, k, b);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) mma_s8(sums[i][j + n], a[i], b[n]);
+        }
+      }
+      if constexpr (Grouped) {
+        if (--left == 0 && group * int(g.group_size) < int(g.inputs)) {  // a last step may reach past the inputs
+          fold_group<Form>(g, group++, first_column + warp_column, sums, totals);
+          left = int(g.group_size) / kGranule;
+        }
+      }
+    }
+  }
+  if constexpr (!Grouped) fold_group<Form>(g, 0, first_column + warp_column, sums, totals);
+  store_outputs(g, first_token + warp_token, first_column + warp_column, totals);
+}
+
+}  // namespace smoothrot::cuda

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T for at most 16 tokens: every weight is read once, straight into the registers of the warp that multiplies
+// it.
+//
+// A block holds 16 * Tiles outputs. Its warps take turns over the inputs and add their int32 sums in shared memory, so
+// the result does not depend on the order. Weights are operand A (16 outputs a tile), tokens operand B (eight a tile):
+// any order of inputs serves as long as both sides share it, so each lane takes 32 neighbouring inputs, 16 bytes a row.
+#pragma once
+
+#include "gemm_common.h"
+
+namespace smoothrot::cuda {
+
+constexpr int kSmallWarps = 8;
+constexpr int kSmallThreads = kSmallWarps * 32;
+constexpr int kLaneInputs = 32;
+constexpr int kChunkInputs = 4 * kLaneInputs;
+constexpr int kTileOutputs = 16;
+constexpr int kOctet = 8;
+
+// One lane's share of a chunk of inputs.
+template <Codes Form, int Tiles, int Octets>
+struct SmallChunk {
+  static constexpr int kCodeWords = Form == Codes::packed_int4 ? 1 : 2;
+  Words4 weight[Tiles][2];
+  Words4 codes[Octets][kCodeWords];
+};
+
+template <Codes Form, int Tiles, int Octets>
+SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int first_input,
+                                 SmallChunk<Form, Tiles, Octets>& chunk) {
+  constexpr int kCodeWords = SmallChunk<Form, Tiles, Octets>::kCodeWords;
+  const int lane = thread_index() % 32, inputs = int(g.inputs), input = first_input + lane % 4 * kLaneInputs;
+  const bool inside = input < inputs;
+  // Within a block's rows offsets fit 32 bits.
+  const uint8_t* weight = g.weight + int64_t{first_output} * (inputs / 2);
+#pragma unroll
+  for (int i = 0; i < 2 * Tiles; ++i) {
+    const int row = i * kOctet + lane / 4;
+    const auto* words = reinterpret_cast<const Words4*>(weight + (row * inputs + input) / 2);
+    chunk.weight[i / 2][i % 2] = load_once(words, inside && first_output + row < g.outputs);
+  }
+  const auto* codes = static_cast<const unsigned char*>(g.codes);
+#pragma unroll
+  for (int o = 0; o < Octets; ++o) {
+    const int token = o * kOctet + lane / 4;
+#pragma unroll
+    for (int w = 0; w < kCodeWords; ++w) {
+      chunk.codes[o][w] = {};
+      if (inside && token < g.tokens) {
+        const unsigned char* row = codes + (token * inputs + input) / 2 * kCodeWords;
+        chunk.codes[o][w] = load_global(reinterpret_cast<const Words4*>(row) + w);
+      }
+    }
+  }
+}
+
+template <Codes Form, int Tiles, int Octets>
+SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Tiles, Octets>& chunk, int32_t (&sums)[Tiles][Octets][4]) {
+  if constexpr (kNativeInt4 && Form == Codes::packed_int4) {
+#pragma unroll
+    for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+      for (int i = 0; i < Tiles; ++i) {
+        const uint32_t *low = chunk.weight[i][0].word + w, *high = chunk.weight[i][1].word + w;
+        const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
+#pragma unroll
+        for (int o = 0; o < Octets; ++o) {
+          const uint32_t b[2] = {chunk.codes[o][0].word[w], chunk.codes[o][0].word[w + 1]};
+          mma_s4(sums[i][o], a, b);
+        }
+      }
+    }
+  } else {
+    uint32_t b[4][Octets][2];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+#pragma unroll
+      for (int o = 0; o < Octets; ++o) {
+        if constexpr (Form == Codes::packed_int4) {
+          b[w][o][0] = even_nibbles(chunk.codes[o][0].word[w]);
+          b[w][o][1] = odd_nibbles(chunk.codes[o][0].word[w]);
+        } else {
+          const uint32_t* pair = chunk.codes[o][w / 2].word + w % 2 * 2;
+          b[w][o][0] = even_bytes(pair[0], pair[1]);
+          b[w][o][1] = odd_bytes(pair[0], pair[1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Tiles; ++i) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const uint32_t low = chunk.weight[i][0].word[w], high = chunk.weight[i][1].word[w];
+        const uint32_t a[4] = {even_nibbles(low), even_nibbles(high), odd_nibbles(low), odd_nibbles(high)};
+#pragma unroll
+        for (int o = 0; o < Octets; ++o) mma_s8(sums[i][o], a, b[w][o]);
+      }
+    }
+  }
+}
+
+template <Codes Form>
+constexpr int kSmallShift = Form == Codes::int8 ? kNibbleShift
+                            : kNativeInt4       ? 0
+                                                : 2 * kNibbleShift;
+
+// What the block needs at its end: int32 [warp][token][output] beside the scales and biases, each loaded once.
+template <int Tiles, int Octets>
+struct SmallShared {
+  static constexpr int kOutputs = Tiles * kTileOutputs;
+  static constexpr int kTokens = Octets * kOctet;
+  int32_t sums[kSmallWarps][kTokens][kOutputs];
+  float scale[kTokens];
+  float weight_scale[kOutputs];
+  float bias[kOutputs];
+};
+
+template <int Tiles, int Octets>
+SMOOTHROT_DEVICE void load_scales(const GemmArgs& g, int first_output, SmallShared<Tiles, Octets>& shared) {
+  const int i = thread_index();
+  if (i < shared.kTokens && i < g.tokens) shared.scale[i] = load_global(g.scale + i);
+  const int output = first_output + i;
+  if (i < shared.kOutputs && output < g.outputs) {
+    shared.weight_scale[i] = load_global(g.weight_scale + output);
+    if (g.bias) shared.bias[i] = load_float(g.bias, g.bias_dtype, output);
+  }
+}
+
+template <Codes Form, int Tiles, int Octets>
+SMOOTHROT_KERNEL(kSmallThreads, 1)
+gemm_small_kernel(const GemmArgs g) {
+  using Shared = SmallShared<Tiles, Octets>;
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * Shared::kOutputs;
+  load_scales(g, first_output, shared);
+  int32_t sums[Tiles][Octets][4] = {};
+  SmallChunk<Form, Tiles, Octets> chunk;
+  constexpr int kStep = kSmallWarps * kChunkInputs;
+  int input = warp * kChunkInputs;
+  // What registers allow to be in flight.
+  [[maybe_unused]] constexpr int kChunksAhead = Tiles == 8 ? 1 : 2;
+#pragma unroll kChunksAhead
+  for (; input < g.inputs; input += kStep) {
+    load_chunk(g, first_output, input, chunk);
+    multiply_chunk(chunk, sums);
+  }
+#pragma unroll
+  for (int i = 0; i < Tiles; ++i) {
+#pragma unroll
+    for (int o = 0; o < Octets; ++o) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int output = i * kTileOutputs + lane / 4 + r / 2 * kOctet, token = o * kOctet + lane % 4 * 2 + r % 2;
+        shared.sums[warp][token][output] = sums[i][o][r];
+      }
+    }
+  }
+  block_barrier();
+  for (int i = thread_index(); i < Shared::kTokens * Shared::kOutputs; i += kSmallThreads) {
+    const int token = i / Shared::kOutputs, within = i % Shared::kOutputs, output = first_output + within;
+    if (token >= g.tokens || output >= g.outputs) continue;
+    int32_t sum = 0;
+    for (int w = 0; w < kSmallWarps; ++w) sum += shared.sums[w][token][within];
+    float y = multiply(float(sum >> kSmallShift<Form>), shared.weight_scale[within]);
+    y = multiply(y, shared.scale[token]);
+    if (g.bias) y = add(y, shared.bias[within]);
+    store_float(g.out, g.out_dtype, int64_t{token} * g.outputs + output, y);
+  }
+}
+
+}  // namespace smoothrot::cuda

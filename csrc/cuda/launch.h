@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hand-written CUDA kernels as the torch binding sees them: plain structs and launchers, no torch.
+//
+// Pointers are device pointers, arrays are contiguous and start at 16-byte boundaries, `inputs` is a multiple of
+// kInputMultiple. Launchers only enqueue work on the stream. They return cudaErrorInvalidValue for arguments
+// outside these bounds: naming the argument to the user is the binding's duty.
+#pragma once
+
+#ifdef SMOOTHROT_EMULATED
+  #include "../emulator/runtime.h"
+#else
+  #include <cuda_runtime_api.h>
+#endif
+
+#include <cstdint>
+
+#include "../common/types.h"
+
+namespace smoothrot::cuda {
+
+// How codes lie in memory. int8 with 4-bit quantisation holds values in [-8, 7], one a byte, for architectures
+// whose tensor cores have no int4.
+enum class Codes : int { packed_int4, int8 };
+
+constexpr int64_t kInputMultiple = 32;
+constexpr int64_t kMostInputs = 32768;
+constexpr int64_t kMostBase = 252;
+// |code product| <= 2^10 and at most 2^8 of scaling keep int32 sums exact below this.
+constexpr int64_t kMostGemmInputs = 131072 - kInputMultiple;
+constexpr int64_t kSmallGemmTokens = 16;
+
+// x (I (x) H_base (x) H_power) on each run of base * power values; power 0: no rotation.
+struct Rotation {
+  int64_t base = 1;
+  int64_t power = 0;
+  const uint32_t* signs = nullptr;  // what pack_signs wrote, on the device; null for base 1
+};
+
+// Words that the signs of a base matrix take: [base / 4][ceil(base / 8)].
+constexpr int64_t sign_words(int64_t base) { return base > 1 ? base / 4 * ((base + 7) / 8) : 0; }
+
+// Bit 4 * (j % 8) + i of word (g, j / 8) is set where matrix[4 g + i][j] is -1; `matrix` is [base][base], host.
+inline void pack_signs(const int8_t* matrix, int64_t base, uint32_t* words) {
+  const int64_t pitch = (base + 7) / 8;
+  for (int64_t w = 0; w < sign_words(base); ++w) words[w] = 0;
+  if (base == 1) return;
+  for (int64_t b = 0; b < base; ++b) {
+    for (int64_t j = 0; j < base; ++j) {
+      words[b / 4 * pitch + j / 8] |= uint32_t(matrix[b * base + j] < 0) << (4 * (j % 8) + b % 4);
+    }
+  }
+}
+
+// Inputs of a row that a rotation with this base may have: its outputs are made in eights, which a block has
+// kMostInputs of. 24576 for base 12, and for base 28 the 28672 of the largest Llamas.
+constexpr int64_t most_rotated_inputs(int64_t base) {
+  return base > 1 ? kMostInputs / ((base + 7) / 8 * 8) * base : kMostInputs;
+}
+
+struct QuantArgs {
+  const void* x;  // [tokens][inputs]; [tokens][2 * inputs], gate before up, for silu_mul_quant
+  Float dtype;    // of x, residual and norm_weight
+  int64_t tokens;
+  int64_t inputs;  // values of a row that is quantised, at most most_rotated_inputs(rotation.base)
+  Rotation rotation;
+  float factor;  // float(clip / quant_max)
+  float norm;    // float(1 / sqrt(base * power)), 1 without rotation
+  int bits;      // 4 or 8
+  Codes form;    // packed_int4 only with bits 4
+  void* codes;   // [tokens][inputs / 2] or [tokens][inputs]
+  float* scale;  // [tokens]
+  // rms_norm_quant only
+  const void* norm_weight;  // [inputs] or null for ones
+  void* residual;           // [tokens][inputs] or null: x is added to it first, rounded to dtype and written back
+  float epsilon;
+};
+
+// reference.quant and reference.hadamard_quant.
+cudaError_t quant(const QuantArgs& args, cudaStream_t stream);
+// reference.silu_mul_hadamard_quant: silu(gate) * up in place of x.
+cudaError_t silu_mul_quant(const QuantArgs& args, cudaStream_t stream);
+// reference.rms_norm_quant.
+cudaError_t rms_norm_quant(const QuantArgs& args, cudaStream_t stream);
+
+// Shared memory that a row takes. Above cudaDevAttrMaxSharedMemoryPerBlockOptin of the device the launchers
+// refuse; below 99 KiB (about 22000 inputs with a rotation) every architecture runs it.
+int64_t quant_shared_bytes(const QuantArgs& args);
+
+struct GemmArgs {
+  const void* codes;  // [tokens][inputs / 2] packed or [tokens][inputs] int8
+  Codes form;
+  const float* scale;         // [tokens]
+  const uint8_t* weight;      // [outputs][inputs / 2] packed int4, as in the checkpoint
+  const float* weight_scale;  // [outputs][inputs / group_size]
+  int64_t group_size;         // inputs: per channel; else a multiple of 32 that divides inputs
+  const void* bias;           // [outputs] or null
+  Float bias_dtype;
+  void* out;  // [tokens][outputs]
+  Float out_dtype;
+  int64_t tokens;
+  int64_t outputs;
+  int64_t inputs;  // at most kMostGemmInputs
+};
+
+// Both are reference.gemm with weight_bits 4: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
+
+// At most kSmallGemmTokens tokens, per-channel scales: reads each weight once. Every architecture from sm_80; packed
+// codes use the native int4 MMA on sm_80 to sm_89 and are expanded to int8 elsewhere.
+cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream);
+
+// Any number of tokens, per-channel or group scales, packed or int8 codes, every architecture from sm_80: int4
+// operands are expanded to int8 in registers.
+cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream);
+
+}  // namespace smoothrot::cuda

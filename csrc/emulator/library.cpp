@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hand-written CUDA kernels and the emulator as one library of C functions, for tests/emulated.
+#include <string>
+#include <vector>
+
+#include "../cuda/gemm_s8.cu"
+#include "../cuda/gemm_small.cu"
+#include "../cuda/quant.cu"
+
+extern "C" {
+
+struct smoothrot_options {
+  int reverse_order;
+  int dropped_barrier;
+  int wait_slack;
+  int multiprocessors;
+  int trace;
+};
+
+struct smoothrot_counters {
+  int64_t loaded;
+  int64_t stored;
+  int64_t launches;
+  int64_t barriers;
+};
+
+// Sets the options and clears the counters.
+void smoothrot_set_options(const smoothrot_options* o) {
+  smoothrot::emulator::options = {o->reverse_order != 0, o->dropped_barrier, o->wait_slack, o->multiprocessors,
+                                  o->trace != 0};
+  smoothrot::emulator::counters = {};
+}
+
+void smoothrot_get_counters(smoothrot_counters* out) {
+  const auto& c = smoothrot::emulator::counters;
+  *out = {c.loaded, c.stored, c.launches, c.barriers};
+}
+
+// Bytes that launches loaded from [begin, begin + bytes); needs options.trace.
+int64_t smoothrot_loaded_from(const void* begin, int64_t bytes) {
+  int64_t loaded = 0;
+  for (const auto& access : smoothrot::emulator::counters.trace) {
+    const auto offset = int64_t(access.address - reinterpret_cast<uintptr_t>(begin));
+    if (offset >= 0 && offset < bytes) loaded += access.bytes;
+  }
+  return loaded;
+}
+
+// `base_matrix` is [base][base] of +1 and -1, or null: the launcher gets its packed signs.
+int smoothrot_quant(const char* producer, const smoothrot::cuda::QuantArgs* args, const int8_t* base_matrix) {
+  using namespace smoothrot::cuda;
+  QuantArgs q = *args;
+  std::vector<uint32_t> signs(size_t(sign_words(q.rotation.base)));
+  if (base_matrix) pack_signs(base_matrix, q.rotation.base, signs.data());
+  q.rotation.signs = base_matrix ? signs.data() : nullptr;
+  const std::string name = producer;
+  if (name == "rms_norm") return rms_norm_quant(q, nullptr);
+  return name == "silu_mul" ? silu_mul_quant(q, nullptr) : quant(q, nullptr);
+}
+
+int smoothrot_gemm_small(const smoothrot::cuda::GemmArgs* args) { return gemm_small(*args, nullptr); }
+
+int smoothrot_gemm_s8(const smoothrot::cuda::GemmArgs* args) { return gemm_s8(*args, nullptr); }
+}

@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda_ops.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "cuda_device.h"
+
+namespace smoothrot::cuda::ops {
+namespace {
+
+constexpr int64_t kMostDims = 8;
+constexpr uintptr_t kAlignment = 16;
+
+class Rotations {
+ public:
+  void add(int device, int64_t base, int64_t power, const int8_t* matrix) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Rotation& rotation = known_[{device, base * power}];
+    if (rotation.power) return;
+    std::vector<uint32_t> words(size_t(sign_words(base)));
+    const void* signs = nullptr;
+    if (!words.empty()) {
+      pack_signs(matrix, base, words.data());
+      signs = upload(device, words.data(), words.size() * sizeof(uint32_t));
+    }
+    rotation.base = base;
+    rotation.signs = static_cast<const uint32_t*>(signs);
+    rotation.power = power;
+  }
+
+  Rotation find(const char* op, int device, int64_t block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = known_.find({device, block});
+    if (found == known_.end() || !found->second.power) {
+      refuse(op, "block", "expected a prepared block, got ", block, ". Call smoothrot_vllm.ops.prepare_rotation(",
+             block, ", device) first.");
+    }
+    return found->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<int, int64_t>, Rotation> known_;
+};
+
+Rotations& rotations() {
+  static Rotations known;
+  return known;
+}
+
+void check_aligned(const char* op, const char* argument, const Tensor& t) {
+  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  if (address % kAlignment) {
+    refuse(op, argument, "expected data at a multiple of ", kAlignment, " bytes, got an address ", address % kAlignment,
+           " bytes past one. Pass a copy of the slice.");
+  }
+}
+
+void check_inputs(const char* op, const char* argument, int64_t inputs, int64_t most) {
+  if (inputs < kInputMultiple || inputs % kInputMultiple || inputs > most) {
+    refuse(op, argument, "expected inputs in multiples of ", kInputMultiple, ", at most ", most, ", got ", inputs, ".");
+  }
+}
+
+// Checks x, (..., factor * K), and fills in all but the results.
+QuantArgs quant_args(const char* op, const Device& device, const Tensor& x, int64_t most_dims, int64_t factor,
+                     int64_t block, double clip, int64_t bits) {
+  QuantArgs q{};
+  q.dtype = check_activations(op, x, most_dims == 2 ? 2 : 1, most_dims, device.place);
+  check_aligned(op, "x", x);
+  check_bits(op, "bits", bits);
+  check_clip(op, clip);
+  const int64_t width = x.size(x.dim() - 1);
+  if (width % factor) refuse(op, "x", "expected gate and up side by side, got ", width, " inputs.");
+  q.inputs = width / factor;
+  check_inputs(op, "x", q.inputs, kMostInputs);
+  q.x = x.const_data_ptr();
+  q.tokens = x.numel() / width;
+  q.factor = float(clip / double((1 << (bits - 1)) - 1));
+  q.norm = 1.0f;
+  q.bits = int(bits);
+  if (block) {
+    if (block < 0 || q.inputs % block) refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    q.rotation = rotations().find(op, device.place.index, block);
+    q.norm = float(1.0 / std::sqrt(double(block)));
+  }
+  const int64_t shared = quant_shared_bytes(q);
+  if (shared > device.shared_bytes) {
+    refuse(op, "x", "expected rows that fit into the ", device.shared_bytes, " bytes of shared memory of ",
+           device.place.name(), ", got ", q.inputs, " inputs, which take ", shared, ".");
+  }
+  return q;
+}
+
+void check_launched(const char* op, const char* problem) {
+  if (problem) throw std::runtime_error(std::string("smoothrot::") + op + ": CUDA kernel: " + problem);
+}
+
+using QuantLauncher = cudaError_t (*)(const QuantArgs&, cudaStream_t);
+
+Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like, const Device& device,
+                   QuantLauncher launch) {
+  q.form = form;
+  const bool packed = form == Codes::packed_int4;
+  Tensor codes = torch::stable::new_empty(like, {q.tokens, packed ? q.inputs / 2 : q.inputs},
+                                          packed ? ScalarType::Byte : ScalarType::Char);
+  Tensor scale = torch::stable::new_empty(like, {q.tokens}, ScalarType::Float);
+  q.codes = codes.mutable_data_ptr();
+  q.scale = static_cast<float*>(scale.mutable_data_ptr());
+  if (q.tokens) {
+    const cudaError_t error = launch(q, device.stream);
+    check_launched(op, error == cudaSuccess ? nullptr : error_text(error));
+  }
+  return {codes, scale};
+}
+
+Codes stored_form(int64_t bits) { return bits == 4 ? Codes::packed_int4 : Codes::int8; }
+
+void check_weight_bits(const char* op, const char* argument, int64_t bits) {
+  if (bits != 4) {
+    refuse(op, argument, "expected 4-bit weights on CUDA, got ", bits,
+           ". Convert again with 4-bit weights, and a 16-bit output head (--lm-head-bits 16).");
+  }
+}
+
+// What gemm and linear share: the weight's side of the arguments.
+GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const char* weight_name, const Tensor& packed,
+                   const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t act_bits,
+                   int64_t weight_bits) {
+  check_bits(op, "act_bits", act_bits);
+  check_weight_bits(op, "weight_bits", weight_bits);
+  check_inputs(op, weight_name, inputs, kMostGemmInputs);
+  check_weight_scale(op, weight_scale, inputs, weight_bits, act_bits, device.place);
+  GemmArgs g{};
+  g.inputs = inputs;
+  g.outputs = weight_scale.size(0);
+  g.group_size = inputs / weight_scale.size(1);
+  if (g.group_size % kInputMultiple) {
+    refuse(op, "weight_scale", "expected groups of a multiple of ", kInputMultiple, " inputs, got ", g.group_size, ".");
+  }
+  check_tensor(op, weight_name, packed, ScalarType::Byte, {g.outputs, inputs / 2}, device.place);
+  check_aligned(op, weight_name, packed);
+  check_aligned(op, "weight_scale", weight_scale);
+  g.weight = static_cast<const uint8_t*>(packed.const_data_ptr());
+  g.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
+  if (bias) {
+    g.bias_dtype = float_type(op, "bias", bias->scalar_type());
+    check_tensor(op, "bias", *bias, bias->scalar_type(), {g.outputs}, device.place);
+    check_aligned(op, "bias", *bias);
+    g.bias = bias->const_data_ptr();
+  }
+  return g;
+}
+
+void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out,
+              Float out_dtype, const Device& device) {
+  g.codes = codes.const_data_ptr();
+  g.form = form;
+  g.scale = static_cast<const float*>(scale.const_data_ptr());
+  g.tokens = codes.size(0);
+  g.out = out.mutable_data_ptr();
+  g.out_dtype = out_dtype;
+  if (g.tokens) check_launched(op, run_gemm(choose_gemm(device.gpu, g), device.gpu, g, device.stream));
+}
+
+}  // namespace
+
+Quantised quant(const Tensor& x, double clip, int64_t bits) {
+  const Device device("quant", "x", x);
+  QuantArgs q = quant_args("quant", device, x, 2, 1, 0, clip, bits);
+  return quantise("quant", q, stored_form(bits), x, device, &cuda::quant);
+}
+
+Quantised hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits) {
+  constexpr const char* op = "hadamard_quant";
+  if (block < 1) refuse(op, "block", "expected a positive block size, got ", block, ".");
+  const Device device(op, "x", x);
+  QuantArgs q = quant_args(op, device, x, 2, 1, block, clip, bits);
+  return quantise(op, q, stored_form(bits), x, device, &cuda::quant);
+}
+
+Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
+  constexpr const char* op = "silu_mul_hadamard_quant";
+  const Device device(op, "gate_up", gate_up);
+  QuantArgs q = quant_args(op, device, gate_up, 2, 2, block, clip, bits);
+  return quantise(op, q, stored_form(bits), gate_up, device, &silu_mul_quant);
+}
+
+Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip, int64_t bits,
+                         std::optional<Tensor> residual) {
+  constexpr const char* op = "rms_norm_quant";
+  const Device device(op, "x", x);
+  QuantArgs q = quant_args(op, device, x, 2, 1, 0, clip, bits);
+  if (!(epsilon >= 0.0)) refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
+  q.epsilon = float(epsilon);
+  if (weight) {
+    check_tensor(op, "weight", *weight, x.scalar_type(), {q.inputs}, device.place);
+    check_aligned(op, "weight", *weight);
+    q.norm_weight = weight->const_data_ptr();
+  }
+  if (residual) {
+    check_tensor(op, "residual", *residual, x.scalar_type(), {q.tokens, q.inputs}, device.place);
+    check_aligned(op, "residual", *residual);
+    q.residual = residual->mutable_data_ptr();
+  }
+  return quantise(op, q, stored_form(bits), x, device, &cuda::rms_norm_quant);
+}
+
+Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits) {
+  constexpr const char* op = "prepack_weight";
+  check_weight_bits(op, "bits", bits);
+  const Device device(op, "weight", weight);
+  check_tensor(op, "weight", weight, ScalarType::Byte, {kAnySize, kAnySize}, device.place);
+  const GemmArgs g = gemm_args(op, device, 2 * weight.size(1), "weight", weight, weight_scale, std::nullopt, 4, bits);
+  // The kernels read the checkpoint's layout; a copy, because an op's result must not alias its argument.
+  Tensor packed = torch::stable::new_empty(weight, {g.outputs, g.inputs / 2}, ScalarType::Byte);
+  torch::stable::copy_(packed, weight);
+  return packed;
+}
+
+Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
+            std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
+  constexpr const char* op = "gemm";
+  const Device device(op, "codes", codes);
+  check_bits(op, "act_bits", act_bits);
+  check_tensor(op, "codes", codes, act_bits == 4 ? ScalarType::Byte : ScalarType::Char, {kAnySize, kAnySize},
+               device.place);
+  check_aligned(op, "codes", codes);
+  check_tensor(op, "scale", scale, ScalarType::Float, {codes.size(0)}, device.place);
+  check_aligned(op, "scale", scale);
+  const Float dtype = float_type(op, "out_dtype", out_dtype);
+  const int64_t inputs = codes.size(1) * (act_bits == 4 ? 2 : 1);
+  GemmArgs g = gemm_args(op, device, inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
+  Tensor out = torch::stable::new_empty(codes, {codes.size(0), g.outputs}, out_dtype);
+  multiply(op, g, codes, stored_form(act_bits), scale, out, dtype, device);
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
+              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
+  constexpr const char* op = "linear";
+  const Device device(op, "x", x);
+  QuantArgs q = quant_args(op, device, x, kMostDims, 1, block, clip, act_bits);
+  GemmArgs g = gemm_args(op, device, q.inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(g.outputs);
+  Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
+  const Codes form = activation_form(device.gpu, int(act_bits));
+  const auto [codes, scale] = quantise(op, q, form, x, device, &cuda::quant);
+  multiply(op, g, codes, form, scale, out, q.dtype, device);
+  return out;
+}
+
+void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device) {
+  constexpr const char* op = "prepare_cuda_rotation";
+  check_tensor(op, "base_matrix", base_matrix, ScalarType::Char, {kAnySize, kAnySize}, cpu_place());
+  const int64_t base = base_matrix.size(0);
+  if (base_matrix.size(1) != base || (base != 1 && base % 4) || base > kMostBase) {
+    refuse(op, "base_matrix", "expected a square matrix of order 1 or a multiple of 4 up to ", kMostBase, ", got ",
+           describe(base_matrix, cpu_place()), ".");
+  }
+  if (power < 1 || (power & (power - 1))) refuse(op, "power", "expected a power of two, got ", power, ".");
+  rotations().add(int(device), base, power, static_cast<const int8_t*>(base_matrix.const_data_ptr()));
+}
+
+}  // namespace smoothrot::cuda::ops

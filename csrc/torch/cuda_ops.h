@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA ops. They refuse what the kernels cannot compute before anything is launched, only enqueue work on torch's
+// current stream, and take all memory from torch.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace smoothrot::cuda::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Quantised = std::tuple<Tensor, Tensor>;
+
+Quantised quant(const Tensor& x, double clip, int64_t bits);
+Quantised hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits);
+Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits);
+Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip, int64_t bits,
+                         std::optional<Tensor> residual);
+Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits);
+Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
+            std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits);
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
+              int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
+// `base_matrix` lies on the CPU; `device` is a CUDA device index.
+void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device);
+
+}  // namespace smoothrot::cuda::ops

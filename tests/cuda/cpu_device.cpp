@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA ops on a make-believe GPU: tensors are the CPU's, the hand-written kernels are emulated, and the CUTLASS
+// kernels are played by one of them. Registers the ops as smoothrot_emulated::*.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <string>
+
+#include "../../csrc/torch/cuda_device.h"
+#include "../../csrc/torch/cuda_ops.h"
+#include "../../csrc/torch/schemas.h"
+
+namespace smoothrot::cuda {
+namespace {
+
+GpuFacts pretended{80, 108};
+int64_t pretended_shared = 99 * 1024;
+std::string cutlass_launched;
+
+const char* play_cutlass(const char* name, const CutlassArgs& a, Codes form) {
+  cutlass_launched = name;
+  GemmArgs g{};
+  g.codes = a.codes;
+  g.form = form;
+  g.scale = a.token_scale;
+  g.weight = static_cast<const uint8_t*>(a.weight);
+  g.weight_scale = a.channel_scale;
+  g.group_size = g.inputs = a.inputs;
+  g.bias = a.bias;
+  g.bias_dtype = g.out_dtype = a.bfloat16 ? Float::bf16 : Float::f16;
+  g.out = a.out;
+  g.tokens = a.tokens;
+  g.outputs = a.outputs;
+  return gemm_s8(g, nullptr) == cudaSuccess ? nullptr : "the stand-in failed";
+}
+
+void pretend(int64_t capability, int64_t multiprocessors, int64_t shared_bytes) {
+  pretended = {int(capability), int(multiprocessors)};
+  pretended_shared = shared_bytes;
+  cutlass_launched.clear();
+}
+
+// Name of the CUTLASS kernel that the last gemm launched, or "".
+std::string launched() { return cutlass_launched; }
+
+std::string choose(int64_t tokens, int64_t outputs, int64_t inputs, int64_t group_size, int64_t act_bits,
+                   ScalarType out_dtype, std::optional<ScalarType> bias_dtype) {
+  GemmArgs g{};
+  g.tokens = tokens;
+  g.outputs = outputs;
+  g.inputs = inputs;
+  g.group_size = group_size;
+  g.form = activation_form(pretended, int(act_bits));
+  g.out_dtype = float_type("choose", "out_dtype", out_dtype);
+  if (bias_dtype) {
+    g.bias = &g;
+    g.bias_dtype = float_type("choose", "bias_dtype", *bias_dtype);
+  }
+  return gemm_name(choose_gemm(pretended, g));
+}
+
+bool runs_on(std::string architectures, int64_t capability) {
+  return architecture_runs(architectures, int(capability));
+}
+
+}  // namespace
+
+#define PLAYED(name, form) \
+  const char* cutlass_##name(const CutlassArgs& args) { return play_cutlass(#name, args, form); }
+PLAYED(sm80_32x64, Codes::packed_int4)
+PLAYED(sm80_64x128, Codes::packed_int4)
+PLAYED(sm80_128x128, Codes::packed_int4)
+PLAYED(sm80_128x256, Codes::packed_int4)
+PLAYED(sm90_128x32, Codes::int8)
+PLAYED(sm90_128x64, Codes::int8)
+PLAYED(sm90_128x128, Codes::int8)
+#undef PLAYED
+
+struct Device::Guard {};
+
+Device::Device(const char* op, const char* argument, const Tensor& on) : place(cpu_place()) {
+  if (!place.holds(on)) refuse(op, argument, "expected a tensor on a CUDA device, got another device.");
+  gpu = pretended;
+  shared_bytes = pretended_shared;
+}
+
+Device::~Device() = default;
+
+const char* error_text(cudaError_t error) { return error == cudaErrorInvalidValue ? "invalid argument" : "failed"; }
+
+const void* upload(int, const void* data, size_t bytes) { return std::memcpy(new char[bytes], data, bytes); }
+
+}  // namespace smoothrot::cuda
+
+STABLE_TORCH_LIBRARY(smoothrot_emulated, m) {
+  smoothrot::define_ops(m);
+  smoothrot::define_cuda_ops(m);
+  m.def("pretend(int capability, int multiprocessors, int shared_bytes) -> ()");
+  m.def("launched() -> str");
+  m.def(
+      "choose(int tokens, int outputs, int inputs, int group_size, int act_bits, ScalarType out_dtype, "
+      "ScalarType? bias_dtype) -> str");
+  m.def("runs_on(str architectures, int capability) -> bool");
+}
+
+// Every device's tensors come here: a tensor on the wrong one must be refused, not dispatched elsewhere.
+STABLE_TORCH_LIBRARY_IMPL(smoothrot_emulated, CompositeExplicitAutograd, m) {
+  using namespace smoothrot::cuda;
+  m.impl("quant", TORCH_BOX(&ops::quant));
+  m.impl("hadamard_quant", TORCH_BOX(&ops::hadamard_quant));
+  m.impl("silu_mul_hadamard_quant", TORCH_BOX(&ops::silu_mul_hadamard_quant));
+  m.impl("rms_norm_quant", TORCH_BOX(&ops::rms_norm_quant));
+  m.impl("prepack_weight", TORCH_BOX(&ops::prepack_weight));
+  m.impl("gemm", TORCH_BOX(&ops::gemm));
+  m.impl("linear", TORCH_BOX(&ops::linear));
+  m.impl("prepare_cuda_rotation", TORCH_BOX(&ops::prepare_cuda_rotation));
+  m.impl("pretend", TORCH_BOX(&pretend));
+  m.impl("launched", TORCH_BOX(&launched));
+  m.impl("choose", TORCH_BOX(&choose));
+  m.impl("runs_on", TORCH_BOX(&runs_on));
+}

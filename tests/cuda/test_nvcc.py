@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the CUDA sources are compiled for, and what the check of their machine code objects to."""
+
+import check_sass
+import nvcc
+import pytest
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A make-believe nvcc that knows the architectures of CUDA 12.4."""
+    monkeypatch.setattr(nvcc, "known_architectures", lambda _: frozenset({75, 80, 86, 89, 90}))
+    return "nvcc"
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, ("80", "90a")),  # of the default, what this nvcc can build
+        ("8.0;8.6 9.0a", ("80", "86", "90a")),
+        ("7.5 8.9+PTX", ("89",)),
+        ("9.0", ("90a",)),
+    ],
+)
+def test_the_list_is_read_as_torch_reads_it(compiler: str, setting: str | None, expected: tuple[str, ...]) -> None:
+    assert nvcc.architectures(compiler, setting) == expected
+
+
+@pytest.mark.parametrize("setting", ["12.0", "7.5", "Ampere", "8.0 sm_90"])
+def test_a_list_that_cannot_be_built_is_refused(compiler: str, setting: str) -> None:
+    with pytest.raises(nvcc.NvccError, match="TORCH_CUDA_ARCH_LIST"):
+        nvcc.architectures(compiler, setting)
+
+
+def test_each_source_is_compiled_for_its_architectures() -> None:
+    units = {unit.source.name: unit.architectures for unit in nvcc.units(("80", "90a", "120"))}
+    assert units["cutlass_sm80_128x128.cu"] == ("80",)
+    assert units["cutlass_sm90_128x128.cu"] == ("90a",)
+    assert units["quant.cu"] == ("80", "90a", "120")
+    assert not any(name.startswith("cutlass") for name in (u.source.name for u in nvcc.units(("120",))))
+
+
+def kernel(source: str, architecture: str, registers: int = 200, stack: int = 0, **counts: int) -> check_sass.Kernel:
+    named = {label.replace(" ", "_"): label for label in check_sass.INSTRUCTIONS}
+    all_counts = dict.fromkeys(check_sass.INSTRUCTIONS, 0) | {named[key]: n for key, n in counts.items()}
+    return check_sass.Kernel(source, architecture, "k", registers, stack, all_counts)
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        (kernel("cutlass_sm80_a.cu", "80"), "no s4 MMA"),
+        (kernel("cutlass_sm90_a.cu", "90a"), "no wgmma"),
+        (kernel("gemm_s8.cu", "100", s8_MMA=8, calls=2), "2 calls, expected none"),
+        (kernel("gemm_small.cu", "120", s4_MMA=1), "an s4 MMA, which is emulated here"),
+        (kernel("quant.cu", "80", spills=3), "3 spills"),
+        (kernel("quant.cu", "80", stack=16), "16 bytes of stack"),
+    ],
+)
+def test_wrong_machine_code_is_objected_to(found: check_sass.Kernel, problem: str) -> None:
+    assert any(problem in text for text in found.problems())
+
+
+def test_right_machine_code_is_accepted() -> None:
+    assert not kernel("cutlass_sm80_a.cu", "80", s4_MMA=64).problems()
+    assert not kernel("cutlass_sm90_a.cu", "90a", wgmma=12).problems()
+    assert not kernel("quant.cu", "120", calls=1).problems()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hand-written CUDA kernels executed on the CPU: builds csrc/emulator with g++ and calls it through ctypes."""
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smoothrot_vllm import reference
+from smoothrot_vllm.hadamard import base_matrix, factorize
+
+EMULATOR = Path(__file__).resolve().parents[2] / "csrc" / "emulator"
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g0",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+    "-DSMOOTHROT_EMULATED",
+]
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PACKED, INT8 = 0, 1
+
+
+def build_emulator(out: Path, *, native_int4: bool) -> Path:
+    """Compile the library as sm_80 to sm_89 (with the int4 MMA) or a later architecture (without) sees the kernels."""
+    macro = f"-DSMOOTHROT_EMULATED_INT4={int(native_int4)}"
+    subprocess.run(["g++", *FLAGS, macro, "-o", str(out), str(EMULATOR / "library.cpp")], check=True)
+    return out
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_int64), ("power", ctypes.c_int64), ("signs", ctypes.c_void_p)]
+
+
+class _QuantArgs(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("tokens", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+        ("rotation", _Rotation),
+        ("factor", ctypes.c_float),
+        ("norm", ctypes.c_float),
+        ("bits", ctypes.c_int),
+        ("form", ctypes.c_int),
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("norm_weight", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _GemmArgs(ctypes.Structure):
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("form", ctypes.c_int),
+        ("scale", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("weight_scale", ctypes.c_void_p),
+        ("group_size", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("bias_dtype", ctypes.c_int),
+        ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int),
+        ("tokens", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("reverse_order", "dropped_barrier", "wait_slack", "multiprocessors", "trace")]
+
+
+class _Counters(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("loaded", "stored", "launches", "barriers")]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Global bytes that launches moved, and the block barriers a thread met."""
+
+    loaded: int
+    stored: int
+    launches: int
+    barriers: int
+
+
+class Emulator:
+    """The launchers of csrc/cuda/launch.h over CPU tensors."""
+
+    def __init__(self, library: Path):
+        self._library = ctypes.CDLL(str(library))
+        self._library.smoothrot_loaded_from.restype = ctypes.c_int64
+        self._options: dict[str, int] = {"dropped_barrier": -1, "multiprocessors": 2}
+        self.reset()
+
+    def reset(self) -> None:
+        """Clear the counters."""
+        self._library.smoothrot_set_options(ctypes.byref(_Options(**self._options)))
+
+    @contextmanager
+    def options(self, **options: int) -> Iterator[None]:
+        """Options of csrc/emulator/emulator.h for the launches within; the counters start at zero."""
+        before = self._options
+        self._options = before | options
+        self.reset()
+        try:
+            yield
+        finally:
+            self._options = before
+            self.reset()
+
+    def counters(self) -> Counters:
+        """What happened since the last reset."""
+        counters = _Counters()
+        self._library.smoothrot_get_counters(ctypes.byref(counters))
+        return Counters(*(getattr(counters, field[0]) for field in _Counters._fields_))
+
+    def loaded_from(self, tensor: torch.Tensor) -> int:
+        """Bytes loaded from ``tensor`` since the last reset, repeats included; needs the option ``trace``."""
+        return self._library.smoothrot_loaded_from(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
+
+    def quant(
+        self,
+        x: torch.Tensor,
+        clip: float,
+        bits: int,
+        form: int = PACKED,
+        *,
+        block: int = 0,
+        producer: str = "",
+        norm_weight: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        epsilon: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scale from one launch; ``producer`` is "", "silu_mul" or "rms_norm"."""
+        x = x.contiguous()
+        tokens, inputs = x.shape[0], x.shape[1] // (2 if producer == "silu_mul" else 1)
+        codes = torch.full((tokens, inputs // 2), 0xAA, dtype=torch.uint8)
+        if form == INT8:
+            codes = torch.full((tokens, inputs), 99, dtype=torch.int8)
+        scale = torch.full((tokens,), -1.0)
+        args = _QuantArgs(
+            x=x.data_ptr(),
+            dtype=FLOATS[x.dtype],
+            tokens=tokens,
+            inputs=inputs,
+            rotation=_Rotation(1, 0, None),
+            factor=clip / reference.quant_max(bits),
+            norm=1.0,
+            bits=bits,
+            form=form,
+            codes=codes.data_ptr(),
+            scale=scale.data_ptr(),
+            norm_weight=None if norm_weight is None else norm_weight.data_ptr(),
+            residual=None if residual is None else residual.data_ptr(),
+            epsilon=epsilon,
+        )
+        matrix = None
+        if block:
+            factors = factorize(block)
+            assert factors is not None
+            args.rotation = _Rotation(factors.base, factors.power, None)
+            args.norm = torch.tensor(block, dtype=torch.float64).rsqrt().item()
+            matrix = base_matrix(factors.base).contiguous() if factors.base > 1 else None
+        pointer = None if matrix is None else ctypes.c_void_p(matrix.data_ptr())
+        self._check(self._library.smoothrot_quant(producer.encode(), ctypes.byref(args), pointer))
+        return codes, scale
+
+    def gemm(
+        self,
+        kernel: str,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``(T, N)`` from one launch of ``kernel``, "small" or "s8"; int8 codes are unpacked ones."""
+        inputs = weight.shape[1] * 2
+        out = torch.full((codes.shape[0], weight.shape[0]), 777.0, dtype=out_dtype)
+        args = _GemmArgs(
+            codes=codes.data_ptr(),
+            form=INT8 if codes.dtype == torch.int8 else PACKED,
+            scale=scale.data_ptr(),
+            weight=weight.data_ptr(),
+            weight_scale=weight_scale.data_ptr(),
+            group_size=inputs // weight_scale.shape[1],
+            bias=None if bias is None else bias.data_ptr(),
+            bias_dtype=0 if bias is None else FLOATS[bias.dtype],
+            out=out.data_ptr(),
+            out_dtype=FLOATS[out_dtype],
+            tokens=codes.shape[0],
+            outputs=weight.shape[0],
+            inputs=inputs,
+        )
+        self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(args)))
+        return out
+
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise RuntimeError(f"launch: cudaError {error}")
