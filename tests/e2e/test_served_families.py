@@ -21,7 +21,7 @@ CONVERSIONS = {
     "qwen3": ("--activation-bits", "8"),
     # Fused linears, rounded for what they read.
     "phi3": ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq"),
-    "gemma2": ("--activation-bits", "8", "--lm-head-bits", "8"),
+    "gemma2": ("--activation-bits", "8"),
     # vLLM runs transformers' own model code.
     "smollm3": ("--activation-bits", "8"),
 }

@@ -52,7 +52,6 @@ def logits(directory: Path) -> torch.Tensor:
         {"family": "mistral", "sliding_window": 6},
         {"family": "qwen2", "tie_word_embeddings": True},
         {"family": "qwen3"},
-        {"family": "phi3", "num_key_value_heads": 9},
         {"family": "smollm3", "attention_bias": True},
         {"family": "gemma2", "tie_word_embeddings": True},
         {"family": "gemma3", "attention_bias": True},
