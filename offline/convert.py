@@ -23,6 +23,7 @@ from smoothrot_offline.checkpoint import (
     DTYPES,
     Checkpoint,
     check_source,
+    file_digest,
     open_checkpoint,
     side_files,
     source_dtype,
