@@ -109,9 +109,14 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
     """The output's ``quantization_config``.
 
     Raises:
-        ConfigError: a linear of the model does not fit the group size or ``max_tp``.
+        ConfigError: a linear of the model does not fit the group size or ``max_tp``, or there is no head to quantise.
         UnsupportedModelError: a size has no Hadamard block.
     """
+    if config.lm_head_bits == 8 and spec.architecture.head_is_embedding:
+        raise ConfigError(
+            f"--lm-head-bits 8: expected 16, as the server computes the logits of {spec.architecture.class_name} from the 16-bit "
+            "embedding. Leave the option out."
+        )
     clip = ACTIVATION_CLIP[config.activation_bits]
     head = LinearScheme(weights=WeightScheme(bits=8), activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
     schema = QuantizationSchema(

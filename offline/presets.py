@@ -87,7 +87,8 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
 def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
     """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
     preset = PAPER if name == "paper-compat" else PRESETS[name]
-    options = preset.options | {"preset": name} | explicit
+    head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
+    options = preset.options | head | {"preset": name} | explicit
     sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
     configs = [make_config(**options | {"group_size": size}) for size in sizes]
     return next((config for config in configs if _fits(spec, config)), configs[-1])

@@ -29,7 +29,7 @@ class Architecture:
     ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden size, ``layer_types``
     that the configuration chooses each layer's kind of attention. ``attention`` is the implementation that transformers
     computes all settings with. ``replaced_code`` are the model classes by which ``auto_map`` names Python code that
-    transformers has its own version of.
+    transformers has its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
     """
 
     model_type: str
@@ -50,6 +50,7 @@ class Architecture:
     layer_types: bool = False
     attention: str = "sdpa"
     replaced_code: tuple[str, ...] = ()
+    head_is_embedding: bool = False
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"

@@ -13,6 +13,8 @@ GEMMA2 = replace(
     settings={
         "hidden_activation": ("gelu_pytorch_tanh",),
         "use_bidirectional_attention": (None, False),
+        "tie_word_embeddings": (True,),
     },
+    head_is_embedding=True,
     attention="eager",
 )

@@ -32,8 +32,8 @@ GEMMA_SIZES: dict[str, Any] = {
 }
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
-    # Caps low enough to matter.
-    "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    # Caps low enough to matter; a model of this family has no head of its own.
+    "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
     "phi3": {"pad_token_id": 0},
     "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5},

@@ -8,10 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 import smoothrot_offline.presets
+from smoothrot_offline.architectures import resolve
 from smoothrot_offline.checkpoint import open_checkpoint
 from smoothrot_offline.cli import app
+from smoothrot_offline.config import make_schema
 from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.presets import PRESETS, REASONABLE_SECONDS, choose_preset
+from smoothrot_vllm.errors import ConfigError
 
 MakeModel = Callable[..., Path]
 
@@ -24,6 +27,14 @@ def test_preset_takes_the_first_group_size_that_fits(make_model: MakeModel, name
     config = choose_preset(name, {}, open_checkpoint(even)).config
     assert config.group_size == PRESETS[name].group_sizes[0]
     assert config.preset == name
+
+
+def test_a_family_without_a_head_keeps_its_embedding_for_it(make_model: MakeModel) -> None:
+    model = open_checkpoint(make_model("gemma2"))
+    assert choose_preset("best", {}, model).config.lm_head_bits == 16
+    config = choose_preset("best", {"lm_head_bits": 8}, model).config
+    with pytest.raises(ConfigError, match="--lm-head-bits 8: expected 16.*Gemma2ForCausalLM"):
+        make_schema(resolve(model.config), config)
 
 
 def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:

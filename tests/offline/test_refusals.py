@@ -91,6 +91,7 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(make_model: MakeMode
         ("phi3", {"layer_types": ["full_attention"] * 3}, "layer_types"),
         ("smollm3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation: expected one of gelu_pytorch_tanh.*silu"),
+        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings: expected one of True.*False"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected one of None, False.*True"),
     ],
 )

@@ -66,7 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "smollm3, all biases": {"family": "smollm3", "attention_bias": True, "mlp_bias": True},
     "gemma2": {"family": "gemma2"},
-    "gemma2, biases, tied": {"family": "gemma2", "attention_bias": True, "tie_word_embeddings": True},
+    "gemma2, biases": {"family": "gemma2", "attention_bias": True},
     "gemma3": {"family": "gemma3"},
     "gemma3, biases, tied, one key-value head": {
         "family": "gemma3",
