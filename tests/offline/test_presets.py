@@ -33,7 +33,7 @@ def test_a_family_without_a_head_keeps_its_embedding_for_it(make_model: MakeMode
     model = open_checkpoint(make_model("gemma2"))
     assert choose_preset("best", {}, model).config.lm_head_bits == 16
     config = choose_preset("best", {"lm_head_bits": 8}, model).config
-    with pytest.raises(ConfigError, match="--lm-head-bits 8: expected 16.*Gemma2ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"--lm-head-bits 8: expected 16.*Gemma2ForCausalLM"):
         make_schema(resolve(model.config), config)
 
 
