@@ -99,7 +99,7 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
         check_seqlen(spec, config.calib_seqlen)
         check_text(checkpoint, config.calib)
     with ResumableDirectory(out) as directory:
-        steps = count_steps(spec, config) + spec.layers + 2
+        steps = count_steps(spec, config) + spec.layers + 3
         progress("source digests", 0, steps)
         identity = conversion_identity(checkpoint, config)
         journal = Journal(directory, identity)
@@ -147,7 +147,7 @@ class _Run:
     def everything(self) -> None:
         """From the embedding to the head, in the order the model computes."""
         self._check_shared_head()
-        steps = iter(range(self.steps))
+        steps = iter(range(1, self.steps))  # the first was the digests
 
         def step(message: str) -> None:
             self.progress(message, next(steps), self.steps)
