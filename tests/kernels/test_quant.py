@@ -67,7 +67,7 @@ def test_no_tokens_give_empty_codes() -> None:
     [
         (torch.randn(2, 8, dtype=torch.float64), 0, 1.0, 4, "x: expected float32, bfloat16 or float16, got float64"),
         (torch.randn(2, 7), 0, 1.0, 4, "x: expected an even number of inputs, got 7"),
-        (torch.randn(8), 0, 1.0, 4, r"x: expected a contiguous \(tokens, inputs\) CPU tensor, got float32 \(8\)"),
+        (torch.randn(8), 0, 1.0, 4, r"x: expected a contiguous \(tokens, inputs\) tensor on the CPU, got float32 \(8\)"),
         (torch.randn(8, 2).T, 0, 1.0, 4, r"x: expected a contiguous .* got float32 \(2, 8\), not contiguous"),
         (torch.randn(2, 8), 0, 0.0, 4, "clip: expected 0 < clip <= 1, got 0"),
         (torch.randn(2, 8), 0, 1.5, 4, "clip: expected 0 < clip <= 1, got 1.5"),
