@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.analysis import Analysis, AnalysisConfig, analyze
+from smoothrot_offline.analysis import Analysis, AnalysisConfig, analyze, pictures
 from smoothrot_offline.analysis.measure import InputMeter, Transform, difficulty, quantize
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.cli import app
@@ -70,6 +70,12 @@ class Captured:
         x = self.inputs[prefix + LINEARS[kind][0]]
         weight = torch.cat([self.model.get_submodule(prefix + linear).weight.detach() for linear in LINEARS[kind]])
         return x[:SAMPLES].flatten(0, 1), x[SAMPLES:].flatten(0, 1), weight
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not drawn, which takes most of the time; for tests of everything else."""
+    monkeypatch.setattr(pictures, "_png", lambda figure, tight=True: b"")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,7 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
                 check_policy(layer, "l2", scales, x, weight, q)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_readers_of_a_norm_that_cannot_be_folded_are_rotated_at_run_time(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("gemma3", dtype=torch.float32)
     found = run(source, tmp_path / "out", policies=("max",), layers=(1,))
@@ -215,6 +222,7 @@ def test_chunks_of_sequences_measure_what_all_of_them_at_once_do() -> None:
     assert (one.error, one.activation_difficulty) == pytest.approx((other.error, other.activation_difficulty))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_planted_spike_is_the_massive_activation_where_it_was_planted(make_model: MakeModel, tmp_path: Path) -> None:
     source, channel = make_model(), 101
     tensors = load_file(source / "model.safetensors")
@@ -279,6 +287,7 @@ def test_same_options_give_the_same_record_and_page(analysed: tuple[Path, Path, 
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_command_prints_the_facts_and_takes_some_layers(analysed: tuple[Path, Path, Analysis], tmp_path: Path) -> None:
     source, _, found = analysed
     result = invoke("analyze", source, tmp_path / "some", "--layers", "2,0-1,2", *OPTIONS, "--json")
