@@ -52,7 +52,7 @@ def leftovers(out: Path) -> list[Path]:
 
 def test_kill_9_leaves_nothing_that_loads_and_the_next_run_goes_on(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = make_model(vocab_size=16384), tmp_path / "out"
-    killed = run_and_signal(source, out, 4, signal.SIGKILL)
+    killed = run_and_signal(source, out, 5, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     (partial,) = leftovers(out)
@@ -90,7 +90,7 @@ def test_polite_kill_and_ctrl_c_keep_the_finished_layers_and_say_how_to_go_on(
     make_model: MakeModel, tmp_path: Path, which: signal.Signals, code: int
 ) -> None:
     source, out = make_model(), tmp_path / "out"
-    killed = run_and_signal(source, out, 4, which)
+    killed = run_and_signal(source, out, 5, which)
     assert killed.returncode == code, killed.stderr
     assert "interrupted: run the same command again to go on" in killed.stderr
     assert "Traceback" not in killed.stderr

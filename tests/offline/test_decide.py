@@ -119,7 +119,8 @@ def test_eight_bit_inputs_are_not_clipped(make_model: MakeModel, tmp_path: Path)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_trial_loss_is_that_of_the_converted_model(make_model: MakeModel, tmp_path: Path, family: str) -> None:
     source = make_model(family, dtype=torch.float32)
-    config = make_config(scales="none", seed=3)
+    # At 4 bits the last bits of the stored embedding turn codes, and a random model's loss with them.
+    config = make_config(scales="none", seed=3, weight_bits=8, activation_bits=8)
     convert(source, tmp_path / "out", config)
     checkpoint = open_checkpoint(source)
     spec = resolve(checkpoint.config)
@@ -129,7 +130,7 @@ def test_trial_loss_is_that_of_the_converted_model(make_model: MakeModel, tmp_pa
         logits = load_model(tmp_path / "out", torch.float32)(TOKENS).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
     # The output's embedding and head are rounded to bfloat16.
-    assert found == pytest.approx(float(expected), rel=0.02)
+    assert found == pytest.approx(float(expected), rel=0.005)
 
 
 def test_the_seed_with_the_least_held_out_loss_is_folded(
