@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smoothrot_offline.architectures import resolve
-from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, read_json
 from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.study import LayerStudy
@@ -66,7 +66,13 @@ def read_transform(directory: Path) -> RecordedTransform:
     path = directory / TRANSFORM_NAME
     if not path.exists():
         raise CheckpointError(f"{path}: expected the transform of a converted model, found none. Convert the model again.")
-    manifest = read_manifest(directory)
+    manifest, config_file = read_manifest(directory), read_json(directory / CONFIG_NAME)
+    quantization = config_file.pop("quantization_config", None)
+    named = quantization.get("transform_sha256") if isinstance(quantization, dict) else None
+    if (found := file_digest(path)) != named:
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {named} (quantization_config.transform_sha256), got {found}. Copy the directory again."
+        )
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -74,8 +80,7 @@ def read_transform(directory: Path) -> RecordedTransform:
     config = manifest.config
     if manifest.rotations is not None:
         config = config.model_copy(update={"seed": manifest.rotations.seed})
-    source = {key: value for key, value in read_json(directory / CONFIG_NAME).items() if key != "quantization_config"}
-    spec = resolve(source)
+    spec = resolve(config_file)
     transform = ModelTransform.of(spec, config)
     prefixes = [spec.layer_prefix(index) for index in range(spec.layers)]
     if RESIDUAL in tensors:
@@ -85,7 +90,5 @@ def read_transform(directory: Path) -> RecordedTransform:
     norms = {}
     if transform.residual is not None:
         names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.readers]
-        if missing := [name for name in names if f"{name}.weight" not in tensors]:
-            raise CheckpointError(f"{path}: expected tensor {missing[0]}.weight, found none. Convert the model again.")
         norms = {name: tensors[f"{name}.weight"] for name in names}
     return RecordedTransform(transform, norms, [tensors.get(f"{prefix}smoothing") for prefix in prefixes])

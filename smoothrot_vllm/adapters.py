@@ -32,13 +32,23 @@ def check_adapter(adapter: Path, transform_sha256: str | None) -> None:
             "(quantization_config.transform_sha256). Convert the model again, then the adapter."
         )
     path = adapter / CONFIG_NAME
-    found = json.loads(path.read_text(encoding="utf-8")).get(BASE_KEY) if path.exists() else None
+    found = _base_of(path) if path.exists() else None
     if found != transform_sha256:
         what = "is of the original model" if found is None else "was transformed for another conversion"
         raise ConfigError(
             f"LoRA adapter {adapter} {what}: expected {BASE_KEY} {transform_sha256} in {CONFIG_NAME}, got {found}. "
             "Run `smoothrot-convert lora ADAPTER OUT --base DIR` with the served directory, and serve OUT."
         )
+
+
+def _base_of(config: Path) -> Any:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"LoRA adapter: {config}: expected JSON: {error}. Save or download the adapter again.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"LoRA adapter: {config}: expected an object, got {type(content).__name__}. Save the adapter again.")
+    return content.get(BASE_KEY)
 
 
 class AdapterGuard:

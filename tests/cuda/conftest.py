@@ -12,8 +12,6 @@ import torch
 from tiny_models import REPOSITORY
 from torch.utils.cpp_extension import include_paths
 
-from smoothrot_vllm.hadamard import base_matrix, factorize
-
 sys.path.insert(0, str(REPOSITORY / "csrc" / "cuda"))
 sys.path.insert(0, str(REPOSITORY / "csrc" / "emulator"))
 
@@ -52,11 +50,3 @@ def gpu(emulated_library: Any) -> Any:
     torch.manual_seed(0)
     emulated_library.pretend(80, 108, 99 * 1024)
     return emulated_library
-
-
-def prepare(ops: Any, block: int) -> int:
-    """Make the rotation known to the emulated device."""
-    factors = factorize(block)
-    assert factors is not None
-    ops.prepare_cuda_rotation(base_matrix(factors.base), factors.power, -1)
-    return block

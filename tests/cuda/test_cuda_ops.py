@@ -5,11 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prepare
 
 from smoothrot_vllm import reference
+from smoothrot_vllm.hadamard import base_matrix, factorize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def prepare(ops: Any, block: int) -> int:
+    """Make the rotation known to the emulated device."""
+    factors = factorize(block)
+    assert factors is not None
+    ops.prepare_cuda_rotation(base_matrix(factors.base), factors.power, -1)
+    return block
 
 
 def weight(outputs: int, inputs: int, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

@@ -183,6 +183,14 @@ def test_a_head_or_another_models_linear_is_refused(base: Path, tmp_path: Path) 
             convert_adapter(adapter, tmp_path / "out", base)
 
 
+def test_a_base_with_another_transform_is_refused(base: Path, tmp_path: Path) -> None:
+    file = base / "smoothrot_transform.st"
+    tensors = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file)
+    with pytest.raises(CheckpointError, match=r"smoothrot_transform\.st: expected SHA-256"):
+        convert_adapter(save_adapter(tmp_path / "adapter", SHAPES), tmp_path / "out", base)
+
+
 def test_a_base_without_its_transform_is_refused(base: Path, tmp_path: Path) -> None:
     (base / "smoothrot_transform.st").unlink()
     with pytest.raises(CheckpointError, match="expected the transform of a converted model"):

@@ -32,6 +32,13 @@ def test_adapters_of_another_basis_are_refused(tmp_path: Path, served: str | Non
         check_adapter(adapter(tmp_path, **config), served)
 
 
+@pytest.mark.parametrize(("text", "message"), [("{", "expected JSON"), ("[1]", "expected an object, got list")])
+def test_a_damaged_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: {message}"):
+        check_adapter(tmp_path, DIGEST)
+
+
 def test_the_guard_stands_before_vllms_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PEFTHelper, "from_local_dir", PEFTHelper.from_local_dir)  # put back after the test
     guard = AdapterGuard()
