@@ -214,7 +214,6 @@ def verify(
                 f"; against {source}: layers {', '.join(map(str, compared.layers)) or 'none'}, codes of {compared.codes} linears "
                 f"and weight errors of {compared.errors}"
             )
-            summary = "; ".join([summary, *(f"not compared: {reason}" for reason in compared.left_out)])
         show(facts, f"{directory}: {len(problems)} problem(s)" if problems else summary)
         refuse(problems)
 

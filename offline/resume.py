@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -69,8 +70,12 @@ class Journal:
         self._check(entries[0].get("identity"), identity)
         # Then the files have their final names, and none is to be written again.
         self.done = "done" in entries[-1]
-        for entry in entries[1:]:
-            self._replay(entry)
+        try:
+            for entry in entries[1:]:
+                self._replay(entry)
+        except (KeyError, TypeError, ValidationError) as error:
+            reason = " ".join(repr(error).split())
+            raise ResumeError(f"{self._path}: expected finished pieces of work: {reason}. {self._advice()}") from error
 
     def finish_decisions(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Keep what :func:`~smoothrot_offline.decide.decide` found."""
@@ -154,7 +159,11 @@ class Journal:
         return entries
 
     def _check(self, before: Any, now: Mapping[str, Mapping[str, Any]]) -> None:
-        if not isinstance(before, dict) or before.keys() != now.keys():
+        if (
+            not isinstance(before, dict)
+            or before.keys() != now.keys()
+            or not all(isinstance(part, dict) for part in before.values())
+        ):
             raise ResumeError(f"{self._path}: expected fields {', '.join(now)} in its first line. {self._advice()}")
         # The journal has been through JSON.
         wanted = json.loads(json.dumps(now))

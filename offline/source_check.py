@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, open_checkpoint
 from smoothrot_offline.manifest import Manifest, read_manifest
 from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.transform import ModelTransform
+from smoothrot_offline.transform_record import read_transform
 from smoothrot_offline.verify import open_converted
 from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme
 from smoothrot_vllm.reference import dequantize_weight, encode
@@ -24,7 +24,6 @@ class SourceComparison(BaseModel):
 
     ``layers`` were sampled. ``codes`` linears have been rounded again and compared code by code; ``errors`` linears have had
     their relative weight error computed again and compared with the manifest's, where the rounding depends on the calibration.
-    ``left_out`` says which linears could not be compared, and why.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +31,6 @@ class SourceComparison(BaseModel):
     layers: list[int]
     codes: int
     errors: int
-    left_out: list[str]
     problems: list[str]
 
 
@@ -46,23 +44,19 @@ def compare_with_source(directory: Path, source: Path) -> SourceComparison:
     manifest = read_manifest(directory)
     original = open_checkpoint(source)
     problems = _file_problems(original, manifest)
-    rotations = manifest.rotations
-    if problems or (rotations is not None and rotations.learned is not None):
-        left_out = [] if problems else ["every linear: learned rotations are not stored in the checkpoint"]
-        return SourceComparison(layers=[], codes=0, errors=0, left_out=left_out, problems=problems)
-    seed = manifest.config.seed if rotations is None else rotations.seed
-    transform = ModelTransform.of(resolve(original.config), manifest.config.model_copy(update={"seed": seed}))
+    if problems:
+        return SourceComparison(layers=[], codes=0, errors=0, problems=problems)
+    recorded = read_transform(directory)
     layers = sorted({0, spec.layers // 2, spec.layers - 1})
-    smoothed = {"mlp.up_proj", "mlp.down_proj"} if manifest.config.scales != "none" else set()
     exact = manifest.config.rounding == "rtn"
     compared = 0
     for index in layers:
         tensors = original.load_relative(spec.layer_prefix(index), spec.layer_tensors())
         tensors = {name: tensor.double() for name, tensor in tensors.items()}
-        transform.layer(index, tensors, None)
+        recorded.transform.layer(index, tensors, recorded.scales[index])
         for linear in spec.architecture.linears:
             scheme = schema.scheme(spec.layer_prefix(index) + linear)
-            if scheme is None or linear in smoothed:
+            if scheme is None:
                 continue
             compared += 1
             weight = tensors[f"{linear}.weight"]
@@ -71,7 +65,6 @@ def compare_with_source(directory: Path, source: Path) -> SourceComparison:
         layers=layers,
         codes=compared if exact else 0,
         errors=0 if exact else compared,
-        left_out=[f"{linear}: its smoothing scales are not stored in the checkpoint" for linear in sorted(smoothed)],
         problems=problems,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from openai import BadRequestError, InternalServerError
-from reference_forward import Reference
+from reference_forward import SAFE_MARGIN, Reference
 from safetensors.torch import load_file, save_file
 from serving import VllmServer
 from tiny_models import BIN
@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 RANK, ALPHA, TOKENS = 4, 8, 8
-SAFE_MARGIN = 0.1
 PROMPTS = [f"{start} {number}" for start in ("The quick brown fox", "def main():", "Rotation") for number in range(4)]
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

@@ -191,6 +191,15 @@ def test_damaged_work_is_refused_by_file(make_model: MakeModel, tmp_path: Path, 
         convert(source, out, make_config(**PLAIN))
 
 
+@pytest.mark.parametrize("line", ['{"layer": {}}', '{"layer": 3}', '{"shard": {"x": 1}}', "[]", "{"])
+def test_damaged_journal_is_refused_by_file(make_model: MakeModel, tmp_path: Path, line: str) -> None:
+    source, out = interrupted(make_model, tmp_path)
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    journal.write_text(journal.read_text() + line + "\n")
+    with pytest.raises(ResumeError, match=r"journal\.jsonl: expected .* to start over"):
+        convert(source, out, make_config(**PLAIN))
+
+
 def test_torn_last_line_of_the_journal_is_work_not_finished(make_model: MakeModel, tmp_path: Path) -> None:
     source, out = interrupted(make_model, tmp_path)
     journal = tmp_path / "out.partial" / JOURNAL_NAME
