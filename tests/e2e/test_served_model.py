@@ -29,10 +29,8 @@ class Setup:
     ranks: int
 
 
+# Llama, eager, TP=1, W4A8 is the base of test_served_lora.py.
 SETUPS = {
-    "llama, flag, eager, TP=1, W4A8": Setup(
-        "llama", ("--activation-bits", "8", "--lm-head-bits", "8"), flag=True, eager=True, ranks=1
-    ),
     "mistral, no flag, compiled, TP=1, W4A4 in groups, some layers W8A8, each its own clip": Setup(
         "mistral", ("--group-size", "32", "--keep-8bit", "auto:0.4", "--clip-search"), flag=False, eager=False, ranks=1
     ),
