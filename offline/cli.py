@@ -49,6 +49,9 @@ Scales = Annotated[
     Literal["none", "max", "quantile", "l2", "search", "learned"],
     typer.Option(help="Smoothing of down_proj's input: by a statistic, by trying them out, or by gradient from there."),
 ]
+SmoothNorms = Annotated[
+    bool, typer.Option("--smooth-norms/--no-smooth-norms", help="Smooth what the norms give out as well, after R1.")
+]
 Alpha = Annotated[float, typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight.")]
 Quantile = Annotated[float, typer.Option(min=0, max=1, help="quantile: of the input's magnitudes in each channel.")]
 Rounding = Annotated[
@@ -95,6 +98,7 @@ def run(
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
     scales: Scales = "l2",
+    smooth_norms: SmoothNorms = False,
     alpha: Alpha = 0.5,
     quantile: Quantile = 0.999,
     rounding: Rounding = "rtn",
@@ -147,6 +151,7 @@ def plan(
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
     scales: Scales = "l2",
+    smooth_norms: SmoothNorms = False,
     alpha: Alpha = 0.5,
     quantile: Quantile = 0.999,
     rounding: Rounding = "rtn",

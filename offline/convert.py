@@ -35,6 +35,7 @@ from smoothrot_offline.manifest import (
     LayerRecord,
     Manifest,
     RotationRecord,
+    ScaleRange,
     SourceRecord,
     package_versions,
     read_manifest,
@@ -268,7 +269,16 @@ class _Run:
                 output |= stored
         output |= {prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()}
         output = {name: tensor.contiguous() for name, tensor in output.items()}
-        record = LayerRecord(weight_error=errors, smoothing=study.smoothing, clips=study.clips, sensitivity=study.sensitivity)
+        record = LayerRecord(
+            weight_error=errors,
+            smoothing=study.smoothing,
+            norm_scales={
+                norm: ScaleRange(smallest=float(scales.min()), largest=float(scales.max()))
+                for norm, scales in study.scales.norms.items()
+            },
+            clips=study.clips,
+            sensitivity=study.sensitivity,
+        )
         self.journal.finish_layer(index, record, output, {} if rounding is None else rounding.state())
         self.shards.add(output)
 

@@ -85,13 +85,21 @@ class SmoothingRecord(_Record):
     scale_geometric_mean: float
 
 
+class ScaleRange(_Record):
+    """The smallest and the largest of a norm's smoothing scales, whose geometric mean is about one."""
+
+    smallest: float
+    largest: float
+
+
 class LayerRecord(_Record):
-    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its smoothing, and by the first
-    linear of each group that reads one input: the clip found for it, and what quantising it alone costs the layer's output.
+    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its smoothing, that of its norms,
+    and by the first linear of each group that reads one input: its clip, and what quantising it alone costs the layer's output.
     """
 
     weight_error: dict[str, float]
     smoothing: SmoothingRecord | None = None
+    norm_scales: dict[str, ScaleRange] = {}
     clips: dict[str, float] = {}
     sensitivity: dict[str, float] = {}
 

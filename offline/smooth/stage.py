@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.calibrate import LayerRunner
+from smoothrot_offline.calibrate import LayerRunner, Observer
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.manifest import SmoothingRecord
 from smoothrot_offline.smooth.layer_error import LayerError
@@ -23,6 +23,7 @@ def smooth_layer(
     spec: ModelSpec,
     config: ConvertConfig,
     schema: QuantizationSchema,
+    observers: Mapping[str, Observer],
 ) -> tuple[SmoothingChoice, SmoothingRecord]:
     """Move ``hidden`` past decoder layer ``index`` of the original model, and choose the scales of its down_proj.
 
@@ -31,11 +32,12 @@ def smooth_layer(
         layer: its tensors by names relative to it, as in the source.
         hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads; replaced by what it returns.
         runner, spec, config, schema: of the conversion; ``config.scales`` is not ``none``.
+        observers: of other modules of the layer, while it runs.
     """
     assert config.scales != "none"
     down = spec.architecture.down
     statistics = InputStatistics(spec.intermediate, hidden.shape[0] * hidden.shape[1])
-    runner.run(index, layer, hidden, {down: statistics.update})
+    runner.run(index, layer, hidden, {down: statistics.update, **observers})
     scheme = schema.scheme(spec.layer_prefix(index) + down)
     assert scheme is not None
     rotation = schema.online.down_proj

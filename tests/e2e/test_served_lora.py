@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_the_original_adapter_is_refused(server: VllmServer, adapter: Path) -> N
 HARDENING = (Path(__file__).parents[2] / "docs" / "hardening.md").read_text()
 PATHS = re.findall(r"^\| `(/\S+)` \| (GET|POST) \| (refused|open) \|$", HARDENING, re.MULTILINE)
 ANSWERS = dict(re.findall(r"^\| (.+) \| (\d{3}) \|$", HARDENING, re.MULTILINE))
-LIMITS = {
+LIMITS: dict[str, dict[str, Any] | None] = {
     "a prompt longer than `--max-model-len`": {"prompt": [5] * 300},
     "`max_tokens` beyond what is left of it": {"prompt": [5] * 250, "max_tokens": 100},
     "more completions than `VLLM_MAX_N_SEQUENCES` (`n`, 16384)": {"prompt": [5], "n": 16385},
