@@ -99,6 +99,11 @@ def check(found: Any, x: torch.Tensor, weight: torch.Tensor) -> None:
     assert sum(found.peak_token_bins) == pytest.approx(1)
 
 
+def even(ratio: torch.Tensor) -> torch.Tensor:
+    """Scales of a norm: the square roots, with a geometric mean of 1."""
+    return (ratio.sqrt().log() - ratio.sqrt().log().mean()).exp()
+
+
 def check_policy(layer: Any, policy: str, scales: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor) -> None:
     found, reference = layer.policies[policy], layer.policies["max"]
     assert found.scale_max == pytest.approx(float(scales.max()), rel=1e-5)
@@ -137,7 +142,7 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
                 gamma = captured.model.get_submodule(f"model.layers.{layer.index}.{norms[kind]}").weight.detach()
                 q = random_rotation(72, SEED).rotate(eye[72])
                 check(record.transforms["R"], x / gamma @ q, (weight * gamma) @ q)
-                scales = ((choosing / gamma @ q).norm(dim=0) / ((weight * gamma) @ q).norm(dim=0)).sqrt()
+                scales = even((choosing / gamma @ q).norm(dim=0) / ((weight * gamma) @ q).norm(dim=0))
                 check(record.transforms["S+R"], x / gamma @ q / scales, (weight * gamma) @ q * scales)
             elif kind == "o_proj":
                 q = Rotation(torch.ones(72, dtype=torch.float64), 8).rotate(eye[72])
@@ -165,7 +170,7 @@ def test_readers_of_a_norm_that_cannot_be_folded_are_rotated_at_run_time(make_mo
         choosing, x, weight = captured.get(1, kind)
         check(found.layers[0].inputs[kind].transforms["none"], x, weight)
         check(found.layers[0].inputs[kind].transforms["R"], x @ q, weight @ q)
-        scales = (choosing.norm(dim=0) / weight.norm(dim=0)).sqrt()
+        scales = even(choosing.norm(dim=0) / weight.norm(dim=0))
         check(found.layers[0].inputs[kind].transforms["S+R"], x / scales @ q, (weight * scales) @ q)
     _, x, weight = captured.get(1, "down_proj")
     check(found.layers[0].inputs["down_proj"].transforms["none"], x, weight)
