@@ -52,8 +52,8 @@ the weights, once for each 64 tokens. At 16 tokens of Llama-3-8B the activations
 keeps while weights pass through. A multiprocessor has to be given all activations of its outputs, so `B` of them ask for `B`
 times the activations however the outputs are cut; splitting the inputs between blocks instead adds 8 bytes of partial sum
 per output, token and split. On `o` with 16 tokens of int8 codes and 64 busy multiprocessors, the least of both together is
-about 3 MB or a third of the floor, so no tiling brings the requests within 10 %: only thread-block clusters would (sm_90 and later),
-which these kernels do not use. What could be had was taken: 4-bit activations go to `gemm_small` packed on every
+about 3 MB or a third of the floor, so no tiling brings the requests within 10 %: only thread-block clusters would (sm_90 and
+later), which these kernels do not use. What could be had was taken: 4-bit activations go to `gemm_small` packed on every
 architecture, half the bytes of int8 codes.
 """
 
