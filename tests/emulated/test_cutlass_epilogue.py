@@ -12,7 +12,7 @@ from cutlass_program import build_cutlass_program
 
 from smoothrot_vllm import reference
 
-TOKENS, OUTPUTS, INPUTS = 48, 64, 2048
+TOKENS, OUTPUTS, INPUTS = 512, 512, 2048
 
 
 def test_the_epilogue_equals_the_reference(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_the_epilogue_equals_the_reference(tmp_path: Path) -> None:
     weight = torch.randint(-128, 128, (OUTPUTS, INPUTS), dtype=torch.int8)
     codes[:8], weight[:8] = -127, -128  # sums that float32 has to round
     codes[0, 0] = -126
-    scale = torch.rand(TOKENS) * torch.logspace(-7, 0, TOKENS)
+    scale = torch.rand(TOKENS) * torch.logspace(-7, -3, TOKENS)
     weight_scale = torch.rand(OUTPUTS, 1) * torch.logspace(-4, 0, OUTPUTS)[:, None]
     sums = reference.accumulate(codes, weight, 8, 8)[0]
     assert (sums.abs() > 1 << 24).any()
