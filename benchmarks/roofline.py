@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/roofline.md: bytes that the hand-written CUDA kernels ask for, counted by the emulator, and their floor.
+"""Writes docs/roofline.md: bytes that the hand-written CUDA kernels move, counted by the emulator, and their floor.
 
 Needs no GPU and says nothing of speed: a kernel that moves the least it can may still be slow.
 
@@ -23,22 +23,38 @@ from smoothrot_vllm.hadamard import factorize  # noqa: E402
 
 QUANT_TOKENS = 8
 WIDTHS = {"Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}
+CACHE_BYTES = 4 << 20
+"""The smallest second-level cache of a supported GPU: Jetson Orin's (sm_87)."""
 LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 
 PAGE = """# Bytes moved by the hand-written CUDA kernels
 
 Counted by the emulator of `csrc/emulator` in every global load and store of one launch; written by
-`benchmarks/roofline.py` for a GPU of {multiprocessors} multiprocessors. The floor is each operand and each result once.
-Bytes are those the kernel asks for: what it reads again may come from a cache, so DRAM traffic lies between the two
-columns. Nothing here was timed, and no figure here comes from a GPU.
+`benchmarks/roofline.py` for a GPU of {multiprocessors} multiprocessors. **Nothing here was timed, and no figure here comes
+from a GPU.** The floor is each operand and each result once. Two numbers are held against it:
 
-| kernel | shape | bytes | floor | ratio | operations |
-|---|---|---:|---:|---:|---:|
+- *DRAM*: the same loads replayed through a model of the second-level cache of {cache_mib} MiB (32-byte sectors, least
+  recently used leaves), once with a block on each multiprocessor, all at the same pace, and once with one block after the
+  other; the larger counts. Stores count once. {cache_mib} MiB is the smallest cache of a supported GPU, Jetson Orin (sm_87);
+  by the vendor's data A10 and RTX 3080 (sm_86) have 5 to 6 MiB, A30 24, A100 40, L4 48 (sm_89), H100 50, RTX 5090 (sm_120)
+  96 and B200 (sm_100) 126.
+- *requested*: what the multiprocessors ask the second-level cache for.
+
+| kernel | shape | floor | DRAM | ratio | requested | ratio | operations |
+|---|---|---:|---:|---:|---:|---:|---:|
 {rows}
 
 Operations are float additions of the rotation for quantise kernels (`inputs · (log2 power + base)` a token), int8 or
-int4 multiply-adds for GEMMs. GEMMs read activations again for each block of outputs, and `gemm_s8` the weights for each
-64 tokens.
+int4 multiply-adds for GEMMs.
+
+What is requested beyond the floor is read again: by GEMMs the activations, once for each block of outputs, and by `gemm_s8`
+the weights, once for each 64 tokens. At 16 tokens of Llama-3-8B the activations are 32 to 229 KB, which every cache above
+keeps while weights pass through. A multiprocessor has to be given all activations of its outputs, so `B` of them ask for `B`
+times the activations however the outputs are cut; splitting the inputs between blocks instead adds 8 bytes of partial sum
+per output, token and split. On `o` with 16 tokens of int8 codes and 64 busy multiprocessors, the least of both together is
+about 3 MB or a third of the floor, so no tiling brings the requests within 10 %: only thread-block clusters would (sm_90 and
+later), which these kernels do not use. What could be had was taken: 4-bit activations go to `gemm_small` packed on every
+architecture, half the bytes of int8 codes.
 """
 
 
@@ -48,13 +64,24 @@ class Row:
 
     kernel: str
     shape: str
-    moved: int
     floor: int
+    dram: int
+    requested: int
     operations: int
 
     def __str__(self) -> str:
-        ratio = self.moved / self.floor
-        return f"| {self.kernel} | {self.shape} | {self.moved:,} | {self.floor:,} | {ratio:.3f} | {self.operations:,} |"
+        cells = [self.kernel, self.shape, f"{self.floor:,}"]
+        for moved in (self.dram, self.requested):
+            cells += [f"{moved:,}", f"{moved / self.floor:.3f}"]
+        return "| " + " | ".join([*cells, f"{self.operations:,}"]) + " |"
+
+
+def traffic(emulator: Emulator) -> tuple[int, int]:
+    """Bytes of the last launch: through the cache from and to DRAM, and those asked for."""
+    counters = emulator.counters()
+    resident = emulator.option("multiprocessors")
+    loaded = max(emulator.dram_loaded(CACHE_BYTES, blocks) for blocks in (1, resident))
+    return loaded + counters.stored, counters.loaded + counters.stored
 
 
 def quantise(emulator: Emulator, producer: str, inputs: int, block: int) -> Row:
@@ -63,7 +90,6 @@ def quantise(emulator: Emulator, producer: str, inputs: int, block: int) -> Row:
     residual = torch.randn_like(x) if producer == "rms_norm" else None
     emulator.reset()
     codes, scale = emulator.quant(x, 0.9, 4, PACKED, block=block, producer=producer, residual=residual, epsilon=1e-6)
-    counters = emulator.counters()
     factors = factorize(block or 1)
     assert factors is not None
     signs = factors.base // 4 * -(-factors.base // 8) * 4
@@ -71,25 +97,25 @@ def quantise(emulator: Emulator, producer: str, inputs: int, block: int) -> Row:
     additions = QUANT_TOKENS * inputs * (factors.power.bit_length() - 1 + (factors.base if factors.base > 1 else 0))
     name = "_".join(filter(None, (producer, "hadamard" if block else "", "quant")))
     shape = f"{QUANT_TOKENS} x {inputs}" + (f", block {factors}" if block else "")
-    return Row(name, shape, counters.loaded + counters.stored, floor, additions)
+    return Row(name, shape, floor, *traffic(emulator), additions)
 
 
-def multiply(emulator: Emulator, kernel: str, name: str, tokens: int, form: int) -> Row:
+def multiply(emulator: Emulator, kernel: str, name: str, tokens: int, form: int, weight_bits: int = 4) -> Row:
     """A GEMM with bfloat16 results."""
     outputs, inputs = LINEARS[name]
     codes = torch.randint(0, 256, (tokens, inputs // 2), dtype=torch.uint8)
     if form == INT8:
         codes = torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8)
     weight = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
+    if weight_bits == 8:
+        weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
     emulator.reset()
     out = emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.bfloat16)
-    counters = emulator.counters()
     floor = sum(t.nbytes for t in (codes, weight, scale, weight_scale, out))
-    operands = "int8 x int4" if form == INT8 else "int4 x int4"
+    operands = f"{'int8' if form == INT8 else 'int4'} x int{weight_bits}"
     shape = f"{name}, {tokens} x {outputs} x {inputs}"
-    moved = counters.loaded + counters.stored
-    return Row(f"gemm_{kernel}, {operands}", shape, moved, floor, tokens * outputs * inputs)
+    return Row(f"gemm_{kernel}, {operands}", shape, floor, *traffic(emulator), tokens * outputs * inputs)
 
 
 def rows(emulator: Emulator) -> Iterator[Row]:
@@ -99,12 +125,13 @@ def rows(emulator: Emulator) -> Iterator[Row]:
         yield quantise(emulator, "rms_norm", hidden, 0)
         yield quantise(emulator, "", intermediate, intermediate)
         yield quantise(emulator, "silu_mul", intermediate, intermediate)
-    for form in (PACKED, INT8):
+    operands = [(PACKED, 4), (INT8, 4), (INT8, 8)]
+    for form, weight_bits in operands:
         for tokens in (1, 8, 16):
             for name in LINEARS:
-                yield multiply(emulator, "small", name, tokens, form)
-    for form in (PACKED, INT8):
-        yield multiply(emulator, "s8", "o", 128, form)
+                yield multiply(emulator, "small", name, tokens, form, weight_bits)
+    for form, weight_bits in operands:
+        yield multiply(emulator, "s8", "o", 128, form, weight_bits)
 
 
 def main() -> None:
@@ -115,9 +142,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         emulator = Emulator(build_emulator(Path(folder) / "emulator.so", native_int4=True))
-        with emulator.options(multiprocessors=args.multiprocessors):
+        with emulator.options(multiprocessors=args.multiprocessors, trace=1):
             table = "\n".join(map(str, rows(emulator)))
-    args.out.write_text(PAGE.format(multiprocessors=args.multiprocessors, rows=table))
+    args.out.write_text(PAGE.format(multiprocessors=args.multiprocessors, cache_mib=CACHE_BYTES >> 20, rows=table))
 
 
 if __name__ == "__main__":

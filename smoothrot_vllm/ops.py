@@ -171,7 +171,8 @@ def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) 
         bits: 4 or 8.
 
     Returns:
-        One opaque uint8 tensor: on a CPU it holds codes and scales, N padded to a multiple of 32; on a GPU, codes alone.
+        One opaque tensor: on a CPU uint8, which holds codes and scales, N padded to a multiple of 32; on a GPU the codes
+        alone, as they are stored.
 
     Raises:
         ConfigError: an argument has another dtype or shape; the message names it.

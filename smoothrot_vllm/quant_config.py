@@ -70,7 +70,7 @@ class SmoothRotConfig(QuantizationConfig):
                 kernels for, or they cannot be loaded.
         """
         schema = parse_schema(config)
-        _check_platform(schema)
+        _check_platform()
         return cls(schema)
 
     def maybe_update_config(
@@ -168,7 +168,7 @@ def _describe(scheme: LinearScheme | None) -> str:
     return f"W{scheme.weights.bits}A{scheme.activations.bits} per {group}, clip {scheme.activations.clip}"
 
 
-def _check_platform(schema: QuantizationSchema) -> None:
+def _check_platform() -> None:
     from vllm.platforms import current_platform
 
     from smoothrot_vllm import ops
@@ -185,16 +185,4 @@ def _check_platform(schema: QuantizationSchema) -> None:
     if capability is None:
         raise UnsupportedPlatformError(f"quantization {QUANT_METHOD!r}: expected a visible GPU, got none. Check the driver.")
     ops.check_cuda(10 * capability.major + capability.minor)
-    _check_cuda_schemes(schema)
     logger.info_once("SmoothRot CUDA kernels: built for %s", ", ".join(ops.cuda_architectures()))
-
-
-def _check_cuda_schemes(schema: QuantizationSchema) -> None:
-    schemes = {"weights": schema.weights.bits} | {name: s.weights.bits for name, s in schema.overrides.items()}
-    if schema.lm_head is not None:
-        schemes["lm_head"] = schema.lm_head.weights.bits
-    if wide := [name for name, bits in schemes.items() if bits != 4]:
-        raise UnsupportedPlatformError(
-            f"quantization {QUANT_METHOD!r} on a GPU: expected 4-bit weights everywhere, got 8-bit ones for {', '.join(wide)}. "
-            "Serve on a CPU, or convert again with --lm-head-bits 16 and without --keep-8bit."
-        )

@@ -10,6 +10,7 @@
 // clang-format on
 
 #include "cutlass_gemm.h"
+#include "cutlass_sm80_compute.h"
 
 namespace smoothrot::cuda::sm80 {
 
@@ -17,11 +18,6 @@ using cute::_0;
 using cute::_1;
 template <int M, int N, int K>
 using Shape = cutlass::gemm::GemmShape<M, N, K>;
-
-// Float32 throughout: the reference rounds after each of these, so none may be fused (-fmad=false).
-template <template <typename> class Operation, typename Output>
-using Compute = cutlass::epilogue::threadblock::VisitorCompute<Operation, Output, float,
-                                                               cutlass::FloatRoundStyle::round_to_nearest>;
 
 template <typename Tile, typename Warp, int Stages, typename Out>
 struct Gemm {
@@ -42,9 +38,9 @@ struct Gemm {
   template <typename Node, typename... Children>
   using Tree = cutlass::epilogue::threadblock::Sm80EVT<Node, Children...>;
 
-  using ChannelScaled = Tree<Compute<cutlass::multiplies, float>, Accumulator, PerColumn<float>>;
-  using Scaled = Tree<Compute<cutlass::multiplies, float>, ChannelScaled, PerToken>;
-  using Biased = Tree<Compute<cutlass::plus, Out>, Scaled, PerColumn<Out>>;
+  using ChannelScaled = Tree<ScaleNode, Accumulator, PerColumn<float>>;
+  using Scaled = Tree<ScaleNode, ChannelScaled, PerToken>;
+  using Biased = Tree<BiasNode<Out>, Scaled, PerColumn<Out>>;
   using Epilogue = Tree<Store, Biased>;
 
   using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<

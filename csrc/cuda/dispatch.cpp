@@ -43,9 +43,9 @@ GemmKernel choose_tile(const CutlassTile (&tiles)[Count], const GpuFacts& gpu, c
 
 bool fits_cutlass(const GemmArgs& args) {
   const bool one_dtype = !args.bias || args.bias_dtype == args.out_dtype;
-  return args.group_size == args.inputs && args.out_dtype != Float::f32 && one_dtype &&
-         args.outputs % kCutlassOutputs == 0 && args.inputs % kInputMultiple == 0 && args.tokens <= kMostInt32 &&
-         args.outputs <= kMostInt32;
+  return args.weight_form == Codes::packed_int4 && args.group_size == args.inputs && args.out_dtype != Float::f32 &&
+         one_dtype && args.outputs % kCutlassOutputs == 0 && args.inputs % kInputMultiple == 0 &&
+         args.tokens <= kMostInt32 && args.outputs <= kMostInt32;
 }
 
 const CutlassTile* find_tile(GemmKernel kernel) {
@@ -64,8 +64,9 @@ const CutlassTile* find_tile(GemmKernel kernel) {
 
 }  // namespace
 
-Codes activation_form(const GpuFacts& gpu, int bits) {
-  return bits == 4 && gpu.capability < 90 ? Codes::packed_int4 : Codes::int8;
+Codes activation_form(const GpuFacts& gpu, int bits, int64_t tokens) {
+  const bool packed = gpu.capability < 90 || tokens <= kSmallGemmTokens;
+  return bits == 4 && packed ? Codes::packed_int4 : Codes::int8;
 }
 
 GemmKernel choose_gemm(const GpuFacts& gpu, const GemmArgs& args) {

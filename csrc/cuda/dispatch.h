@@ -34,8 +34,9 @@ struct GpuFacts {
   int multiprocessors;
 };
 
-// How the activations of a fused linear layer are best quantised.
-Codes activation_form(const GpuFacts& gpu, int bits);
+// How the activations of a fused linear layer are best quantised: gemm_small takes packed codes everywhere, and they
+// are half as many bytes.
+Codes activation_form(const GpuFacts& gpu, int bits, int64_t tokens);
 
 GemmKernel choose_gemm(const GpuFacts& gpu, const GemmArgs& args);
 

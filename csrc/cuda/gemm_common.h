@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the hand-written GEMMs share: int4 operands as int8 lanes, and the float epilogue of reference.gemm.
+// What the hand-written GEMMs share: operands as int8 lanes, and the float epilogue of reference.gemm.
 #pragma once
 
 #include "device.h"
@@ -12,10 +12,24 @@ namespace smoothrot::cuda {
 SMOOTHROT_DEVICE uint32_t even_nibbles(uint32_t packed) { return packed << 4 & 0xF0F0F0F0u; }
 SMOOTHROT_DEVICE uint32_t odd_nibbles(uint32_t packed) { return packed & 0xF0F0F0F0u; }
 constexpr int kNibbleShift = 4;
+template <Codes Form, Codes Weight>
+constexpr int kOperandShift = kNibbleShift * ((Form == Codes::packed_int4) + (Weight == Codes::packed_int4));
 
-// The same order of inputs from eight int8 codes.
-SMOOTHROT_DEVICE uint32_t even_bytes(uint32_t low, uint32_t high) { return pick_bytes(low, high, 0x6420); }
-SMOOTHROT_DEVICE uint32_t odd_bytes(uint32_t low, uint32_t high) { return pick_bytes(low, high, 0x7531); }
+// Eight inputs of one operand, a word or two, as the two words of int8 lanes that an MMA takes. Against a packed
+// operand int8 codes go by even and odd inputs too.
+template <Codes Form, Codes Other>
+SMOOTHROT_DEVICE void eight_inputs(const uint32_t* words, uint32_t& first, uint32_t& second) {
+  if constexpr (Form == Codes::packed_int4) {
+    first = even_nibbles(words[0]);
+    second = odd_nibbles(words[0]);
+  } else if constexpr (Other == Codes::packed_int4) {
+    first = pick_bytes(words[0], words[1], 0x6420);
+    second = pick_bytes(words[0], words[1], 0x7531);
+  } else {
+    first = words[0];
+    second = words[1];
+  }
+}
 
 SMOOTHROT_DEVICE float load_float(const void* values, Float dtype, int64_t i) {
   if (dtype == Float::f32) return load_global(static_cast<const float*>(values) + i);
@@ -44,6 +58,18 @@ SMOOTHROT_DEVICE void store_pair(void* values, Float dtype, int64_t i, float fir
     store_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(values) + i),
                  half_of(dtype, first) | half_of(dtype, second) << 16);
   }
+}
+
+// Launcher::launch<Form, Weight> for the forms of the arguments.
+template <class Launcher>
+cudaError_t launch_forms(const GemmArgs& g, cudaStream_t stream) {
+  constexpr Codes kPacked = Codes::packed_int4, kBytes = Codes::int8;
+  if (g.weight_form == kPacked) {
+    return g.form == kPacked ? Launcher::template launch<kPacked, kPacked>(g, stream)
+                             : Launcher::template launch<kBytes, kPacked>(g, stream);
+  }
+  return g.form == kPacked ? Launcher::template launch<kPacked, kBytes>(g, stream)
+                           : Launcher::template launch<kBytes, kBytes>(g, stream);
 }
 
 inline bool valid(const GemmArgs& g) {

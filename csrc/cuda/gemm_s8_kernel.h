@@ -3,7 +3,8 @@
 // warps 32 tokens each, with copies to shared memory running kStages - 1 steps ahead.
 //
 // 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even ones in the first half
-// of the MMA's depth and odd ones in the second, on both sides. So a group of weights may be any multiple of 32 inputs.
+// of the MMA's depth and odd ones in the second, on both sides (neighbours in each half where neither side is packed).
+// So a group of weights may be any multiple of 32 inputs.
 #pragma once
 
 #include "gemm_common.h"
@@ -21,8 +22,8 @@ constexpr int kChunkBytes = 16;
 template <Codes Form>
 constexpr int kRowBytes = Form == Codes::packed_int4 ? kStepInputs / 2 : kStepInputs;
 
-template <Codes Form, int Columns>
-constexpr int kStageBytes = kTiledTokens * kRowBytes<Form> + Columns * kRowBytes<Codes::packed_int4>;
+template <Codes Form, Codes Weight, int Columns>
+constexpr int kStageBytes = kTiledTokens * kRowBytes<Form> + Columns * kRowBytes<Weight>;
 
 // Where 16-byte chunk `chunk` of a row lies: eight rows of one chunk fall on different banks.
 template <int RowBytes>
@@ -47,50 +48,36 @@ SMOOTHROT_DEVICE void copy_rows(unsigned char* target, const void* matrix, int64
   }
 }
 
-template <Codes Form, int Columns>
+template <Codes Form, Codes Weight, int Columns>
 SMOOTHROT_DEVICE void copy_step(unsigned char* shared, const GemmArgs& g, int step, int64_t first_token,
                                 int64_t first_column) {
   const int64_t input = int64_t{step} * kStepInputs;
   if (input < g.inputs) {
-    unsigned char* stage = shared + step % kStages * kStageBytes<Form, Columns>;
+    unsigned char* stage = shared + step % kStages * kStageBytes<Form, Weight, Columns>;
     copy_rows<Form, kTiledTokens>(stage, g.codes, first_token, g.tokens, g.inputs, input);
-    copy_rows<Codes::packed_int4, Columns>(stage + kTiledTokens * kRowBytes<Form>, g.weight, first_column, g.outputs,
-                                           g.inputs, input);
+    copy_rows<Weight, Columns>(stage + kTiledTokens * kRowBytes<Form>, g.weight, first_column, g.outputs, g.inputs,
+                               input);
   }
   commit_copies();
 }
 
-// Operand A of a warp's 32 tokens.
-template <Codes Form>
-SMOOTHROT_DEVICE void load_tokens(const unsigned char* stage, int first_row, int granule, uint32_t (&a)[2][4]) {
+// A granule of 32 rows, eight a register.
+template <Codes Form, Codes Other>
+SMOOTHROT_DEVICE void load_rows(const unsigned char* rows, int first_row, int granule, uint32_t (&first)[4],
+                                uint32_t (&second)[4]) {
   const int lane = thread_index() % 32;
   if constexpr (Form == Codes::packed_int4) {
     uint32_t words[4];
-    load_matrices(words, stage + swizzled<kRowBytes<Form>>(first_row + lane, granule));
+    load_matrices(words, rows + swizzled<kRowBytes<Form>>(first_row + lane, granule));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i / 2][i % 2] = even_nibbles(words[i]);
-      a[i / 2][i % 2 + 2] = odd_nibbles(words[i]);
-    }
+    for (int i = 0; i < 4; ++i) eight_inputs<Form, Other>(words + i, first[i], second[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int chunk = granule * 2 + lane % 4 / 2, row = first_row + i * 8 + lane / 4;
-      const auto pair = *reinterpret_cast<const Words2*>(stage + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
-      a[i / 2][i % 2] = even_bytes(pair.word[0], pair.word[1]);
-      a[i / 2][i % 2 + 2] = odd_bytes(pair.word[0], pair.word[1]);
+      const auto pair = *reinterpret_cast<const Words2*>(rows + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
+      eight_inputs<Form, Other>(pair.word, first[i], second[i]);
     }
-  }
-}
-
-// Operand B of 32 columns.
-SMOOTHROT_DEVICE void load_columns(const unsigned char* rows, int first_row, int granule, uint32_t (&b)[4][2]) {
-  uint32_t words[4];
-  load_matrices(words, rows + swizzled<kRowBytes<Codes::packed_int4>>(first_row + thread_index() % 32, granule));
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    b[j][0] = even_nibbles(words[j]);
-    b[j][1] = odd_nibbles(words[j]);
   }
 }
 
@@ -98,11 +85,8 @@ SMOOTHROT_DEVICE void load_columns(const unsigned char* rows, int first_row, int
 SMOOTHROT_DEVICE int token_of(int i, int r) { return i * 16 + r / 2 * 8 + thread_index() % 32 / 4; }
 SMOOTHROT_DEVICE int column_of(int j) { return j * 8 + thread_index() % 4 * 2; }
 
-template <Codes Form>
-constexpr int kTiledShift = Form == Codes::int8 ? kNibbleShift : 2 * kNibbleShift;
-
 // Ends a group: its sums times its scales join the float sums.
-template <Codes Form, int Tiles>
+template <int Shift, int Tiles>
 SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_column, int32_t (&sums)[2][Tiles][4],
                                  float (&totals)[2][Tiles][4]) {
   const int groups = int(g.inputs) / int(g.group_size);
@@ -118,7 +102,7 @@ SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_col
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        totals[i][j][r] = multiply_add(float(sums[i][j][r] >> kTiledShift<Form>), scale[r % 2], totals[i][j][r]);
+        totals[i][j][r] = multiply_add(float(sums[i][j][r] >> Shift), scale[r % 2], totals[i][j][r]);
         sums[i][j][r] = 0;
       }
     }
@@ -159,10 +143,10 @@ SMOOTHROT_DEVICE void store_outputs(const GemmArgs& g, int64_t first_token, int6
   }
 }
 
-template <Codes Form, bool Grouped, int Columns>
+template <Codes Form, Codes Weight, bool Grouped, int Columns>
 SMOOTHROT_KERNEL(kTiledThreads, 2)
 gemm_s8_kernel(const GemmArgs g) {
-  constexpr int kTiles = Columns / 2 / 8;
+  constexpr int kTiles = Columns / 2 / 8, kShift = kOperandShift<Form, Weight>;
   const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens, warp_column = warp / 2 * (Columns / 2);
   const int64_t first_token = int64_t{block_index_x()} * kTiledTokens;
   const int64_t first_column = int64_t{block_index_y()} * Columns;
@@ -171,37 +155,40 @@ gemm_s8_kernel(const GemmArgs g) {
   int32_t sums[2][kTiles][4] = {};
   float totals[2][kTiles][4] = {};
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) copy_step<Form, Columns>(shared, g, s, first_token, first_column);
+  for (int s = 0; s < kStages - 1; ++s) copy_step<Form, Weight, Columns>(shared, g, s, first_token, first_column);
   int left = int(g.group_size) / kGranule;
   int group = 0;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     block_barrier();  // this step has landed for all, and all are done with the stage that is filled next
-    copy_step<Form, Columns>(shared, g, step + kStages - 1, first_token, first_column);
-    const unsigned char* stage = shared + step % kStages * kStageBytes<Form, Columns>;
+    copy_step<Form, Weight, Columns>(shared, g, step + kStages - 1, first_token, first_column);
+    const unsigned char* stage = shared + step % kStages * kStageBytes<Form, Weight, Columns>;
 #pragma unroll
     for (int k = 0; k < kStepInputs / kGranule; ++k) {
-      uint32_t a[2][4];
-      load_tokens<Form>(stage, warp_token, k, a);
+      uint32_t tokens[2][4];
+      load_rows<Form, Weight>(stage, warp_token, k, tokens[0], tokens[1]);
+      const uint32_t a[2][4] = {{tokens[0][0], tokens[0][1], tokens[1][0], tokens[1][1]},
+                                {tokens[0][2], tokens[0][3], tokens[1][2], tokens[1][3]}};
 #pragma unroll
       for (int j = 0; j < kTiles; j += 4) {
-        uint32_t b[4][2];
-        load_columns(stage + kTiledTokens * kRowBytes<Form>, warp_column + j * 8, k, b);
+        uint32_t columns[2][4];
+        load_rows<Weight, Form>(stage + kTiledTokens * kRowBytes<Form>, warp_column + j * 8, k, columns[0], columns[1]);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
+          const uint32_t b[2] = {columns[0][n], columns[1][n]};
 #pragma unroll
-          for (int i = 0; i < 2; ++i) mma_s8(sums[i][j + n], a[i], b[n]);
+          for (int i = 0; i < 2; ++i) mma_s8(sums[i][j + n], a[i], b);
         }
       }
       if constexpr (Grouped) {
         if (--left == 0 && group * int(g.group_size) < int(g.inputs)) {  // a last step may reach past the inputs
-          fold_group<Form>(g, group++, first_column + warp_column, sums, totals);
+          fold_group<kShift>(g, group++, first_column + warp_column, sums, totals);
           left = int(g.group_size) / kGranule;
         }
       }
     }
   }
-  if constexpr (!Grouped) fold_group<Form>(g, 0, first_column + warp_column, sums, totals);
+  if constexpr (!Grouped) fold_group<kShift>(g, 0, first_column + warp_column, sums, totals);
   store_outputs(g, first_token + warp_token, first_column + warp_column, totals);
 }
 

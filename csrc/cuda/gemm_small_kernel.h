@@ -4,7 +4,7 @@
 //
 // A block holds 16 * Tiles outputs. Its warps take turns over the inputs and add their int32 sums in shared memory, so
 // the result does not depend on the order. Weights are operand A (16 outputs a tile), tokens operand B (eight a tile):
-// any order of inputs serves as long as both sides share it, so each lane takes 32 neighbouring inputs, 16 bytes a row.
+// any order of inputs serves as long as both sides share it, so each lane takes 32 neighbouring inputs of a row.
 #pragma once
 
 #include "gemm_common.h"
@@ -18,27 +18,33 @@ constexpr int kChunkInputs = 4 * kLaneInputs;
 constexpr int kTileOutputs = 16;
 constexpr int kOctet = 8;
 
+// 16-byte words that a lane's inputs of a row take.
+template <Codes Form>
+constexpr int kLaneWords = Form == Codes::packed_int4 ? 1 : 2;
+
 // One lane's share of a chunk of inputs.
-template <Codes Form, int Tiles, int Octets>
+template <Codes Form, Codes Weight, int Tiles, int Octets>
 struct SmallChunk {
-  static constexpr int kCodeWords = Form == Codes::packed_int4 ? 1 : 2;
-  Words4 weight[Tiles][2];
-  Words4 codes[Octets][kCodeWords];
+  Words4 weight[Tiles][2][kLaneWords<Weight>];
+  Words4 codes[Octets][kLaneWords<Form>];
 };
 
-template <Codes Form, int Tiles, int Octets>
+template <Codes Form, Codes Weight, int Tiles, int Octets>
 SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int first_input,
-                                 SmallChunk<Form, Tiles, Octets>& chunk) {
-  constexpr int kCodeWords = SmallChunk<Form, Tiles, Octets>::kCodeWords;
+                                 SmallChunk<Form, Weight, Tiles, Octets>& chunk) {
+  constexpr int kWeightWords = kLaneWords<Weight>, kCodeWords = kLaneWords<Form>;
   const int lane = thread_index() % 32, inputs = int(g.inputs), input = first_input + lane % 4 * kLaneInputs;
   const bool inside = input < inputs;
   // Within a block's rows offsets fit 32 bits.
-  const uint8_t* weight = g.weight + int64_t{first_output} * (inputs / 2);
+  const auto* weight =
+      static_cast<const unsigned char*>(g.weight) + int64_t{first_output} * (inputs / 2) * kWeightWords;
 #pragma unroll
   for (int i = 0; i < 2 * Tiles; ++i) {
     const int row = i * kOctet + lane / 4;
-    const auto* words = reinterpret_cast<const Words4*>(weight + (row * inputs + input) / 2);
-    chunk.weight[i / 2][i % 2] = load_once(words, inside && first_output + row < g.outputs);
+    const auto* words = reinterpret_cast<const Words4*>(weight + (row * inputs + input) / 2 * kWeightWords);
+    const bool wanted = inside && first_output + row < g.outputs;
+#pragma unroll
+    for (int w = 0; w < kWeightWords; ++w) chunk.weight[i / 2][i % 2][w] = load_once(words + w, wanted);
   }
   const auto* codes = static_cast<const unsigned char*>(g.codes);
 #pragma unroll
@@ -55,14 +61,24 @@ SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int first_
   }
 }
 
-template <Codes Form, int Tiles, int Octets>
-SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Tiles, Octets>& chunk, int32_t (&sums)[Tiles][Octets][4]) {
-  if constexpr (kNativeInt4 && Form == Codes::packed_int4) {
+template <Codes Form, Codes Weight>
+constexpr bool kUsesInt4 = kNativeInt4 && Form == Codes::packed_int4 && Weight == Codes::packed_int4;
+
+// Eight inputs, the w-th of four, of what a lane holds of a row.
+template <Codes Form, Codes Other, int Words>
+SMOOTHROT_DEVICE void lane_inputs(const Words4 (&row)[Words], int w, uint32_t& first, uint32_t& second) {
+  eight_inputs<Form, Other>(row[w * Words / 4].word + w * Words % 4, first, second);
+}
+
+template <Codes Form, Codes Weight, int Tiles, int Octets>
+SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Weight, Tiles, Octets>& chunk,
+                                     int32_t (&sums)[Tiles][Octets][4]) {
+  if constexpr (kUsesInt4<Form, Weight>) {
 #pragma unroll
     for (int w = 0; w < 4; w += 2) {
 #pragma unroll
       for (int i = 0; i < Tiles; ++i) {
-        const uint32_t *low = chunk.weight[i][0].word + w, *high = chunk.weight[i][1].word + w;
+        const uint32_t *low = chunk.weight[i][0][0].word + w, *high = chunk.weight[i][1][0].word + w;
         const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
 #pragma unroll
         for (int o = 0; o < Octets; ++o) {
@@ -76,23 +92,15 @@ SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Tiles, Octets>& chun
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
-      for (int o = 0; o < Octets; ++o) {
-        if constexpr (Form == Codes::packed_int4) {
-          b[w][o][0] = even_nibbles(chunk.codes[o][0].word[w]);
-          b[w][o][1] = odd_nibbles(chunk.codes[o][0].word[w]);
-        } else {
-          const uint32_t* pair = chunk.codes[o][w / 2].word + w % 2 * 2;
-          b[w][o][0] = even_bytes(pair[0], pair[1]);
-          b[w][o][1] = odd_bytes(pair[0], pair[1]);
-        }
-      }
+      for (int o = 0; o < Octets; ++o) lane_inputs<Form, Weight>(chunk.codes[o], w, b[w][o][0], b[w][o][1]);
     }
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const uint32_t low = chunk.weight[i][0].word[w], high = chunk.weight[i][1].word[w];
-        const uint32_t a[4] = {even_nibbles(low), even_nibbles(high), odd_nibbles(low), odd_nibbles(high)};
+        uint32_t a[4];
+        lane_inputs<Weight, Form>(chunk.weight[i][0], w, a[0], a[2]);
+        lane_inputs<Weight, Form>(chunk.weight[i][1], w, a[1], a[3]);
 #pragma unroll
         for (int o = 0; o < Octets; ++o) mma_s8(sums[i][o], a, b[w][o]);
       }
@@ -100,10 +108,8 @@ SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Tiles, Octets>& chun
   }
 }
 
-template <Codes Form>
-constexpr int kSmallShift = Form == Codes::int8 ? kNibbleShift
-                            : kNativeInt4       ? 0
-                                                : 2 * kNibbleShift;
+template <Codes Form, Codes Weight>
+constexpr int kSmallShift = kUsesInt4<Form, Weight> ? 0 : kOperandShift<Form, Weight>;
 
 // What the block needs at its end: int32 [warp][token][output] beside the scales and biases, each loaded once.
 template <int Tiles, int Octets>
@@ -127,7 +133,7 @@ SMOOTHROT_DEVICE void load_scales(const GemmArgs& g, int first_output, SmallShar
   }
 }
 
-template <Codes Form, int Tiles, int Octets>
+template <Codes Form, Codes Weight, int Tiles, int Octets>
 SMOOTHROT_KERNEL(kSmallThreads, 1)
 gemm_small_kernel(const GemmArgs g) {
   using Shared = SmallShared<Tiles, Octets>;
@@ -135,11 +141,11 @@ gemm_small_kernel(const GemmArgs g) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * Shared::kOutputs;
   load_scales(g, first_output, shared);
   int32_t sums[Tiles][Octets][4] = {};
-  SmallChunk<Form, Tiles, Octets> chunk;
+  SmallChunk<Form, Weight, Tiles, Octets> chunk;
   constexpr int kStep = kSmallWarps * kChunkInputs;
   int input = warp * kChunkInputs;
   // What registers allow to be in flight.
-  [[maybe_unused]] constexpr int kChunksAhead = Tiles == 8 ? 1 : 2;
+  [[maybe_unused]] constexpr int kChunksAhead = Tiles * kLaneWords<Weight> == 8 ? 1 : 2;
 #pragma unroll kChunksAhead
   for (; input < g.inputs; input += kStep) {
     load_chunk(g, first_output, input, chunk);
@@ -162,7 +168,7 @@ gemm_small_kernel(const GemmArgs g) {
     if (token >= g.tokens || output >= g.outputs) continue;
     int32_t sum = 0;
     for (int w = 0; w < kSmallWarps; ++w) sum += shared.sums[w][token][within];
-    float y = multiply(float(sum >> kSmallShift<Form>), shared.weight_scale[within]);
+    float y = multiply(float(sum >> kSmallShift<Form, Weight>), shared.weight_scale[within]);
     y = multiply(y, shared.scale[token]);
     if (g.bias) y = add(y, shared.bias[within]);
     store_float(g.out, g.out_dtype, int64_t{token} * g.outputs + output, y);

@@ -18,14 +18,14 @@
 
 namespace smoothrot::cuda {
 
-// How codes lie in memory. int8 with 4-bit quantisation holds values in [-8, 7], one a byte, for architectures
-// whose tensor cores have no int4.
+// How codes lie in memory. int8 with 4-bit activations holds values in [-8, 7], one a byte, for architectures whose
+// tensor cores have no int4.
 enum class Codes : int { packed_int4, int8 };
 
 constexpr int64_t kInputMultiple = 32;
 constexpr int64_t kMostInputs = 32768;
 constexpr int64_t kMostBase = 252;
-// |code product| <= 2^10 and at most 2^8 of scaling keep int32 sums exact below this.
+// |code product| <= 2^14, the scaling of packed operands included, keeps int32 sums exact below this.
 constexpr int64_t kMostGemmInputs = 131072 - kInputMultiple;
 constexpr int64_t kSmallGemmTokens = 16;
 
@@ -89,8 +89,9 @@ int64_t quant_shared_bytes(const QuantArgs& args);
 struct GemmArgs {
   const void* codes;  // [tokens][inputs / 2] packed or [tokens][inputs] int8
   Codes form;
-  const float* scale;         // [tokens]
-  const uint8_t* weight;      // [outputs][inputs / 2] packed int4, as in the checkpoint
+  const float* scale;  // [tokens]
+  const void* weight;  // [outputs][inputs / 2] packed or [outputs][inputs] int8, as in the checkpoint
+  Codes weight_form;
   const float* weight_scale;  // [outputs][inputs / group_size]
   int64_t group_size;         // inputs: per channel; else a multiple of 32 that divides inputs
   const void* bias;           // [outputs] or null
@@ -102,14 +103,14 @@ struct GemmArgs {
   int64_t inputs;  // at most kMostGemmInputs
 };
 
-// Both are reference.gemm with weight_bits 4: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
+// Both are reference.gemm: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
 
 // At most kSmallGemmTokens tokens, per-channel scales: reads each weight once. Every architecture from sm_80; packed
-// codes use the native int4 MMA on sm_80 to sm_89 and are expanded to int8 elsewhere.
+// codes and weights use the native int4 MMA on sm_80 to sm_89 and are expanded to int8 elsewhere.
 cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream);
 
-// Any number of tokens, per-channel or group scales, packed or int8 codes, every architecture from sm_80: int4
-// operands are expanded to int8 in registers.
+// Any number of tokens, per-channel or group scales, packed or int8 operands, every architecture from sm_80: packed
+// ones are expanded to int8 in registers.
 cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream);
 
 }  // namespace smoothrot::cuda

@@ -38,6 +38,7 @@ struct Options {
 struct Access {
   uintptr_t address;
   int bytes;
+  int block;
 };
 
 // What the launches since the last reset did.
@@ -81,6 +82,7 @@ struct Exchange {
 
 struct Block {
   int index_x, index_y, count_x;
+  int number() const { return index_y * count_x + index_x; }
   int current;
   void* scheduler;
   unsigned char* shared;
@@ -221,7 +223,7 @@ inline cudaError_t launch(int grid_x, int grid_y, int threads, int64_t shared_by
 
 inline void count(const void* address, int bytes, bool store) {
   (store ? counters.stored : counters.loaded) += bytes;
-  if (options.trace && !store) counters.trace.push_back({reinterpret_cast<uintptr_t>(address), bytes});
+  if (options.trace && !store) counters.trace.push_back({reinterpret_cast<uintptr_t>(address), bytes, block->number()});
 }
 
 // The copy's source is read at once and its target written when the copy is waited for: a wait that is missing or too

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The hand-written CUDA kernels and the emulator as one library of C functions, for tests/emulated.
+#include <algorithm>
+#include <list>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../cuda/gemm_s8.cu"
@@ -42,6 +45,48 @@ int64_t smoothrot_loaded_from(const void* begin, int64_t bytes) {
   for (const auto& access : smoothrot::emulator::counters.trace) {
     const auto offset = int64_t(access.address - reinterpret_cast<uintptr_t>(begin));
     if (offset >= 0 && offset < bytes) loaded += access.bytes;
+  }
+  return loaded;
+}
+
+// Bytes that the loads of the last launch take from DRAM through a cache of `cache_bytes`: 32-byte sectors, the least
+// recently used one leaves. `resident` blocks run at a time, each issuing one load in turn. Needs options.trace.
+int64_t smoothrot_dram_loaded(int64_t cache_bytes, int resident) {
+  constexpr uintptr_t kSector = 32;
+  std::vector<std::vector<smoothrot::emulator::Access>> blocks;
+  for (const auto& access : smoothrot::emulator::counters.trace) {
+    if (size_t(access.block) >= blocks.size()) blocks.resize(size_t(access.block) + 1);
+    blocks[size_t(access.block)].push_back(access);
+  }
+  std::list<uintptr_t> recent;
+  std::unordered_map<uintptr_t, std::list<uintptr_t>::iterator> cached;
+  int64_t loaded = 0;
+  const auto touch = [&](uintptr_t sector) {
+    const auto found = cached.find(sector);
+    if (found != cached.end()) {
+      recent.splice(recent.begin(), recent, found->second);
+      return;
+    }
+    loaded += kSector;
+    cached[sector] = recent.insert(recent.begin(), sector);
+    if (int64_t(cached.size() * kSector) > cache_bytes) {
+      cached.erase(recent.back());
+      recent.pop_back();
+    }
+  };
+  for (size_t first = 0; first < blocks.size(); first += size_t(resident)) {
+    const size_t last = std::min(blocks.size(), first + size_t(resident));
+    bool more = true;
+    for (size_t i = 0; more; ++i) {
+      more = false;
+      for (size_t b = first; b < last; ++b) {
+        if (i >= blocks[b].size()) continue;
+        more = true;
+        const auto& access = blocks[b][i];
+        const uintptr_t end = access.address + uintptr_t(access.bytes) - 1;
+        for (uintptr_t s = access.address / kSector; s <= end / kSector; ++s) touch(s);
+      }
+    }
   }
   return loaded;
 }

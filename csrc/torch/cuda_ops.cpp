@@ -101,14 +101,18 @@ void check_launched(const char* op, const char* problem) {
   if (problem) throw std::runtime_error(std::string("smoothrot::") + op + ": CUDA kernel: " + problem);
 }
 
+Codes stored_form(int64_t bits) { return bits == 4 ? Codes::packed_int4 : Codes::int8; }
+ScalarType stored_dtype(int64_t bits) { return bits == 4 ? ScalarType::Byte : ScalarType::Char; }
+int64_t stored_width(int64_t inputs, int64_t bits) { return bits == 4 ? inputs / 2 : inputs; }
+
 using QuantLauncher = cudaError_t (*)(const QuantArgs&, cudaStream_t);
 
 Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like, const Device& device,
                    QuantLauncher launch) {
   q.form = form;
-  const bool packed = form == Codes::packed_int4;
-  Tensor codes = torch::stable::new_empty(like, {q.tokens, packed ? q.inputs / 2 : q.inputs},
-                                          packed ? ScalarType::Byte : ScalarType::Char);
+  const int64_t stored_bits = form == Codes::packed_int4 ? 4 : 8;
+  Tensor codes =
+      torch::stable::new_empty(like, {q.tokens, stored_width(q.inputs, stored_bits)}, stored_dtype(stored_bits));
   Tensor scale = torch::stable::new_empty(like, {q.tokens}, ScalarType::Float);
   q.codes = codes.mutable_data_ptr();
   q.scale = static_cast<float*>(scale.mutable_data_ptr());
@@ -119,21 +123,12 @@ Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like,
   return {codes, scale};
 }
 
-Codes stored_form(int64_t bits) { return bits == 4 ? Codes::packed_int4 : Codes::int8; }
-
-void check_weight_bits(const char* op, const char* argument, int64_t bits) {
-  if (bits != 4) {
-    refuse(op, argument, "expected 4-bit weights on CUDA, got ", bits,
-           ". Convert again with 4-bit weights, and a 16-bit output head (--lm-head-bits 16).");
-  }
-}
-
 // What gemm and linear share: the weight's side of the arguments.
 GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const char* weight_name, const Tensor& packed,
                    const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t act_bits,
                    int64_t weight_bits) {
   check_bits(op, "act_bits", act_bits);
-  check_weight_bits(op, "weight_bits", weight_bits);
+  check_bits(op, "weight_bits", weight_bits);
   check_inputs(op, weight_name, inputs, kMostGemmInputs);
   check_weight_scale(op, weight_scale, inputs, weight_bits, act_bits, device.place);
   GemmArgs g{};
@@ -143,10 +138,12 @@ GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const c
   if (g.group_size % kInputMultiple) {
     refuse(op, "weight_scale", "expected groups of a multiple of ", kInputMultiple, " inputs, got ", g.group_size, ".");
   }
-  check_tensor(op, weight_name, packed, ScalarType::Byte, {g.outputs, inputs / 2}, device.place);
+  check_tensor(op, weight_name, packed, stored_dtype(weight_bits), {g.outputs, stored_width(inputs, weight_bits)},
+               device.place);
   check_aligned(op, weight_name, packed);
   check_aligned(op, "weight_scale", weight_scale);
-  g.weight = static_cast<const uint8_t*>(packed.const_data_ptr());
+  g.weight = packed.const_data_ptr();
+  g.weight_form = stored_form(weight_bits);
   g.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
   if (bias) {
     g.bias_dtype = float_type(op, "bias", bias->scalar_type());
@@ -213,12 +210,14 @@ Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double e
 
 Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits) {
   constexpr const char* op = "prepack_weight";
-  check_weight_bits(op, "bits", bits);
+  check_bits(op, "bits", bits);
   const Device device(op, "weight", weight);
-  check_tensor(op, "weight", weight, ScalarType::Byte, {kAnySize, kAnySize}, device.place);
-  const GemmArgs g = gemm_args(op, device, 2 * weight.size(1), "weight", weight, weight_scale, std::nullopt, 4, bits);
+  check_tensor(op, "weight", weight, stored_dtype(bits), {kAnySize, kAnySize}, device.place);
+  const int64_t width = weight.size(1);
+  const GemmArgs g =
+      gemm_args(op, device, width * (bits == 4 ? 2 : 1), "weight", weight, weight_scale, std::nullopt, 4, bits);
   // The kernels read the checkpoint's layout; a copy, because an op's result must not alias its argument.
-  Tensor packed = torch::stable::new_empty(weight, {g.outputs, g.inputs / 2}, ScalarType::Byte);
+  Tensor packed = torch::stable::new_empty(weight, {g.outputs, width}, stored_dtype(bits));
   torch::stable::copy_(packed, weight);
   return packed;
 }
@@ -228,8 +227,7 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
   constexpr const char* op = "gemm";
   const Device device(op, "codes", codes);
   check_bits(op, "act_bits", act_bits);
-  check_tensor(op, "codes", codes, act_bits == 4 ? ScalarType::Byte : ScalarType::Char, {kAnySize, kAnySize},
-               device.place);
+  check_tensor(op, "codes", codes, stored_dtype(act_bits), {kAnySize, kAnySize}, device.place);
   check_aligned(op, "codes", codes);
   check_tensor(op, "scale", scale, ScalarType::Float, {codes.size(0)}, device.place);
   check_aligned(op, "scale", scale);
@@ -251,7 +249,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(g.outputs);
   Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
-  const Codes form = activation_form(device.gpu, int(act_bits));
+  const Codes form = activation_form(device.gpu, int(act_bits), q.tokens);
   const auto [codes, scale] = quantise(op, q, form, x, device, &cuda::quant);
   multiply(op, g, codes, form, scale, out, q.dtype, device);
   return out;

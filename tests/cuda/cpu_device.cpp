@@ -23,7 +23,8 @@ const char* play_cutlass(const char* name, const CutlassArgs& a, Codes form) {
   g.codes = a.codes;
   g.form = form;
   g.scale = a.token_scale;
-  g.weight = static_cast<const uint8_t*>(a.weight);
+  g.weight = a.weight;
+  g.weight_form = Codes::packed_int4;
   g.weight_scale = a.channel_scale;
   g.group_size = g.inputs = a.inputs;
   g.bias = a.bias;
@@ -44,13 +45,14 @@ void pretend(int64_t capability, int64_t multiprocessors, int64_t shared_bytes) 
 std::string launched() { return cutlass_launched; }
 
 std::string choose(int64_t tokens, int64_t outputs, int64_t inputs, int64_t group_size, int64_t act_bits,
-                   ScalarType out_dtype, std::optional<ScalarType> bias_dtype) {
+                   int64_t weight_bits, ScalarType out_dtype, std::optional<ScalarType> bias_dtype) {
   GemmArgs g{};
   g.tokens = tokens;
   g.outputs = outputs;
   g.inputs = inputs;
   g.group_size = group_size;
-  g.form = activation_form(pretended, int(act_bits));
+  g.form = activation_form(pretended, int(act_bits), tokens);
+  g.weight_form = weight_bits == 4 ? Codes::packed_int4 : Codes::int8;
   g.out_dtype = float_type("choose", "out_dtype", out_dtype);
   if (bias_dtype) {
     g.bias = &g;
@@ -98,8 +100,8 @@ STABLE_TORCH_LIBRARY(smoothrot_emulated, m) {
   m.def("pretend(int capability, int multiprocessors, int shared_bytes) -> ()");
   m.def("launched() -> str");
   m.def(
-      "choose(int tokens, int outputs, int inputs, int group_size, int act_bits, ScalarType out_dtype, "
-      "ScalarType? bias_dtype) -> str");
+      "choose(int tokens, int outputs, int inputs, int group_size, int act_bits, int weight_bits, "
+      "ScalarType out_dtype, ScalarType? bias_dtype) -> str");
   m.def("runs_on(str architectures, int capability) -> bool");
 }
 

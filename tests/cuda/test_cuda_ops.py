@@ -20,9 +20,10 @@ def prepare(ops: Any, block: int) -> int:
     return block
 
 
-def weight(outputs: int, inputs: int, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
-    return reference.pack_int4(codes), torch.rand(outputs, groups) * 0.01
+def weight(outputs: int, inputs: int, groups: int = 1, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    top = reference.quant_max(bits)
+    codes = torch.randint(-top - 1, top + 1, (outputs, inputs), dtype=torch.int8)
+    return reference.encode(codes, bits), torch.rand(outputs, groups) * 0.01
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -46,12 +47,13 @@ def test_the_quantising_ops_equal_the_reference(gpu: Any, dtype: torch.dtype, bi
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
 @pytest.mark.parametrize(("block", "groups"), [(0, 1), (96, 1), (96, 3)])
 def test_linear_equals_the_reference_on_every_architecture(
-    gpu: Any, capability: int, act_bits: int, block: int, groups: int
+    gpu: Any, capability: int, weight_bits: int, act_bits: int, block: int, groups: int
 ) -> None:
-    packed, scale = weight(40, 96, groups)
+    stored, scale = weight(40, 96, groups, weight_bits)
+    packed = gpu.prepack_weight(stored, scale, weight_bits)
     bias = torch.randn(40)
     if block:
         prepare(gpu, block)
@@ -59,24 +61,25 @@ def test_linear_equals_the_reference_on_every_architecture(
         gpu.pretend(capability, 1, 99 * 1024)
         x = torch.randn(tokens, 96).to(dtype)
         quantised = reference.hadamard_quant(x, block, 0.9, act_bits) if block else reference.quant(x, 0.9, act_bits)
-        expected = reference.gemm(*quantised, packed, scale, bias.to(dtype), dtype, act_bits, 4)
-        got = gpu.linear(x, gpu.prepack_weight(packed, scale, 4), scale, bias.to(dtype), block, 0.9, act_bits, 4)
+        expected = reference.gemm(*quantised, stored, scale, bias.to(dtype), dtype, act_bits, weight_bits)
+        got = gpu.linear(x, packed, scale, bias.to(dtype), block, 0.9, act_bits, weight_bits)
         # Group sums are added in another order than torch's einsum does.
         tolerance = {"rtol": 0, "atol": 0} if groups == 1 else {"rtol": 1e-2, "atol": 1e-2}
         torch.testing.assert_close(got, expected, **tolerance)
         native = capability == 80 and act_bits == 4
-        uses_cutlass = groups == 1 and tokens == 20 and (native or capability == 90)
+        uses_cutlass = weight_bits == 4 and groups == 1 and tokens == 20 and (native or capability == 90)
         assert bool(gpu.launched()) == uses_cutlass, gpu.launched()
 
 
-@pytest.mark.parametrize("act_bits", [4, 8])
-def test_gemm_takes_stored_codes_on_every_architecture(gpu: Any, act_bits: int) -> None:
-    packed, scale = weight(48, 64)
+@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
+def test_gemm_takes_stored_codes_on_every_architecture(gpu: Any, weight_bits: int, act_bits: int) -> None:
+    packed, scale = weight(48, 64, 1, weight_bits)
     codes, token_scale = reference.quant(torch.randn(33, 64), 1.0, act_bits)
-    expected = reference.gemm(codes, token_scale, packed, scale, None, torch.float16, act_bits, 4)
+    expected = reference.gemm(codes, token_scale, packed, scale, None, torch.float16, act_bits, weight_bits)
     for capability in (80, 90, 100):
         gpu.pretend(capability, 108, 99 * 1024)
-        assert torch.equal(gpu.gemm(codes, token_scale, packed, scale, None, torch.float16, act_bits, 4), expected)
+        got = gpu.gemm(codes, token_scale, packed, scale, None, torch.float16, act_bits, weight_bits)
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
@@ -133,7 +136,8 @@ def test_linear_names_a_wrong_input(gpu: Any, x: torch.Tensor, block: int, bits:
         ({"weight_scale": torch.ones(40, 1).half()}, r"weight_scale: expected contiguous float32"),
         ({"bias": torch.ones(39)}, r"bias: expected contiguous float32 \(40\), got float32 \(39\)"),
         ({"bias": torch.ones(40, dtype=torch.int32)}, r"bias: expected float32, bfloat16 or float16, got int32"),
-        ({"weight_bits": 8}, r"weight_bits: expected 4-bit weights on CUDA, got 8.*lm-head-bits 16"),
+        ({"weight_bits": 3}, r"weight_bits: expected 4 or 8, got 3"),
+        ({"weight_bits": 8}, r"packed: expected contiguous int8 \(40, 64\), got uint8 \(40, 32\)"),
         ({"act_bits": 2}, r"act_bits: expected 4 or 8, got 2"),
         ({"out_dtype": torch.float64}, r"out_dtype: expected float32, bfloat16 or float16, got float64"),
         ({"scale": torch.ones(3)}, r"scale: expected contiguous float32 \(2\), got float32 \(3\)"),
@@ -170,29 +174,32 @@ def test_a_base_matrix_that_is_no_matrix_is_refused(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "tokens", "outputs", "act_bits", "kernel"),
+    ("capability", "tokens", "outputs", "act_bits", "weight_bits", "kernel"),
     [
-        (80, 1, 4096, 4, "small"),
-        (80, 16, 4096, 8, "small"),
-        (80, 17, 4096, 4, "cutlass_sm80_32x64"),
-        (80, 128, 4096, 4, "cutlass_sm80_32x64"),
-        (80, 128, 28672, 4, "cutlass_sm80_128x256"),
-        (80, 128, 14336, 4, "cutlass_sm80_128x128"),
-        (80, 512, 4096, 4, "cutlass_sm80_128x128"),
-        (86, 2048, 4096, 4, "cutlass_sm80_128x256"),
-        (89, 64, 4096, 8, "s8"),
-        (90, 1, 4096, 4, "small"),
-        (90, 17, 4096, 4, "cutlass_sm90_128x32"),
-        (90, 4096, 4096, 8, "cutlass_sm90_128x128"),
-        (100, 4096, 4096, 4, "s8"),
-        (121, 4096, 4096, 8, "s8"),
+        (80, 1, 4096, 4, 4, "small"),
+        (80, 16, 4096, 8, 4, "small"),
+        (80, 17, 4096, 4, 4, "cutlass_sm80_32x64"),
+        (80, 128, 4096, 4, 4, "cutlass_sm80_32x64"),
+        (80, 128, 28672, 4, 4, "cutlass_sm80_128x256"),
+        (80, 128, 14336, 4, 4, "cutlass_sm80_128x128"),
+        (80, 512, 4096, 4, 4, "cutlass_sm80_128x128"),
+        (86, 2048, 4096, 4, 4, "cutlass_sm80_128x256"),
+        (89, 64, 4096, 8, 4, "s8"),
+        (90, 1, 4096, 4, 4, "small"),
+        (90, 17, 4096, 4, 4, "cutlass_sm90_128x32"),
+        (90, 4096, 4096, 8, 4, "cutlass_sm90_128x128"),
+        (100, 4096, 4096, 4, 4, "s8"),
+        (121, 4096, 4096, 8, 4, "s8"),
+        (90, 16, 128256, 8, 8, "small"),
+        (80, 512, 4096, 8, 8, "s8"),
+        (90, 4096, 4096, 8, 8, "s8"),
     ],
 )
 def test_the_kernel_suits_the_device_and_the_size(
-    gpu: Any, capability: int, tokens: int, outputs: int, act_bits: int, kernel: str
+    gpu: Any, capability: int, tokens: int, outputs: int, act_bits: int, weight_bits: int, kernel: str
 ) -> None:
     gpu.pretend(capability, 108, 99 * 1024)
-    assert gpu.choose(tokens, outputs, 4096, 4096, act_bits, torch.bfloat16, None) == kernel
+    assert gpu.choose(tokens, outputs, 4096, 4096, act_bits, weight_bits, torch.bfloat16, None) == kernel
 
 
 @pytest.mark.parametrize(
@@ -207,7 +214,7 @@ def test_the_kernel_suits_the_device_and_the_size(
 def test_cutlass_is_not_asked_for_what_it_cannot_do(
     gpu: Any, outputs: int, group: int, out_dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> None:
-    assert gpu.choose(512, outputs, 4096, group, 4, out_dtype, bias_dtype) == "s8"
+    assert gpu.choose(512, outputs, 4096, group, 4, 4, out_dtype, bias_dtype) == "s8"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the CUDA sources are compiled for, and what the check of their machine code objects to."""
 
+from pathlib import Path
+
 import check_sass
 import nvcc
 import pytest
@@ -59,6 +61,21 @@ def kernel(source: str, architecture: str, registers: int = 200, stack: int = 0,
 )
 def test_wrong_machine_code_is_objected_to(found: check_sass.Kernel, problem: str) -> None:
     assert any(problem in text for text in found.problems())
+
+
+def test_gemm_s8_compiles_without_spills_or_calls(tmp_path: Path) -> None:
+    """The cheapest of what `make check-cuda` compiles, for one architecture without the int4 MMA."""
+    found = nvcc.find_nvcc()
+    if found is None:
+        pytest.skip("nvcc is not here")
+    try:
+        check_sass.find_cuobjdump()
+    except nvcc.NvccError as error:
+        pytest.skip(str(error))
+    kernels, problems = check_sass.inspect([nvcc.Unit(nvcc.FOLDER / "gemm_s8.cu", ("90a",))], found, tmp_path)
+    assert not problems
+    assert len(kernels) == 16  # two forms of each operand, per channel or in groups, narrow or wide
+    assert all(kernel.counts["s8 MMA"] for kernel in kernels)
 
 
 def test_right_machine_code_is_accepted() -> None:

@@ -64,6 +64,7 @@ class _GemmArgs(ctypes.Structure):
         ("form", ctypes.c_int),
         ("scale", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
+        ("weight_form", ctypes.c_int),
         ("weight_scale", ctypes.c_void_p),
         ("group_size", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
@@ -99,7 +100,8 @@ class Emulator:
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
-        self._library.smoothrot_loaded_from.restype = ctypes.c_int64
+        for name in ("smoothrot_loaded_from", "smoothrot_dram_loaded"):
+            getattr(self._library, name).restype = ctypes.c_int64
         self._options: dict[str, int] = {"dropped_barrier": -1, "multiprocessors": 2}
         self.reset()
 
@@ -119,6 +121,10 @@ class Emulator:
             self._options = before
             self.reset()
 
+    def option(self, name: str) -> int:
+        """The value of an option."""
+        return self._options[name]
+
     def counters(self) -> Counters:
         """What happened since the last reset."""
         counters = _Counters()
@@ -128,6 +134,10 @@ class Emulator:
     def loaded_from(self, tensor: torch.Tensor) -> int:
         """Bytes loaded from ``tensor`` since the last reset, repeats included; needs the option ``trace``."""
         return self._library.smoothrot_loaded_from(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
+
+    def dram_loaded(self, cache_bytes: int, resident_blocks: int) -> int:
+        """Bytes that the launch since the last reset loads from DRAM through a cache; needs the option ``trace``."""
+        return self._library.smoothrot_dram_loaded(ctypes.c_int64(cache_bytes), ctypes.c_int(resident_blocks))
 
     def quant(
         self,
@@ -187,13 +197,14 @@ class Emulator:
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``(T, N)`` from one launch of ``kernel``, "small" or "s8"; int8 codes are unpacked ones."""
-        inputs = weight.shape[1] * 2
+        inputs = weight.shape[1] * (1 if weight.dtype == torch.int8 else 2)
         out = torch.full((codes.shape[0], weight.shape[0]), 777.0, dtype=out_dtype)
         args = _GemmArgs(
             codes=codes.data_ptr(),
             form=INT8 if codes.dtype == torch.int8 else PACKED,
             scale=scale.data_ptr(),
             weight=weight.data_ptr(),
+            weight_form=INT8 if weight.dtype == torch.int8 else PACKED,
             weight_scale=weight_scale.data_ptr(),
             group_size=inputs // weight_scale.shape[1],
             bias=None if bias is None else bias.data_ptr(),

@@ -52,6 +52,12 @@ def test_gemm_small_reads_each_weight_once(emulator_int4: Emulator, tokens: int,
     with emulator_int4.options(multiprocessors=1, trace=1):
         out = emulator_int4.gemm("small", stored, scale, weight, weight_scale, torch.bfloat16, bias)
         counters, weight_bytes = emulator_int4.counters(), emulator_int4.loaded_from(weight)
+        # Room for all activations and half the weights.
+        cache = weight.nbytes // 2 + 2 * stored.nbytes
+        dram = {blocks: emulator_int4.dram_loaded(cache, blocks) + counters.stored for blocks in (1, 2)}
+        uncached = emulator_int4.dram_loaded(0, 1)
     assert weight_bytes == weight.nbytes
     floor = sum(t.nbytes for t in (stored, scale, weight, weight_scale, bias, out))
     assert floor <= counters.loaded + counters.stored <= allowed * floor
+    assert all(floor <= moved <= 1.01 * floor for moved in dram.values())
+    assert uncached >= counters.loaded

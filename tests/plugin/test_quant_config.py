@@ -104,13 +104,14 @@ def test_a_gpu_without_kernels_is_refused(
         make_config()
 
 
-def test_weights_of_8_bits_are_refused_on_a_gpu_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_8_bits_are_served_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, "80", (8, 0))
     eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
-    with pytest.raises(
-        UnsupportedPlatformError, match=r"8-bit ones for model.layers.1.mlp.down_proj, lm_head\. .*--lm-head-bits 16"
-    ):
-        make_config(overrides={"model.layers.1.mlp.down_proj": eight}, lm_head=eight)
+    config = make_config(overrides={"model.layers.1.mlp.down_proj": eight}, lm_head=eight)
+    for name in ("model.layers.1.mlp.down_proj", "lm_head"):
+        scheme = config.scheme(name)
+        assert scheme is not None
+        assert scheme.weights.bits == 8
 
 
 def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
