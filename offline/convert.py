@@ -268,7 +268,14 @@ class _Run:
                 output |= stored
         output |= {prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()}
         output = {name: tensor.contiguous() for name, tensor in output.items()}
-        record = LayerRecord(weight_error=errors, smoothing=study.smoothing, clips=study.clips, sensitivity=study.sensitivity)
+        record = LayerRecord(
+            weight_error=errors,
+            smoothing=study.smoothing,
+            experts=study.experts,
+            unseen_experts=study.unseen_experts,
+            clips=study.clips,
+            sensitivity=study.sensitivity,
+        )
         self.journal.finish_layer(index, record, output, {} if rounding is None else rounding.state())
         self.shards.add(output)
 

@@ -33,7 +33,8 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 class LayerStudy:
     """What was found for one decoder layer.
 
-    ``scales`` are S, float64 ``(intermediate,)``, or None. ``clips`` and ``sensitivity`` are by the first linear of each group
+    ``scales`` are S, float64 in the shape ``ModelSpec.smoothed``, or None; ``experts`` are the ``smoothing`` of each expert, None
+    for one that no calibration token was routed to. ``clips`` and ``sensitivity`` are by the first linear of each group
     that reads one input: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only
     that group is quantised. Both are empty unless the configuration asks for them.
     """
@@ -42,6 +43,12 @@ class LayerStudy:
     smoothing: SmoothingRecord | None = None
     clips: dict[str, float] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
+    experts: list[SmoothingRecord | None] = field(default_factory=list)
+
+    @property
+    def unseen_experts(self) -> list[int]:
+        """Numbers of the experts that no calibration token was routed to."""
+        return [number for number, record in enumerate(self.experts) if record is None]
 
 
 class Study:
@@ -80,8 +87,11 @@ class Study:
         scales, smoothing = None, None
         if self._config.scales != "none":
             arguments = (self._hidden, self._runner, self._spec, self._config, self._schema)
-            choice, smoothing = smooth_layer(index, tensors, *arguments)
-            scales = choice.scales
+            found = smooth_layer(index, tensors, *arguments)
+            scales = found.scales
+            if self._spec.experts:
+                return LayerStudy(scales, experts=found.records)
+            (smoothing,) = found.records
         if not self._config.needs_probe:
             return LayerStudy(scales, smoothing)
         folded = {name: tensor.double() for name, tensor in tensors.items()}

@@ -11,10 +11,16 @@ from smoothrot_vllm.errors import CheckpointError
 def fold_smoothing(layer: dict[str, torch.Tensor], table: Architecture, scales: torch.Tensor) -> None:
     """Divide down_proj's input by ``scales`` in up_proj's rows and bias, and multiply it back in down_proj's columns.
 
+    Args:
+        layer: tensors by names relative to the layer, float64; changed.
+        table: the family, with its experts written out.
+        scales: float64 ``(f,)``, or ``(experts, f)``.
+
     Raises:
         CheckpointError: a scale is zero, negative or not finite.
     """
     if not (scales.isfinite() & (scales > 0)).all():
         raise CheckpointError(f"smoothing scales of {table.down}: expected positive finite numbers. Check the calibration text.")
-    scale_up(layer, table, 1 / scales)
-    layer[f"{table.down}.weight"] = layer[f"{table.down}.weight"] * scales
+    for (up, down), own in zip(table.products, scales.view(len(table.products), -1), strict=True):
+        scale_up(layer, up, 1 / own)
+        layer[f"{down}.weight"] = layer[f"{down}.weight"] * own
