@@ -16,8 +16,8 @@ ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
 
 MEBIBYTE = 1 << 20
 
-DENSE_ONLY = {"rounding": "rtn", "clip_search": False, "keep_8bit": 0.0}
-"""The one value of each option that models with experts convert with."""
+FOR_EXPERTS: dict[str, tuple[Any, ...]] = {"rounding": ("rtn", "gptq"), "clip_search": (False,), "keep_8bit": (0.0,)}
+"""The values of each option that models with experts convert with, the best last."""
 
 
 class ConvertConfig(BaseModel):
@@ -138,12 +138,12 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
 
 def _check_for_experts(spec: ModelSpec, config: ConvertConfig) -> None:
     """Refuse the options that are not implemented for experts."""
-    for option, value in DENSE_ONLY.items():
-        if (found := getattr(config, option)) != value:
+    for option, values in FOR_EXPERTS.items():
+        if (found := getattr(config, option)) not in values:
             name = "--" + option.replace("_", "-")
             raise ConfigError(
-                f"{name}: expected {value}, as {spec.architecture.class_name} has experts, got {found}: it is for dense models only. "
-                "Choose --preset fast, or leave the option out."
+                f"{name}: expected {' or '.join(map(str, values))}, as {spec.architecture.class_name} has experts, got {found}, which "
+                "is for dense models only. Leave the option out."
             )
 
 

@@ -100,6 +100,18 @@ class Architecture:
             products=tuple(zip(each(self.up), each(self.down), strict=True)),
         )
 
+    @property
+    def feed_forward(self) -> str:
+        """Name of the module that computes what follows the second norm of ``readers``."""
+        return (self.down if self.experts is None else self.experts.router).rpartition(".")[0]
+
+    def expert_groups(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Linears of each expert that read the same tensor: gate and up, then down."""
+        assert self.experts is not None
+        gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
+        first = [(gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)]
+        return first, [(down,) for _, down in self.products]
+
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first, then the feed-forward."""
         attention, feed_forward = self.readers.values()

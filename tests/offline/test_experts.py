@@ -122,6 +122,35 @@ def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_pa
         assert (defined - original).norm() < 0.3 * original.norm()
 
 
+@pytest.mark.usefixtures("calibrated")
+def test_gptq_rounds_each_expert_for_its_own_tokens(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+    source = make_model(family)
+    found = {}
+    for rounding in ("rtn", "gptq"):
+        out = tmp_path / rounding
+        convert(source, out, make_config(**options(rounding=rounding, activation_bits=8)))
+        assert verify(out).ok
+        assert compare_with_source(out, source).problems == []
+        found[rounding] = load_model(out, torch.float32)
+    original, errors = load_model(source, torch.float32), {}
+    with torch.no_grad():
+        # What the first layer makes of the very tokens it was rounded for, routed alike.
+        expected = original.model.layers[0](original.model.embed_tokens(TOKENS), **_rotary(original))
+        rotation = read_transform(tmp_path / "rtn").transform.residual
+        assert rotation is not None
+        for rounding, model in found.items():
+            got = model.model.layers[0](model.model.embed_tokens(TOKENS), **_rotary(model))
+            errors[rounding] = float((got - rotation.rotate(expected.double()).float()).norm())
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def _rotary(model: PreTrainedModel) -> dict[str, Any]:
+    positions = torch.arange(TOKENS.shape[1])[None]
+    mask = torch.full((1, 1, TOKENS.shape[1], TOKENS.shape[1]), -torch.inf).triu(1)
+    embedding = model.model.rotary_emb(torch.zeros(1, TOKENS.shape[1], 1), positions)
+    return {"position_embeddings": embedding, "attention_mask": mask}
+
+
 def test_experts_that_no_token_reaches_are_named_once(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +175,7 @@ def test_experts_that_no_token_reaches_are_named_once(
         {"scales": "none", "rotations": "learned", "rotation_steps": 2},
         {"scales": "quantile", "sign_seeds": 2, "lm_head_bits": 8},
         {"scales": "max", "rotate": False},
+        {"scales": "none", "rounding": "gptq"},
     ],
     ids=lambda changes: "-".join(map(str, list(changes.items())[0])),
 )
@@ -162,14 +192,14 @@ def test_other_options_convert_too(
 
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
-    [("rounding", "gptq", "rtn"), ("rounding", "gptaq", "rtn"), ("clip_search", True, "False"), ("keep_8bit", 0.1, "0.0")],
+    [("rounding", "gptaq", "rtn or gptq"), ("clip_search", True, "False"), ("keep_8bit", 0.1, "0.0")],
 )
 def test_options_for_dense_models_are_refused_by_name(
     make_model: MakeModel, tmp_path: Path, option: str, value: Any, expected: str
 ) -> None:
     source = make_model("mixtral")
     config = make_config(**{option: value})
-    words = rf"--{option.replace('_', '-')}: expected {expected}, as MixtralForCausalLM has experts.*--preset fast"
+    words = rf"--{option.replace('_', '-')}: expected {expected}, as MixtralForCausalLM has experts, got {value}.*dense models only"
     with pytest.raises(ConfigError, match=words):
         convert(source, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
@@ -177,11 +207,12 @@ def test_options_for_dense_models_are_refused_by_name(
     assert refused.startswith("--")
 
 
-@pytest.mark.parametrize("name", ["auto", "fast"])
-def test_the_preset_is_one_that_works(make_model: MakeModel, family: str, name: str) -> None:
+@pytest.mark.parametrize(("name", "rounding"), [("auto", "gptq"), ("fast", "rtn"), ("balanced", "gptq"), ("paper-compat", "gptq")])
+def test_presets_take_what_experts_have(make_model: MakeModel, family: str, name: Any, rounding: str) -> None:
     checkpoint = open_checkpoint(make_model(family))
-    choice = choose_preset(name, {}, checkpoint)
-    assert (choice.config.preset, choice.config.rounding, choice.config.scales) == ("fast", "rtn", "l2")
+    choice = choose_preset(name, {"calib_seqlen": 32}, checkpoint)
+    config = choice.config
+    assert (config.rounding, config.clip_search, config.keep_8bit) == (rounding, False, 0.0)
     plan = plan_conversion(checkpoint, choice.config)
     assert plan.refusals == []
     assert plan.output_bytes is not None
