@@ -142,8 +142,8 @@ def _check_for_experts(spec: ModelSpec, config: ConvertConfig) -> None:
         if (found := getattr(config, option)) not in values:
             name = "--" + option.replace("_", "-")
             raise ConfigError(
-                f"{name}: expected {' or '.join(map(str, values))}, as {spec.architecture.class_name} has experts, got {found}, which "
-                "is for dense models only. Leave the option out."
+                f"{name}: expected {' or '.join(map(str, values))}, as {spec.architecture.class_name} has experts, got {found}, "
+                "which is for dense models only. Leave the option out."
             )
 
 

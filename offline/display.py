@@ -51,7 +51,9 @@ def show_inspection(found: Inspection) -> RenderableType:
     errors = make_table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
     for index, layer in enumerate(found.origin["layers"]):
         worst = max(layer["weight_error"], key=layer["weight_error"].get)
-        scales, activation = _smoothing_cells([record for record in [layer["smoothing"], *layer["experts"]] if record is not None])
+        scales, activation = _smoothing_cells(
+            [record for record in [layer["smoothing"], *layer["experts"]] if record is not None]
+        )
         errors.add_row(
             str(index),
             f"{sum(layer['weight_error'].values()) / len(layer['weight_error']):.4f}",

@@ -95,7 +95,9 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     if config.scales != "none":
         passes += 1
         trials = {"search": searched_candidates(), "learned": searched_candidates() + 3 * STEPS}.get(config.scales, 2)
-        sampled = spec.experts * min(tokens * chosen // spec.experts, SAMPLE_TOKENS) if spec.experts else min(tokens, SAMPLE_TOKENS)
+        sampled = (
+            spec.experts * min(tokens * chosen // spec.experts, SAMPLE_TOKENS) if spec.experts else min(tokens, SAMPLE_TOKENS)
+        )
         flop += trials * sampled * down
     if config.needs_probe:
         folds += 1

@@ -112,7 +112,7 @@ class SmoothRotHfQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """How stored tensors become those of the model: as they are, where :func:`separate_experts` has named modules like them."""
+        """How stored tensors become the model's: as they are, where :func:`separate_experts` has named modules like them."""
         return [] if self._stored_names else weight_conversions
 
     def is_serializable(self) -> bool:

@@ -183,7 +183,7 @@ def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -
 
 
 def scale_up(layer: Tensors, up: str, factors: torch.Tensor) -> None:
-    """Multiply what linear ``up`` produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused linear."""
+    """Multiply what linear ``up`` produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused one."""
     weight, bias = f"{up}.weight", f"{up}.bias"
     layer[weight] = on_last_rows(layer[weight], len(factors), lambda rows: rows * factors[:, None])
     if bias in layer:

@@ -273,9 +273,9 @@ def experts(
         if not count:
             continue
         own = slice(start, start + count)
-        gate, up = gemm(
-            codes[own], scale[own], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits
-        ).chunk(2, dim=-1)
+        gate, up = gemm(codes[own], scale[own], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits).chunk(
+            2, dim=-1
+        )
         product = torch.nn.functional.silu(gate) * up
         down = linear(product.float(), w2[expert], w2_scale[expert], None, block, clip, act_bits, weight_bits)
         total.index_add_(0, token[own], down * share[own])

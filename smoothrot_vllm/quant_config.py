@@ -160,8 +160,8 @@ class SmoothRotConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         raise UnsupportedModelError(
-            f"{prefix}: expected a linear, an embedding, an output head, attention or routed experts, got {type(layer).__name__}, "
-            f"which checkpoint format version {self.schema.format_version} does not cover. Serve the 16-bit model instead."
+            f"{prefix}: expected a linear, an embedding, an output head, attention or routed experts, got "
+            f"{type(layer).__name__}, which checkpoint format version {self.schema.format_version} does not cover. Serve the 16-bit model instead."
         )
 
     def _experts_method(self, layer: "RoutedExperts", prefix: str) -> QuantizeMethodBase | None:
@@ -181,8 +181,8 @@ class SmoothRotConfig(QuantizationConfig):
             return None
         if self.schema.online.readers is not None:
             raise UnsupportedModelError(
-                f"{prefix}: quantization_config.online.readers: expected null in a model with experts, whose input is not rotated "
-                "at run time. Convert the model again."
+                f"{prefix}: quantization_config.online.readers: expected null in a model with experts, whose input is not "
+                "rotated at run time. Convert the model again."
             )
         return SmoothRotExpertsMethod(prefix, scheme, self.schema.online.down_proj, layer.moe_config, names)
 

@@ -168,8 +168,8 @@ def experts(
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear quantised as in :func:`gemm`.
 
-    What gate and up give, and their product, are rounded to the dtype of ``x``; what down gives is weighed and summed in float32, in
-    the order of the experts, and rounded once.
+    What gate and up give, and their product, are rounded to the dtype of ``x``; what down gives is weighed and summed in float32,
+    in the order of the experts, and rounded once.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16.
@@ -189,9 +189,7 @@ def experts(
     total = torch.zeros(x.shape[0], w2.shape[1])
     for expert in range(len(w13)):
         token, place = (chosen == expert).nonzero(as_tuple=True)
-        gate_up = gemm(
-            codes[token], scale[token], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits
-        )
+        gate_up = gemm(codes[token], scale[token], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits)
         gate, up = gate_up.chunk(2, dim=-1)
         product = torch.nn.functional.silu(gate) * up
         own, own_scale = hadamard_quant(product, block, clip, act_bits) if block else quant(product, clip, act_bits)

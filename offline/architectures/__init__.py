@@ -83,8 +83,8 @@ def _count_experts(experts: Experts, parsed: PreTrainedConfig) -> int:
     for key, value in experts.everywhere.items():
         if (found := getattr(parsed, key)) != value:
             raise UnsupportedModelError(
-                f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a model that mixes layers with and "
-                "without experts is not converted."
+                f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a model that mixes layers "
+                "with and without experts is not converted."
             )
     return int(count)
 

@@ -65,7 +65,8 @@ class Greedy:
     """A greedy continuation and how far it is from depending on the last bits of a sum.
 
     ``margin`` is the smallest lead of a chosen token over the runner-up, in nats; ``tie_distance`` that of the function of
-    this name over all 4-bit inputs; ``routing_margin`` the smallest lead of the logit of a chosen expert over that of another. A code of 8 bits that falls on the other side of a tie moves the answer little.
+    this name over all 4-bit inputs; ``routing_margin`` the smallest lead of a chosen expert's logit over that of another. A code
+    of 8 bits that falls on the other side of a tie moves the answer little.
     """
 
     tokens: list[int]

@@ -177,7 +177,7 @@ def test_experts_that_no_token_reaches_are_named_once(
         {"scales": "max", "rotate": False},
         {"scales": "none", "rounding": "gptq"},
     ],
-    ids=lambda changes: "-".join(map(str, list(changes.items())[0])),
+    ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
 )
 def test_other_options_convert_too(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -199,7 +199,9 @@ def test_options_for_dense_models_are_refused_by_name(
 ) -> None:
     source = make_model("mixtral")
     config = make_config(**{option: value})
-    words = rf"--{option.replace('_', '-')}: expected {expected}, as MixtralForCausalLM has experts, got {value}.*dense models only"
+    words = (
+        rf"--{option.replace('_', '-')}: expected {expected}, as MixtralForCausalLM has experts, got {value}.*dense models only"
+    )
     with pytest.raises(ConfigError, match=words):
         convert(source, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
@@ -207,7 +209,9 @@ def test_options_for_dense_models_are_refused_by_name(
     assert refused.startswith("--")
 
 
-@pytest.mark.parametrize(("name", "rounding"), [("auto", "gptq"), ("fast", "rtn"), ("balanced", "gptq"), ("paper-compat", "gptq")])
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("auto", "gptq"), ("fast", "rtn"), ("balanced", "gptq"), ("paper-compat", "gptq")]
+)
 def test_presets_take_what_experts_have(make_model: MakeModel, family: str, name: Any, rounding: str) -> None:
     checkpoint = open_checkpoint(make_model(family))
     choice = choose_preset(name, {"calib_seqlen": 32}, checkpoint)
@@ -235,7 +239,10 @@ def test_max_tp_divides_the_width_of_an_expert(make_model: MakeModel) -> None:
         ({"decoder_sparse_step": 2}, r"decoder_sparse_step: expected 1, experts in every layer, got 2"),
         ({"num_experts_per_tok": 7}, r"num_experts_per_tok: expected 1 to num_experts = 6 .*got 7"),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu"),
-        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "mixture of experts.*only MixtralForCausalLM, Qwen3"),
+        (
+            {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]},
+            "mixture of experts.*only MixtralForCausalLM, Qwen3",
+        ),
     ],
 )
 def test_other_mixtures_are_refused_by_name(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:

@@ -117,10 +117,22 @@ def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExpert
     [
         ("2.up_proj.weight_packed", None, r"experts: expected 24 tensors.*none named .*experts\.2\.up_proj\.weight_packed"),
         ("3.down_proj.weight_scale", None, r"none named .*experts\.3\.down_proj\.weight_scale \(1 missing\)"),
-        ("1.up_proj.weight_scale", lambda t: t.index_fill(0, torch.tensor([5]), torch.nan), r"1\.up_proj.*scales > 0, got nan in row 5"),
+        (
+            "1.up_proj.weight_scale",
+            lambda t: t.index_fill(0, torch.tensor([5]), torch.nan),
+            r"1\.up_proj.*scales > 0, got nan in row 5",
+        ),
         ("0.down_proj.weight_scale", lambda t: t.index_fill(0, torch.tensor([9]), 0.0), r"0\.down_proj.*got 0\.0 in row 9"),
-        ("0.gate_proj.weight_packed", lambda t: t[:-1], r"0\.gate_proj\.weight_packed: expected .*\(192, 64\), got .*\(191, 64\)"),
-        ("0.gate_proj.weight_scale", lambda t: t.half(), r"0\.gate_proj\.weight_scale: expected torch\.float32 .*got torch\.float16"),
+        (
+            "0.gate_proj.weight_packed",
+            lambda t: t[:-1],
+            r"0\.gate_proj\.weight_packed: expected .*\(192, 64\), got .*\(191, 64\)",
+        ),
+        (
+            "0.gate_proj.weight_scale",
+            lambda t: t.half(),
+            r"0\.gate_proj\.weight_scale: expected torch\.float32 .*got torch\.float16",
+        ),
     ],
 )
 def test_missing_and_damaged_tensors_are_named(
