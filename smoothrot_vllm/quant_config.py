@@ -161,7 +161,8 @@ class SmoothRotConfig(QuantizationConfig):
             return self._experts_method(layer, prefix)
         raise UnsupportedModelError(
             f"{prefix}: expected a linear, an embedding, an output head, attention or routed experts, got "
-            f"{type(layer).__name__}, which checkpoint format version {self.schema.format_version} does not cover. Serve the 16-bit model instead."
+            f"{type(layer).__name__}, which checkpoint format version {self.schema.format_version} does not cover. "
+            "Serve the 16-bit model instead."
         )
 
     def _experts_method(self, layer: "RoutedExperts", prefix: str) -> QuantizeMethodBase | None:
