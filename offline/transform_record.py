@@ -29,8 +29,8 @@ RESIDUAL = "residual"
 class RecordedTransform:
     """A conversion's transform read back.
 
-    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales`` are S by layer, float64
-    ``(intermediate,)``, or None for a layer without.
+    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales`` are S by layer, float64 in the
+    shape ``ModelSpec.smoothed``, or None for a layer without.
     """
 
     transform: ModelTransform

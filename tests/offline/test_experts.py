@@ -18,7 +18,7 @@ from smoothrot_offline.analysis.run import analyze
 from smoothrot_offline.architectures import resolve
 from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.checkpoint import open_checkpoint
-from smoothrot_offline.config import make_config, make_schema
+from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.convert import convert
 from smoothrot_offline.inspect import inspect
 from smoothrot_offline.lora import convert_adapter
@@ -124,7 +124,7 @@ def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_pa
 
 @pytest.mark.usefixtures("calibrated")
 def test_gptq_rounds_each_expert_for_its_own_tokens(make_model: MakeModel, tmp_path: Path, family: str) -> None:
-    source = make_model(family)
+    source = make_model(family, num_hidden_layers=1)
     found = {}
     for rounding in ("rtn", "gptq"):
         out = tmp_path / rounding
@@ -170,8 +170,8 @@ def test_experts_that_no_token_reaches_are_named_once(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scales": "search"},
-        {"scales": "learned", "group_size": 32, "hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32},
+        {"scales": "search", "group_size": 32, "hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32},
+        {"scales": "learned", "num_hidden_layers": 1},
         {"scales": "none", "rotations": "learned", "rotation_steps": 2},
         {"scales": "quantile", "sign_seeds": 2, "lm_head_bits": 8},
         {"scales": "max", "rotate": False},
@@ -183,9 +183,9 @@ def test_other_options_convert_too(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS.repeat(5, 1))
-    sizes = {key: changes.pop(key) for key in ("hidden_size", "moe_intermediate_size", "head_dim") if key in changes}
+    sizes = {key: value for key, value in changes.items() if key not in ConvertConfig.model_fields}
     source, out = make_model("qwen3_moe", **sizes), tmp_path / "out"
-    convert(source, out, make_config(**options(**changes)))
+    convert(source, out, make_config(**options(**{key: value for key, value in changes.items() if key not in sizes})))
     assert verify(out).ok
     assert compare_with_source(out, source).problems == []
 
