@@ -78,16 +78,12 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         super().__init__(moe)
         check_experts(prefix, moe)
-        self.prefix = prefix
-        self.scheme = scheme
-        self.rotation = rotation
-        self.names = names
-        # Plain numbers, so that torch.compile sees constants.
-        self.block = 0 if rotation is None else rotation.block
-        self.clip = scheme.activations.clip
-        self.act_bits = scheme.activations.bits
-        self.weight_bits = scheme.weights.bits
-        # vLLM does not notice tensors that a quantised checkpoint lacks, so remember which ones arrived.
+        self.prefix, self.names = prefix, names
+        self.weights, self.rotation = scheme.weights, rotation
+        # Plain numbers, so that torch.compile sees constants: block, clip, bits of inputs and of weights.
+        block = 0 if rotation is None else rotation.block
+        self.numbers = (block, scheme.activations.clip, scheme.activations.bits, scheme.weights.bits)
+        # Names of the stored tensors that arrived: vLLM does not notice those that a quantised checkpoint lacks.
         self._loaded: set[str] = set()
         self._random_weights = False
 
@@ -108,7 +104,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         self._check_widths(self.moe.intermediate_size, intermediate_size_per_partition)
         config = get_current_vllm_config_or_none()
         self._random_weights = config is not None and config.load_config.load_format == "dummy"
-        weights, whole = self.scheme.weights, self.moe.intermediate_size
+        weights, whole = self.weights, self.moe.intermediate_size
         shards = {
             "w13": weight_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
             "w2": weight_tensors(hidden_size, intermediate_size_per_partition, weights),
@@ -134,16 +130,16 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         if not self._random_weights:  # --load-format dummy reads no checkpoint
             self._check_complete()
             self._check_scales(layer)
-        if self.block:
+        if self.rotation is not None:
             # A cached compiled graph calls the op without going through this process's tracing.
-            ops.prepare_rotation(self.block)
+            ops.prepare_rotation(self.rotation.block)
         for stack in _STACKS:
             codes = layer.get_parameter(f"{stack}_{WEIGHT_PACKED}").data
             scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
-            first = ops.prepack_weight(codes[0], scales[0], self.weight_bits)
+            first = ops.prepack_weight(codes[0], scales[0], self.weights.bits)
             packed = first.new_empty((len(codes), *first.shape))
             for expert, (own, scale) in enumerate(zip(codes, scales, strict=True)):
-                packed[expert] = ops.prepack_weight(own, scale, self.weight_bits)
+                packed[expert] = ops.prepack_weight(own, scale, self.weights.bits)
             # Plain parameters, without what only loading needed.
             layer.register_parameter(f"{stack}_{WEIGHT_PACKED}", torch.nn.Parameter(packed, requires_grad=False))
             layer.register_parameter(f"{stack}_{WEIGHT_SCALE}", torch.nn.Parameter(scales, requires_grad=False))
@@ -172,16 +168,20 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         )
 
     def _check_widths(self, width: int, shard: int) -> None:
-        if self.rotation is not None and self.rotation.size != width:
+        if self.rotation is None:
+            units = {"weight groups": self.weights.group_size}
+        elif self.rotation.size == width:
+            units = {"Hadamard blocks": self.rotation.block, "weight groups": self.weights.group_size}
+        else:
             raise ConfigError(
-                f"{self.prefix}: quantization_config.online rotates {self.rotation.size} inputs, but an expert has {width}. "
-                "config.json belongs to another model: convert again."
+                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert, got {self.rotation.size}: config.json "
+                "is that of another model. Convert again."
             )
-        for unit, what in ((self.block, "Hadamard blocks"), (self.scheme.weights.group_size, "weight groups")):
+        for what, unit in units.items():
             if unit > 0 and shard % unit:
                 raise ConfigError(
-                    f"{self.prefix}: {shard} of an expert's {width} channels on each of {width // shard} tensor-parallel ranks, "
-                    f"expected a whole number of {what} of {unit}. Serve with a smaller --tensor-parallel-size, or convert again "
+                    f"{self.prefix}: {shard} of an expert's {width} channels on each of {width // shard} tensor-parallel ranks: "
+                    f"expected a whole number of {what} of {unit}. Choose a smaller --tensor-parallel-size, or convert again "
                     f"with --max-tp {width // shard} and a smaller --group-size."
                 )
 

@@ -254,6 +254,8 @@ def experts(
 ) -> torch.Tensor:
     """The experts of a mixture, :func:`reference.experts`: the input is quantised once, then each expert computes its own tokens.
 
+    Arguments are positional.
+
     Args:
         x, weights, chosen, block, clip, act_bits, weight_bits: as there.
         w13, w2: of each expert what :func:`prepack_weight` makes of its stored codes, stacked.
@@ -284,19 +286,8 @@ def experts(
 
 
 @experts.register_fake
-def _experts_fake(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    block: int,
-    clip: float,
-    act_bits: int,
-    weight_bits: int,
-) -> torch.Tensor:
+def _experts_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    w2_scale: torch.Tensor = others[5]
     return x.new_empty((x.shape[0], w2_scale.shape[1]))
 
 

@@ -157,10 +157,8 @@ def experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor],
     block: int,
     clip: float,
     act_bits: int,
@@ -175,10 +173,8 @@ def experts(
         x: ``(T, K)``, float32, bfloat16 or float16.
         weights: of each token's experts, float32 ``(T, top_k)``.
         chosen: their numbers, integers ``(T, top_k)`` from 0 to E - 1, of one token all different.
-        w13: stored codes of gate above up, ``(E, 2 F, K/2)`` uint8 or ``(E, 2 F, K)`` int8.
-        w13_scale: float32 ``(E, 2 F, G)``.
-        w2: stored codes of down, ``(E, N, F/2)`` or ``(E, N, F)``.
-        w2_scale: float32 ``(E, N, G)``.
+        gate_up: stored codes of gate above up, ``(E, 2 F, K/2)`` uint8 or ``(E, 2 F, K)`` int8; float32 scales ``(E, 2 F, G)``.
+        down: the same of down, codes ``(E, N, F/2)`` or ``(E, N, F)`` and scales ``(E, N, G)``.
         block: Hadamard block that rotates down's input, 0 for none.
         clip: of both inputs.
 
@@ -186,14 +182,14 @@ def experts(
         ``(T, N)`` in the dtype of ``x``.
     """
     codes, scale = quant(x, clip, act_bits)
-    total = torch.zeros(x.shape[0], w2.shape[1])
-    for expert in range(len(w13)):
+    total = torch.zeros(x.shape[0], down[0].shape[1])
+    for expert, (w13, w13_scale, w2, w2_scale) in enumerate(zip(*gate_up, *down, strict=True)):
         token, place = (chosen == expert).nonzero(as_tuple=True)
-        gate_up = gemm(codes[token], scale[token], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits)
-        gate, up = gate_up.chunk(2, dim=-1)
+        both = gemm(codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits)
+        gate, up = both.chunk(2, dim=-1)
         product = torch.nn.functional.silu(gate) * up
         own, own_scale = hadamard_quant(product, block, clip, act_bits) if block else quant(product, clip, act_bits)
-        y = gemm(own, own_scale, w2[expert], w2_scale[expert], None, torch.float32, act_bits, weight_bits)
+        y = gemm(own, own_scale, w2, w2_scale, None, torch.float32, act_bits, weight_bits)
         total.index_add_(0, token, y * weights[token, place, None])
     return total.to(x.dtype)
 

@@ -100,6 +100,29 @@ class Architecture:
             products=tuple(zip(each(self.up), each(self.down), strict=True)),
         )
 
+    def with_sparse_feed_forward(self, experts: Experts, *, up: str, down: str, **own: Any) -> Self:
+        """The table of a family that has experts in place of this one's feed-forward.
+
+        Args:
+            experts: what it says of them.
+            up, down: of an expert.
+            own: other fields that differ.
+        """
+        attention, second_norm = {self.value, self.output, *next(iter(self.readers.values()))}, list(self.readers)[1]
+        gated = {experts.router: ("experts", "hidden"), experts.gate: ("intermediate", "hidden"), up: ("intermediate", "hidden")}
+        return replace(
+            self,
+            linears={name: shape for name, shape in self.linears.items() if name in attention}
+            | gated
+            | {down: ("hidden", "intermediate")},
+            readers={**self.readers, second_norm: tuple(gated)},
+            writers=(self.output, down),
+            up=up,
+            down=down,
+            experts=experts,
+            **own,
+        )
+
     @property
     def feed_forward(self) -> str:
         """Name of the module that computes what follows the second norm of ``readers``."""

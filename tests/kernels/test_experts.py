@@ -31,7 +31,7 @@ def random_experts(
         packed += [torch.stack([ops.prepack_weight(*one, weight_bits) for one in zip(encoded, scale, strict=True)]), scale]
     numbers = (block, 0.9, act_bits, weight_bits)
     chosen = chosen.to(torch.int32)
-    return (x, weights, chosen, *stored, *numbers), (x, weights, chosen, *packed, *numbers)
+    return (x, weights, chosen, tuple(stored[:2]), tuple(stored[2:]), *numbers), (x, weights, chosen, *packed, *numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,7 +51,7 @@ def test_experts_equal_the_reference(
 
 
 def test_experts_are_the_sum_that_they_stand_for() -> None:
-    (x, weights, chosen, w13, w13_scale, w2, w2_scale, *_), given = random_experts(9, 8, 8, 1, 0, torch.float32)
+    (x, weights, chosen, (w13, w13_scale), (w2, w2_scale), *_), given = random_experts(9, 8, 8, 1, 0, torch.float32)
     gate, up = reference.dequantize_weight(w13.flatten(0, 1), w13_scale.flatten(0, 1), 8).view(EXPERTS, 2, -1, HIDDEN).unbind(1)
     down = reference.dequantize_weight(w2.flatten(0, 1), w2_scale.flatten(0, 1), 8).view(EXPERTS, HIDDEN, -1)
     expected = torch.stack(

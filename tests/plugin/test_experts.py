@@ -94,8 +94,10 @@ def test_experts_compute_the_reference(build: Callable[..., RoutedExperts], weig
         for names in (["gate_proj", "up_proj"], ["down_proj"])
         for suffix in ("weight_packed", "weight_scale")
     ]
-    expected = reference.experts(x, share, chosen, *stacks, 96, 1.0, 8, weights["bits"])
+    expected = reference.experts(x, share, chosen, (stacks[0], stacks[1]), (stacks[2], stacks[3]), 96, 1.0, 8, weights["bits"])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, share, chosen.int()), got)
 
 
 def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +157,7 @@ def test_experts_of_mixed_schemes_and_widths_are_refused(build: Callable[..., Ro
     eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
     with pytest.raises(ConfigError, match=r"experts: expected one scheme.*W4A8.*W8A8.*experts\.1\.up_proj"):
         build(overrides={f"{PREFIX}.1.up_proj": eight})
-    with pytest.raises(ConfigError, match=r"experts: .*rotates 256 inputs, but an expert has 192"):
+    with pytest.raises(ConfigError, match=r"experts: expected online\.down_proj\.size 192, .*got 256"):
         build(online={"down_proj": {"size": 256, "block": 256}}, max_tensor_parallel=1)
     with pytest.raises(ConfigError, match=r"experts: 96 of an expert's 192 channels on each of 2 .*weight groups of 64"):
         build(weights={"bits": 4, "group_size": 64}, tp_size=2)
