@@ -163,9 +163,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             for stack in _STACKS
             for suffix in (WEIGHT_PACKED, WEIGHT_SCALE)
         ]
-        return ops.experts(
-            x.contiguous(), topk_weights.float(), topk_ids, *stacks, self.block, self.clip, self.act_bits, self.weight_bits
-        )
+        return ops.experts(x.contiguous(), topk_weights.float(), topk_ids, *stacks, *self.numbers)
 
     def _check_widths(self, width: int, shard: int) -> None:
         if self.rotation is None:
@@ -174,8 +172,8 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             units = {"Hadamard blocks": self.rotation.block, "weight groups": self.weights.group_size}
         else:
             raise ConfigError(
-                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert, got {self.rotation.size}: config.json "
-                "is that of another model. Convert again."
+                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert, got {self.rotation.size}: "
+                "config.json is that of another model. Convert again."
             )
         for what, unit in units.items():
             if unit > 0 and shard % unit:
