@@ -135,7 +135,6 @@ class SmoothRotConfig(QuantizationConfig):
         """
         from vllm.distributed import get_tensor_model_parallel_world_size
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -157,6 +156,9 @@ class SmoothRotConfig(QuantizationConfig):
             return None if scheme is None else SmoothRotLMHeadMethod(prefix, scheme)
         if isinstance(layer, (VocabParallelEmbedding, AttentionLayerBase)):
             return None
+        # Not above: dense models are served without vLLM's code for experts.
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         raise UnsupportedModelError(

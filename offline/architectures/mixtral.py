@@ -5,14 +5,14 @@ from smoothrot_offline.architectures.base import Experts
 from smoothrot_offline.architectures.mistral import MISTRAL
 
 MIXTRAL = MISTRAL.with_sparse_feed_forward(
-    Experts(
-        count="num_local_experts",
-        intermediate="intermediate_size",
-        router="block_sparse_moe.gate",
-        gate="block_sparse_moe.experts.{e}.w1",
-    ),
-    up="block_sparse_moe.experts.{e}.w3",
-    down="block_sparse_moe.experts.{e}.w2",
     model_type="mixtral",
     class_name="MixtralForCausalLM",
+    up="block_sparse_moe.experts.{e}.w3",
+    down="block_sparse_moe.experts.{e}.w2",
+    experts=Experts(
+        router="block_sparse_moe.gate",
+        gate="block_sparse_moe.experts.{e}.w1",
+        count="num_local_experts",
+        intermediate="intermediate_size",
+    ),
 )
