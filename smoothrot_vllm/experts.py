@@ -87,7 +87,8 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         self._loaded: set[str] = set()
         self._random_weights = False
 
-    def create_weights(
+    # As in vLLM's own base class of these methods, the signatures are narrower than those of its base.
+    def create_weights(  # type: ignore[override]
         self,
         layer: "RoutedExperts",
         num_experts: int,
@@ -121,7 +122,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                     setattr(parameter, name, value)
                 layer.register_parameter(f"{stack}_{suffix}", parameter)
 
-    def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every tensor arrived with usable scales, then repack the codes for the kernels and free the originals.
 
         Raises:
@@ -148,7 +149,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         """None: it configures vLLM's own kernels, none of which run."""
         return None
 
-    def apply(
+    def apply(  # type: ignore[override]
         self,
         layer: "RoutedExperts",
         x: torch.Tensor,
@@ -226,7 +227,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                 "download it again."
             )
 
-    def _check_scales(self, layer: "RoutedExperts") -> None:
+    def _check_scales(self, layer: torch.nn.Module) -> None:
         for stack, shards in _STACKS.items():
             scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
             bad = ~(scales.isfinite() & (scales > 0))

@@ -132,7 +132,7 @@ class Architecture:
         """Linears of each expert that read the same tensor: gate and up, then down."""
         assert self.experts is not None
         gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
-        first = [(gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)]
+        first: list[tuple[str, ...]] = [(gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)]
         return first, [(down,) for _, down in self.products]
 
     def input_groups(self) -> list[tuple[str, ...]]:

@@ -103,7 +103,7 @@ def test_experts_compute_the_reference(build: Callable[..., RoutedExperts], weig
 def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch) -> None:
     weights = SCHEMES["w4 in groups of 32"]
     tensors = stored_tensors(weights)
-    layer = build(weights=weights, tp_size=2)
+    layer: Any = build(weights=weights, tp_size=2)
     assert layer.w13_weight_packed.shape == (EXPERTS, INTERMEDIATE, HIDDEN // 2)
     monkeypatch.setattr(layer.moe_config.moe_parallel_config, "tp_rank", 1)
     load(layer, tensors)
