@@ -41,6 +41,9 @@ W4A4 = ("--weight-bits", "4", "--activation-bits", "4")
 W4A8 = ("--weight-bits", "4", "--activation-bits", "8")
 L2_RTN = ("--preset", "none", *W4A4, "--scales", "l2", "--rounding", "rtn")
 POLICIES = ("max", "quantile", "l2", "search", "learned")
+POLICIES_WITH_NORMS = ("l2", "search")
+NORMS = ("--smooth-norms",)
+QUAROT_RTN = ("--preset", "none", *W4A4, *QUAROT, "--rounding", "rtn")
 
 
 def _rounded(rounding: str) -> tuple[Recipe, ...]:
@@ -50,20 +53,25 @@ def _rounded(rounding: str) -> tuple[Recipe, ...]:
     return (
         Recipe(f"W4A4 QuaRot {name}", (*options, *QUAROT)),
         *(Recipe(f"W4A4 SmoothRot {policy} {name}", (*options, "--scales", policy)) for policy in POLICIES),
+        *(
+            Recipe(f"W4A4 SmoothRot {policy} {name}, norms smoothed", (*options, "--scales", policy, *NORMS))
+            for policy in POLICIES_WITH_NORMS
+        ),
     )
 
 
 def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
     """From the best per-channel recipe to the best preset, one option after the other."""
-    base = ("--preset", "none", *bits, "--scales", "learned", "--rounding", "gptaq")
+    base = ("--preset", "none", *bits, "--scales", "l2", *NORMS, "--rounding", "gptaq")
     return (
-        Recipe(f"{activations} GPTAQ learned, groups of 128", (*base, "--group-size", "128")),
-        Recipe(f"{activations} GPTAQ learned, groups of 64", (*base, "--group-size", "64")),
-        Recipe(f"{activations} GPTAQ learned, groups of 32", (*base, "--group-size", "32")),
+        Recipe(f"{activations} GPTAQ l2, norms smoothed, groups of 128", (*base, "--group-size", "128")),
+        Recipe(f"{activations} GPTAQ l2, norms smoothed, groups of 64", (*base, "--group-size", "64")),
+        Recipe(f"{activations} GPTAQ l2, norms smoothed, groups of 32", (*base, "--group-size", "32")),
         Recipe(f"{activations} preset fast", ("--preset", "fast", *bits)),
         Recipe(f"{activations} preset balanced", ("--preset", "balanced", *bits)),
         Recipe(f"{activations} preset best", ("--preset", "best", *bits)),
         Recipe(f"{activations} preset best, QuaRot in place of SmoothRot", ("--preset", "best", *bits, *QUAROT)),
+        Recipe(f"{activations} preset best, norms not smoothed", ("--preset", "best", *bits, "--no-smooth-norms")),
         Recipe(f"{activations} preset best, learned rotations", ("--preset", "best", *bits, "--rotations", "learned")),
     )
 
@@ -75,8 +83,11 @@ RECIPES = (
     *_steps("W4A8", W4A8),
     Recipe("W4A4 RTN", ("--preset", "none", *W4A4, *PLAIN), seeded=False),
     *_rounded("rtn"),
+    Recipe("W4A4 QuaRot RTN, best of 8 sign seeds", (*QUAROT_RTN, "--sign-seeds", "8")),
     Recipe("W4A4 SmoothRot l2 RTN, best of 8 sign seeds", (*L2_RTN, "--sign-seeds", "8")),
+    Recipe("W4A4 SmoothRot l2 RTN, norms smoothed, best of 8 sign seeds", (*L2_RTN, *NORMS, "--sign-seeds", "8")),
     Recipe("W4A4 SmoothRot l2 RTN, learned rotations", (*L2_RTN, "--rotations", "learned")),
+    Recipe("W4A4 SmoothRot l2 RTN, norms smoothed, learned rotations", (*L2_RTN, *NORMS, "--rotations", "learned")),
     *_rounded("gptq"),
     *_rounded("gptaq"),
     Recipe("W4A4 preset paper-compat", ("--preset", "paper-compat", *W4A4)),

@@ -17,6 +17,8 @@ from typing import Self
 from openai import OpenAI
 
 HOST = "127.0.0.1"
+KEY = "none"
+"""What the client says it is; a server asks only if it was given ``--api-key``."""
 STARTUP_SECONDS = 600
 SHUTDOWN_SECONDS = 30
 
@@ -49,9 +51,9 @@ class VllmServer:
     ) -> None:
         self.model = str(model)
         self.log = log
-        self._port = _free_port()
+        self.port = _free_port()
         vllm = Path(sys.executable).with_name("vllm")
-        self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self._port)]
+        self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self.port)]
         self._command += ["--tensor-parallel-size", str(tensor_parallel), *options]
         self._environment = {**os.environ, **_small_machine(tensor_parallel), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -71,7 +73,12 @@ class VllmServer:
     @property
     def client(self) -> OpenAI:
         """The official client, pointed at this server."""
-        return OpenAI(base_url=f"http://{HOST}:{self._port}/v1", api_key="none", max_retries=0, timeout=STARTUP_SECONDS)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=STARTUP_SECONDS)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://{HOST}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -112,7 +119,7 @@ class VllmServer:
             if self._process.poll() is not None:
                 raise ServerError(f"vllm serve {self.model} ended with status {self._process.returncode}:\n{self._tail()}")
             try:
-                with urllib.request.urlopen(f"http://{HOST}:{self._port}/health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)

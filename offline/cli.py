@@ -49,6 +49,9 @@ Scales = Annotated[
     Literal["none", "max", "quantile", "l2", "search", "learned"],
     typer.Option(help="Smoothing of down_proj's input: by a statistic, by trying them out, or by gradient from there."),
 ]
+SmoothNorms = Annotated[
+    bool, typer.Option("--smooth-norms/--no-smooth-norms", help="Smooth what the norms give out as well, after R1.")
+]
 Alpha = Annotated[float, typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight.")]
 Quantile = Annotated[float, typer.Option(min=0, max=1, help="quantile: of the input's magnitudes in each channel.")]
 Rounding = Annotated[
@@ -82,6 +85,9 @@ Rotations = Annotated[
 ]
 RotationSteps = Annotated[int, typer.Option(min=1, help="learned rotations: optimiser steps, the budget of learning.")]
 NoRotate = Annotated[bool, typer.Option("--no-rotate", help="No rotation at all, online or offline.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="rtn: processes that convert layers at the same time; each holds a layer in memory.")
+]
 ShardMib = Annotated[int, typer.Option(min=1, help="Largest output shard, MiB; it is also held in memory.")]
 
 
@@ -95,6 +101,7 @@ def run(
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
     scales: Scales = "l2",
+    smooth_norms: SmoothNorms = False,
     alpha: Alpha = 0.5,
     quantile: Quantile = 0.999,
     rounding: Rounding = "rtn",
@@ -114,6 +121,7 @@ def run(
     rotations: Rotations = "hadamard",
     rotation_steps: RotationSteps = 150,
     shard_mib: ShardMib = 1024,
+    workers: Workers = 1,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -131,7 +139,7 @@ def run(
         choice = choose_preset(preset, options, open_checkpoint(source))
         print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
         with telling_how_to_go_on(out), progress_bar() as progress:
-            done = convert(source, out, choice.config, progress)
+            done = convert(source, out, choice.config, progress, workers)
         if done.resumed_layers is not None:
             print(f"went on after {done.resumed_layers} finished layers of an interrupted run", file=sys.stderr)
         chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
@@ -147,6 +155,7 @@ def plan(
     activation_bits: ActivationBits = 4,
     group_size: GroupSize = -1,
     scales: Scales = "l2",
+    smooth_norms: SmoothNorms = False,
     alpha: Alpha = 0.5,
     quantile: Quantile = 0.999,
     rounding: Rounding = "rtn",
@@ -284,7 +293,7 @@ def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, An
         for name, value in arguments.items()
         if name not in ("model", "out", "preset") and sources[name] == "COMMANDLINE"
     }
-    for option in ("as_json", "debug"):
+    for option in ("as_json", "debug", "workers"):
         given.pop(option, None)
     if given.pop("no_rotate", False):
         given["rotate"] = False

@@ -32,6 +32,7 @@ class ConvertConfig(BaseModel):
     activation_bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1
     scales: Literal["none", "max", "quantile", "l2", "search", "learned"] = "l2"
+    smooth_norms: bool = False
     alpha: float = Field(default=0.5, ge=0.0, le=1.0)
     quantile: float = Field(default=0.999, gt=0.0, le=1.0)
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
@@ -56,6 +57,7 @@ class ConvertConfig(BaseModel):
         """The recipe in a line of the field's own terms."""
         groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
         parts = [f"W{self.weight_bits}A{self.activation_bits} {groups}", f"{self.rounding}", f"scales {self.scales}"]
+        parts += ["smoothed norms"] * self.smooths_norms
         parts += ["searched clips"] * self.clip_search + [f"{self.keep_8bit:.0%} of the weights at 8 bits"] * (self.keep_8bit > 0)
         parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + ["no rotation"] * (not self.rotate)
         parts += [f"rotations learned in {self.rotation_steps} steps"] * self.learns_rotations
@@ -67,6 +69,11 @@ class ConvertConfig(BaseModel):
         """Whether the model must be run at all."""
         measured = self.needs_probe or self.sign_seeds > 1 or self.learns_rotations
         return self.scales != "none" or self.rounding != "rtn" or measured
+
+    @property
+    def smooths_norms(self) -> bool:
+        """Whether what the norms give out is smoothed: only with some scales for down_proj, so that ``none`` is plain QuaRot."""
+        return self.smooth_norms and self.scales != "none"
 
     @property
     def learns_rotations(self) -> bool:

@@ -8,7 +8,8 @@ a slice of rows at a time.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from smoothrot_offline.checkpoint import (
 )
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
 from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
+from smoothrot_offline.layer import LayerConverter, cast, store
 from smoothrot_offline.manifest import (
     CalibrationRecord,
-    LayerRecord,
     Manifest,
     RotationRecord,
     SourceRecord,
@@ -40,16 +41,16 @@ from smoothrot_offline.manifest import (
     read_manifest,
 )
 from smoothrot_offline.progress import ProgressCallback, no_progress
-from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
+from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.resume import Journal, conversion_identity
 from smoothrot_offline.sequential import SequentialRounding
 from smoothrot_offline.sizes import Sizes, header_table, measure
 from smoothrot_offline.transform_record import transform_tensors
+from smoothrot_offline.workers import convert_layers
 from smoothrot_offline.write import ResumableDirectory, ShardWriter
-from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, QuantizationSchema
 from smoothrot_vllm.hadamard import choose_block
-from smoothrot_vllm.reference import encode
 
 HEAD_ROWS = 4096
 """Rows of the embedding and of the head that are held in float64 at a time."""
@@ -81,8 +82,15 @@ class Conversion:
         }
 
 
-def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCallback = no_progress) -> Conversion:
+def convert(
+    source: Path, out: Path, config: ConvertConfig, progress: ProgressCallback = no_progress, workers: int = 1
+) -> Conversion:
     """Convert the checkpoint in ``source`` into a new directory ``out``, which appears only when it is complete.
+
+    Args:
+        source, out, config: of the conversion.
+        progress: told of every step.
+        workers: processes that convert layers at the same time; one layer is held in memory for each.
 
     Raises:
         UnsupportedModelError: the architecture or one of its sizes cannot be converted.
@@ -95,18 +103,23 @@ def convert(source: Path, out: Path, config: ConvertConfig, progress: ProgressCa
     schema = make_schema(spec, config)
     head = f"{spec.architecture.lm_head}.weight"
     check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
+    if workers > 1 and config.rounding != "rtn":
+        raise ConfigError(
+            f"--workers {workers}: expected 1 with --rounding {config.rounding}, which rounds each layer for what the layers "
+            "before it give out. Leave the option out, or use --rounding rtn."
+        )
     if config.needs_calibration:
         check_seqlen(spec, config.calib_seqlen)
         check_text(checkpoint, config.calib)
     with ResumableDirectory(out) as directory:
         steps = count_steps(spec, config) + spec.layers + 3
         progress("source digests", 0, steps)
-        identity = conversion_identity(checkpoint, config)
+        identity = conversion_identity(checkpoint, config, workers)
         journal = Journal(directory, identity)
         resumed = len(journal.layers) if directory.resumed else None
         if not journal.done:
             shards = ShardWriter(directory, config.shard_mib * MEBIBYTE, journal.shards, journal.finish_shard)
-            run = _Run(checkpoint, spec, config, schema, identity["source"], journal, shards, progress, steps)
+            run = _Run(checkpoint, spec, config, schema, identity["source"], journal, shards, progress, steps, workers)
             run.everything()
             run.finish(directory)
             directory.flush()
@@ -138,6 +151,7 @@ class _Run:
     shards: ShardWriter
     progress: ProgressCallback
     steps: int
+    workers: int
     head_error: float | None = None
 
     def __post_init__(self) -> None:
@@ -160,9 +174,7 @@ class _Run:
         for index in range(len(self.journal.layers)):
             step(f"layer {index + 1} of {self.spec.layers}, finished before")
             self.shards.add(self.journal.load_layer(index))
-        for index in range(len(self.journal.layers), self.spec.layers):
-            step(f"layer {index + 1} of {self.spec.layers}")
-            self._layer(index, rounding)
+        self._layers(range(len(self.journal.layers), self.spec.layers), rounding, step)
         step("head and files")
         self._head()
 
@@ -228,7 +240,7 @@ class _Run:
 
     def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
-        rows = [self._cast(self.transform.embedding(part.double()), self.embedding) for part in embedding.split(HEAD_ROWS)]
+        rows = [cast(self.transform.embedding(part.double()), self.dtype, self.embedding) for part in embedding.split(HEAD_ROWS)]
         self.shards.add({self.embedding: torch.cat(rows)})
         return None if tokens is None else embed(tokens, embedding, self.spec.embedding_scale)
 
@@ -239,7 +251,9 @@ class _Run:
             LayerRunner(self.spec),
             self.spec,
             self.schema,
-            torch.cat([self._cast(self.transform.embedding(part.double()), self.embedding).float() for part in hidden.split(1)]),
+            torch.cat(
+                [cast(self.transform.embedding(part.double()), self.dtype, self.embedding).float() for part in hidden.split(1)]
+            ),
             asymmetric=self.config.rounding == "gptaq",
             propagation=self.config.propagation,
             act_order=self.config.act_order,
@@ -249,41 +263,27 @@ class _Run:
             rounding.restore(kept)
         return rounding
 
-    def _layer(self, index: int, rounding: SequentialRounding | None) -> None:
-        prefix = self.spec.layer_prefix(index)
-        layer = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
-        study = self.decisions.studies[index]
-        layer = {name: tensor.double() for name, tensor in layer.items()}
-        self.transform.layer(index, layer, study.scales)
-        rounded = rounding.layer(index, layer) if rounding is not None else {}
-        errors: dict[str, float] = {}
-        output: dict[str, torch.Tensor] = {}
-        for linear in self.spec.architecture.linears:
-            scheme = self.schema.scheme(prefix + linear)
-            if scheme is not None:
-                weight = layer.pop(f"{linear}.weight")
-                done = rounded.pop(linear, None)
-                parts = [(weight, done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"))]
-                stored, errors[linear] = _stored(parts, scheme.weights, prefix + linear)
-                output |= stored
-        output |= {prefix + name: self._cast(tensor, prefix + name) for name, tensor in layer.items()}
-        output = {name: tensor.contiguous() for name, tensor in output.items()}
-        record = LayerRecord(
-            weight_error=errors,
-            smoothing=study.smoothing,
-            experts=study.experts,
-            unseen_experts=study.unseen_experts,
-            clips=study.clips,
-            sensitivity=study.sensitivity,
-        )
-        self.journal.finish_layer(index, record, output, {} if rounding is None else rounding.state())
-        self.shards.add(output)
+    def _layers(self, indices: range, rounding: SequentialRounding | None, step: Callable[[str], None]) -> None:
+        converter = LayerConverter(self.checkpoint, self.spec, self.schema, self.transform, self.decisions.studies, self.dtype)
+        if self.workers > 1:
+            with closing(convert_layers(converter, indices, self.journal.folder, self.workers)) as kept:
+                for index in indices:
+                    step(f"layer {index + 1} of {self.spec.layers}")
+                    layer = next(kept)
+                    self.journal.adopt_layer(layer.record, layer.names, layer.file)
+                    self.shards.add(self.journal.load_layer(index))
+            return
+        for index in indices:
+            step(f"layer {index + 1} of {self.spec.layers}")
+            done = converter.layer(index, None if rounding is None else rounding.layer)
+            self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
+            self.shards.add(done.tensors)
 
     def _head(self) -> None:
         table = self.spec.architecture
         norm, head = f"{table.final_norm}.weight", f"{table.lm_head}.weight"
         gamma = self.checkpoint.load([norm])[norm].double()
-        self.shards.add({norm: self._cast(self.transform.final_norm(gamma), norm)})
+        self.shards.add({norm: cast(self.transform.final_norm(gamma), self.dtype, norm)})
         source = self.embedding if self.spec.tied else head
         weight = self.checkpoint.load([source])[source]
         if stays_tied(self.spec, self.config):
@@ -291,20 +291,11 @@ class _Run:
         slices = (self.transform.head(part.double(), gamma) for part in weight.split(HEAD_ROWS))
         scheme = self.schema.scheme(table.lm_head)
         if scheme is None:
-            self.shards.add({head: torch.cat([self._cast(part, head) for part in slices])})
+            self.shards.add({head: torch.cat([cast(part, self.dtype, head) for part in slices])})
         else:
             parts = ((part, quantize_rtn(part, scheme.weights, head)) for part in slices)
-            stored, self.head_error = _stored(parts, scheme.weights, table.lm_head)
+            stored, self.head_error = store(parts, scheme.weights, table.lm_head)
             self.shards.add(stored)
-
-    def _cast(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        cast = tensor.to(self.dtype)
-        if not cast.isfinite().all():
-            raise CheckpointError(
-                f"tensor {name}: largest magnitude {tensor.abs().max():.3g} after the folds exceeds the range of {self.dtype}. "
-                "Convert from a bfloat16 checkpoint."
-            )
-        return cast
 
     def _recorded_config(self) -> ConvertConfig:
         """The options without the place of a calibration file, which would make the same conversion differ by machine."""
@@ -323,17 +314,3 @@ class _Run:
             sign_losses=self.decisions.sign_losses,
             learned=self.decisions.learned,
         )
-
-
-def _stored(
-    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], scheme: WeightScheme, name: str
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Stored tensors of the linear whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
-    packed, scales, error, norm = [], [], 0.0, 0.0
-    for weight, quantized in parts:
-        error += float((weight - quantized.dequantize()).square().sum())
-        norm += float(weight.square().sum())
-        packed.append(encode(quantized.codes, scheme.bits))
-        scales.append(quantized.scale)
-    stored = {f"{name}.{WEIGHT_PACKED}": torch.cat(packed), f"{name}.{WEIGHT_SCALE}": torch.cat(scales)}
-    return stored, (error / norm) ** 0.5 if norm else 0.0

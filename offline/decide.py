@@ -12,12 +12,14 @@ from smoothrot_offline.allocate import allocate
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.calibration_data import load_calibration
-from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.manifest import LearnedRecord, SmoothingRecord
 from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.rotations.stage import learn_rotations, learning_steps
 from smoothrot_offline.signs import trial_loss
+from smoothrot_offline.smooth import LayerScales
+from smoothrot_offline.smooth.norms import smooth_norms
 from smoothrot_offline.study import LayerStudy, Study
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.format import QuantizationSchema
@@ -49,7 +51,14 @@ def count_steps(spec: ModelSpec, config: ConvertConfig) -> int:
     """How often :func:`decide` reports progress."""
     studied = spec.layers if config.scales != "none" or config.needs_probe else 0
     learned = learning_steps(spec) if config.learns_rotations else 0
-    return 1 + studied + (config.sign_seeds if config.sign_seeds > 1 else 0) + learned
+    anew = spec.layers if smooths_anew(spec, config) else 0
+    return 1 + studied + (config.sign_seeds if config.sign_seeds > 1 else 0) + learned + anew
+
+
+def smooths_anew(spec: ModelSpec, config: ConvertConfig) -> bool:
+    """Whether the rotation before the norms' smoothing is chosen after the study, which smoothed behind another one."""
+    chosen_later = config.sign_seeds > 1 or config.learns_rotations
+    return config.smooths_norms and config.rotate and spec.architecture.rotates_residual and chosen_later
 
 
 def decide(
@@ -69,6 +78,7 @@ def decide(
     step("calibration text" if config.needs_calibration else "starting")
     transform = ModelTransform.of(spec, config)
     nothing = [LayerStudy()] * spec.layers
+    dtype = source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
     if not config.needs_calibration:
         return Decisions(None, nothing, schema, transform, {}, None)
     held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
@@ -77,20 +87,25 @@ def decide(
     tokens, kept_back = tokens[: config.calib_samples], tokens[config.calib_samples :]
     studies = nothing
     if config.scales != "none" or config.needs_probe:
-        studies = _study(checkpoint, spec, config, schema, transform, tokens, step)
+        studies = _study(checkpoint, spec, config, schema, transform, tokens, dtype, step)
         schema = allocate(spec, config, schema, studies)
     losses = {}
     if config.sign_seeds > 1:
+        # The study's scales of the norms belong to the rotation by its own seed.
+        plain = [replace(study, scales=replace(study.scales, norms={})) for study in studies]
         transforms = {}
         for seed in range(config.seed, config.seed + config.sign_seeds):
             step(f"signs of seed {seed}")
             transforms[seed] = ModelTransform.of(spec, config.model_copy(update={"seed": seed}))
-            losses[seed] = trial_loss(checkpoint, spec, schema, transforms[seed], studies, kept_back)
+            losses[seed] = trial_loss(checkpoint, spec, schema, transforms[seed], plain, kept_back)
         transform = transforms[min(losses, key=lambda seed: losses[seed])]
     learned = None
     if config.learns_rotations:
-        # Last, from the chosen signs. Clips and costs are those that the study found with Hadamard rotations.
+        # From the chosen signs. Clips and costs are those that the study found with Hadamard rotations.
         transform, learned = learn_rotations(checkpoint, spec, config, schema, transform, tokens, step)
+    if smooths_anew(spec, config):
+        norms = smooth_norms(checkpoint, spec, transform.residual, tokens, dtype, step)
+        studies = [replace(study, scales=replace(study.scales, norms=own)) for study, own in zip(studies, norms, strict=True)]
     return Decisions(tokens, studies, schema, transform, losses, learned)
 
 
@@ -101,11 +116,12 @@ def _study(
     schema: QuantizationSchema,
     transform: ModelTransform,
     tokens: torch.Tensor,
+    dtype: torch.dtype,
     step: Callable[[str], None],
 ) -> list[LayerStudy]:
     name = f"{spec.architecture.embedding}.weight"
     hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
-    study = Study(LayerRunner(spec), spec, config, schema, transform, hidden)
+    study = Study(LayerRunner(spec), spec, config, schema, transform, hidden, dtype)
     found = []
     for index in range(spec.layers):
         step(f"studying layer {index + 1} of {spec.layers}")
@@ -129,7 +145,10 @@ def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Te
     """Decisions on a calibrated model as a JSON object and named tensors, which :func:`unpack_decisions` takes."""
     assert found.tokens is not None
     tensors = {"tokens": found.tokens}
-    tensors |= {f"scales.{index}": study.scales for index, study in enumerate(found.studies) if study.scales is not None}
+    for index, study in enumerate(found.studies):
+        if study.scales.down is not None:
+            tensors[f"scales.{index}"] = study.scales.down
+        tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
     if isinstance(found.transform.residual, DenseRotation):
         tensors["residual"] = found.transform.residual.blocks
     tensors |= {f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])}
@@ -162,7 +181,7 @@ def unpack_decisions(
         transform = replace(transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)])
     studies = [
         LayerStudy(
-            tensors.get(f"scales.{index}"),
+            _unpacked_scales(tensors, index, spec),
             study["smoothing"] and SmoothingRecord.model_validate(study["smoothing"]),
             study["clips"],
             study["sensitivity"],
@@ -173,3 +192,9 @@ def unpack_decisions(
     learned = facts["learned"] and LearnedRecord.model_validate(facts["learned"])
     schema = QuantizationSchema.model_validate(facts["schema"])
     return Decisions(tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned)
+
+
+def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:
+    names = {norm: f"scales.{index}.{norm}" for norm in spec.architecture.readers}
+    smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
+    return LayerScales(tensors.get(f"scales.{index}"), smoothed)

@@ -16,7 +16,7 @@ from smoothrot_offline.calibration_data import GENERATED
 from smoothrot_offline.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig
 from smoothrot_offline.convert import HEAD_ROWS
-from smoothrot_offline.decide import HELD_OUT_SAMPLES
+from smoothrot_offline.decide import HELD_OUT_SAMPLES, smooths_anew
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.rotate import hadamard
 from smoothrot_offline.rotations.stage import SAMPLE_SEQUENCES, learning_bytes, learning_flop
@@ -99,6 +99,8 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
             spec.experts * min(tokens * chosen // spec.experts, SAMPLE_TOKENS) if spec.experts else min(tokens, SAMPLE_TOKENS)
         )
         flop += trials * sampled * down
+    if smooths_anew(spec, config):
+        flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
     if config.needs_probe:
         folds += 1
         flop += (6 if config.keep_8bit else 2) * probe * per_token

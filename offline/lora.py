@@ -109,12 +109,14 @@ def transform_factors(
     for norm, readers in table.readers.items():
         if linear in readers and transform.residual is not None:
             a = transform.residual.rotate(a * (recorded.norms[prefix + norm].double() + table.norm_offset))
+        if linear in readers and norm in scales.norms:
+            a = a * scales.norms[norm]
     if linear in table.writers and transform.residual is not None:
         b = transform.residual.rotate(b.T).T
-    if linear == table.up and scales is not None:
-        b = on_last_rows(b, spec.intermediate, lambda rows: rows / scales[:, None])
-    if linear == table.down and scales is not None:
-        a = a * scales
+    if linear == table.up and (divisor := scales.down) is not None:
+        b = on_last_rows(b, spec.intermediate, lambda rows: rows / divisor[:, None])
+    if linear == table.down and scales.down is not None:
+        a = a * scales.down
     if transform.online.down_proj is not None:
         heads = None if transform.heads is None else transform.heads[index]
         of_values, of_outputs = head_rotations(spec.values, spec.heads * spec.head_dim, spec.head_dim, heads)

@@ -85,9 +85,16 @@ class SmoothingRecord(_Record):
     scale_geometric_mean: float
 
 
+class ScaleRange(_Record):
+    """The smallest and the largest of a norm's smoothing scales, whose geometric mean is about one."""
+
+    smallest: float
+    largest: float
+
+
 class LayerRecord(_Record):
-    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its smoothing, and by the first
-    linear of each group that reads one input: the clip found for it, and what quantising it alone costs the layer's output.
+    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its smoothing, that of its norms,
+    and by the first linear of each group that reads one input: its clip, and what quantising it alone costs the layer's output.
 
     Of a layer with experts, ``smoothing`` is None and ``experts`` has that of each; None for those listed in ``unseen_experts``,
     which no calibration token was routed to and whose scales are 1.
@@ -97,6 +104,7 @@ class LayerRecord(_Record):
     smoothing: SmoothingRecord | None = None
     experts: list[SmoothingRecord | None] = []
     unseen_experts: list[int] = []
+    norm_scales: dict[str, ScaleRange] = {}
     clips: dict[str, float] = {}
     sensitivity: dict[str, float] = {}
 

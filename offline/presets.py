@@ -25,15 +25,18 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset((128, 64, 32, -1), {"scales": "l2", "rounding": "rtn", "clip_search": True, "lm_head_bits": 8}),
+    "fast": Preset(
+        (128, 64, 32, -1), {"scales": "l2", "smooth_norms": True, "rounding": "rtn", "clip_search": True, "lm_head_bits": 8}
+    ),
     "balanced": Preset(
         (64, 32, -1),
-        {"scales": "l2", "rounding": "gptq", "clip_search": True, "keep_8bit": 0.05, "lm_head_bits": 8},
+        {"scales": "l2", "smooth_norms": True, "rounding": "gptq", "clip_search": True, "keep_8bit": 0.05, "lm_head_bits": 8},
     ),
     "best": Preset(
         (32, -1),
         {
             "scales": "search",
+            "smooth_norms": True,
             "rounding": "gptaq",
             "clip_search": True,
             "keep_8bit": 0.1,

@@ -22,8 +22,27 @@ from smoothrot_offline.manifest import LayerRecord, TensorRecord, package_versio
 from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, write_tensors, writing
 from smoothrot_vllm.errors import ResumeError
 
+KeptFile = dict[str, str]
+"""A file of finished work: its name under ``file``, its SHA-256 under ``sha256``."""
 
-def conversion_identity(checkpoint: Checkpoint, config: ConvertConfig) -> dict[str, dict[str, Any]]:
+
+def keep_layer(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> KeptFile:
+    """Write the output tensors of a finished layer into a work folder.
+
+    Raises:
+        OutputError: the file system refuses.
+    """
+    return _keep(folder, f"layer-{index:05d}", tensors)
+
+
+def _keep(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> KeptFile:
+    path = folder / f"{WORK_PREFIX}{name}.safetensors"
+    with writing(path):
+        write_tensors(path, tensors)
+    return {"file": path.name, "sha256": file_digest(path)}
+
+
+def conversion_identity(checkpoint: Checkpoint, config: ConvertConfig, workers: int) -> dict[str, dict[str, Any]]:
     """Everything that the bytes of a conversion follow from, by field: a conversion goes on only if all of it is the same.
 
     Raises:
@@ -37,7 +56,11 @@ def conversion_identity(checkpoint: Checkpoint, config: ConvertConfig) -> dict[s
         "calibration": {"text": file_digest(text) if text.is_file() else config.calib},
         "versions": package_versions(),
         # Sums are split over threads, and kernels differ by instruction set: both can change a last bit.
-        "machine": {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()},
+        "machine": {
+            "threads": torch.get_num_threads(),
+            "workers": workers,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
     }
 
 
@@ -56,6 +79,7 @@ class Journal:
 
     def __init__(self, directory: OutputDirectory, identity: Mapping[str, Mapping[str, Any]]) -> None:
         self._directory = directory
+        self.folder = directory.path
         self._path = directory.path / JOURNAL_NAME
         self.layers: list[LayerRecord] = []
         self.shards: list[dict[str, TensorRecord]] = []
@@ -79,7 +103,7 @@ class Journal:
 
     def finish_decisions(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Keep what :func:`~smoothrot_offline.decide.decide` found."""
-        self.decisions = {"decisions": facts, **self._keep("decisions", tensors)}
+        self.decisions = {"decisions": facts, **_keep(self._directory.path, "decisions", tensors)}
         self._append(self.decisions)
 
     def load_decisions(self) -> dict[str, torch.Tensor]:
@@ -91,17 +115,18 @@ class Journal:
         self, index: int, record: LayerRecord, stored: dict[str, torch.Tensor], hidden: dict[str, torch.Tensor]
     ) -> None:
         """Keep a finished layer: its output tensors, and the hidden states that the next one reads, if any."""
-        entry = {
-            "layer": record.model_dump(mode="json"),
-            "tensors": list(stored),
-            **self._keep(f"layer-{index:05d}", stored),
-            "hidden": self._keep(f"hidden-{index:05d}", hidden) if hidden else None,
-        }
+        folder = self._directory.path
+        kept = keep_layer(folder, index, stored)
+        self.adopt_layer(record, list(stored), kept, _keep(folder, f"hidden-{index:05d}", hidden) if hidden else None)
+        if index and hidden:
+            self._drop(self._layer_entries[index - 1]["hidden"]["file"])
+
+    def adopt_layer(self, record: LayerRecord, names: list[str], kept: KeptFile, hidden: KeptFile | None = None) -> None:
+        """Record the next layer, whose tensors ``names`` are in a file that :func:`keep_layer` wrote."""
+        entry = {"layer": record.model_dump(mode="json"), "tensors": names, **kept, "hidden": hidden}
         self._append(entry)
         self.layers.append(record)
         self._layer_entries.append(entry)
-        if index and hidden:
-            self._drop(self._layer_entries[index - 1]["hidden"]["file"])
 
     def load_layer(self, index: int) -> dict[str, torch.Tensor]:
         """Output tensors of a finished layer; none if all of them are in whole shards."""
@@ -190,12 +215,6 @@ class Journal:
                     renamed.rename(self._directory.path / entry["file"])
             self._check_file(entry)
             self.shards.append({name: TensorRecord.model_validate(record) for name, record in entry["shard"].items()})
-
-    def _keep(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-        file = f"{WORK_PREFIX}{name}.safetensors"
-        with writing(self._directory.path / file):
-            write_tensors(self._directory.path / file, tensors)
-        return {"file": file, "sha256": file_digest(self._directory.path / file)}
 
     def _load(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         self._check_file(entry)

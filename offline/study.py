@@ -18,6 +18,8 @@ from smoothrot_offline.manifest import SmoothingRecord
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.quantize.straight_through import fake_quantize_tokens
 from smoothrot_offline.runtime import InputMap, inputs_through, output_of, quantisers, rotations
+from smoothrot_offline.smooth import LayerScales
+from smoothrot_offline.smooth.norms import NormStatistics
 from smoothrot_offline.smooth.stage import smooth_layer
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, QuantizationSchema
@@ -33,13 +35,13 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 class LayerStudy:
     """What was found for one decoder layer.
 
-    ``scales`` are S, float64 in the shape ``ModelSpec.smoothed``, or None; ``experts`` are the ``smoothing`` of each expert, None
-    for one that no calibration token was routed to. ``clips`` and ``sensitivity`` are by the first linear of each group
+    ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no calibration token was routed to.
+    ``clips`` and ``sensitivity`` are by the first linear of each group
     that reads one input: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only
     that group is quantised. Both are empty unless the configuration asks for them.
     """
 
-    scales: torch.Tensor | None = None
+    scales: LayerScales = field(default_factory=LayerScales)
     smoothing: SmoothingRecord | None = None
     clips: dict[str, float] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Study:
     Args:
         runner, spec, config, schema, transform: of the conversion; ``schema`` has the bits and groups asked for.
         hidden: float32 ``(samples, seqlen, hidden)``, what the first layer of the original model reads; it is changed.
+        dtype: of the output's 16-bit tensors.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Study:
         schema: QuantizationSchema,
         transform: ModelTransform,
         hidden: torch.Tensor,
+        dtype: torch.dtype,
     ) -> None:
         self._runner = runner
         self._spec = spec
@@ -74,6 +78,7 @@ class Study:
         self._schema = schema
         self._transform = transform
         self._hidden = hidden
+        self._dtype = dtype
         self._rotations = rotations(spec, schema.online)
         self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
 
@@ -84,23 +89,28 @@ class Study:
             index: which layer.
             tensors: its tensors by names relative to it, as in the source.
         """
-        scales, smoothing = None, None
+        scales, smoothing = LayerScales(), None
         if self._config.scales != "none":
-            arguments = (self._hidden, self._runner, self._spec, self._config, self._schema)
-            found = smooth_layer(index, tensors, *arguments)
-            scales = found.scales
+            scales, found = self._smoothed(index, tensors)
             if self._spec.experts:
-                return LayerStudy(scales, experts=found.records)
-            (smoothing,) = found.records
+                return LayerStudy(scales, experts=found)
+            (smoothing,) = found
         if not self._config.needs_probe:
             return LayerStudy(scales, smoothing)
         folded = {name: tensor.double() for name, tensor in tensors.items()}
         self._transform.layer(index, folded, scales)
         return self._probed(index, {name: tensor.float() for name, tensor in folded.items()}, scales, smoothing)
 
+    def _smoothed(self, index: int, tensors: dict[str, torch.Tensor]) -> tuple[LayerScales, list[SmoothingRecord | None]]:
+        norms = NormStatistics(self._spec, self._transform.residual, tensors) if self._config.smooths_norms else None
+        observers = {} if norms is None else norms.observers()
+        arguments = (self._hidden, self._runner, self._spec, self._config, self._schema, observers)
+        found = smooth_layer(index, tensors, *arguments)
+        return LayerScales(found.scales, {} if norms is None else norms.scales(tensors, self._dtype)), found.records
+
     @torch.no_grad()
     def _probed(
-        self, index: int, tensors: dict[str, torch.Tensor], scales: torch.Tensor | None, smoothing: SmoothingRecord | None
+        self, index: int, tensors: dict[str, torch.Tensor], scales: LayerScales, smoothing: SmoothingRecord | None
     ) -> LayerStudy:
         """Measure on the transformed layer, and move the probe past it."""
         prefix = self._spec.layer_prefix(index)

@@ -21,7 +21,7 @@ from smoothrot_offline.rotate import (
     rotate_reader_inputs,
     rotate_residual,
 )
-from smoothrot_offline.smooth import fold_smoothing
+from smoothrot_offline.smooth import LayerScales, fold_norm_smoothing, fold_smoothing
 from smoothrot_vllm.format import Online
 
 
@@ -50,14 +50,15 @@ class ModelTransform:
         residual = random_rotation(spec.hidden, config.seed) if folds_r1 else None
         return cls(spec, config.seed, residual, online_rotations(spec, config))
 
-    def layer(self, index: int, tensors: Tensors, scales: torch.Tensor | None) -> None:
-        """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S, or None."""
+    def layer(self, index: int, tensors: Tensors, scales: LayerScales) -> None:
+        """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S."""
         table = self.spec.architecture
-        if scales is not None:
-            fold_smoothing(tensors, table, scales)
+        if scales.down is not None:
+            fold_smoothing(tensors, table, scales.down)
         if self.residual is not None:
             fold_norms(tensors, table)
             rotate_residual(tensors, table, self.residual)
+        fold_norm_smoothing(tensors, table, scales.norms)
         if self.online.readers is not None:
             rotate_reader_inputs(tensors, table, self.online.readers.block)
         if self.online.down_proj is not None:

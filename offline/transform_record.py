@@ -5,7 +5,7 @@ Signs and Hadamard transforms follow from the manifest's configuration and seed.
 weights of the norms that were folded, learned rotations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from smoothrot_offline.architectures import resolve
 from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, read_json
 from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.rotate import DenseRotation
+from smoothrot_offline.smooth import LayerScales
 from smoothrot_offline.study import LayerStudy
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
@@ -29,26 +30,28 @@ RESIDUAL = "residual"
 class RecordedTransform:
     """A conversion's transform read back.
 
-    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales`` are S by layer, float64 in the
-    shape ``ModelSpec.smoothed``, or None for a layer without.
+    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales`` are S by layer.
     """
 
     transform: ModelTransform
     norms: dict[str, torch.Tensor]
-    scales: list[torch.Tensor | None]
+    scales: list[LayerScales]
 
 
 def transform_tensors(
     checkpoint: Checkpoint, transform: ModelTransform, studies: Sequence[LayerStudy]
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the file: ``residual`` and ``{layer}heads`` where learned, ``{layer}smoothing``, and the folded norms."""
+    """Tensors of the file: ``residual`` and ``{layer}heads`` where learned, ``{layer}smoothing``, ``{norm}.smoothing``, and the
+    weights of the folded norms.
+    """
     spec, found = transform.spec, {}
     if isinstance(transform.residual, DenseRotation):
         found[RESIDUAL] = transform.residual.blocks
     for index, study in enumerate(studies):
         prefix = spec.layer_prefix(index)
-        if study.scales is not None:
-            found[f"{prefix}smoothing"] = study.scales
+        if study.scales.down is not None:
+            found[f"{prefix}smoothing"] = study.scales.down
+        found |= {f"{prefix}{norm}.smoothing": scales for norm, scales in study.scales.norms.items()}
         if transform.heads is not None:
             found[f"{prefix}heads"] = transform.heads[index].contiguous()
         if transform.residual is not None:
@@ -91,4 +94,9 @@ def read_transform(directory: Path) -> RecordedTransform:
     if transform.residual is not None:
         names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.readers]
         norms = {name: tensors[f"{name}.weight"] for name in names}
-    return RecordedTransform(transform, norms, [tensors.get(f"{prefix}smoothing") for prefix in prefixes])
+    return RecordedTransform(transform, norms, [_scales(tensors, prefix, spec.architecture.readers) for prefix in prefixes])
+
+
+def _scales(tensors: dict[str, torch.Tensor], prefix: str, norms: Iterable[str]) -> LayerScales:
+    smoothed = {norm: tensors[name] for norm in norms if (name := f"{prefix}{norm}.smoothing") in tensors}
+    return LayerScales(tensors.get(f"{prefix}smoothing"), smoothed)

@@ -15,6 +15,7 @@ from smoothrot_offline.rotate import DenseRotation, head_matrices
 from smoothrot_offline.rotations.cayley import Learned
 from smoothrot_offline.rotations.heads import learn_head_rotations
 from smoothrot_offline.rotations.residual import BATCH, ReaderSample, learn_residual_rotation
+from smoothrot_offline.smooth import LayerScales
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.format import Online, QuantizationSchema
 
@@ -147,7 +148,7 @@ def _learn_heads(
         name: tensor.double() for name, tensor in checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()).items()
     }
     # All but R2 and R4: the weights that R2 will be folded into.
-    replace(transform, online=Online(readers=transform.online.readers)).layer(index, layer, None)
+    replace(transform, online=Online(readers=transform.online.readers)).layer(index, layer, LayerScales())
     output = _some_rows(layer[f"{table.output}.weight"], torch.Generator().manual_seed(config.seed))
     return learn_head_rotations(
         output_input,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.calibrate import LayerRunner
+from smoothrot_offline.calibrate import LayerRunner, Observer
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.manifest import SmoothingRecord
 from smoothrot_offline.smooth.layer_error import LayerError
@@ -36,6 +36,7 @@ def smooth_layer(
     spec: ModelSpec,
     config: ConvertConfig,
     schema: QuantizationSchema,
+    observers: Mapping[str, Observer],
 ) -> LayerSmoothing:
     """Move ``hidden`` past decoder layer ``index`` of the original model, and choose the scales of its down_proj or down_projs.
 
@@ -44,13 +45,14 @@ def smooth_layer(
         layer: its tensors by names relative to it, as in the source.
         hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads; replaced by what it returns.
         runner, spec, config, schema: of the conversion; ``config.scales`` is not ``none``.
+        observers: of other modules of the layer, while it runs.
     """
     assert config.scales != "none"
     tokens = hidden.shape[0] * hidden.shape[1]
     if spec.experts:
         tokens = tokens * spec.config.num_experts_per_tok // spec.experts
     statistics = {down: InputStatistics(spec.intermediate, tokens) for _, down in spec.architecture.products}
-    runner.run(index, layer, hidden, {down: seen.update for down, seen in statistics.items()})
+    runner.run(index, layer, hidden, {**{down: seen.update for down, seen in statistics.items()}, **observers})
     scales = torch.ones(len(statistics), spec.intermediate, dtype=torch.float64)
     records: list[SmoothingRecord | None] = []
     for row, (down, seen) in zip(scales, statistics.items(), strict=True):

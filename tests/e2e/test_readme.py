@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's commands, run as they stand there, on a tiny model."""
+"""The commands of README and quickstart, run as they stand there, on a tiny model."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,17 @@ import pytest
 from serving import VllmServer
 from tiny_models import BIN, REPOSITORY, SHORT_TEXT
 
-BLOCKS = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
-COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / page).read_text(), flags=re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    return [line.partition("  #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
+
+
+COMMANDS = commands("README.md")
+QUICKSTART = "docs/quickstart.md"
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
@@ -35,12 +45,23 @@ def test_converting_and_serving_commands_work_in_the_readmes_order(tiny_converte
         run(command, tmp_path)
     (serve,) = [command for command in COMMANDS if command.startswith("vllm serve")]
     assert serve == "vllm serve OUT --quantization smoothrot --host 127.0.0.1"
-    with VllmServer(tmp_path / "OUT", tmp_path / "log", "--quantization", "smoothrot") as server:
-        answer = server.client.completions.create(
-            model=server.model, prompt="Hello", max_tokens=4, extra_body={"ignore_eos": True}
-        )
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 4
+    options = ["--quantization", "smoothrot", "--served-model-name", "OUT"]
+    with VllmServer(tmp_path / "OUT", tmp_path / "log", *options) as server:
+        answer = server.client.completions.create(model="OUT", prompt="Hello", max_tokens=4, extra_body={"ignore_eos": True})
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 4
+        own_port = f"127.0.0.1:{server.port}"
+        (curl,) = [command for command in commands(QUICKSTART) if command.startswith("curl")]
+        assert json.loads(run(curl.replace("127.0.0.1:8000", own_port), tmp_path))["usage"]["completion_tokens"] in range(1, 9)
+        (client,) = blocks(QUICKSTART, "python")
+        (tmp_path / "client.py").write_text(client.replace("127.0.0.1:8000", own_port))
+        run("python client.py", tmp_path)
+
+
+def test_the_quickstarts_other_commands_are_the_readmes() -> None:
+    own = [command for command in commands(QUICKSTART) if not command.startswith("curl")]
+    assert own == [command for command in COMMANDS if command in own]
+    assert len(own) == 7
 
 
 def test_demo_command_converts_serves_and_compares(tiny_converted: Callable[..., Path]) -> None:

@@ -1,17 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter of the original model, transformed, in a real ``vllm serve``; the untransformed one is refused there."""
+"""An adapter of the original model, transformed, in a real ``vllm serve``; the untransformed one is refused there.
+
+The same server shows what docs/hardening.md says about keys, limits and where it listens.
+"""
 
 import json
+import re
+import socket
 import subprocess
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from openai import BadRequestError, InternalServerError
 from reference_forward import SAFE_MARGIN, Reference
 from safetensors.torch import load_file, save_file
-from serving import VllmServer
+from serving import HOST, KEY, VllmServer
 from tiny_models import BIN
 from transformers import AutoTokenizer
 
@@ -60,7 +68,7 @@ def transformed(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def server(base: Path, transformed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
-    options += ["--lora-modules", f"adapted={transformed}"]
+    options += ["--lora-modules", f"adapted={transformed}", "--api-key", KEY]
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with VllmServer(base, tmp_path_factory.mktemp("server") / "server.log", *options, environment=environment) as running:
         yield running
@@ -114,3 +122,52 @@ def test_the_served_adapter_says_what_the_reference_with_it_says(server: VllmSer
 def test_the_original_adapter_is_refused(server: VllmServer, adapter: Path) -> None:
     with pytest.raises((BadRequestError, InternalServerError), match="is of the original model"):
         server.client.post("/load_lora_adapter", body={"lora_name": "original", "lora_path": str(adapter)}, cast_to=object)
+
+
+HARDENING = (Path(__file__).parents[2] / "docs" / "hardening.md").read_text()
+PATHS = re.findall(r"^\| `(/\S+)` \| (GET|POST) \| (refused|open) \|$", HARDENING, re.MULTILINE)
+ANSWERS = dict(re.findall(r"^\| (.+) \| (\d{3}) \|$", HARDENING, re.MULTILINE))
+LIMITS: dict[str, dict[str, Any] | None] = {
+    "a prompt longer than `--max-model-len`": {"prompt": [5] * 300},
+    "`max_tokens` beyond what is left of it": {"prompt": [5] * 250, "max_tokens": 100},
+    "more completions than `VLLM_MAX_N_SEQUENCES` (`n`, 16384)": {"prompt": [5], "n": 16385},
+    "more prompts than `VLLM_MAX_COMPLETION_PROMPTS` (1024)": {"prompt": [[5]] * 1025},
+    "a body that is no JSON": None,
+}
+
+
+def status_of(server: VllmServer, path: str, method: str, key: str | None, body: bytes = b"{}") -> int:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(server.url + path, method=method, headers=headers, data=body if method == "POST" else None)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize(("path", "method", "said"), PATHS)
+def test_the_key_covers_what_the_hardening_notes_say(server: VllmServer, path: str, method: str, said: str) -> None:
+    refused = {status_of(server, path, method, key) == 401 for key in (None, "wrong")}
+    assert refused == {said == "refused"}
+    # An empty body may be refused as such, but the path is there and the key opens it.
+    assert status_of(server, path, method, KEY) not in (401, 404, 405)
+
+
+def test_the_hardening_notes_name_every_limit_that_is_tested() -> None:
+    assert len(PATHS) >= 12
+    assert LIMITS.keys() == ANSWERS.keys()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_what_may_cost_much_is_answered_as_the_notes_say(server: VllmServer, limit: str) -> None:
+    content = LIMITS[limit]
+    body = b"no JSON" if content is None else json.dumps({"model": server.model, **content}).encode()
+    assert status_of(server, "/v1/completions", "POST", KEY, body) == int(ANSWERS[limit])
+
+
+def test_the_loopback_server_listens_nowhere_else(server: VllmServer) -> None:
+    with socket.socket() as connection:
+        assert connection.connect_ex((HOST, server.port)) == 0
+    with socket.socket() as connection:
+        assert connection.connect_ex(("127.0.0.2", server.port)) != 0

@@ -90,7 +90,7 @@ def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, fam
     downs = [FAMILIES[family].format(e) for e in range(spec.experts)]
     observers = {down: lambda x, down=down: seen.update({down: x.clone()}) for down in downs}
     LayerRunner(spec).run(0, layer, hidden.clone(), observers)
-    found = smooth_layer(0, layer, hidden, LayerRunner(spec), spec, config, make_schema(spec, config))
+    found = smooth_layer(0, layer, hidden, LayerRunner(spec), spec, config, make_schema(spec, config), {})
     assert found.scales.shape == (spec.experts, spec.intermediate)
     assert sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * spec.config.num_experts_per_tok
     for row, record, down in zip(found.scales, found.records, downs, strict=True):
@@ -111,7 +111,9 @@ def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_pa
     compared = compare_with_source(out, source)
     spec = resolve(open_checkpoint(source).config)
     assert (compared.codes, compared.problems) == (3 * (4 + 3 * spec.experts), [])
-    assert read_transform(out).scales[1].shape == (spec.experts, spec.intermediate)
+    scales = read_transform(out).scales[1].down
+    assert scales is not None
+    assert scales.shape == (spec.experts, spec.intermediate)
     assert inspect(out).quantization.ignore == spec.routers()
     with torch.no_grad():
         compiled, defined = (load_model(out, torch.float32, kernels)(TOKENS).logits for kernels in ("compiled", "reference"))
@@ -164,7 +166,9 @@ def test_experts_that_no_token_reaches_are_named_once(
         assert len(layer.unseen_experts) >= 2
         assert f"layer {index}: {', '.join(map(str, layer.unseen_experts))}" in warning
         assert [e for e, record in enumerate(layer.experts) if record is None] == layer.unseen_experts
-        assert [e for e, row in enumerate(scales[index]) if (row == 1).all()] == layer.unseen_experts
+        found = scales[index].down
+        assert found is not None
+        assert [e for e, row in enumerate(found) if (row == 1).all()] == layer.unseen_experts
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_experts_that_no_token_reaches_are_named_once(
         {"scales": "search", "group_size": 32, "hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32},
         {"scales": "learned", "num_hidden_layers": 1},
         {"scales": "none", "rotations": "learned", "rotation_steps": 2},
-        {"scales": "quantile", "sign_seeds": 2, "lm_head_bits": 8},
+        {"scales": "quantile", "smooth_norms": True, "sign_seeds": 2, "lm_head_bits": 8},
         {"scales": "max", "rotate": False},
         {"scales": "none", "rounding": "gptq"},
     ],

@@ -17,6 +17,7 @@ from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.lora import WEIGHTS_NAME, convert_adapter, transform_factors
 from smoothrot_offline.rotate import DenseRotation, hadamard
+from smoothrot_offline.smooth import LayerScales
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_offline.transform_record import RecordedTransform, read_transform
 from smoothrot_vllm.adapters import BASE_KEY, CONFIG_NAME
@@ -47,7 +48,10 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
     state = model.state_dict()
     layer = {name: state[prefix + name] for name in spec.layer_tensors()}
     norms = {prefix + norm: layer[f"{norm}.weight"] for norm in table.readers}
-    scales = torch.rand(spec.intermediate, dtype=torch.float64) + 0.5 if smoothed else None
+    scales = LayerScales()
+    if smoothed:
+        down, *of_norms = (torch.rand(size).double() + 0.5 for size in (spec.intermediate, spec.hidden, spec.hidden))
+        scales = LayerScales(down, dict(zip(table.readers, of_norms, strict=True)))
     factors = {
         linear: (torch.randn(RANK, inputs).double(), torch.randn(outputs, RANK).double())
         for linear, (outputs, inputs) in ((linear, spec.linear_shape(linear)) for linear in table.linears)
@@ -57,7 +61,7 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
         adapted[f"{linear}.weight"] += b @ a
     for tensors in (layer, adapted):
         transform.layer(1, tensors, scales)
-    recorded = RecordedTransform(transform, norms, [None, scales, None])
+    recorded = RecordedTransform(transform, norms, [LayerScales(), scales, LayerScales()])
     for linear, (a, b) in factors.items():
         new_a, new_b = transform_factors(recorded, 1, linear, a, b)
         rotation = transform.online.rotation(linear)
@@ -111,7 +115,7 @@ def test_an_adapter_is_transformed_as_the_base_was(base: Path, tmp_path: Path) -
 
 def test_the_recorded_transform_is_the_one_that_was_folded(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Of a base at 8 bits, whose weights are near enough to tell: learned rotations, searched scales and a chosen seed."""
-    options = {"rotations": "learned", "rotation_steps": 2, "scales": "search", "sign_seeds": 2}
+    options = {"rotations": "learned", "rotation_steps": 2, "scales": "search", "smooth_norms": True, "sign_seeds": 2}
     source = make_model()
     convert(source, tmp_path / "base", make_config(weight_bits=8, activation_bits=8, **options, **CALIBRATION))
     recorded = read_transform(tmp_path / "base")

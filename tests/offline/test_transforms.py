@@ -28,7 +28,7 @@ from smoothrot_offline.rotate import (
     rotate_reader_inputs,
     rotate_residual,
 )
-from smoothrot_offline.smooth import fold_smoothing
+from smoothrot_offline.smooth import LayerScales, fold_norm_smoothing, fold_smoothing
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import Online
@@ -175,6 +175,12 @@ def random_scales(spec: ModelSpec, index: int) -> torch.Tensor:
     return torch.rand(spec.smoothed, generator=torch.Generator().manual_seed(index), dtype=torch.float64) * 20 + 0.05
 
 
+def random_layer_scales(spec: ModelSpec, seed: int) -> LayerScales:
+    generator = torch.Generator().manual_seed(100 + seed)
+    norms = {norm: torch.rand(spec.hidden, dtype=torch.float64, generator=generator) + 0.5 for norm in spec.architecture.readers}
+    return LayerScales(random_scales(spec, seed), norms)
+
+
 def random_orthogonal(*shape: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(11))).Q
 
@@ -268,6 +274,15 @@ def test_smoothing_keeps_the_logits(subject: Subject) -> None:
     assert subject.error() <= 1e-10
 
 
+def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
+    table = subject.spec.architecture
+    before = dict(subject.tensors)
+    subject.each_layer(lambda layer, i: fold_norm_smoothing(layer, table, random_layer_scales(subject.spec, i).norms))
+    changed = {name.split(".", 3)[-1].removesuffix(".weight") for name in before if not before[name].equal(subject.tensors[name])}
+    assert changed == {*table.readers, *(reader for readers in table.readers.values() for reader in readers)}
+    assert subject.error() <= 1e-10
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int) -> None:
     block = choose_block(subject.spec.intermediate, shards).size
@@ -288,7 +303,7 @@ def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int, 
     transform = ModelTransform.of(subject.spec, config)
     if learned:
         transform = with_random_rotations(transform)
-    subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
+    subject.each_layer(lambda layer, index: transform.layer(index, layer, random_layer_scales(subject.spec, index)))
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
@@ -303,7 +318,7 @@ def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int, 
 def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:
     transform = ModelTransform.of(subject.spec, make_config(rotate=False))
     before = dict(subject.tensors)
-    subject.each_layer(lambda layer, index: transform.layer(index, layer, random_scales(subject.spec, index)))
+    subject.each_layer(lambda layer, i: transform.layer(i, layer, LayerScales(random_scales(subject.spec, i))))
     changed = {name.split(".", 3)[-1] for name in before if not torch.equal(before[name], subject.tensors[name])}
     table = subject.spec.architecture
     ups, downs = zip(*table.products, strict=True)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder layer from the source's tensors to the stored ones: read, fold, round, pack."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.manifest import LayerRecord, ScaleRange
+from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
+from smoothrot_offline.study import LayerStudy
+from smoothrot_offline.transform import ModelTransform
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
+from smoothrot_vllm.reference import encode
+
+RoundLayer = Callable[[int, dict[str, torch.Tensor]], dict[str, QuantizedWeight]]
+"""Rounds the linears of a transformed layer otherwise than to nearest: see ``SequentialRounding.layer``."""
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """A layer's entry in the manifest, and its stored tensors by full name."""
+
+    record: LayerRecord
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerConverter:
+    """Converts the decoder layers of one model, each by itself.
+
+    ``schema`` has the bits of every linear, ``studies`` what was found of each layer; ``dtype`` is that of the 16-bit tensors.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    schema: QuantizationSchema
+    transform: ModelTransform
+    studies: Sequence[LayerStudy]
+    dtype: torch.dtype
+
+    def layer(self, index: int, round_layer: RoundLayer | None = None) -> FinishedLayer:
+        """Convert decoder layer ``index``, rounding to nearest what ``round_layer`` does not round.
+
+        Raises:
+            CheckpointError: a tensor is damaged or exceeds the range of ``dtype``.
+        """
+        prefix, study = self.spec.layer_prefix(index), self.studies[index]
+        loaded = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
+        layer = {name: tensor.double() for name, tensor in loaded.items()}
+        self.transform.layer(index, layer, study.scales)
+        rounded = {} if round_layer is None else round_layer(index, layer)
+        errors: dict[str, float] = {}
+        output: dict[str, torch.Tensor] = {}
+        for linear in self.spec.architecture.linears:
+            scheme = self.schema.scheme(prefix + linear)
+            if scheme is not None:
+                weight = layer.pop(f"{linear}.weight")
+                done = rounded.pop(linear, None)
+                parts = [(weight, done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"))]
+                stored, errors[linear] = store(parts, scheme.weights, prefix + linear)
+                output |= stored
+        output |= {prefix + name: cast(tensor, self.dtype, prefix + name) for name, tensor in layer.items()}
+        record = LayerRecord(
+            weight_error=errors,
+            smoothing=study.smoothing,
+            experts=study.experts,
+            unseen_experts=study.unseen_experts,
+            norm_scales={
+                norm: ScaleRange(smallest=float(scales.min()), largest=float(scales.max()))
+                for norm, scales in study.scales.norms.items()
+            },
+            clips=study.clips,
+            sensitivity=study.sensitivity,
+        )
+        return FinishedLayer(record, {name: tensor.contiguous() for name, tensor in output.items()})
+
+
+def store(
+    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], scheme: WeightScheme, name: str
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Stored tensors of the linear whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
+    packed, scales, error, norm = [], [], 0.0, 0.0
+    for weight, quantized in parts:
+        error += float((weight - quantized.dequantize()).square().sum())
+        norm += float(weight.square().sum())
+        packed.append(encode(quantized.codes, scheme.bits))
+        scales.append(quantized.scale)
+    stored = {f"{name}.{WEIGHT_PACKED}": torch.cat(packed), f"{name}.{WEIGHT_SCALE}": torch.cat(scales)}
+    return stored, (error / norm) ** 0.5 if norm else 0.0
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A folded tensor in the dtype it is stored in.
+
+    Raises:
+        CheckpointError: a value exceeds its range.
+    """
+    stored = tensor.to(dtype)
+    if not stored.isfinite().all():
+        raise CheckpointError(
+            f"tensor {name}: largest magnitude {tensor.abs().max():.3g} after the folds exceeds the range of {dtype}. "
+            "Convert from a bfloat16 checkpoint."
+        )
+    return stored
