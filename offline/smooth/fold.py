@@ -15,8 +15,8 @@ from smoothrot_vllm.errors import CheckpointError
 class LayerScales:
     """Smoothing scales of one decoder layer, float64, positive.
 
-    ``down`` divides down_proj's input, ``(intermediate,)`` or, with experts, ``(experts, intermediate)``; or None. ``norms`` divide
-    what each norm named gives out, ``(hidden,)``.
+    ``down`` divides down_proj's input, ``(intermediate,)`` or, with experts, ``(experts, intermediate)``; or None. ``norms``
+    divide what each norm named gives out, ``(hidden,)``.
     """
 
     down: torch.Tensor | None = None
