@@ -167,11 +167,10 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         return ops.experts(x.contiguous(), topk_weights.float(), topk_ids, *stacks, *self.numbers)
 
     def _check_widths(self, width: int, shard: int) -> None:
-        if self.rotation is None:
-            units = {"weight groups": self.weights.group_size}
-        elif self.rotation.size == width:
-            units = {"Hadamard blocks": self.rotation.block, "weight groups": self.weights.group_size}
-        else:
+        units: dict[str, int] = {"weight groups": self.weights.group_size}
+        if self.rotation is not None:
+            units["Hadamard blocks"] = self.rotation.block
+        if self.rotation is not None and self.rotation.size != width:
             raise ConfigError(
                 f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert, got {self.rotation.size}: "
                 "config.json is that of another model. Convert again."
