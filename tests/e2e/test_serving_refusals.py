@@ -4,6 +4,8 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from serving import VllmServer
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
 CONVERSION = ("--activation-bits", "8", "--lm-head-bits", "8", "--max-tp", "1")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -49,42 +51,55 @@ def drop(name: str) -> Callable[[Path], None]:
     return lambda directory: edit_tensors(directory, lambda tensors: tensors.pop(name))
 
 
-@pytest.mark.parametrize(
-    ("damage", "ranks", "message"),
-    [
-        pytest.param(
-            lambda directory: None, 2, "tensor parallel size 2: each rank would hold 192/2 down_proj inputs", id="wrong TP"
-        ),
-        pytest.param(truncate, 1, "model-00001-of-00001.safetensors: expected a whole safetensors file", id="truncated shard"),
-        pytest.param(unknown_version, 1, "quantization_config.format_version: expected 1, got 99", id="unknown format version"),
-        pytest.param(
-            drop(f"{UP}.weight_packed"),
-            1,
-            f"model-00001-of-00001.safetensors: expected tensor {UP}.weight_packed",
-            id="missing codes",
-        ),
-        pytest.param(
-            drop("model.norm.weight"), 1, "model-00001-of-00001.safetensors: expected tensor model.norm.weight", id="missing norm"
-        ),
-        pytest.param(
-            nan_scale, 1, f"{DOWN}.weight_scale (parts down_proj): expected finite scales > 0, got 1 others", id="NaN scale"
-        ),
-    ],
-)
-def test_refused_with_the_reason(
-    tiny_converted: Callable[..., Path], tmp_path: Path, damage: Callable[[Path], None], ranks: int, message: str
-) -> None:
-    directory = tmp_path / "model"
-    shutil.copytree(tiny_converted("llama", *CONVERSION), directory)
+CASES: dict[str, tuple[Callable[[Path], Any], int, str]] = {
+    "wrong TP": (lambda directory: None, 2, "tensor parallel size 2: each rank would hold 192/2 down_proj inputs"),
+    "truncated shard": (truncate, 1, "model-00001-of-00001.safetensors: expected a whole safetensors file"),
+    "unknown format version": (unknown_version, 1, "quantization_config.format_version: expected 1, got 99"),
+    "missing codes": (
+        drop(f"{UP}.weight_packed"),
+        1,
+        f"model-00001-of-00001.safetensors: expected tensor {UP}.weight_packed",
+    ),
+    "missing norm": (drop("model.norm.weight"), 1, "model-00001-of-00001.safetensors: expected tensor model.norm.weight"),
+    "NaN scale": (nan_scale, 1, f"{DOWN}.weight_scale (parts down_proj): expected finite scales > 0, got 1 others"),
+}
+"""What is done to a converted model, the tensor-parallel size it is served with, and what the server must say."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a server ended."""
+
+    status: int
+    log: str
+
+
+def serve_until_it_ends(case: str, converted: Path, folder: Path) -> Ended:
+    damage, ranks, _ = CASES[case]
+    directory, log = folder / "model", folder / "server.log"
+    shutil.copytree(converted, directory)
     damage(directory)
-    log = tmp_path / "server.log"
     server = VllmServer(directory, log, "--enforce-eager", "--max-model-len", "256", tensor_parallel=ranks)
     server.start()
     try:
         status = server.wait()
     finally:
         server.stop()
-    assert status != 0
-    written = log.read_text(errors="replace")
-    assert message in written, written[-4000:]
-    assert "Application startup complete" not in written
+    return Ended(status, log.read_text(errors="replace"))
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Every case's server, two at a time: they spend their time importing, on one core each."""
+    converted = tiny_converted("llama", *CONVERSION)
+    folders = [tmp_path_factory.mktemp("refused") for _ in CASES]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(serve_until_it_ends, CASES, [converted] * len(CASES), folders), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_the_reason(ended: dict[str, Ended], case: str) -> None:
+    _, _, message = CASES[case]
+    assert ended[case].status != 0
+    assert message in ended[case].log, ended[case].log[-4000:]
+    assert "Application startup complete" not in ended[case].log

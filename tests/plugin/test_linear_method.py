@@ -143,6 +143,47 @@ def test_down_rotates_and_quantises_its_own_shard(
         torch.testing.assert_close(layer(x_shard), linear_reference(x_shard, shard, config, block=96), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [-1, 32])
+def test_one_checkpoint_serves_every_size_up_to_its_largest(
+    tensor_parallel: Callable[[int, int], None], size: int, group: int
+) -> None:
+    """The attention and feed-forward of a model with 8 query and 2 key-value heads, made with --max-tp 8."""
+    width = 8 * 96
+    config = make_config(
+        weights={"bits": 4, "group_size": group},
+        online={"down_proj": {"size": width, "block": 96}},
+        max_tensor_parallel=8,
+    )
+    weights = config.schema.weights.model_dump()
+    heads = {"q": 8, "k": 2, "v": 2}
+    attention = {name: Stored.random(count * HEAD, HIDDEN, weights, i) for i, (name, count) in enumerate(heads.items())}
+    stored = Stored.random(HIDDEN, width, weights, 3)
+    x, wide = tokens(HIDDEN), tokens(width)
+    for rank in range(size):
+        tensor_parallel(rank, size)
+        layer = QKVParallelLinear(HIDDEN, HEAD, 8, 2, bias=False, quant_config=config, prefix=QKV, return_bias=False)
+        for name, linear in attention.items():
+            linear.load_into(layer, name)
+        finish(layer)
+        # A key-value head is on several ranks once there are more ranks than heads.
+        shares = {"q": size, "k": min(size, 2), "v": min(size, 2)}
+        expected = [
+            linear_reference(x, linear, config).chunk(shares[name], dim=1)[rank * shares[name] // size]
+            for name, linear in attention.items()
+        ]
+        torch.testing.assert_close(layer(x), torch.cat(expected, dim=1), rtol=1e-6, atol=1e-5)
+        row = RowParallelLinear(
+            width, HIDDEN, bias=False, quant_config=config, prefix=DOWN, return_bias=False, reduce_results=False
+        )
+        stored.load_into(row)
+        finish(row)
+        scale = stored.scale if group == -1 else stored.scale.chunk(size, dim=1)[rank]
+        shard = Stored(stored.packed.chunk(size, dim=1)[rank], scale)
+        own = wide.chunk(size, dim=1)[rank].contiguous()
+        torch.testing.assert_close(row(own), linear_reference(own, shard, config, block=96), rtol=1e-6, atol=1e-5)
+
+
 def test_leading_dimensions_and_dtype_are_kept(config: SmoothRotConfig) -> None:
     layer = down(config)
     Stored.random(HIDDEN, INTERMEDIATE, config.schema.weights.model_dump(), 3).load_into(layer)
