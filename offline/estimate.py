@@ -17,6 +17,7 @@ from smoothrot_offline.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig
 from smoothrot_offline.convert import HEAD_ROWS
 from smoothrot_offline.decide import HELD_OUT_SAMPLES, smooths_anew
+from smoothrot_offline.layer import store
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.rotate import hadamard
 from smoothrot_offline.rotations.stage import SAMPLE_SEQUENCES, learning_bytes, learning_flop
@@ -29,7 +30,7 @@ from smoothrot_vllm.format import WeightScheme
 
 TIME_METHOD = (
     "FLOP of every pass over calibration tokens over the rate of a float32 matrix product, weights over "
-    "the rate of folding and quantising a sample, "
+    "the rate of folding and quantising a sample on one process, "
     "bytes over the rate of SHA-256, all three measured for a moment on this machine now"
 )
 MEMORY_METHOD = (
@@ -118,7 +119,9 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         passes += 1.5 * copies
         flop += copies * spec.layers * tokens * 2 * inputs
         folds += 1
-    total = folds * (weights + head) / _weights_per_second() + (before.total + after.total) / _hashed_bytes_per_second()
+    # An output tensor is in its layer's file first and then in a shard.
+    hashed = before.total + 2 * after.total
+    total = folds * (weights + head) / _weights_per_second() + hashed / _hashed_bytes_per_second()
     return round(total + (flop + passes * tokens * per_token) / _flop_per_second(), 1)
 
 
@@ -135,10 +138,13 @@ def _flop_per_second() -> float:
 
 @cache
 def _weights_per_second() -> float:
-    sample = torch.linspace(-1, 1, 256 * 2048, dtype=torch.float64).reshape(256, 2048)
+    # Beyond the caches, as the weights of a large layer are.
+    sample = torch.linspace(-1, 1, 1024 * 4096).bfloat16().reshape(1024, 4096)
 
     def fold_and_quantize() -> None:
-        quantize_rtn(hadamard(sample, 2048), WeightScheme())
+        """What is done to a weight that is rotated on both sides."""
+        folded = hadamard(hadamard(sample.double() * 1.5, 4096).T.contiguous(), 1024).T.contiguous()
+        store([(folded, quantize_rtn(folded, WeightScheme()))], WeightScheme(), "sample")
 
     return sample.numel() / _fastest(fold_and_quantize)
 

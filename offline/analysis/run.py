@@ -33,8 +33,9 @@ from smoothrot_offline.checkpoint import Checkpoint, check_source, open_checkpoi
 from smoothrot_offline.config import ACTIVATION_CLIP
 from smoothrot_offline.manifest import CalibrationRecord, package_versions
 from smoothrot_offline.progress import ProgressCallback, no_progress
-from smoothrot_offline.rotate import fold_norms
+from smoothrot_offline.rotate import fold_norms, random_rotation
 from smoothrot_offline.smooth import InputStatistics, LayerError, PolicyOptions, SmoothingChoice, choose_scales
+from smoothrot_offline.smooth.norms import NormStatistics
 from smoothrot_offline.smooth.policies import Policy
 from smoothrot_offline.write import OutputDirectory
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
@@ -150,9 +151,9 @@ class _Run:
             for hidden in (self._choosing, self._measuring):
                 self._runner.run(index, folded, hidden, {})
             return
-        choices = self._choices(index, layer, folded)
+        choices, norms = self._choices(index, layer, folded)
         scales = {policy: choice.scales for policy, choice in choices.items()}
-        transforms = layer_transforms(self.spec, self.config.seed, index, layer, scales)
+        transforms = layer_transforms(self.spec, self.config.seed, index, layer, scales, norms)
         meters = {
             kind: InputMeter(
                 transforms[kind],
@@ -182,15 +183,18 @@ class _Run:
 
     def _choices(
         self, index: int, layer: dict[str, torch.Tensor], folded: dict[str, torch.Tensor]
-    ) -> dict[Policy, SmoothingChoice]:
-        """Scales by policy, max first."""
+    ) -> tuple[dict[Policy, SmoothingChoice], dict[str, torch.Tensor]]:
+        """Scales by policy, max first, and those of the norms."""
         down = self.spec.architecture.down
         statistics = InputStatistics(self.spec.intermediate, self.config.calib_samples * self.config.calib_seqlen)
-        self._runner.run(index, folded, self._choosing, {down: statistics.update})
+        residual = random_rotation(self.spec.hidden, self.config.seed) if self.spec.architecture.rotates_residual else None
+        norms = NormStatistics(self.spec, residual, layer)
+        self._runner.run(index, folded, self._choosing, {down: statistics.update, **norms.observers()})
         block = choose_block(self.spec.intermediate).size
         error = LayerError(statistics.sample, layer[f"{down}.weight"].float(), SCHEME, block)
         policies: list[Policy] = ["max", *(policy for policy in self.config.policies if policy != "max")]
-        return {policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies}
+        choices = {policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies}
+        return choices, norms.scales(layer, torch.float64)
 
     def _input(self, linears: tuple[str, ...], meter: InputMeter, results: dict[str, Measured]) -> InputRecord:
         peak = meter.peak

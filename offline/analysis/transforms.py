@@ -25,7 +25,7 @@ TRANSFORMS = (NONE, SMOOTHED, ROTATED, SMOOTHED_ROTATED)
 
 
 def layer_transforms(
-    spec: ModelSpec, seed: int, index: int, layer: Tensors, scales: Mapping[str, torch.Tensor]
+    spec: ModelSpec, seed: int, index: int, layer: Tensors, scales: Mapping[str, torch.Tensor], norms: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[str, Transform]]:
     """Transforms of each kind of input of decoder layer ``index``.
 
@@ -35,6 +35,7 @@ def layer_transforms(
         index: which layer.
         layer: its original tensors, float64, by names relative to it.
         scales: smoothing scales by policy, float64 ``(f,)``; those of ``max`` are S.
+        norms: smoothing scales of what each norm gives out, float64 ``(hidden,)``: S behind a norm.
 
     Returns:
         By kind, the transforms by name, ``none`` first; at ``down_proj`` also each policy's S and R4 under its name, and
@@ -46,12 +47,18 @@ def layer_transforms(
     table = spec.architecture
     groups = dict(zip(KINDS, table.input_groups(), strict=True))
     weights = {kind: torch.cat([layer[f"{linear}.weight"] for linear in group]) for kind, group in groups.items()}
-    norms = dict(zip(("qkv", "gate_up"), table.readers, strict=True))
-    found = {kind: {NONE: _plain(weights[kind]), ROTATED: _rotated(weights[kind], _hadamard(spec.hidden))} for kind in norms}
-    if table.rotates_residual:
-        for kind, norm in norms.items():
+    found = {}
+    for kind, norm in zip(("qkv", "gate_up"), table.readers, strict=True):
+        if table.rotates_residual:
             gamma = layer[f"{norm}.weight"] + table.norm_offset
-            found[kind] = _read_from_unit_norm(weights[kind], gamma, random_rotation(spec.hidden, seed))
+            found[kind] = _read_from_unit_norm(weights[kind], gamma, random_rotation(spec.hidden, seed), norms[norm])
+        else:
+            online = _hadamard(spec.hidden)
+            found[kind] = {
+                NONE: _plain(weights[kind]),
+                ROTATED: _rotated(weights[kind], online),
+                SMOOTHED_ROTATED: _rotated(weights[kind], online, norms[norm]),
+            }
     heads = _hadamard(spec.heads * spec.head_dim, choose_block(spec.head_dim).size)
     found["o_proj"] = {NONE: _plain(weights["o_proj"]), ROTATED: _rotated(weights["o_proj"], heads)}
     online = Rotation(random_signs(spec.intermediate, seed, f"R4/{index}"), choose_block(spec.intermediate).size)
@@ -79,8 +86,17 @@ def _rotated(weight: torch.Tensor, rotation: Rotation, scales: torch.Tensor | No
     return Transform(lambda x: rotation.rotate(x / divisor).float(), rotation.rotate(weight * divisor).float())
 
 
-def _read_from_unit_norm(weight: torch.Tensor, gamma: torch.Tensor, rotation: Rotation) -> dict[str, Transform]:
-    return {NONE: Transform(lambda x: x * gamma.float(), weight.float()), ROTATED: _rotated(weight * gamma, rotation)}
+def _read_from_unit_norm(
+    weight: torch.Tensor, gamma: torch.Tensor, rotation: Rotation, scales: torch.Tensor
+) -> dict[str, Transform]:
+    """``scales`` divide the rotated input, where the norm's weight is."""
+    return {
+        NONE: Transform(lambda x: x * gamma.float(), weight.float()),
+        ROTATED: _rotated(weight * gamma, rotation),
+        SMOOTHED_ROTATED: Transform(
+            lambda x: (rotation.rotate(x.double()) / scales).float(), (rotation.rotate(weight * gamma) * scales).float()
+        ),
+    }
 
 
 def _down(weight: torch.Tensor, rotation: Rotation, scales: Mapping[str, torch.Tensor]) -> dict[str, Transform]:

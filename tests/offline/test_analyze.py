@@ -137,6 +137,8 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
                 gamma = captured.model.get_submodule(f"model.layers.{layer.index}.{norms[kind]}").weight.detach()
                 q = random_rotation(72, SEED).rotate(eye[72])
                 check(record.transforms["R"], x / gamma @ q, (weight * gamma) @ q)
+                scales = ((choosing / gamma @ q).norm(dim=0) / ((weight * gamma) @ q).norm(dim=0)).sqrt()
+                check(record.transforms["S+R"], x / gamma @ q / scales, (weight * gamma) @ q * scales)
             elif kind == "o_proj":
                 q = Rotation(torch.ones(72, dtype=torch.float64), 8).rotate(eye[72])
                 check(record.transforms["R"], x @ q, weight @ q)
@@ -160,9 +162,11 @@ def test_readers_of_a_norm_that_cannot_be_folded_are_rotated_at_run_time(make_mo
     captured = Captured(source)
     q = Rotation(torch.ones(72, dtype=torch.float64), choose_block(72).size).rotate(torch.eye(72, dtype=torch.float64))
     for kind in ("qkv", "gate_up"):
-        _, x, weight = captured.get(1, kind)
+        choosing, x, weight = captured.get(1, kind)
         check(found.layers[0].inputs[kind].transforms["none"], x, weight)
         check(found.layers[0].inputs[kind].transforms["R"], x @ q, weight @ q)
+        scales = (choosing.norm(dim=0) / weight.norm(dim=0)).sqrt()
+        check(found.layers[0].inputs[kind].transforms["S+R"], x / scales @ q, (weight * scales) @ q)
     _, x, weight = captured.get(1, "down_proj")
     check(found.layers[0].inputs["down_proj"].transforms["none"], x, weight)
 
