@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.experts import separate_experts
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 Observer = Callable[[torch.Tensor], None]
@@ -92,6 +93,7 @@ class LayerRunner:
             model: PreTrainedModel = AutoModel.from_config(
                 config, attn_implementation=self._spec.architecture.attention, dtype=torch.float32
             )
+        separate_experts(model.get_submodule("layers"), self._spec.architecture, config)
         return model
 
 

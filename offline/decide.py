@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers, signs, rotations."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from smoothrot_offline.smooth.norms import smooth_norms
 from smoothrot_offline.study import LayerStudy, Study
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.format import QuantizationSchema
+
+_log = logging.getLogger(__name__)
 
 HELD_OUT_SAMPLES = 8
 """Calibration sequences that only the choice of the signs sees."""
@@ -123,7 +126,19 @@ def _study(
     for index in range(spec.layers):
         step(f"studying layer {index + 1} of {spec.layers}")
         found.append(study.layer(index, checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())))
+    _warn_of_unseen_experts(found)
     return found
+
+
+def _warn_of_unseen_experts(studies: list[LayerStudy]) -> None:
+    unseen = {index: study.unseen_experts for index, study in enumerate(studies) if study.unseen_experts}
+    if unseen:
+        where = "; ".join(f"layer {index}: {', '.join(map(str, experts))}" for index, experts in unseen.items())
+        _log.warning(
+            "calibration: no token was routed to these experts, which are not smoothed (scales 1): %s. "
+            "Use a longer or more varied text (--calib, --calib-samples) if they matter.",
+            where,
+        )
 
 
 def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -147,6 +162,7 @@ def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Te
                 "smoothing": study.smoothing and study.smoothing.model_dump(mode="json"),
                 "clips": study.clips,
                 "sensitivity": study.sensitivity,
+                "experts": [record and record.model_dump(mode="json") for record in study.experts],
             }
             for study in found.studies
         ],
@@ -169,6 +185,7 @@ def unpack_decisions(
             study["smoothing"] and SmoothingRecord.model_validate(study["smoothing"]),
             study["clips"],
             study["sensitivity"],
+            [record and SmoothingRecord.model_validate(record) for record in study["experts"]],
         )
         for index, study in enumerate(facts["studies"])
     ]

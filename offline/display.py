@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results as tables for people; every command prints the same facts as one JSON object under ``--json``."""
 
+from typing import Any
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -49,15 +51,28 @@ def show_inspection(found: Inspection) -> RenderableType:
     errors = make_table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
     for index, layer in enumerate(found.origin["layers"]):
         worst = max(layer["weight_error"], key=layer["weight_error"].get)
-        smoothing = layer["smoothing"]
+        scales, activation = _smoothing_cells(
+            [record for record in [layer["smoothing"], *layer["experts"]] if record is not None]
+        )
         errors.add_row(
             str(index),
             f"{sum(layer['weight_error'].values()) / len(layer['weight_error']):.4f}",
             f"{layer['weight_error'][worst]:.4f} {worst}",
-            "none" if smoothing is None else f"{smoothing['scale_min']:.3g} to {smoothing['scale_max']:.3g}",
-            "not measured" if smoothing is None else f"{smoothing['activation_max']:.4g}",
+            scales,
+            activation,
         )
     return Group(facts, _size_table("16 bits", found.sixteen_bit_bytes, found.output_bytes), errors)
+
+
+def _smoothing_cells(records: list[dict[str, Any]]) -> tuple[str, str]:
+    """Range of the scales and largest activation of a layer's down_proj, or of those of its experts."""
+    if not records:
+        return "none", "not measured"
+    least, most, activation = (
+        combine(record[key] for record in records)
+        for combine, key in ((min, "scale_min"), (max, "scale_max"), (max, "activation_max"))
+    )
+    return f"{least:.3g} to {most:.3g}", f"{activation:.4g}"
 
 
 def show_conversion(done: Conversion, out: str) -> RenderableType:

@@ -55,7 +55,8 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     """Peak resident bytes of a conversion from sizes ``before`` to sizes ``after``."""
     weights = _layer_weights(spec)
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
-    sample = 4 * 4 * SAMPLE_TOKENS * spec.intermediate if config.scales != "none" else 0
+    experts = max(1, spec.experts)
+    sample = 4 * 4 * SAMPLE_TOKENS * spec.intermediate * experts if config.scales != "none" else 0
     chunk = max(CHUNK_TOKENS, config.calib_seqlen) if config.needs_calibration else 0
     hidden = 4 * tokens * spec.hidden
     running = (2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
@@ -64,7 +65,8 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     if config.rounding != "rtn":
         # The second hidden states; H and what factorising it takes, in float64, and C and its solution.
         hidden *= 3 if config.rounding == "gptaq" else 2
-        matrices = 9 if config.rounding == "gptaq" else 6
+        # Of a layer with experts, an H of each.
+        matrices = (9 if config.rounding == "gptaq" else 6) + experts - 1
         running += 4 * sum(weights) + 8 * matrices * max(spec.intermediate, spec.hidden) ** 2
     head = before.embedding + after.lm_head + 4 * 8 * HEAD_ROWS * spec.hidden
     shard = min(config.shard_mib * MEBIBYTE, after.total)
@@ -80,7 +82,10 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     """Seconds of a conversion from sizes ``before`` to sizes ``after``, by rates measured now."""
     weights = spec.layers * sum(_layer_weights(spec))
     head = spec.vocab * spec.hidden
-    per_token = 2 * weights + 4 * config.calib_seqlen * spec.heads * spec.head_dim * spec.layers
+    # A token meets only the experts it is routed to.
+    chosen = spec.config.num_experts_per_tok if spec.experts else 0
+    idle = 3 * spec.layers * (spec.experts - chosen) * spec.intermediate * spec.hidden
+    per_token = 2 * (weights - idle) + 4 * config.calib_seqlen * spec.heads * spec.head_dim * spec.layers
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
     down = 2 * spec.layers * spec.intermediate * spec.hidden
@@ -91,7 +96,10 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     if config.scales != "none":
         passes += 1
         trials = {"search": searched_candidates(), "learned": searched_candidates() + 3 * STEPS}.get(config.scales, 2)
-        flop += trials * min(tokens, SAMPLE_TOKENS) * down
+        sampled = (
+            spec.experts * min(tokens * chosen // spec.experts, SAMPLE_TOKENS) if spec.experts else min(tokens, SAMPLE_TOKENS)
+        )
+        flop += trials * sampled * down
     if smooths_anew(spec, config):
         flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
     if config.needs_probe:

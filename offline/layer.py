@@ -67,6 +67,8 @@ class LayerConverter:
         record = LayerRecord(
             weight_error=errors,
             smoothing=study.smoothing,
+            experts=study.experts,
+            unseen_experts=study.unseen_experts,
             norm_scales={
                 norm: ScaleRange(smallest=float(scales.min()), largest=float(scales.max()))
                 for norm, scales in study.scales.norms.items()

@@ -71,6 +71,11 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
     """
     config = _plain_config(adapter)
     recorded = read_transform(base)
+    if recorded.transform.spec.experts:
+        raise UnsupportedModelError(
+            f"{base}: {recorded.transform.spec.architecture.class_name} has experts; adapters are transformed for dense models "
+            "only. Merge the adapter into the original model, and convert that."
+        )
     tensors = _read_factors(adapter / WEIGHTS_NAME)
     transformed: dict[str, torch.Tensor] = {}
     adapted: set[tuple[int, str]] = set()

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothrot_offline.architectures import SUPPORTED
 from smoothrot_offline.checkpoint import DTYPES
+from smoothrot_offline.experts import separate_experts
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import QUANT_METHOD, WEIGHT_SCALE, LinearScheme, parse_schema, weight_tensors
@@ -94,10 +95,12 @@ class SmoothRotHfQuantizer(HfQuantizer):
     """Replaces linears by :class:`QuantizedLinear` and checks every tensor of the checkpoint against the model."""
 
     quantization_config: SmoothRotHfConfig
+    _stored_names = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if attention := _attention(model.config):
             model.set_attn_implementation(attention)
+        self._stored_names = _separate_experts(model)
         _replace_linears(model, self.quantization_config)
         _check_tensors(model, kwargs["checkpoint_files"])
 
@@ -107,6 +110,10 @@ class SmoothRotHfQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 module.prepack()
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """How stored tensors become the model's: as they are, where :func:`separate_experts` has named modules like them."""
+        return [] if self._stored_names else weight_conversions
 
     def is_serializable(self) -> bool:
         """False: only the converter writes checkpoints."""
@@ -162,6 +169,17 @@ def _attention(config: PreTrainedConfig) -> str | None:
     """The implementation of attention that computes all settings of a family: its default leaves Gemma 2's cap out."""
     table = SUPPORTED.get(config.model_type)
     return None if table is None else table.attention
+
+
+def _separate_experts(model: PreTrainedModel) -> bool:
+    """Give a model with experts a module for each stored linear; False for any other."""
+    table = SUPPORTED.get(model.config.model_type)
+    if table is None or table.experts is None:
+        return False
+    separate_experts(model.get_submodule(table.layers), table, model.config)
+    # transformers would look for what its own routers return.
+    model.config.output_router_logits = False
+    return True
 
 
 def _replace_linears(model: PreTrainedModel, config: SmoothRotHfConfig) -> None:

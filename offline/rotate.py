@@ -175,15 +175,16 @@ def rotate_down_input(layer: Tensors, table: Architecture, rotation: Rotation) -
     """Offline half of R4: the signs go into the rows of up_proj, ``D (I (x) H)`` into the inputs of down_proj.
 
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is the
-    Hadamard transform of down_proj's input, without signs.
+    Hadamard transform of down_proj's input, without signs. The experts of a layer share the signs.
     """
-    scale_up(layer, table, rotation.signs)
-    layer[f"{table.down}.weight"] = rotation.rotate(layer[f"{table.down}.weight"])
+    for up, down in table.products:
+        scale_up(layer, up, rotation.signs)
+        layer[f"{down}.weight"] = rotation.rotate(layer[f"{down}.weight"])
 
 
-def scale_up(layer: Tensors, table: Architecture, factors: torch.Tensor) -> None:
-    """Multiply what up_proj produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused linear."""
-    weight, bias = f"{table.up}.weight", f"{table.up}.bias"
+def scale_up(layer: Tensors, up: str, factors: torch.Tensor) -> None:
+    """Multiply what linear ``up`` produces, channel by channel, by ``factors (f,)``: its rows, the last ``f`` of a fused one."""
+    weight, bias = f"{up}.weight", f"{up}.bias"
     layer[weight] = on_last_rows(layer[weight], len(factors), lambda rows: rows * factors[:, None])
     if bias in layer:
         layer[bias] = on_last_rows(layer[bias], len(factors), lambda rows: rows * factors)

@@ -73,7 +73,7 @@ class BuiltLayer:
         posts = [layer.get_submodule(name) for name in table.post_norms] or [nn.Identity(), nn.Identity()]
         self._after_attention, self._after_feed_forward = posts
         self._norm = layer.get_submodule(list(table.readers)[1])
-        self._feed_forward = layer.get_submodule(table.down.rpartition(".")[0])
+        self._feed_forward = layer.get_submodule(table.feed_forward)
 
     def set_weight(self, linear: str, weight: torch.Tensor) -> None:
         """Replace the weight ``(out, in)`` of a linear, named relative to the layer."""
@@ -101,6 +101,12 @@ class BuiltLayer:
     def down_input(self, middle: torch.Tensor) -> torch.Tensor:
         """What down_proj multiplies by its weight."""
         return self._stopped(self._table.down, lambda: self._feed_forward(self._norm(middle)))
+
+    def watch_feed_forward(self, middle: torch.Tensor, watchers: Mapping[str, InputMap]) -> None:
+        """Show each watcher what its linear multiplies by its weight: of an expert, those of the tokens routed to it."""
+        # Hooks run in the order they were registered: a watcher sees what the run-time input map has made of the input.
+        with inputs_through(self._layer, self._maps), inputs_through(self._layer, watchers):
+            self._feed_forward(self._norm(middle))
 
     def finish(self, middle: torch.Tensor) -> torch.Tensor:
         """What the layer returns."""

@@ -14,7 +14,7 @@ import torch
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import CHUNK_TOKENS, LayerRunner
 from smoothrot_offline.quantize import HessianAccumulator, QuantizedWeight, quantize_gptq
-from smoothrot_offline.runtime import BuiltLayer, quantisers, rotations
+from smoothrot_offline.runtime import BuiltLayer, InputMap, quantisers, rotations
 from smoothrot_vllm.format import QuantizationSchema
 
 
@@ -95,7 +95,7 @@ class SequentialRounding:
                 rounded[linear] = self._round(prefix + linear, tensors[f"{linear}.weight"], statistics)
                 copies[0].set_weight(linear, rounded[linear].dequantize())
 
-        qkv, output, gate_up, down = table.input_groups()
+        qkv, output, *feed_forward = table.input_groups()
         with torch.no_grad():
             round_group(qkv, (_each(BuiltLayer.attention_input, copies, chunk) for chunk in self._chunks()))
             attended = [_each(BuiltLayer.output_input, copies, chunk) for chunk in self._chunks()]
@@ -104,12 +104,31 @@ class SequentialRounding:
                 for copy, hidden, read in zip(copies, chunk, inputs, strict=True):
                     hidden.copy_(copy.middle(hidden, read))
             del attended
-            round_group(gate_up, (_each(BuiltLayer.feed_forward_input, copies, chunk) for chunk in self._chunks()))
-            round_group(down, (_each(BuiltLayer.down_input, copies, chunk) for chunk in self._chunks()))
+            if self._spec.experts:
+                self._round_experts(index, tensors, copies[0], rounded)
+            else:
+                gate_up, down = feed_forward
+                round_group(gate_up, (_each(BuiltLayer.feed_forward_input, copies, chunk) for chunk in self._chunks()))
+                round_group(down, (_each(BuiltLayer.down_input, copies, chunk) for chunk in self._chunks()))
             for chunk in self._chunks():
                 for copy, hidden in zip(copies, chunk, strict=True):
                     hidden.copy_(copy.finish(hidden))
         return rounded
+
+    def _round_experts(
+        self, index: int, tensors: dict[str, torch.Tensor], copy: BuiltLayer, rounded: dict[str, QuantizedWeight]
+    ) -> None:
+        """Round gate and up of every expert, then down, each for the tokens routed to it; to nearest if there are none."""
+        for groups in self._spec.architecture.expert_groups():
+            statistics = {group: HessianAccumulator(tensors[f"{group[0]}.weight"].shape[1]) for group in groups}
+            watchers = {group[0]: _adding(seen) for group, seen in statistics.items()}
+            for (hidden,) in self._chunks():
+                copy.watch_feed_forward(hidden, watchers)
+            for group, seen in statistics.items():
+                for linear in group:
+                    name = self._spec.layer_prefix(index) + linear
+                    rounded[linear] = self._round(name, tensors[f"{linear}.weight"], seen)
+                    copy.set_weight(linear, rounded[linear].dequantize())
 
     def _round(self, name: str, weight: torch.Tensor, statistics: HessianAccumulator) -> QuantizedWeight:
         scheme = self._schema.scheme(name)
@@ -130,6 +149,16 @@ class SequentialRounding:
         step = max(1, CHUNK_TOKENS // self._hidden.shape[1])
         streams = [self._hidden, self._exact] if self._asymmetric else [self._hidden]
         return zip(*(stream.split(step) for stream in streams), strict=True)
+
+
+def _adding(statistics: HessianAccumulator) -> InputMap:
+    """Adds what it is given to the statistics, and gives it back."""
+
+    def add(x: torch.Tensor) -> torch.Tensor:
+        statistics.add(x)
+        return x
+
+    return add
 
 
 def _each(

@@ -35,7 +35,8 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 class LayerStudy:
     """What was found for one decoder layer.
 
-    ``scales`` are S. ``clips`` and ``sensitivity`` are by the first linear of each group
+    ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no calibration token was routed to.
+    ``clips`` and ``sensitivity`` are by the first linear of each group
     that reads one input: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only
     that group is quantised. Both are empty unless the configuration asks for them.
     """
@@ -44,6 +45,12 @@ class LayerStudy:
     smoothing: SmoothingRecord | None = None
     clips: dict[str, float] = field(default_factory=dict)
     sensitivity: dict[str, float] = field(default_factory=dict)
+    experts: list[SmoothingRecord | None] = field(default_factory=list)
+
+    @property
+    def unseen_experts(self) -> list[int]:
+        """Numbers of the experts that no calibration token was routed to."""
+        return [number for number, record in enumerate(self.experts) if record is None]
 
 
 class Study:
@@ -84,19 +91,22 @@ class Study:
         """
         scales, smoothing = LayerScales(), None
         if self._config.scales != "none":
-            scales, smoothing = self._smoothed(index, tensors)
+            scales, found = self._smoothed(index, tensors)
+            if self._spec.experts:
+                return LayerStudy(scales, experts=found)
+            (smoothing,) = found
         if not self._config.needs_probe:
             return LayerStudy(scales, smoothing)
         folded = {name: tensor.double() for name, tensor in tensors.items()}
         self._transform.layer(index, folded, scales)
         return self._probed(index, {name: tensor.float() for name, tensor in folded.items()}, scales, smoothing)
 
-    def _smoothed(self, index: int, tensors: dict[str, torch.Tensor]) -> tuple[LayerScales, SmoothingRecord]:
+    def _smoothed(self, index: int, tensors: dict[str, torch.Tensor]) -> tuple[LayerScales, list[SmoothingRecord | None]]:
         norms = NormStatistics(self._spec, self._transform.residual, tensors) if self._config.smooths_norms else None
         observers = {} if norms is None else norms.observers()
         arguments = (self._hidden, self._runner, self._spec, self._config, self._schema, observers)
-        choice, smoothing = smooth_layer(index, tensors, *arguments)
-        return LayerScales(choice.scales, {} if norms is None else norms.scales(tensors, self._dtype)), smoothing
+        found = smooth_layer(index, tensors, *arguments)
+        return LayerScales(found.scales, {} if norms is None else norms.scales(tensors, self._dtype)), found.records
 
     @torch.no_grad()
     def _probed(

@@ -22,6 +22,8 @@ TRANSFORM_NAME = "smoothrot_transform.st"
 GROUP_SIZES = (-1, 32, 64, 128)
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 """Names of the linears that read the residual stream through a norm, and of the fusions of them."""
+DOWN = ("down_proj", "w2")
+"""Names of the linear that reads the gated product; the second is that of Mixtral's experts."""
 WEIGHT_PACKED = "weight_packed"
 WEIGHT_SCALE = "weight_scale"
 
@@ -82,7 +84,7 @@ class Online(_Model):
     def rotation(self, name: str) -> OnlineHadamard | None:
         """Rotation of the input of the linear with this module name, stored or fused by a server, or None."""
         leaf = name.rpartition(".")[2]
-        if leaf == "down_proj":
+        if leaf in DOWN:
             return self.down_proj
         return self.readers if leaf in READERS else None
 

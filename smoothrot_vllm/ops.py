@@ -239,6 +239,59 @@ def linear(
     return _call(_OPS.linear, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
 
 
+@torch.library.custom_op("smoothrot::experts", mutates_args=())
+def experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    """The experts of a mixture, :func:`reference.experts`: the input is quantised once, then each expert computes its own tokens.
+
+    Arguments are positional.
+
+    Args:
+        x, weights, chosen, block, clip, act_bits, weight_bits: as there.
+        w13, w2: of each expert what :func:`prepack_weight` makes of its stored codes, stacked.
+        w13_scale, w2_scale: as given to :func:`prepack_weight`, stacked; only their shapes are read here.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    codes, scale = quant(x, clip, act_bits)
+    places = chosen.flatten()
+    order = places.argsort(stable=True)
+    token = order // chosen.shape[1]
+    codes, scale, share = codes[token], scale[token], weights.flatten()[order, None]
+    total = torch.zeros(x.shape[0], w2_scale.shape[1])
+    start = 0
+    for expert, count in enumerate(places.bincount(minlength=len(w13)).tolist()):
+        if not count:
+            continue
+        own = slice(start, start + count)
+        gate, up = gemm(codes[own], scale[own], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits).chunk(
+            2, dim=-1
+        )
+        product = torch.nn.functional.silu(gate) * up
+        down = linear(product.float(), w2[expert], w2_scale[expert], None, block, clip, act_bits, weight_bits)
+        total.index_add_(0, token[own], down * share[own])
+        start += count
+    return total.to(x.dtype)
+
+
+@experts.register_fake
+def _experts_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    w2_scale: torch.Tensor = others[5]
+    return x.new_empty((x.shape[0], w2_scale.shape[1]))
+
+
 @torch.library.register_fake("smoothrot::quant")
 def _quant_fake(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, inputs = x.shape

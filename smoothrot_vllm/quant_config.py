@@ -19,6 +19,7 @@ from smoothrot_vllm.headers import check_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.models.utils import WeightsMapper
 
 
@@ -129,7 +130,8 @@ class SmoothRotConfig(QuantizationConfig):
 
         Raises:
             ConfigError: wrong tensor-parallel size for this checkpoint, or a fused layer of mixed schemes.
-            UnsupportedModelError: a kind of layer the format does not cover, such as mixture-of-experts.
+            UnsupportedModelError: a kind of layer the format does not cover.
+            UnsupportedPlatformError: experts on anything but a CPU.
         """
         from vllm.distributed import get_tensor_model_parallel_world_size
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -154,11 +156,38 @@ class SmoothRotConfig(QuantizationConfig):
             return None if scheme is None else SmoothRotLMHeadMethod(prefix, scheme)
         if isinstance(layer, (VocabParallelEmbedding, AttentionLayerBase)):
             return None
+        # Not above: dense models are served without vLLM's code for experts.
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         raise UnsupportedModelError(
-            f"{prefix}: expected a linear, an embedding, an output head or attention, got {type(layer).__name__} "
-            f"(mixture-of-experts layers among others), which checkpoint format version {self.schema.format_version} "
-            "does not cover. Serve the 16-bit model instead."
+            f"{prefix}: expected a linear, an embedding, an output head, attention or routed experts, got "
+            f"{type(layer).__name__}, which checkpoint format version {self.schema.format_version} does not cover. "
+            "Serve the 16-bit model instead."
         )
+
+    def _experts_method(self, layer: "RoutedExperts", prefix: str) -> QuantizeMethodBase | None:
+        """How a layer's experts are computed, None for 16-bit ones."""
+        from smoothrot_vllm.experts import SmoothRotExpertsMethod
+
+        names = {"w1": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name, "w3": str(layer.ckpt_up_proj_name)}
+        linears = [f"{prefix}.{expert}.{name}" for expert in range(layer.global_num_experts) for name in names.values()]
+        schemes = {linear: self.schema.scheme(linear) for linear in linears}
+        scheme = schemes[linears[0]]
+        if other := next((linear for linear in linears if schemes[linear] != scheme), None):
+            raise ConfigError(
+                f"{prefix}: expected one scheme for all linears of all experts, got {_describe(scheme)} for {linears[0]} and "
+                f"{_describe(schemes[other])} for {other}. Convert again without overrides for experts."
+            )
+        if scheme is None:
+            return None
+        if self.schema.online.readers is not None:
+            raise UnsupportedModelError(
+                f"{prefix}: quantization_config.online.readers: expected null in a model with experts, whose input is not "
+                "rotated at run time. Convert the model again."
+            )
+        return SmoothRotExpertsMethod(prefix, scheme, self.schema.online.down_proj, layer.moe_config, names)
 
 
 def _describe(scheme: LinearScheme | None) -> str:

@@ -153,6 +153,47 @@ def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits
     return hadamard_quant(x, block, clip, bits) if block else quant(x, clip, bits)
 
 
+def experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: tuple[torch.Tensor, torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor],
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear quantised as in :func:`gemm`.
+
+    What gate and up give, and their product, are rounded to the dtype of ``x``; what down gives is weighed and summed in float32,
+    in the order of the experts, and rounded once.
+
+    Args:
+        x: ``(T, K)``, float32, bfloat16 or float16.
+        weights: of each token's experts, float32 ``(T, top_k)``.
+        chosen: their numbers, integers ``(T, top_k)`` from 0 to E - 1, of one token all different.
+        gate_up: stored codes of gate above up, ``(E, 2 F, K/2)`` uint8 or ``(E, 2 F, K)`` int8; float32 scales ``(E, 2 F, G)``.
+        down: the same of down, codes ``(E, N, F/2)`` or ``(E, N, F)`` and scales ``(E, N, G)``.
+        block: Hadamard block that rotates down's input, 0 for none.
+        clip: of both inputs.
+
+    Returns:
+        ``(T, N)`` in the dtype of ``x``.
+    """
+    codes, scale = quant(x, clip, act_bits)
+    total = torch.zeros(x.shape[0], down[0].shape[1])
+    for expert, (w13, w13_scale, w2, w2_scale) in enumerate(zip(*gate_up, *down, strict=True)):
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        both = gemm(codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits)
+        gate, up = both.chunk(2, dim=-1)
+        product = torch.nn.functional.silu(gate) * up
+        own, own_scale = hadamard_quant(product, block, clip, act_bits) if block else quant(product, clip, act_bits)
+        y = gemm(own, own_scale, w2, w2_scale, None, torch.float32, act_bits, weight_bits)
+        total.index_add_(0, token, y * weights[token, place, None])
+    return total.to(x.dtype)
+
+
 EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
 """Taylor coefficients of exp, highest degree first: for ``|r| <= ln(2) / 2`` the remainder is below float32's last place."""
 

@@ -14,10 +14,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -37,6 +39,8 @@ FAMILIES = {
     "smollm3": SmolLM3Config,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
 # A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is shorter than most prompts.
 GEMMA_SIZES: dict[str, Any] = {
@@ -62,6 +66,14 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         },
     },
     "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 16},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    },
 }
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 

@@ -38,7 +38,7 @@ from smoothrot_offline.smooth import InputStatistics, LayerError, PolicyOptions,
 from smoothrot_offline.smooth.norms import NormStatistics
 from smoothrot_offline.smooth.policies import Policy
 from smoothrot_offline.write import OutputDirectory
-from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 from smoothrot_vllm.hadamard import choose_block
 
@@ -64,6 +64,11 @@ def analyze(
     """
     checkpoint = open_checkpoint(source)
     spec = resolve(checkpoint.config)
+    if spec.experts:
+        raise UnsupportedModelError(
+            f"{source}: {spec.architecture.class_name} has experts; analyze measures dense models only. "
+            "Convert the model as it is: the manifest records what the calibration found of each expert."
+        )
     head = f"{spec.architecture.lm_head}.weight"
     check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
     check_seqlen(spec, config.calib_seqlen)

@@ -3,23 +3,26 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from smoothrot_offline.architectures.base import Architecture, ModelSpec
+from smoothrot_offline.architectures.base import Architecture, Experts, ModelSpec
 from smoothrot_offline.architectures.gemma2 import GEMMA2
 from smoothrot_offline.architectures.gemma3 import GEMMA3
 from smoothrot_offline.architectures.llama import LLAMA
 from smoothrot_offline.architectures.mistral import MISTRAL
+from smoothrot_offline.architectures.mixtral import MIXTRAL
 from smoothrot_offline.architectures.phi3 import PHI3
 from smoothrot_offline.architectures.qwen2 import QWEN2
 from smoothrot_offline.architectures.qwen3 import QWEN3
+from smoothrot_offline.architectures.qwen3_moe import QWEN3_MOE
 from smoothrot_offline.architectures.smollm3 import SMOLLM3
 from smoothrot_vllm.errors import UnsupportedModelError
 
 __all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
 
-SUPPORTED = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3)}
+_TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+SUPPORTED = {table.model_type: table for table in _TABLES}
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -38,18 +41,20 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
     except Exception as error:
         # transformers validates with several libraries and raises whatever each of them raises.
         raise UnsupportedModelError(f"config.json: transformers refuses it as {table.model_type}: {_one_line(error)}") from error
+    experts = 0 if table.experts is None else _count_experts(table.experts, parsed)
     spec = ModelSpec(
-        architecture=table,
+        architecture=table.with_experts(experts),
         config=parsed,
         layers=parsed.num_hidden_layers,
         hidden=parsed.hidden_size,
-        intermediate=parsed.intermediate_size,
+        intermediate=getattr(parsed, table.experts.intermediate if table.experts else "intermediate_size"),
         heads=parsed.num_attention_heads,
         kv_heads=parsed.num_key_value_heads,
         # Qwen2's configuration class has no default for it.
         head_dim=getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads,
         vocab=parsed.vocab_size,
         tied=bool(parsed.tie_word_embeddings),
+        experts=experts,
     )
     if spec.heads % spec.kv_heads:
         raise UnsupportedModelError(
@@ -67,6 +72,21 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
                 f"{table.class_name}), got {found!r}."
             )
     return spec
+
+
+def _count_experts(experts: Experts, parsed: PreTrainedConfig) -> int:
+    count, chosen = getattr(parsed, experts.count), parsed.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise UnsupportedModelError(
+            f"config.json: num_experts_per_tok: expected 1 to {experts.count} = {count} experts for each token, got {chosen}."
+        )
+    for key, value in experts.everywhere.items():
+        if (found := getattr(parsed, key)) != value:
+            raise UnsupportedModelError(
+                f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a model that mixes layers "
+                "with and without experts is not converted."
+            )
+    return int(count)
 
 
 def _rope_types(parameters: dict[str, Any]) -> list[str]:
@@ -97,9 +117,10 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
             "Convert a model whose architecture transformers itself implements."
         )
     experts = next((key for key in _EXPERT_KEYS if config.get(key)), None)
-    if experts is not None:
+    if experts is not None and (table is None or table.experts is None):
+        mixtures = ", ".join(known.class_name for known in _TABLES if known.experts is not None)
         raise UnsupportedModelError(
-            f"{names} is a mixture of experts ({experts} = {config[experts]}): only dense models convert."
+            f"{names} is a mixture of experts ({experts} = {config[experts]}): of those, only {mixtures} convert."
         )
     if table is None:
         raise UnsupportedModelError(

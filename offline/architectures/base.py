@@ -2,8 +2,8 @@
 """What a model family must say about itself, and the sizes of one model of it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
@@ -11,6 +11,27 @@ from transformers import PreTrainedConfig
 from smoothrot_vllm.format import QuantizationSchema, weight_tensors
 
 Shape = tuple[int, ...]
+
+EXPERT = "{e}"
+"""Stands for an expert's number in a family's names."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the table of a family with a mixture of experts says beside the names of its linears.
+
+    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the width of one. ``router`` is the
+    linear that chooses among them, which stays 16-bit; ``gate`` the linear of an expert that the activation follows.
+    ``normalises`` is the configuration flag under which the weights of a token's experts are made to sum to one ("" = always),
+    ``everywhere`` the values of keys that say that every layer has experts.
+    """
+
+    count: str
+    intermediate: str
+    router: str
+    gate: str
+    normalises: str = ""
+    everywhere: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -25,11 +46,13 @@ class Architecture:
     A norm multiplies by ``norm_offset`` plus its stored weight.
     ``value`` produces, in its last rows, the heads that ``output`` consumes; ``up`` produces, in its last rows, the factor of
     the gated product ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
+    ``products`` are the pairs of an ``up`` and its ``down`` in a layer: one, or that of each expert.
     ``settings`` gives the values of a configuration key that transformers and the server both compute;
     ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden size, ``layer_types``
     that the configuration chooses each layer's kind of attention. ``attention`` is the implementation that transformers
     computes all settings with. ``replaced_code`` are the model classes by which ``auto_map`` names Python code that
     transformers has its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
+    In a family with ``experts``, names that hold ``{e}`` are those of each expert; :meth:`with_experts` writes them out.
     """
 
     model_type: str
@@ -51,6 +74,8 @@ class Architecture:
     attention: str = "sdpa"
     replaced_code: tuple[str, ...] = ()
     head_is_embedding: bool = False
+    experts: Experts | None = None
+    products: tuple[tuple[str, str], ...] = ()
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -61,10 +86,59 @@ class Architecture:
         """Whether R1 can be folded. A norm between a writer and the residual stream does not commute with a rotation."""
         return not self.post_norms
 
+    def with_experts(self, count: int) -> Self:
+        """The table of one model of the family: the names of each of ``count`` experts in place of the one with ``{e}``."""
+
+        def each(name: str) -> list[str]:
+            return [name.replace(EXPERT, str(e)) for e in range(count)] if EXPERT in name else [name]
+
+        return replace(
+            self,
+            linears={expert: shape for name, shape in self.linears.items() for expert in each(name)},
+            readers={norm: tuple(e for name in names for e in each(name)) for norm, names in self.readers.items()},
+            writers=tuple(expert for name in self.writers for expert in each(name)),
+            products=tuple(zip(each(self.up), each(self.down), strict=True)),
+        )
+
+    def with_sparse_feed_forward(self, experts: Experts, *, up: str, down: str, **own: Any) -> Self:
+        """The table of a family that has experts in place of this one's feed-forward.
+
+        Args:
+            experts: what it says of them.
+            up, down: of an expert.
+            own: other fields that differ.
+        """
+        attention, second_norm = {self.value, self.output, *next(iter(self.readers.values()))}, list(self.readers)[1]
+        gated = {experts.router: ("experts", "hidden"), experts.gate: ("intermediate", "hidden"), up: ("intermediate", "hidden")}
+        return replace(
+            self,
+            linears={name: shape for name, shape in self.linears.items() if name in attention}
+            | gated
+            | {down: ("hidden", "intermediate")},
+            readers={**self.readers, second_norm: tuple(gated)},
+            writers=(self.output, down),
+            up=up,
+            down=down,
+            experts=experts,
+            **own,
+        )
+
+    @property
+    def feed_forward(self) -> str:
+        """Name of the module that computes what follows the second norm of ``readers``."""
+        return (self.down if self.experts is None else self.experts.router).rpartition(".")[0]
+
+    def expert_groups(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Linears of each expert that read the same tensor: gate and up, then down."""
+        assert self.experts is not None
+        gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
+        first: list[tuple[str, ...]] = [(gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)]
+        return first, [(down,) for _, down in self.products]
+
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first, then the feed-forward."""
         attention, feed_forward = self.readers.values()
-        return [attention, (self.output,), feed_forward, (self.down,)]
+        return [attention, (self.output,), feed_forward, *((down,) for _, down in self.products)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +155,12 @@ class ModelSpec:
     head_dim: int
     vocab: int
     tied: bool
+    experts: int = 0
+
+    @property
+    def smoothed(self) -> Shape:
+        """Shape of a layer's smoothing scales: ``(intermediate,)``, or ``(experts, intermediate)``."""
+        return (self.experts, self.intermediate) if self.experts else (self.intermediate,)
 
     @property
     def embedding_scale(self) -> float:
@@ -106,6 +186,7 @@ class ModelSpec:
             "value": self.values,
             "query_key_value": self.heads * self.head_dim + 2 * self.values,
             "gate_up": 2 * self.intermediate,
+            "experts": self.experts,
         }
         out, inputs = self.architecture.linears[linear]
         return sizes[out], sizes[inputs]
@@ -114,6 +195,11 @@ class ModelSpec:
         """Decoder linears that have a bias, named relative to their layer."""
         flags = self.architecture.biases.items()
         return {linear for flag, linears in flags if not flag or getattr(self.config, flag) for linear in linears}
+
+    def routers(self) -> list[str]:
+        """Full names of the linears that choose among experts, which stay 16-bit."""
+        experts = self.architecture.experts
+        return [] if experts is None else [self.layer_prefix(index) + experts.router for index in range(self.layers)]
 
     def layer_prefix(self, index: int) -> str:
         """Prefix of the tensors of decoder layer ``index``, with its final dot."""

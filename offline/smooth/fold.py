@@ -15,8 +15,8 @@ from smoothrot_vllm.errors import CheckpointError
 class LayerScales:
     """Smoothing scales of one decoder layer, float64, positive.
 
-    ``down`` divides down_proj's input, ``(intermediate,)``, or None; ``norms`` divide what each norm
-    named gives out, ``(hidden,)``.
+    ``down`` divides down_proj's input, ``(intermediate,)`` or, with experts, ``(experts, intermediate)``; or None. ``norms``
+    divide what each norm named gives out, ``(hidden,)``.
     """
 
     down: torch.Tensor | None = None
@@ -26,12 +26,18 @@ class LayerScales:
 def fold_smoothing(layer: dict[str, torch.Tensor], table: Architecture, scales: torch.Tensor) -> None:
     """Divide down_proj's input by ``scales`` in up_proj's rows and bias, and multiply it back in down_proj's columns.
 
+    Args:
+        layer: tensors by names relative to the layer, float64; changed.
+        table: the family, with its experts written out.
+        scales: float64 ``(f,)``, or ``(experts, f)``.
+
     Raises:
         CheckpointError: a scale is zero, negative or not finite.
     """
     _check(scales, table.down)
-    scale_up(layer, table, 1 / scales)
-    layer[f"{table.down}.weight"] = layer[f"{table.down}.weight"] * scales
+    for (up, down), own in zip(table.products, scales.view(len(table.products), -1), strict=True):
+        scale_up(layer, up, 1 / own)
+        layer[f"{down}.weight"] = layer[f"{down}.weight"] * own
 
 
 def fold_norm_smoothing(layer: dict[str, torch.Tensor], table: Architecture, scales: Mapping[str, torch.Tensor]) -> None:

@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from smoothrot_offline.experts import SparseMoe
 from smoothrot_offline.model import QuantizedLinear, load_model
 from smoothrot_vllm import reference
 
-ROW_PARALLEL = ("o_proj", "down_proj")
+ROW_PARALLEL = ("o_proj", "down_proj", "w2")
 # The served forward and the reference give the same float32 numbers, save where another order of summation moves an
 # activation across a rounding tie: its code then differs by one, which in these small models is worth up to 0.2 nats at
 # 4 bits and 0.05 at 8. Answers are compared where no 4-bit input comes near a tie and the chosen tokens lead by more
 # than 8-bit ties are worth, so that they are not a matter of luck.
 SAFE_MARGIN = 0.1
 SAFE_TIE_DISTANCE = 3e-6
+# A router's choice must not hang on what an 8-bit tie is worth either.
+SAFE_ROUTING_MARGIN = 0.01
 STARTS = ["The quick brown fox", "def main():", "0123456789", "Rotation", "SELECT * FROM t", "Привет"]
 """Beginnings of prompts."""
 
@@ -62,18 +65,21 @@ class Greedy:
     """A greedy continuation and how far it is from depending on the last bits of a sum.
 
     ``margin`` is the smallest lead of a chosen token over the runner-up, in nats; ``tie_distance`` that of the function of
-    this name over all 4-bit inputs. A code of 8 bits that falls on the other side of a tie moves the answer little.
+    this name over all 4-bit inputs; ``routing_margin`` the smallest lead of a chosen expert's logit over that of another. A code
+    of 8 bits that falls on the other side of a tie moves the answer little.
     """
 
     tokens: list[int]
     logprobs: list[float]
     margin: float
     tie_distance: float
+    routing_margin: float
 
     @property
     def is_determined(self) -> bool:
         """Whether a server must give the same tokens."""
-        return self.margin > SAFE_MARGIN and self.tie_distance > SAFE_TIE_DISTANCE
+        safe = self.margin > SAFE_MARGIN and self.tie_distance > SAFE_TIE_DISTANCE
+        return safe and self.routing_margin > SAFE_ROUTING_MARGIN
 
 
 class Reference:
@@ -82,7 +88,10 @@ class Reference:
     def __init__(self, directory: Path, ranks: int = 1) -> None:
         self.model = load_model(directory, torch.float32, kernels="reference")
         self._tie_distances: list[float] = []
+        self._routing_margins: list[float] = []
         for name, module in list(self.model.named_modules()):
+            if isinstance(module, SparseMoe):
+                module.gate.register_forward_hook(partial(self._watch_routing, module.top_k))
             if not isinstance(module, QuantizedLinear):
                 continue
             shards = ranks if name.endswith(ROW_PARALLEL) else 1
@@ -94,14 +103,18 @@ class Reference:
     def _watch_ties(self, linear: QuantizedLinear, ranks: int, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._tie_distances.append(tie_distance(inputs[0], linear, ranks))
 
+    def _watch_routing(self, top_k: int, _: nn.Module, _inputs: object, logits: torch.Tensor) -> None:
+        ordered = logits.sort(dim=-1, descending=True).values
+        self._routing_margins.append(float((ordered[:, top_k - 1] - ordered[:, top_k]).min()))
+
     @torch.inference_mode()
     def greedy(self, prompt: list[int], count: int) -> Greedy:
         """``count`` tokens after ``prompt``, end-of-text tokens included."""
         tokens, logprobs, margin = list(prompt), [], float("inf")
-        self._tie_distances = [0.5]
+        self._tie_distances, self._routing_margins = [0.5], [float("inf")]
         for _ in range(count):
             (best, second), (token, _) = self.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).topk(2)
             tokens.append(int(token))
             logprobs.append(float(best))
             margin = min(margin, float(best - second))
-        return Greedy(tokens[len(prompt) :], logprobs, margin, min(self._tie_distances))
+        return Greedy(tokens[len(prompt) :], logprobs, margin, min(self._tie_distances), min(self._routing_margins))

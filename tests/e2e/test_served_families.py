@@ -24,6 +24,9 @@ CONVERSIONS = {
     "gemma2": ("--activation-bits", "8"),
     # vLLM runs transformers' own model code.
     "smollm3": ("--activation-bits", "8"),
+    # Experts: four per channel, and eight in groups.
+    "mixtral": ("--activation-bits", "8"),
+    "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
 }
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")

@@ -36,6 +36,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 12},
     "phi3": {"pad_token_id": 0},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 12, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 76},
     "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5},
 }
 

@@ -49,7 +49,7 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .*not supported"),
         ({"model_type": None}, "not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected LlamaForCausalLM"),
-        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 8}, "mixture of experts"),
         ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4}, "mixture of experts"),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from moe_models import with_separate_experts
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import eager_mask
@@ -74,6 +75,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "num_key_value_heads": 1,
     },
+    "mixtral": {"family": "mixtral"},
+    "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }
 
 
@@ -122,7 +125,8 @@ class Subject:
         self.spec = resolve(model.config.to_dict())
         self.tokens = torch.arange(40).reshape(2, 20) * 31 % self.spec.vocab
         model.set_attn_implementation("float64")
-        self._original = _with_float64_norms(model)
+        # transformers computes what a router makes of its logits in float32.
+        self._original = _with_float64_norms(with_separate_experts(model, self.spec))
         self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         # Whatever was tied is two tensors from here on.
         self.tensors["lm_head.weight"] = self.tensors["lm_head.weight"].clone()
@@ -140,7 +144,7 @@ class Subject:
         config.tie_word_embeddings = False
         # Not made in float32 and widened: Gemma's scale of the embedding would be rounded.
         model = AutoModelForCausalLM.from_config(config, attn_implementation="float64", dtype=torch.float64)
-        model = _with_float64_norms(model.eval())
+        model = _with_float64_norms(with_separate_experts(model.eval(), self.spec))
         model.load_state_dict(self.tensors)
         for linear, block in (online or {}).items():
             for layer in model.model.layers:
@@ -168,7 +172,7 @@ def subject(request: pytest.FixtureRequest, build_model: Callable[..., PreTraine
 
 
 def random_scales(spec: ModelSpec, index: int) -> torch.Tensor:
-    return torch.rand(spec.intermediate, generator=torch.Generator().manual_seed(index), dtype=torch.float64) * 20 + 0.05
+    return torch.rand(spec.smoothed, generator=torch.Generator().manual_seed(index), dtype=torch.float64) * 20 + 0.05
 
 
 def random_layer_scales(spec: ModelSpec, seed: int) -> LayerScales:
@@ -288,7 +292,7 @@ def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int)
         rotate_down_input(layer, subject.spec.architecture, Rotation(signs, block))
 
     subject.each_layer(fold)
-    assert subject.error({"mlp.down_proj": block}) <= 1e-10
+    assert subject.error({down: block for _, down in subject.spec.architecture.products}) <= 1e-10
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
 
@@ -317,7 +321,8 @@ def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:
     subject.each_layer(lambda layer, i: transform.layer(i, layer, LayerScales(random_scales(subject.spec, i))))
     changed = {name.split(".", 3)[-1] for name in before if not torch.equal(before[name], subject.tensors[name])}
     table = subject.spec.architecture
-    assert changed - {f"{table.up}.bias"} == {f"{table.up}.weight", f"{table.down}.weight"}
+    ups, downs = zip(*table.products, strict=True)
+    assert changed - {f"{table.up}.bias"} == {f"{linear}.weight" for linear in (*ups, *downs)}
     assert subject.error() <= 1e-10
 
 

@@ -172,11 +172,11 @@ def test_what_stays_16_bit(vllm_config: VllmConfig) -> None:
 
 
 def test_a_layer_kind_the_format_lacks_is_refused_by_name(vllm_config: VllmConfig) -> None:
-    class RoutedExperts(torch.nn.Module):
+    class Convolution(torch.nn.Module):
         pass
 
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts.*got RoutedExperts \(mixture-of-experts"):
-        make_config().get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mixer: expected .*routed experts, got Convolution"):
+        make_config().get_quant_method(Convolution(), "model.layers.0.mixer")
 
 
 def test_an_override_must_cover_every_part_of_a_fused_layer() -> None:

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with experts: their modules, each expert's own scales, conversions, and what is refused by name."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_models import with_separate_experts
+from test_refusals import edit_config
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import smoothrot_offline.decide
+from smoothrot_offline.analysis.record import AnalysisConfig
+from smoothrot_offline.analysis.run import analyze
+from smoothrot_offline.architectures import resolve
+from smoothrot_offline.calibrate import LayerRunner, embed
+from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.config import ConvertConfig, make_config, make_schema
+from smoothrot_offline.convert import convert
+from smoothrot_offline.inspect import inspect
+from smoothrot_offline.lora import convert_adapter
+from smoothrot_offline.manifest import read_manifest
+from smoothrot_offline.model import load_model
+from smoothrot_offline.plan import plan_conversion
+from smoothrot_offline.presets import choose_preset
+from smoothrot_offline.smooth.stage import smooth_layer
+from smoothrot_offline.source_check import compare_with_source
+from smoothrot_offline.transform_record import read_transform
+from smoothrot_offline.verify import verify
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
+
+MakeModel = Callable[..., Path]
+FAMILIES = {"mixtral": "block_sparse_moe.experts.{}.w2", "qwen3_moe": "mlp.experts.{}.down_proj"}
+"""Name of an expert's down_proj by family."""
+TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad.*:UserWarning")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions are calibrated on TOKENS, or on the first of them."""
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {"calib_samples": 2, "calib_seqlen": 20} | changes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "changes"), [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": True})])
+def test_separate_experts_compute_what_transformers_does(
+    build_model: Callable[..., PreTrainedModel], name: str, changes: dict[str, Any]
+) -> None:
+    model = build_model(name, dtype=torch.float32, **changes)
+    expected = model(TOKENS).logits
+    got = with_separate_experts(model, resolve(model.config.to_dict()))(TOKENS).logits
+    assert (got - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(make_model: MakeModel, family: str) -> None:
+    source = make_model(family, dtype=torch.float32)
+    checkpoint = open_checkpoint(source)
+    spec = resolve(checkpoint.config)
+    weight = checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    hidden, runner = embed(TOKENS, weight), LayerRunner(spec)
+    for index in range(spec.layers):
+        runner.run(index, checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()), hidden, {})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).model
+    model.norm = torch.nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(hidden, model(TOKENS).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, family: str) -> None:
+    checkpoint = open_checkpoint(make_model(family, dtype=torch.float32))
+    spec, config = resolve(checkpoint.config), make_config(scales="max", rotate=False)
+    layer = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors())
+    hidden = embed(TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"])
+    seen: dict[str, torch.Tensor] = {}
+    downs = [FAMILIES[family].format(e) for e in range(spec.experts)]
+    observers = {down: lambda x, down=down: seen.update({down: x.clone()}) for down in downs}
+    LayerRunner(spec).run(0, layer, hidden.clone(), observers)
+    found = smooth_layer(0, layer, hidden, LayerRunner(spec), spec, config, make_schema(spec, config), {})
+    assert found.scales.shape == (spec.experts, spec.intermediate)
+    assert sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * spec.config.num_experts_per_tok
+    for row, record, down in zip(found.scales, found.records, downs, strict=True):
+        if down not in seen:
+            assert record is None
+            assert (row == 1).all()
+            continue
+        expected = (seen[down].abs().amax(0).double() / layer[f"{down}.weight"].abs().amax(0).double()).sqrt()
+        torch.testing.assert_close(row, expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.usefixtures("calibrated")
+def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_path: Path, family: str, bits: int) -> None:
+    source, out = make_model(family, num_hidden_layers=2), tmp_path / "out"
+    convert(source, out, make_config(**options(activation_bits=bits, weight_bits=bits)))
+    assert verify(out).ok
+    compared = compare_with_source(out, source)
+    spec = resolve(open_checkpoint(source).config)
+    assert (compared.codes, compared.problems) == (2 * (4 + 3 * spec.experts), [])
+    scales = read_transform(out).scales[1].down
+    assert scales is not None
+    assert scales.shape == (spec.experts, spec.intermediate)
+    assert inspect(out).quantization.ignore == spec.routers()
+    with torch.no_grad():
+        compiled, defined = (load_model(out, torch.float32, kernels)(TOKENS).logits for kernels in ("compiled", "reference"))
+        original = load_model(source, torch.float32)(TOKENS).logits
+    torch.testing.assert_close(compiled, defined, rtol=1e-4, atol=1e-4)
+    if bits == 8:
+        # Not less: a rounding error here and there sends a token to another expert.
+        assert (defined - original).norm() < 0.3 * original.norm()
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_gptq_rounds_each_expert_for_its_own_tokens(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+    source = make_model(family, num_hidden_layers=1)
+    found = {}
+    for rounding in ("rtn", "gptq"):
+        out = tmp_path / rounding
+        convert(source, out, make_config(**options(rounding=rounding, activation_bits=8)))
+        assert verify(out).ok
+        assert compare_with_source(out, source).problems == []
+        found[rounding] = load_model(out, torch.float32)
+    original, errors = load_model(source, torch.float32), {}
+    with torch.no_grad():
+        # What the first layer makes of the very tokens it was rounded for, routed alike.
+        expected = original.model.layers[0](original.model.embed_tokens(TOKENS), **_rotary(original))
+        rotation = read_transform(tmp_path / "rtn").transform.residual
+        assert rotation is not None
+        for rounding, model in found.items():
+            got = model.model.layers[0](model.model.embed_tokens(TOKENS), **_rotary(model))
+            errors[rounding] = float((got - rotation.rotate(expected.double()).float()).norm())
+    assert errors["gptq"] < 0.8 * errors["rtn"]
+
+
+def _rotary(model: PreTrainedModel) -> dict[str, Any]:
+    positions = torch.arange(TOKENS.shape[1])[None]
+    mask = torch.full((1, 1, TOKENS.shape[1], TOKENS.shape[1]), -torch.inf).triu(1)
+    embedding = model.model.rotary_emb(torch.zeros(1, TOKENS.shape[1], 1), positions)
+    return {"position_embeddings": embedding, "attention_mask": mask}
+
+
+def test_experts_that_no_token_reaches_are_named_once(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS[:1, :2])
+    with caplog.at_level(logging.WARNING, "smoothrot_offline"):
+        convert(make_model("qwen3_moe"), tmp_path / "out", make_config(calib_samples=1, calib_seqlen=2))
+    (warning,) = [record.getMessage() for record in caplog.records if "no token was routed" in record.getMessage()]
+    scales = read_transform(tmp_path / "out").scales
+    for index, layer in enumerate(read_manifest(tmp_path / "out").layers):
+        # Two tokens reach four of the six experts at most.
+        assert len(layer.unseen_experts) >= 2
+        assert f"layer {index}: {', '.join(map(str, layer.unseen_experts))}" in warning
+        assert [e for e, record in enumerate(layer.experts) if record is None] == layer.unseen_experts
+        found = scales[index].down
+        assert found is not None
+        assert [e for e, row in enumerate(found) if (row == 1).all()] == layer.unseen_experts
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scales": "search", "group_size": 32, "hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32},
+        {"scales": "learned"},
+        {"scales": "none", "rotations": "learned", "rotation_steps": 2},
+        {"scales": "quantile", "smooth_norms": True, "sign_seeds": 2, "lm_head_bits": 8},
+        {"scales": "max", "rotate": False},
+        {"scales": "none", "rounding": "gptq"},
+    ],
+    ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
+)
+def test_other_options_convert_too(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS.repeat(5, 1))
+    sizes = {key: value for key, value in changes.items() if key not in ConvertConfig.model_fields}
+    source, out = make_model("qwen3_moe", num_hidden_layers=1, **sizes), tmp_path / "out"
+    convert(source, out, make_config(**options(**{key: value for key, value in changes.items() if key not in sizes})))
+    assert verify(out).ok
+    assert compare_with_source(out, source).problems == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("rounding", "gptaq", "rtn or gptq"), ("clip_search", True, "False"), ("keep_8bit", 0.1, "0.0")],
+)
+def test_options_for_dense_models_are_refused_by_name(
+    make_model: MakeModel, tmp_path: Path, option: str, value: Any, expected: str
+) -> None:
+    source = make_model("mixtral")
+    config = make_config(**{option: value})
+    words = (
+        rf"--{option.replace('_', '-')}: expected {expected}, as MixtralForCausalLM has experts, got {value}.*dense models only"
+    )
+    with pytest.raises(ConfigError, match=words):
+        convert(source, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    (refused,) = plan_conversion(open_checkpoint(source), config).refusals
+    assert refused.startswith("--")
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("auto", "gptq"), ("fast", "rtn"), ("balanced", "gptq"), ("paper-compat", "gptq")]
+)
+def test_presets_take_what_experts_have(make_model: MakeModel, name: Any, rounding: str) -> None:
+    checkpoint = open_checkpoint(make_model("mixtral", num_hidden_layers=1))
+    choice = choose_preset(name, {"calib_seqlen": 32}, checkpoint)
+    config = choice.config
+    assert (config.rounding, config.clip_search, config.keep_8bit) == (rounding, False, 0.0)
+    plan = plan_conversion(checkpoint, choice.config)
+    assert plan.refusals == []
+    assert plan.output_bytes is not None
+    assert plan.source_bytes is not None
+    assert plan.output_bytes.linears < 0.4 * plan.source_bytes.linears
+
+
+def test_max_tp_divides_the_width_of_an_expert(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(make_model("qwen3_moe", intermediate_size=152))
+    spec = resolve(checkpoint.config)
+    assert make_schema(spec, make_config(max_tp=2)).online.down_proj.block == 2  # 76 / 2 = 38 = 19 * 2
+    (refused,) = plan_conversion(checkpoint, make_config(max_tp=8)).refusals
+    assert "76" in refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers: expected \[\], experts in every layer, got \[0\]"),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step: expected 1, experts in every layer, got 2"),
+        ({"num_experts_per_tok": 7}, r"num_experts_per_tok: expected 1 to num_experts = 6 .*got 7"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected one of silu"),
+        (
+            {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]},
+            "mixture of experts.*only MixtralForCausalLM, Qwen3",
+        ),
+    ],
+)
+def test_other_mixtures_are_refused_by_name(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
+    source = make_model("qwen3_moe")
+    edit_config(source, **changes)
+    with pytest.raises(UnsupportedModelError, match=words):
+        resolve(open_checkpoint(source).config)
+
+
+def test_analysis_and_adapters_are_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
+    source, base = make_model("mixtral"), tmp_path / "base"
+    with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM has experts; analyze"):
+        analyze(source, tmp_path / "analysis", AnalysisConfig())
+    convert(source, base, make_config(scales="none"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM has experts; adapters"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "out", base)

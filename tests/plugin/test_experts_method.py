@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's own routed experts with our method: loading the tensors of each, checking them, computing; and what is refused."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from configs import make_config
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+import smoothrot_vllm.experts
+from smoothrot_vllm import reference
+from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError, UnsupportedPlatformError
+from smoothrot_vllm.experts import SmoothRotExpertsMethod, check_experts
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 128, 192, 4, 2
+PREFIX = "model.layers.0.mlp.experts"
+NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+SCHEMES = {
+    "w4 per channel": {"bits": 4, "group_size": -1},
+    "w4 in groups of 32": {"bits": 4, "group_size": 32},
+    "w8 per channel": {"bits": 8, "group_size": -1},
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def routed_experts(prefix: str, tp_size: int | None = None, **changes: Any) -> RoutedExperts:
+    """As vLLM's model classes build them."""
+    runner = FusedMoEFactory(
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        params_dtype=torch.float32,
+        quant_config=make_config(**changes),
+        tp_size=tp_size,
+        prefix=prefix,
+    )
+    return runner.routed_experts
+
+
+@pytest.fixture
+def build(vllm_config: VllmConfig) -> Iterator[Callable[..., RoutedExperts]]:
+    """:func:`routed_experts`; vLLM knows each layer by a name that is used once."""
+
+    def make(**options: Any) -> RoutedExperts:
+        vllm_config.compilation_config.static_forward_context.clear()
+        return routed_experts(PREFIX, **options)
+
+    yield make
+    vllm_config.compilation_config.static_forward_context.clear()
+
+
+def stored_tensors(weights: dict[str, int]) -> Tensors:
+    """Tensors of all experts by their names in the checkpoint, relative to the layer's."""
+    generator, bits = torch.Generator().manual_seed(3), weights["bits"]
+    top, tensors = reference.quant_max(bits), {}
+    for expert in range(EXPERTS):
+        for name in NAMES.values():
+            rows, columns = (HIDDEN, INTERMEDIATE) if name == "down_proj" else (INTERMEDIATE, HIDDEN)
+            groups = 1 if weights["group_size"] == -1 else columns // weights["group_size"]
+            codes = torch.randint(-top - 1, top + 1, (rows, columns), generator=generator, dtype=torch.int8)
+            tensors[f"{expert}.{name}.weight_packed"] = reference.encode(codes, bits)
+            scale = (torch.rand(rows, groups, generator=generator) + 0.5) / (top * columns**0.5)
+            tensors[f"{expert}.{name}.weight_scale"] = scale
+    return tensors
+
+
+def load(layer: RoutedExperts, tensors: Tensors) -> None:
+    list(layer.load_weights((name.replace(PREFIX, ""), tensor) for name, tensor in tensors.items()))
+
+
+def stacked(tensors: Tensors, names: list[str], suffix: str) -> torch.Tensor:
+    return torch.stack([torch.cat([tensors[f"{e}.{name}.{suffix}"] for name in names]) for e in range(EXPERTS)])
+
+
+@pytest.mark.parametrize("weights", SCHEMES.values(), ids=list(SCHEMES))
+def test_experts_compute_the_reference(build: Callable[..., RoutedExperts], weights: dict[str, int]) -> None:
+    layer: Any = build(weights=weights)
+    assert isinstance(layer.quant_method, SmoothRotExpertsMethod)
+    tensors = stored_tensors(weights)
+    load(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(7))
+    share, chosen = torch.randn(7, EXPERTS, generator=torch.Generator().manual_seed(8)).softmax(-1).topk(TOP_K)
+    got = layer.forward_modular(x, share, chosen.int())
+    stacks = [
+        stacked(tensors, names, suffix)
+        for names in (["gate_proj", "up_proj"], ["down_proj"])
+        for suffix in ("weight_packed", "weight_scale")
+    ]
+    expected = reference.experts(x, share, chosen, (stacks[0], stacks[1]), (stacks[2], stacks[3]), 96, 1.0, 8, weights["bits"])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, share, chosen.int()), got)
+
+
+def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = SCHEMES["w4 in groups of 32"]
+    tensors = stored_tensors(weights)
+    layer: Any = build(weights=weights, tp_size=2)
+    assert layer.w13_weight_packed.shape == (EXPERTS, INTERMEDIATE, HIDDEN // 2)
+    monkeypatch.setattr(layer.moe_config.moe_parallel_config, "tp_rank", 1)
+    load(layer, tensors)
+    half = INTERMEDIATE // 2
+    gate, up = (stacked(tensors, [name], "weight_packed")[:, half:] for name in ("gate_proj", "up_proj"))
+    assert torch.equal(layer.w13_weight_packed, torch.cat([gate, up], dim=1))
+    for suffix, columns in (("weight_packed", half // 2), ("weight_scale", half // 32)):
+        assert torch.equal(getattr(layer, f"w2_{suffix}"), stacked(tensors, ["down_proj"], suffix)[..., columns:])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("2.up_proj.weight_packed", None, r"experts: expected 24 tensors.*none named .*experts\.2\.up_proj\.weight_packed"),
+        ("3.down_proj.weight_scale", None, r"none named .*experts\.3\.down_proj\.weight_scale \(1 missing\)"),
+        (
+            "1.up_proj.weight_scale",
+            lambda t: t.index_fill(0, torch.tensor([5]), torch.nan),
+            r"1\.up_proj.*scales > 0, got nan in row 5",
+        ),
+        ("0.down_proj.weight_scale", lambda t: t.index_fill(0, torch.tensor([9]), 0.0), r"0\.down_proj.*got 0\.0 in row 9"),
+        (
+            "0.gate_proj.weight_packed",
+            lambda t: t[:-1],
+            r"0\.gate_proj\.weight_packed: expected .*\(192, 64\), got .*\(191, 64\)",
+        ),
+        (
+            "0.gate_proj.weight_scale",
+            lambda t: t.half(),
+            r"0\.gate_proj\.weight_scale: expected torch\.float32 .*got torch\.float16",
+        ),
+    ],
+)
+def test_missing_and_damaged_tensors_are_named(
+    build: Callable[..., RoutedExperts], name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, words: str
+) -> None:
+    layer, tensors = build(), stored_tensors(SCHEMES["w4 per channel"])
+    damaged = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(damaged)
+
+    def loaded() -> None:
+        load(layer, tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+
+    with pytest.raises(CheckpointError, match=words):
+        loaded()
+
+
+def test_experts_of_mixed_schemes_and_widths_are_refused(build: Callable[..., RoutedExperts]) -> None:
+    eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    with pytest.raises(ConfigError, match=r"experts: expected one scheme.*W4A8.*W8A8.*experts\.1\.up_proj"):
+        build(overrides={f"{PREFIX}.1.up_proj": eight})
+    with pytest.raises(ConfigError, match=r"experts: expected online\.down_proj\.size 192, .*got 256"):
+        build(online={"down_proj": {"size": 256, "block": 256}}, max_tensor_parallel=1)
+    with pytest.raises(ConfigError, match=r"experts: 96 of an expert's 192 channels on each of 2 .*weight groups of 64"):
+        build(weights={"bits": 4, "group_size": 64}, tp_size=2)
+    with pytest.raises(UnsupportedModelError, match=r"experts: .*online\.readers"):
+        build(online={"readers": {"size": HIDDEN, "block": HIDDEN}})
+
+
+def test_experts_that_stay_16_bit_are_vllms(build: Callable[..., RoutedExperts]) -> None:
+    layer = build(ignore=[f"{PREFIX}.{expert}.{name}" for expert in range(EXPERTS) for name in NAMES.values()])
+    assert not isinstance(layer.quant_method, SmoothRotExpertsMethod)
+
+
+@pytest.fixture
+def moe(build: Callable[..., RoutedExperts]) -> FusedMoEConfig:
+    config: FusedMoEConfig = build().moe_config
+    check_experts(PREFIX, config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("option", "change"),
+    [
+        ("--enable-expert-parallel", {"use_ep": True}),
+        ("--enable-eplb", {"enable_eplb": True}),
+        ("--data-parallel-size", {"dp_size": 2}),
+    ],
+)
+def test_options_that_do_not_go_with_experts_are_refused(moe: FusedMoEConfig, option: str, change: dict[str, Any]) -> None:
+    parallel = replace(moe.moe_parallel_config, **change)
+    with pytest.raises(ConfigError, match=f"experts: expected no {option}"):
+        check_experts(PREFIX, replace(moe, moe_parallel_config=parallel))
+
+
+def test_other_experts_and_devices_are_refused(moe: FusedMoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="experts: expected no --enable-lora"):
+        check_experts(PREFIX, replace(moe, is_lora_enabled=True))
+    for change in ({"activation": MoEActivation.GELU}, {"has_bias": True}, {"swiglu_limit": 7.0}):
+        with pytest.raises(UnsupportedModelError, match="experts: expected experts of the form"):
+            check_experts(PREFIX, replace(moe, **change))
+
+    class Gpu:
+        device_name = "cuda"
+
+        def is_cpu(self) -> bool:
+            return False
+
+    monkeypatch.setattr(smoothrot_vllm.experts, "current_platform", Gpu())
+    with pytest.raises(UnsupportedPlatformError, match="experts: expected a CPU, got cuda"):
+        check_experts(PREFIX, moe)
