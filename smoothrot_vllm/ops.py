@@ -162,6 +162,24 @@ def hadamard_quant(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple
     return _call(_OPS.hadamard_quant, x, prepare_rotation(block, x.device), clip, bits)
 
 
+def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quant` of ``silu(gate) * up``, :func:`reference.silu_mul_hadamard_quant`.
+
+    Args:
+        gate_up: ``(T, 2 K)``, gate before up, float32, bfloat16 or float16.
+        block: divides K; 0 leaves the rotation out.
+        clip, bits: as for :func:`quant`.
+
+    Returns:
+        codes and scale as from :func:`quant`.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    prepared = prepare_rotation(block, gate_up.device) if block else 0
+    return _call(_OPS.silu_mul_hadamard_quant, gate_up, prepared, clip, bits)
+
+
 def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Stored codes and scales to the kernels' own layout, once at load.
 
@@ -302,6 +320,11 @@ def _quant_fake(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, 
 @torch.library.register_fake("smoothrot::hadamard_quant")
 def _hadamard_quant_fake(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(x, clip, bits)
+
+
+@torch.library.register_fake("smoothrot::silu_mul_hadamard_quant")
+def _silu_mul_hadamard_quant_fake(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quant_fake(gate_up[:, : gate_up.shape[1] // 2], clip, bits)
 
 
 @torch.library.register_fake("smoothrot::prepack_weight")

@@ -19,13 +19,14 @@ struct Rotation {
 };
 
 struct QuantArgs {
-  const void* x;  // [rows][inputs], contiguous
+  const void* x;  // [rows][inputs], contiguous; [rows][2 * inputs], gate before up, where gated
   Float dtype;
   int64_t inputs;
   const Rotation* rotation;  // null: none
   float factor;              // clip / quant_max
   float norm;                // 1 / sqrt(block), or 1
   int bits;
+  bool gated;  // quantise silu(gate) * up
 };
 
 // Activations in tiles: the left operand of the gemm.

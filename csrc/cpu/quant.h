@@ -48,6 +48,33 @@ inline void load_row(const void* x, Float dtype, int64_t first, int64_t count, f
   }
 }
 
+// reference._exp in float32: plain operations in its order, so that every path rounds alike.
+inline float exp_in_order(float x) {
+  constexpr float kCoefficients[] = {
+      float(1.0 / 720), float(1.0 / 120), float(1.0 / 24), float(1.0 / 6), 0.5f, 1.0f, 1.0f};
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = x * float(1.4426950408889634) + kRound;
+  const float n = shifted - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float y = float(1.0 / 5040);
+  for (const float c : kCoefficients) y = y * r + c;
+  return y * f32_from_bits((f32_bits(shifted) - f32_bits(kRound) + 127) << 23);
+}
+
+// silu(gate) * up of one row of `count` gates and `count` ups.
+template <class S>
+inline void load_gated_row(const void* x, Float dtype, int64_t first, int64_t count, float* y) {
+  constexpr int64_t kChunk = 256;
+  float up[kChunk];
+  for (int64_t i = 0; i < count; i += kChunk) {
+    const int64_t size = count - i < kChunk ? count - i : kChunk;
+    load_row<S>(x, dtype, first + i, size, y + i);
+    load_row<S>(x, dtype, first + count + i, size, up);
+    for (int64_t j = 0; j < size; ++j) y[i + j] = y[i + j] / (1.0f + exp_in_order(-y[i + j])) * up[j];
+  }
+}
+
 // The scratch of one thread.
 struct Scratch {
   float* values;   // one row, padded with zeros to whole vectors
@@ -81,7 +108,11 @@ int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
 template <class S>
 float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
   const int64_t width = padded(q.inputs);
-  load_row<S>(q.x, q.dtype, row * q.inputs, q.inputs, scratch.values);
+  if (q.gated) {
+    load_gated_row<S>(q.x, q.dtype, row * 2 * q.inputs, q.inputs, scratch.values);
+  } else {
+    load_row<S>(q.x, q.dtype, row * q.inputs, q.inputs, scratch.values);
+  }
   if (q.rotation) {
     const int64_t block = q.rotation->base * q.rotation->power;
     for (int64_t b = 0; b < q.inputs; b += block) {

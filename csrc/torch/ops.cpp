@@ -105,12 +105,14 @@ uint32_t thread_index() {
   return index;
 }
 
-QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block, double clip, int64_t bits) {
+QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block, double clip, int64_t bits,
+                     bool gated = false) {
   check_clip(op, clip);
   QuantArgs q{};
   q.x = x.const_data_ptr();
   q.dtype = dtype;
-  q.inputs = x.size(x.dim() - 1);
+  q.inputs = x.size(x.dim() - 1) / (gated ? 2 : 1);
+  q.gated = gated;
   q.factor = float(clip / double((1 << (bits - 1)) - 1));
   q.norm = 1.0f;
   q.bits = int(bits);
@@ -157,6 +159,15 @@ std::tuple<Tensor, Tensor> quant(const Tensor& x, double clip, int64_t bits) {
 std::tuple<Tensor, Tensor> hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits) {
   if (block < 1) refuse("hadamard_quant", "block", "expected a positive block size, got ", block, ".");
   return quant_impl("hadamard_quant", x, block, clip, bits);
+}
+
+std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
+  constexpr const char* op = "silu_mul_hadamard_quant";
+  const Float dtype = check_activations(op, gate_up, 2, 2);
+  check_bits(op, "bits", bits);
+  if (gate_up.size(1) % 4)
+    refuse(op, "gate_up", "expected 2 x an even number of columns, got ", describe(gate_up), ".");
+  return quantise(quant_args(op, gate_up, dtype, block, clip, bits, true), gate_up.size(0));
 }
 
 void prepare_rotation(const Tensor& base_matrix, int64_t power) {
@@ -333,6 +344,7 @@ STABLE_TORCH_LIBRARY(smoothrot, m) {
 STABLE_TORCH_LIBRARY_IMPL(smoothrot, CPU, m) {
   m.impl("quant", TORCH_BOX(&smoothrot::quant));
   m.impl("hadamard_quant", TORCH_BOX(&smoothrot::hadamard_quant));
+  m.impl("silu_mul_hadamard_quant", TORCH_BOX(&smoothrot::silu_mul_hadamard_quant));
   m.impl("prepare_rotation", TORCH_BOX(&smoothrot::prepare_rotation));
   m.impl("prepack_weight", TORCH_BOX(&smoothrot::prepack_weight));
   m.impl("gemm", TORCH_BOX(&smoothrot::gemm));

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quant and hadamard_quant give the reference's codes and scales bit for bit, on every path."""
+"""quant, hadamard_quant and silu_mul_hadamard_quant give the reference's codes and scales bit for bit, on every path."""
 
 import math
 
@@ -87,3 +87,12 @@ def test_a_block_that_was_never_prepared_is_refused() -> None:
         RuntimeError, match=r"block: expected a prepared block, got 244\. Call smoothrot_vllm.ops.prepare_rotation"
     ):
         torch.ops.smoothrot.hadamard_quant(torch.randn(1, 244), 244, 1.0, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_hadamard_quant_equals_the_reference(bits: int, dtype: torch.dtype) -> None:
+    for size, block in ((14, 0), (130, 0), (576, 576), (1536, 768), (2048, 64)):
+        gate_up = torch.cat([awkward_rows(2 * size, dtype), (40 * torch.randn(5, 2 * size)).to(dtype)])
+        expected = reference.silu_mul_hadamard_quant(gate_up, block, 0.9, bits)
+        assert_same(ops.silu_mul_hadamard_quant(gate_up, block, 0.9, bits), expected)
