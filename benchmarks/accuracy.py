@@ -60,6 +60,13 @@ def _rounded(rounding: str) -> tuple[Recipe, ...]:
     )
 
 
+def _other_norms(activations: str, bits: tuple[str, ...]) -> Recipe:
+    """What the preset does not do about the norms: it smooths them for 4-bit activations only."""
+    if activations == "W4A8":
+        return Recipe("W4A8 preset best, norms smoothed", ("--preset", "best", *bits, *NORMS))
+    return Recipe("W4A4 preset best, norms not smoothed", ("--preset", "best", *bits, "--no-smooth-norms"))
+
+
 def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
     """From the best per-channel recipe to the best preset, one option after the other."""
     base = ("--preset", "none", *bits, "--scales", "l2", *NORMS, "--rounding", "gptaq")
@@ -71,7 +78,7 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         Recipe(f"{activations} preset balanced", ("--preset", "balanced", *bits)),
         Recipe(f"{activations} preset best", ("--preset", "best", *bits)),
         Recipe(f"{activations} preset best, QuaRot in place of SmoothRot", ("--preset", "best", *bits, *QUAROT)),
-        Recipe(f"{activations} preset best, norms not smoothed", ("--preset", "best", *bits, "--no-smooth-norms")),
+        _other_norms(activations, bits),
         Recipe(f"{activations} preset best, learned rotations", ("--preset", "best", *bits, "--rotations", "learned")),
     )
 

@@ -92,7 +92,9 @@ def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> Convert
     preset = PAPER if name == "paper-compat" else PRESETS[name]
     head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
     experts = _for_experts(preset.options) if spec.experts else {}
-    options = preset.options | head | experts | {"preset": name} | explicit
+    # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it would only harm those.
+    norms = {} if explicit.get("activation_bits", 4) == 4 else {"smooth_norms": False}
+    options = preset.options | head | experts | norms | {"preset": name} | explicit
     sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
     configs = [make_config(**options | {"group_size": size}) for size in sizes]
     return next((config for config in configs if _fits(spec, config)), configs[-1])

@@ -42,6 +42,15 @@ def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:
     assert (config.rounding, config.group_size, config.sign_seeds, config.scales) == ("rtn", -1, 2, "search")
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_norms_are_smoothed_for_four_bit_inputs_only(make_model: MakeModel, name: str) -> None:
+    model = open_checkpoint(make_model())
+    assert choose_preset(name, {}, model).config.smooth_norms
+    assert not choose_preset(name, {"activation_bits": 8}, model).config.smooth_norms
+    assert choose_preset(name, {"activation_bits": 8, "smooth_norms": True}, model).config.smooth_norms
+    assert not choose_preset("paper-compat", {}, model).config.smooth_norms
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [((1.0,), "best"), ((9e9, 1.0), "balanced"), ((9e9, 9e9, 9e9), "fast")])
 def test_auto_is_the_best_that_takes_reasonable_time(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: str
