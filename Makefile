@@ -20,11 +20,9 @@ check: env  ## style and types, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
 check-cuda: env  ## every CUDA kernel for every architecture: its machine code against docs/sass.md; needs nvcc, no GPU
-	$(BIN)/pip install -q --no-deps -r requirements/cuda.txt
 	$(BIN)/python csrc/cuda/check_sass.py --check
 
 sass: env  ## write docs/sass.md anew
-	$(BIN)/pip install -q --no-deps -r requirements/cuda.txt
 	$(BIN)/python csrc/cuda/check_sass.py
 
 bench: env  ## kernels against their peers and the machine's limits

@@ -119,15 +119,15 @@ inline void check_clip(const char* op, double clip) {
 }
 
 // Activations (..., K): contiguous, a float type, K even and positive.
-inline Float check_activations(const char* op, const Tensor& x, int64_t least_dims, int64_t most_dims,
-                               const Place& place) {
-  const Float dtype = float_type(op, "x", x.scalar_type());
+inline Float check_activations(const char* op, const char* argument, const Tensor& x, int64_t least_dims,
+                               int64_t most_dims, const Place& place) {
+  const Float dtype = float_type(op, argument, x.scalar_type());
   if (!place.holds(x) || !x.is_contiguous() || x.dim() < least_dims || x.dim() > most_dims) {
-    refuse(op, "x", "expected a contiguous ", least_dims == most_dims ? "(tokens, inputs)" : "(..., inputs)",
+    refuse(op, argument, "expected a contiguous ", least_dims == most_dims ? "(tokens, inputs)" : "(..., inputs)",
            " tensor on ", place.name(), ", got ", describe(x, place), ".");
   }
   const int64_t inputs = x.size(x.dim() - 1);
-  if (inputs < 2 || inputs % 2) refuse(op, "x", "expected an even number of inputs, got ", inputs, ".");
+  if (inputs < 2 || inputs % 2) refuse(op, argument, "expected an even number of inputs, got ", inputs, ".");
   return dtype;
 }
 

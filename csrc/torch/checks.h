@@ -14,8 +14,9 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& t, 
   check_tensor(op, argument, t, dtype, sizes, cpu_place());
 }
 
-inline Float check_activations(const char* op, const Tensor& x, int64_t least_dims, int64_t most_dims) {
-  return check_activations(op, x, least_dims, most_dims, cpu_place());
+inline Float check_activations(const char* op, const char* argument, const Tensor& x, int64_t least_dims,
+                               int64_t most_dims) {
+  return check_activations(op, argument, x, least_dims, most_dims, cpu_place());
 }
 
 inline WeightLayout check_weight(const char* op, const Tensor& scale, int64_t inputs, int64_t weight_bits,

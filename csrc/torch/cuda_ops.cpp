@@ -67,18 +67,18 @@ void check_inputs(const char* op, const char* argument, int64_t inputs, int64_t 
   }
 }
 
-// Checks x, (..., factor * K), and fills in all but the results.
-QuantArgs quant_args(const char* op, const Device& device, const Tensor& x, int64_t most_dims, int64_t factor,
-                     int64_t block, double clip, int64_t bits) {
+// Checks the argument x, (..., factor * K), and fills in all but the results.
+QuantArgs quant_args(const char* op, const Device& device, const char* argument, const Tensor& x, int64_t most_dims,
+                     int64_t factor, int64_t block, double clip, int64_t bits) {
   QuantArgs q{};
-  q.dtype = check_activations(op, x, most_dims == 2 ? 2 : 1, most_dims, device.place);
-  check_aligned(op, "x", x);
+  q.dtype = check_activations(op, argument, x, most_dims == 2 ? 2 : 1, most_dims, device.place);
+  check_aligned(op, argument, x);
   check_bits(op, "bits", bits);
   check_clip(op, clip);
   const int64_t width = x.size(x.dim() - 1);
-  if (width % factor) refuse(op, "x", "expected gate and up side by side, got ", width, " inputs.");
+  if (width % factor) refuse(op, argument, "expected gate and up side by side, got ", width, " inputs.");
   q.inputs = width / factor;
-  check_inputs(op, "x", q.inputs, kMostInputs);
+  check_inputs(op, argument, q.inputs, kMostInputs);
   q.x = x.const_data_ptr();
   q.tokens = x.numel() / width;
   q.factor = float(clip / double((1 << (bits - 1)) - 1));
@@ -91,7 +91,7 @@ QuantArgs quant_args(const char* op, const Device& device, const Tensor& x, int6
   }
   const int64_t shared = quant_shared_bytes(q);
   if (shared > device.shared_bytes) {
-    refuse(op, "x", "expected rows that fit into the ", device.shared_bytes, " bytes of shared memory of ",
+    refuse(op, argument, "expected rows that fit into the ", device.shared_bytes, " bytes of shared memory of ",
            device.place.name(), ", got ", q.inputs, " inputs, which take ", shared, ".");
   }
   return q;
@@ -169,7 +169,7 @@ void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, cons
 
 Quantised quant(const Tensor& x, double clip, int64_t bits) {
   const Device device("quant", "x", x);
-  QuantArgs q = quant_args("quant", device, x, 2, 1, 0, clip, bits);
+  QuantArgs q = quant_args("quant", device, "x", x, 2, 1, 0, clip, bits);
   return quantise("quant", q, stored_form(bits), x, device, &cuda::quant);
 }
 
@@ -177,14 +177,14 @@ Quantised hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bi
   constexpr const char* op = "hadamard_quant";
   if (block < 1) refuse(op, "block", "expected a positive block size, got ", block, ".");
   const Device device(op, "x", x);
-  QuantArgs q = quant_args(op, device, x, 2, 1, block, clip, bits);
+  QuantArgs q = quant_args(op, device, "x", x, 2, 1, block, clip, bits);
   return quantise(op, q, stored_form(bits), x, device, &cuda::quant);
 }
 
 Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
   constexpr const char* op = "silu_mul_hadamard_quant";
   const Device device(op, "gate_up", gate_up);
-  QuantArgs q = quant_args(op, device, gate_up, 2, 2, block, clip, bits);
+  QuantArgs q = quant_args(op, device, "gate_up", gate_up, 2, 2, block, clip, bits);
   return quantise(op, q, stored_form(bits), gate_up, device, &silu_mul_quant);
 }
 
@@ -192,7 +192,7 @@ Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double e
                          std::optional<Tensor> residual) {
   constexpr const char* op = "rms_norm_quant";
   const Device device(op, "x", x);
-  QuantArgs q = quant_args(op, device, x, 2, 1, 0, clip, bits);
+  QuantArgs q = quant_args(op, device, "x", x, 2, 1, 0, clip, bits);
   if (!(epsilon >= 0.0)) refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
   q.epsilon = float(epsilon);
   if (weight) {
@@ -243,7 +243,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
               int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "linear";
   const Device device(op, "x", x);
-  QuantArgs q = quant_args(op, device, x, kMostDims, 1, block, clip, act_bits);
+  QuantArgs q = quant_args(op, device, "x", x, kMostDims, 1, block, clip, act_bits);
   GemmArgs g = gemm_args(op, device, q.inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));

@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> quantise(const QuantArgs& q, int64_t tokens) {
 }
 
 std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t block, double clip, int64_t bits) {
-  const Float dtype = check_activations(op, x, 2, 2);
+  const Float dtype = check_activations(op, "x", x, 2, 2);
   check_bits(op, "bits", bits);
   return quantise(quant_args(op, x, dtype, block, clip, bits), x.size(0));
 }
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> hadamard_quant(const Tensor& x, int64_t block, double
 
 std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
   constexpr const char* op = "silu_mul_hadamard_quant";
-  const Float dtype = check_activations(op, gate_up, 2, 2);
+  const Float dtype = check_activations(op, "gate_up", gate_up, 2, 2);
   check_bits(op, "bits", bits);
   if (gate_up.size(1) % 4)
     refuse(op, "gate_up", "expected 2 x an even number of columns, got ", describe(gate_up), ".");
@@ -301,7 +301,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
   constexpr const char* op = "linear";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  const Float dtype = check_activations(op, x, 1, kMostDims);
+  const Float dtype = check_activations(op, "x", x, 1, kMostDims);
   const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits);
   const WeightLayout w = check_weight(op, weight_scale, q.inputs, weight_bits, act_bits);
   const int64_t tokens = x.numel() / q.inputs;

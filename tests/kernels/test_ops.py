@@ -72,6 +72,20 @@ def test_linear_names_a_wrong_argument(x: torch.Tensor, block: int, message: str
         ops.linear(x, packed, weight_scale, None, block, 1.0, 8, 4)
 
 
+@pytest.mark.parametrize(
+    ("gate_up", "block", "message"),
+    [
+        (torch.randn(2, 128, dtype=torch.float64), 0, "gate_up: expected .*got .*float64"),
+        (torch.randn(2, 130).T, 0, "gate_up: expected a contiguous"),
+        (torch.randn(2, 130), 0, "gate_up: expected 2 x an even number of columns"),
+        (torch.randn(2, 128), 128, "block: expected a divisor of 64, got 128"),
+    ],
+)
+def test_silu_mul_hadamard_quant_names_a_wrong_argument(gate_up: torch.Tensor, block: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ops.silu_mul_hadamard_quant(gate_up, block, 0.9, 8)
+
+
 def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     ops.prepare_rotation(64)
     weight, weight_scale, packed = layer(40, 64)
@@ -79,6 +93,7 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     for bits in (4, 8):
         yield "quant", (x, 0.9, bits)
         yield "hadamard_quant", (x, 64, 0.9, bits)
+        yield "silu_mul_hadamard_quant", (torch.randn(3, 128), 64, 0.9, bits)
         codes, scale = reference.quant(x, 0.9, bits)
         yield "gemm", (codes, scale, packed, weight_scale, None, torch.float16, bits, 4)
         yield "linear", (x, packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)

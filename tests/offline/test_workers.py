@@ -5,7 +5,9 @@ import hashlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -26,24 +28,47 @@ def content(directory: Path) -> dict[str, str]:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+    found = []
+    for child in process.children():
+        with suppress(psutil.Error):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
-def test_a_killed_worker_is_an_error_and_the_rest_goes_on_to_the_bytes_of_one_process(
-    make_model: MakeModel, tmp_path: Path
-) -> None:
-    source, out = make_model(num_hidden_layers=24, vocab_size=4096), tmp_path / "out"
+def stop_at_the_last_layer(message: str, _done: int, _total: int) -> None:
+    if message == "layer 3 of 3":
+        raise KeyboardInterrupt
 
-    def kill_workers(message: str, _done: int, _total: int) -> None:
-        if message == "layer 3 of 24":
+
+@contextmanager
+def every_worker_killed_as_it_starts() -> Iterator[None]:
+    over = threading.Event()
+
+    def kill() -> None:
+        while not over.wait(0.02):
             for worker in workers_of(psutil.Process()):
                 worker.kill()
 
-    with pytest.raises(OutputError, match="Use fewer --workers"):
-        convert(source, out, CONFIG, kill_workers, workers=2)
-    resumed = convert(source, out, CONFIG, workers=2).resumed_layers
-    assert resumed is not None
-    assert 2 <= resumed < 24
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
+
+
+def test_interrupted_and_killed_workers_leave_what_ends_in_the_bytes_of_one_process(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    source, out = make_model(vocab_size=4096), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, out, CONFIG, stop_at_the_last_layer, workers=2)
+    assert workers_of(psutil.Process()) == []
+    with every_worker_killed_as_it_starts(), pytest.raises(OutputError, match="Use fewer --workers"):
+        convert(source, out, CONFIG, workers=2)
+    assert convert(source, out, CONFIG, workers=2).resumed_layers == 2
     convert(source, tmp_path / "one", CONFIG)
     assert content(out) == content(tmp_path / "one")
 
