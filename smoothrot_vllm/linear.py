@@ -2,6 +2,7 @@
 """The quantised linear layer: load stored codes and scales, repack them once, run one opaque op."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,6 +20,19 @@ from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModel
 from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard, weight_tensors
 
 _QKV_PARTS = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """What SiLU and down_proj are still to be applied to.
+
+    Args:
+        values: ``(..., 2 K)``, gate before up.
+        reader: vLLM's name of the down_proj that takes it.
+    """
+
+    values: torch.Tensor
+    reader: str
 
 
 @register_weight_loader_v2_supported_method
@@ -120,10 +134,25 @@ class SmoothRotLinearMethod(LinearMethodBase):
         layer.register_parameter(WEIGHT_PACKED, torch.nn.Parameter(packed, requires_grad=False))
         layer.register_parameter(WEIGHT_SCALE, torch.nn.Parameter(scale, requires_grad=False))
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``(..., input_size_per_partition)`` to ``(..., rows of this rank)`` in the dtype of ``x``."""
+    # vLLM's own methods take no GateUp.
+    def apply(  # type: ignore[override]
+        self, layer: torch.nn.Module, x: torch.Tensor | GateUp, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(..., input_size_per_partition)``, or what is to become it, to ``(..., rows of this rank)`` in the dtype of ``x``.
+
+        Raises:
+            UnsupportedModelError: the model hands a layer what another one was to read.
+        """
         packed, scale = cast(torch.Tensor, layer.weight_packed), cast(torch.Tensor, layer.weight_scale)
-        return ops.linear(x, packed, scale, bias, self.block, self.clip, self.act_bits, self.weight_bits)
+        numbers = (self.block, self.clip, self.act_bits, self.weight_bits)
+        if not isinstance(x, GateUp):
+            return ops.linear(x, packed, scale, bias, *numbers)
+        if x.reader != self.prefix:
+            raise UnsupportedModelError(
+                f"{self.prefix}: expected its own input, got gate and up of {x.reader}: the model does not read its "
+                "activations as an MLP does. Serve it with --additional-config '{\"smoothrot_fuse_silu\": false}'."
+            )
+        return ops.silu_mul_linear(x.values, packed, scale, bias, *numbers)
 
     def stored_rows(self, layer: torch.nn.Module) -> int | None:
         """How many of this rank's rows come from the checkpoint, None for all."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled ops: Python signatures, fake kernels for tracing, and the loading of the library.
+"""The compiled ops: Python signatures and the loading of the library.
 
 Each function computes what its namesake in :mod:`smoothrot_vllm.reference` defines, codes and integer sums bit for
 bit. They are ``torch.ops.smoothrot.*`` ops, so ``torch.compile`` keeps each as one opaque call. Importing this
@@ -9,6 +9,7 @@ variable ``SMOOTHROT_CPU_ISA`` (``avx512_vnni``, ``avx2`` or ``portable``).
 
 import logging
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,6 @@ from smoothrot_vllm.hadamard import base_matrix, factorize
 logger = logging.getLogger("smoothrot_vllm")
 
 LIBRARY = Path(__file__).parent / "_C.abi3.so"
-PANEL_COLUMNS = 32
-"""Output columns of one panel of the prepacked layout, see csrc/common/layout.h."""
 
 
 def _load_library() -> None:
@@ -40,6 +39,7 @@ def _load_library() -> None:
 
 _load_library()
 _OPS = torch.ops.smoothrot
+import_module("smoothrot_vllm.fake_ops")  # it can only describe ops that are there
 
 
 def _call(op: Any, *args: Any) -> Any:
@@ -257,6 +257,33 @@ def linear(
     return _call(_OPS.linear, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
 
 
+def silu_mul_linear(
+    gate_up: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    """:func:`linear` of ``silu(gate) * up``, :func:`reference.silu_mul_linear`.
+
+    Args:
+        gate_up: ``(..., 2 K)`` contiguous, gate before up, float32, bfloat16 or float16.
+        packed, weight_scale, bias, block, clip, act_bits, weight_bits: as for :func:`linear`.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``gate_up``.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    if block:
+        prepare_rotation(block, gate_up.device)
+    return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
+
+
 @torch.library.custom_op("smoothrot::experts", mutates_args=())
 def experts(
     x: torch.Tensor,
@@ -308,59 +335,3 @@ def experts(
 def _experts_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
     w2_scale: torch.Tensor = others[5]
     return x.new_empty((x.shape[0], w2_scale.shape[1]))
-
-
-@torch.library.register_fake("smoothrot::quant")
-def _quant_fake(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, inputs = x.shape
-    codes = x.new_empty((tokens, inputs // 2), dtype=torch.uint8) if bits == 4 else x.new_empty(x.shape, dtype=torch.int8)
-    return codes, x.new_empty((tokens,), dtype=torch.float32)
-
-
-@torch.library.register_fake("smoothrot::hadamard_quant")
-def _hadamard_quant_fake(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _quant_fake(x, clip, bits)
-
-
-@torch.library.register_fake("smoothrot::silu_mul_hadamard_quant")
-def _silu_mul_hadamard_quant_fake(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _quant_fake(gate_up[:, : gate_up.shape[1] // 2], clip, bits)
-
-
-@torch.library.register_fake("smoothrot::prepack_weight")
-def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
-    if weight.device.type == "cuda":
-        return torch.empty_like(weight)
-    inputs = weight.shape[1] * (2 if bits == 4 else 1)
-    groups = weight_scale.shape[1]
-    steps = (inputs // groups + 3) // 4
-    panels = (weight.shape[0] + PANEL_COLUMNS - 1) // PANEL_COLUMNS
-    return weight.new_empty((panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8)
-
-
-@torch.library.register_fake("smoothrot::gemm")
-def _gemm_fake(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    act_bits: int,
-    weight_bits: int,
-) -> torch.Tensor:
-    return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=out_dtype)
-
-
-@torch.library.register_fake("smoothrot::linear")
-def _linear_fake(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    block: int,
-    clip: float,
-    act_bits: int,
-    weight_bits: int,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))

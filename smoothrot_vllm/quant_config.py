@@ -138,11 +138,13 @@ class SmoothRotConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+        from smoothrot_vllm import silu_fusion
         from smoothrot_vllm.linear import SmoothRotLinearMethod
         from smoothrot_vllm.lm_head import SmoothRotLMHeadMethod
 
         check_tensor_parallel(self.schema, get_tensor_model_parallel_world_size())
         adapters.guard.install(self.schema.transform_sha256)
+        silu_fusion.install()
         if isinstance(layer, LinearBase):
             scheme = self.scheme(prefix)
             if scheme is None:

@@ -62,16 +62,36 @@ inline float exp_in_order(float x) {
   return y * f32_from_bits((f32_bits(shifted) - f32_bits(kRound) + 127) << 23);
 }
 
-// silu(gate) * up of one row of `count` gates and `count` ups.
+// Whole vectors of `count` values to the nearest in `dtype`.
+template <class S>
+inline void round_to(Float dtype, int64_t count, float* y) {
+  uint16_t half[S::kLanes];
+  if (dtype == Float::f32) return;
+  for (int64_t i = 0; i < count; i += S::kLanes) {
+    if (dtype == Float::bf16) {
+      S::store_bf16(half, S::load(y + i));
+      S::store(y + i, S::load_bf16(half));
+    } else {
+      S::store_f16(half, S::load(y + i));
+      S::store(y + i, S::load_f16(half));
+    }
+  }
+}
+
+// silu(gate) * up of one row of `count` gates and `count` ups; `y` has room for whole vectors.
 template <class S>
 inline void load_gated_row(const void* x, Float dtype, int64_t first, int64_t count, float* y) {
   constexpr int64_t kChunk = 256;
-  float up[kChunk];
+  float up[kChunk] = {};
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t size = count - i < kChunk ? count - i : kChunk;
-    load_row<S>(x, dtype, first + i, size, y + i);
+    float* silu = y + i;
+    load_row<S>(x, dtype, first + i, size, silu);
     load_row<S>(x, dtype, first + count + i, size, up);
-    for (int64_t j = 0; j < size; ++j) y[i + j] = y[i + j] / (1.0f + exp_in_order(-y[i + j])) * up[j];
+    for (int64_t j = 0; j < size; ++j) silu[j] = silu[j] / (1.0f + exp_in_order(-silu[j]));
+    round_to<S>(dtype, size, silu);
+    for (int64_t j = 0; j < size; ++j) silu[j] *= up[j];
+    round_to<S>(dtype, size, silu);
   }
 }
 

@@ -51,11 +51,6 @@ SMOOTHROT_DEVICE float norm_sum(float sum, float* scratch) {
   return add(add(add(s[0], s[1]), add(s[2], s[3])), add(add(s[4], s[5]), add(s[6], s[7])));
 }
 
-SMOOTHROT_DEVICE float round_to(Float dtype, float value) {
-  if (dtype == Float::bf16) return bf16_float(float_bf16(value));
-  return dtype == Float::f16 ? f16_float(float_f16(value)) : value;
-}
-
 // residual += x, rounded to their dtype; y becomes the new residual.
 SMOOTHROT_DEVICE void add_residual(const QuantArgs& q, int64_t first, float (&y)[kVector]) {
   Words4* words =

@@ -43,6 +43,11 @@ SMOOTHROT_DEVICE float exponential(float x) {
   return multiply(y, bits_float(uint32_t(int32_t(n) + 127) << 23));
 }
 
+SMOOTHROT_DEVICE float round_to(Float dtype, float value) {
+  if (dtype == Float::bf16) return bf16_float(float_bf16(value));
+  return dtype == Float::f16 ? f16_float(float_f16(value)) : value;
+}
+
 template <Source S>
 SMOOTHROT_DEVICE void load_values(const QuantArgs& q, int64_t row, int first, float (&y)[kVector]) {
   if constexpr (S == Source::plain) {
@@ -52,7 +57,10 @@ SMOOTHROT_DEVICE void load_values(const QuantArgs& q, int64_t row, int first, fl
     load_vector(q.x, q.dtype, row * 2 * q.inputs + first, y);
     load_vector(q.x, q.dtype, (row * 2 + 1) * q.inputs + first, up);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) y[i] = multiply(divide(y[i], add(1.0f, exponential(-y[i]))), up[i]);
+    for (int i = 0; i < kVector; ++i) {
+      const float silu = round_to(q.dtype, divide(y[i], add(1.0f, exponential(-y[i]))));
+      y[i] = round_to(q.dtype, multiply(silu, up[i]));
+    }
   }
 }
 

@@ -19,6 +19,13 @@ inline Float check_activations(const char* op, const char* argument, const Tenso
   return check_activations(op, argument, x, least_dims, most_dims, cpu_place());
 }
 
+inline Float check_gate_up(const char* op, const Tensor& gate_up, int64_t least_dims, int64_t most_dims) {
+  const Float dtype = check_activations(op, "gate_up", gate_up, least_dims, most_dims);
+  if (gate_up.size(gate_up.dim() - 1) % 4)
+    refuse(op, "gate_up", "expected 2 x an even number of columns, got ", describe(gate_up), ".");
+  return dtype;
+}
+
 inline WeightLayout check_weight(const char* op, const Tensor& scale, int64_t inputs, int64_t weight_bits,
                                  int64_t act_bits) {
   check_weight_scale(op, scale, inputs, weight_bits, act_bits, cpu_place());

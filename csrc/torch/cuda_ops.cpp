@@ -239,20 +239,35 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
-              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  constexpr const char* op = "linear";
-  const Device device(op, "x", x);
-  QuantArgs q = quant_args(op, device, "x", x, kMostDims, 1, block, clip, act_bits);
+namespace {
+
+Tensor linear_impl(const char* op, const char* argument, bool gated, const Tensor& x, const Tensor& packed,
+                   const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t block, double clip,
+                   int64_t act_bits, int64_t weight_bits) {
+  const Device device(op, argument, x);
+  QuantArgs q = quant_args(op, device, argument, x, kMostDims, gated ? 2 : 1, block, clip, act_bits);
   GemmArgs g = gemm_args(op, device, q.inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(g.outputs);
   Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
   const Codes form = activation_form(device.gpu, int(act_bits), q.tokens);
-  const auto [codes, scale] = quantise(op, q, form, x, device, &cuda::quant);
+  const auto [codes, scale] = quantise(op, q, form, x, device, gated ? &silu_mul_quant : &cuda::quant);
   multiply(op, g, codes, form, scale, out, q.dtype, device);
   return out;
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
+              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
+  return linear_impl("linear", "x", false, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
+}
+
+Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
+                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
+  return linear_impl("silu_mul_linear", "gate_up", true, gate_up, packed, weight_scale, bias, block, clip, act_bits,
+                     weight_bits);
 }
 
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device) {

@@ -26,6 +26,8 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
             std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits);
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
               int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
+Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
+                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
 // `base_matrix` lies on the CPU; `device` is a CUDA device index.
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device);
 

@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot, CUDA, m) {
   m.impl("prepack_weight", TORCH_BOX(&smoothrot::cuda::ops::prepack_weight));
   m.impl("gemm", TORCH_BOX(&smoothrot::cuda::ops::gemm));
   m.impl("linear", TORCH_BOX(&smoothrot::cuda::ops::linear));
+  m.impl("silu_mul_linear", TORCH_BOX(&smoothrot::cuda::ops::silu_mul_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothrot, CompositeExplicitAutograd, m) {

@@ -163,10 +163,8 @@ std::tuple<Tensor, Tensor> hadamard_quant(const Tensor& x, int64_t block, double
 
 std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
   constexpr const char* op = "silu_mul_hadamard_quant";
-  const Float dtype = check_activations(op, "gate_up", gate_up, 2, 2);
+  const Float dtype = check_gate_up(op, gate_up, 2, 2);
   check_bits(op, "bits", bits);
-  if (gate_up.size(1) % 4)
-    refuse(op, "gate_up", "expected 2 x an even number of columns, got ", describe(gate_up), ".");
   return quantise(quant_args(op, gate_up, dtype, block, clip, bits, true), gate_up.size(0));
 }
 
@@ -296,15 +294,15 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
-              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  constexpr const char* op = "linear";
+Tensor linear_impl(const char* op, bool gated, const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, int64_t block, double clip, int64_t act_bits,
+                   int64_t weight_bits) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  const Float dtype = check_activations(op, "x", x, 1, kMostDims);
-  const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits);
+  const Float dtype = gated ? check_gate_up(op, x, 1, kMostDims) : check_activations(op, "x", x, 1, kMostDims);
+  const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, gated);
   const WeightLayout w = check_weight(op, weight_scale, q.inputs, weight_bits, act_bits);
-  const int64_t tokens = x.numel() / q.inputs;
+  const int64_t tokens = x.numel() / x.size(x.dim() - 1);
   const Kernels& k = kernels();
   Multiplication m(op, k, tokens, w, weight_bits, packed, bias, dtype);
   int64_t sizes[kMostDims];
@@ -322,6 +320,16 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
   m.run(out.mutable_data_ptr(),
         [&](int64_t begin, int64_t end, void* scratch) { k.quant_tiles(q, m.args.act, begin, end, scratch); });
   return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
+              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
+  return linear_impl("linear", false, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
+}
+
+Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
+                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
+  return linear_impl("silu_mul_linear", true, gate_up, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
 }
 
 std::string kernel_name() { return kernels().name; }
@@ -349,6 +357,7 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot, CPU, m) {
   m.impl("prepack_weight", TORCH_BOX(&smoothrot::prepack_weight));
   m.impl("gemm", TORCH_BOX(&smoothrot::gemm));
   m.impl("linear", TORCH_BOX(&smoothrot::linear));
+  m.impl("silu_mul_linear", TORCH_BOX(&smoothrot::silu_mul_linear));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothrot, CompositeExplicitAutograd, m) {

@@ -16,6 +16,9 @@ void define_ops(Library& m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int block, float clip, int act_bits, "
       "int weight_bits) -> Tensor");
+  m.def(
+      "silu_mul_linear(Tensor gate_up, Tensor packed, Tensor weight_scale, Tensor? bias, int block, float clip, "
+      "int act_bits, int weight_bits) -> Tensor");
 }
 
 template <typename Library>

@@ -96,3 +96,13 @@ def test_silu_mul_hadamard_quant_equals_the_reference(bits: int, dtype: torch.dt
         gate_up = torch.cat([awkward_rows(2 * size, dtype), (40 * torch.randn(5, 2 * size)).to(dtype)])
         expected = reference.silu_mul_hadamard_quant(gate_up, block, 0.9, bits)
         assert_same(ops.silu_mul_hadamard_quant(gate_up, block, 0.9, bits), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_mul_hadamard_quant_has_the_bits_of_torch_and_quant_for_every_gate(dtype: torch.dtype) -> None:
+    gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    gate = gate[gate.isfinite() & (gate >= -88)]
+    gate = gate[: gate.numel() // 256 * 256].reshape(-1, 256)
+    up = torch.randn(gate.shape).to(dtype)
+    expected = ops.hadamard_quant(torch.nn.functional.silu(gate) * up, 256, 0.9, 8)
+    assert_same(ops.silu_mul_hadamard_quant(torch.cat([gate, up], dim=1), 256, 0.9, 8), expected)
