@@ -46,6 +46,17 @@ def test_the_quantising_ops_equal_the_reference(gpu: Any, dtype: torch.dtype, bi
         assert torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_silu_mul_linear_equals_the_reference(gpu: Any, capability: int, dtype: torch.dtype) -> None:
+    gpu.pretend(capability, 1, 99 * 1024)
+    stored, scale = weight(40, 96)
+    gate_up, bias, block = torch.randn(2, 3, 192).to(dtype), torch.randn(40).to(dtype), prepare(gpu, 96)
+    expected = reference.silu_mul_linear(gate_up.flatten(0, 1), stored, scale, bias, block, 0.9, 4, 4)
+    got = gpu.silu_mul_linear(gate_up, gpu.prepack_weight(stored, scale, 4), scale, bias, block, 0.9, 4, 4)
+    assert torch.equal(got, expected.view(2, 3, 40))
+
+
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
 @pytest.mark.parametrize(("block", "groups"), [(0, 1), (96, 1), (96, 3)])

@@ -36,6 +36,23 @@ def test_linear_is_quant_then_gemm(isa: str, inputs: int, block: int, groups: in
         assert torch.equal(y, expected[:tokens]), isa
 
 
+@pytest.mark.parametrize(("inputs", "block", "groups"), [(576, 0, 1), (1536, 768, 12), (26, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_silu_mul_linear_is_silu_mul_hadamard_quant_then_gemm(
+    isa: str, inputs: int, block: int, groups: int, dtype: torch.dtype
+) -> None:
+    weight, weight_scale, packed = layer(45, inputs, groups)
+    bias = torch.randn(45).to(dtype)
+    gate_up = torch.randn(19, 2 * inputs).to(dtype)
+    codes, scale = ops.silu_mul_hadamard_quant(gate_up, block, 0.9, 8)
+    expected = ops.gemm(codes, scale, packed, weight_scale, bias, dtype, 8, 4)
+    if groups == 1:
+        assert torch.equal(expected, reference.silu_mul_linear(gate_up, weight, weight_scale, bias, block, 0.9, 8, 4))
+    for tokens in (1, 3, 19):
+        y = ops.silu_mul_linear(gate_up[None, :tokens], packed, weight_scale, bias, block, 0.9, 8, 4)
+        assert torch.equal(y, expected[None, :tokens]), isa
+
+
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (0, 64), (2, 0, 64)])
 def test_linear_keeps_leading_dimensions(shape: tuple[int, ...]) -> None:
     _, weight_scale, packed = layer(33, 64)
@@ -82,8 +99,11 @@ def test_linear_names_a_wrong_argument(x: torch.Tensor, block: int, message: str
     ],
 )
 def test_silu_mul_hadamard_quant_names_a_wrong_argument(gate_up: torch.Tensor, block: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"silu_mul_hadamard_quant: {message}"):
         ops.silu_mul_hadamard_quant(gate_up, block, 0.9, 8)
+    _, weight_scale, packed = layer(33, 64)
+    with pytest.raises(ConfigError, match=f"silu_mul_linear: {message}"):
+        ops.silu_mul_linear(gate_up, packed, weight_scale, None, block, 0.9, 8, 4)
 
 
 def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -98,6 +118,7 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield "gemm", (codes, scale, packed, weight_scale, None, torch.float16, bits, 4)
         yield "linear", (x, packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)
         yield "linear", (x.reshape(1, 3, 64), packed, weight_scale, None, 0, 0.9, bits, 4)
+        yield "silu_mul_linear", (torch.randn(1, 3, 128), packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)
     yield "prepack_weight", (weight, weight_scale, 4)
     yield "prepack_weight", (torch.zeros(40, 36, dtype=torch.int8), torch.ones(40, 6), 8)
 
