@@ -48,33 +48,41 @@ inline void load_row(const void* x, Float dtype, int64_t first, int64_t count, f
   }
 }
 
-// reference._exp in float32: plain operations in its order, so that every path rounds alike.
-inline float exp_in_order(float x) {
+// reference._exp: plain operations in its order, so that every path rounds alike.
+template <class S>
+inline typename S::F32 exponential(typename S::F32 x) {
   constexpr float kCoefficients[] = {
       float(1.0 / 720), float(1.0 / 120), float(1.0 / 24), float(1.0 / 6), 0.5f, 1.0f, 1.0f};
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-  const float shifted = x * float(1.4426950408889634) + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float y = float(1.0 / 5040);
-  for (const float c : kCoefficients) y = y * r + c;
-  return y * f32_from_bits((f32_bits(shifted) - f32_bits(kRound) + 127) << 23);
+  using F32 = typename S::F32;
+  const F32 round = S::set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  x = S::clamp(x, -87.0f, 88.0f);
+  const F32 shifted = S::add(S::mul(x, S::set1(1.4426950408889634f)), round);
+  const F32 n = S::sub(shifted, round);
+  const F32 r = S::sub(S::sub(x, S::mul(n, S::set1(0.693359375f))), S::mul(n, S::set1(-2.12194440e-4f)));
+  F32 y = S::set1(float(1.0 / 5040));
+  for (const float c : kCoefficients) y = S::add(S::mul(y, r), S::set1(c));
+  return S::mul(y, S::power_of_two(shifted));
 }
 
-// Whole vectors of `count` values to the nearest in `dtype`.
+// silu(gate) * up, both steps rounded to `dtype`, of whole vectors of `count` values; the result takes the gates' place.
 template <class S>
-inline void round_to(Float dtype, int64_t count, float* y) {
-  uint16_t half[S::kLanes];
-  if (dtype == Float::f32) return;
-  for (int64_t i = 0; i < count; i += S::kLanes) {
-    if (dtype == Float::bf16) {
-      S::store_bf16(half, S::load(y + i));
-      S::store(y + i, S::load_bf16(half));
-    } else {
-      S::store_f16(half, S::load(y + i));
-      S::store(y + i, S::load_f16(half));
+inline void silu_mul(Float dtype, int64_t count, float* gate, const float* up) {
+  const auto each = [&](auto round) SMOOTHROT_INLINE_LAMBDA {
+    const typename S::F32 one = S::set1(1.0f), sign = S::set1(-0.0f);
+    for (int64_t i = 0; i < count; i += S::kLanes) {
+      const typename S::F32 g = S::load(gate + i);
+      const typename S::F32 silu = round(S::div(g, S::add(one, exponential<S>(S::sub(sign, g)))));
+      S::store(gate + i, round(S::mul(silu, S::load(up + i))));
     }
+  };
+  using F32 = typename S::F32;
+  switch (dtype) {
+    case Float::f32:
+      return each([](F32 v) SMOOTHROT_INLINE_LAMBDA { return v; });
+    case Float::bf16:
+      return each([](F32 v) SMOOTHROT_INLINE_LAMBDA { return S::round_bf16(v); });
+    default:
+      return each([](F32 v) SMOOTHROT_INLINE_LAMBDA { return S::round_f16(v); });
   }
 }
 
@@ -85,13 +93,9 @@ inline void load_gated_row(const void* x, Float dtype, int64_t first, int64_t co
   float up[kChunk] = {};
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t size = count - i < kChunk ? count - i : kChunk;
-    float* silu = y + i;
-    load_row<S>(x, dtype, first + i, size, silu);
+    load_row<S>(x, dtype, first + i, size, y + i);
     load_row<S>(x, dtype, first + count + i, size, up);
-    for (int64_t j = 0; j < size; ++j) silu[j] = silu[j] / (1.0f + exp_in_order(-silu[j]));
-    round_to<S>(dtype, size, silu);
-    for (int64_t j = 0; j < size; ++j) silu[j] *= up[j];
-    round_to<S>(dtype, size, silu);
+    silu_mul<S>(dtype, size, y + i, up);
   }
 }
 

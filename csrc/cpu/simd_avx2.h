@@ -25,12 +25,17 @@ struct Avx2 {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
-  static void store_bf16(uint16_t* p, F32 v) {
+  static F32 round_bf16(F32 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i out = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan), 16);
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256i upper = _mm256_and_si256(rounded, _mm256_set1_epi32(int32_t(0xFFFF0000)));
+    return _mm256_blendv_ps(_mm256_castsi256_ps(upper), _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), nan);
+  }
+  static F32 round_f16(F32 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static void store_bf16(uint16_t* p, F32 v) {
+    const __m256i out = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(v)), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0b1000);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
@@ -41,6 +46,14 @@ struct Avx2 {
   static F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
   static F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+  static F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+  static F32 clamp(F32 v, float low, float high) {
+    return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), v));
+  }
+  static F32 power_of_two(F32 v) {
+    const __m256i exponents = _mm256_slli_epi32(_mm256_castps_si256(v), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(exponents, _mm256_set1_epi32(0x3F800000)));
+  }
 
   template <int Stride>
   static F32 butterfly(F32 v) {

@@ -29,6 +29,14 @@ struct Portable {
     return F32{f16_to_f32(p[0]), f16_to_f32(p[1]), f16_to_f32(p[2]), f16_to_f32(p[3])};
   }
   static void store(float* p, F32 v) { std::memcpy(p, &v, sizeof(v)); }
+  static F32 round_bf16(F32 v) {
+    for (int i = 0; i < kLanes; ++i) v[i] = bf16_to_f32(f32_to_bf16(v[i]));
+    return v;
+  }
+  static F32 round_f16(F32 v) {
+    for (int i = 0; i < kLanes; ++i) v[i] = f16_to_f32(f32_to_f16(v[i]));
+    return v;
+  }
   static void store_bf16(uint16_t* p, F32 v) {
     for (int i = 0; i < kLanes; ++i) p[i] = f32_to_bf16(v[i]);
   }
@@ -39,6 +47,12 @@ struct Portable {
   static F32 add(F32 a, F32 b) { return a + b; }
   static F32 sub(F32 a, F32 b) { return a - b; }
   static F32 mul(F32 a, F32 b) { return a * b; }
+  static F32 div(F32 a, F32 b) { return a / b; }
+  static F32 clamp(F32 v, float low, float high) {
+    v = v < low ? set1(low) : v;
+    return v > high ? set1(high) : v;
+  }
+  static F32 power_of_two(F32 v) { return reinterpret_cast<F32>((reinterpret_cast<I32>(v) << 23) + 0x3F800000); }
 
   template <int Stride>
   static F32 butterfly(F32 v) {
