@@ -26,6 +26,18 @@ def _silu_mul_hadamard_quant_fake(gate_up: torch.Tensor, block: int, clip: float
     return _quant_fake(gate_up[:, : gate_up.shape[1] // 2], clip, bits)
 
 
+@torch.library.register_fake("smoothrot::rms_norm_quant")
+def _rms_norm_quant_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    clip: float,
+    bits: int,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quant_fake(x, clip, bits)
+
+
 @torch.library.register_fake("smoothrot::prepack_weight")
 def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
     if weight.device.type == "cuda":

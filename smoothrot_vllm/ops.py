@@ -180,6 +180,32 @@ def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits
     return _call(_OPS.silu_mul_hadamard_quant, gate_up, prepared, clip, bits)
 
 
+def rms_norm_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    clip: float,
+    bits: int,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quant` of the RMS norm of ``x``, or of ``x + residual``, :func:`reference.rms_norm_quant`.
+
+    Args:
+        x: ``(T, K)`` contiguous float32, bfloat16 or float16; K a multiple of 8.
+        weight: ``(K,)`` of x's dtype, or None for ones.
+        epsilon: added to the mean of the squares, at least 0.
+        clip, bits: as for :func:`quant`.
+        residual: ``(T, K)`` of x's dtype; becomes ``x + residual`` in place. None for no addition.
+
+    Returns:
+        codes and scale as from :func:`quant`.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
+    return _call(_OPS.rms_norm_quant, x, weight, epsilon, clip, bits, residual)
+
+
 def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Stored codes and scales to the kernels' own layout, once at load.
 

@@ -18,15 +18,25 @@ struct Rotation {
   const uint8_t* signs;
 };
 
+enum class Source { plain, silu_mul, rms_norm };
+
+// Of an RMS norm before the quantisation.
+struct NormArgs {
+  const void* weight;  // [inputs] or null for ones
+  void* residual;      // [rows][inputs] or null: x is added to it first
+  float epsilon;
+};
+
 struct QuantArgs {
-  const void* x;  // [rows][inputs], contiguous; [rows][2 * inputs], gate before up, where gated
+  const void* x;  // [rows][inputs], contiguous; [rows][2 * inputs], gate before up, for silu_mul
   Float dtype;
   int64_t inputs;
   const Rotation* rotation;  // null: none
   float factor;              // clip / quant_max
   float norm;                // 1 / sqrt(block), or 1
   int bits;
-  bool gated;  // quantise silu(gate) * up
+  Source source;
+  NormArgs norm_args;  // for rms_norm; weight and residual have the dtype of x
 };
 
 // Activations in tiles: the left operand of the gemm.

@@ -9,6 +9,9 @@
 #include "../common/float16.h"
 #include "hadamard.h"
 #include "kernels.h"
+#include "rms_norm.h"
+#include "rows.h"
+#include "silu_mul.h"
 #include "unroll.h"
 
 namespace smoothrot {
@@ -17,87 +20,6 @@ namespace {
 constexpr int32_t kInfinityBits = 0x7F800000;
 // reference.QUANT_MIN_SCALE, 2^-100.
 constexpr uint32_t kMinScaleBits = 0x0D800000;
-
-inline float load_scalar(const void* x, Float dtype, int64_t i) {
-  switch (dtype) {
-    case Float::f32:
-      return static_cast<const float*>(x)[i];
-    case Float::bf16:
-      return bf16_to_f32(static_cast<const uint16_t*>(x)[i]);
-    default:
-      return f16_to_f32(static_cast<const uint16_t*>(x)[i]);
-  }
-}
-
-// Values [first, first + count) as float32.
-template <class S>
-inline void load_row(const void* x, Float dtype, int64_t first, int64_t count, float* y) {
-  const auto convert = [&](auto load) SMOOTHROT_INLINE_LAMBDA {
-    int64_t i = 0;
-    for (; i + S::kLanes <= count; i += S::kLanes) S::store(y + i, load(first + i));
-    for (; i < count; ++i) y[i] = load_scalar(x, dtype, first + i);
-  };
-  const auto* halves = static_cast<const uint16_t*>(x);
-  switch (dtype) {
-    case Float::f32:
-      return convert([&](int64_t i) { return S::load(static_cast<const float*>(x) + i); });
-    case Float::bf16:
-      return convert([&](int64_t i) { return S::load_bf16(halves + i); });
-    default:
-      return convert([&](int64_t i) { return S::load_f16(halves + i); });
-  }
-}
-
-// reference._exp: plain operations in its order, so that every path rounds alike.
-template <class S>
-inline typename S::F32 exponential(typename S::F32 x) {
-  constexpr float kCoefficients[] = {
-      float(1.0 / 720), float(1.0 / 120), float(1.0 / 24), float(1.0 / 6), 0.5f, 1.0f, 1.0f};
-  using F32 = typename S::F32;
-  const F32 round = S::set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  x = S::clamp(x, -87.0f, 88.0f);
-  const F32 shifted = S::add(S::mul(x, S::set1(1.4426950408889634f)), round);
-  const F32 n = S::sub(shifted, round);
-  const F32 r = S::sub(S::sub(x, S::mul(n, S::set1(0.693359375f))), S::mul(n, S::set1(-2.12194440e-4f)));
-  F32 y = S::set1(float(1.0 / 5040));
-  for (const float c : kCoefficients) y = S::add(S::mul(y, r), S::set1(c));
-  return S::mul(y, S::power_of_two(shifted));
-}
-
-// silu(gate) * up, both steps rounded to `dtype`, of whole vectors of `count` values; the result takes the gates' place.
-template <class S>
-inline void silu_mul(Float dtype, int64_t count, float* gate, const float* up) {
-  const auto each = [&](auto round) SMOOTHROT_INLINE_LAMBDA {
-    const typename S::F32 one = S::set1(1.0f), sign = S::set1(-0.0f);
-    for (int64_t i = 0; i < count; i += S::kLanes) {
-      const typename S::F32 g = S::load(gate + i);
-      const typename S::F32 silu = round(S::div(g, S::add(one, exponential<S>(S::sub(sign, g)))));
-      S::store(gate + i, round(S::mul(silu, S::load(up + i))));
-    }
-  };
-  using F32 = typename S::F32;
-  switch (dtype) {
-    case Float::f32:
-      return each([](F32 v) SMOOTHROT_INLINE_LAMBDA { return v; });
-    case Float::bf16:
-      return each([](F32 v) SMOOTHROT_INLINE_LAMBDA { return S::round_bf16(v); });
-    default:
-      return each([](F32 v) SMOOTHROT_INLINE_LAMBDA { return S::round_f16(v); });
-  }
-}
-
-// silu(gate) * up of one row of `count` gates and `count` ups; `y` has room for whole vectors.
-template <class S>
-inline void load_gated_row(const void* x, Float dtype, int64_t first, int64_t count, float* y) {
-  constexpr int64_t kChunk = 256;
-  float up[kChunk] = {};
-  for (int64_t i = 0; i < count; i += kChunk) {
-    const int64_t size = count - i < kChunk ? count - i : kChunk;
-    load_row<S>(x, dtype, first + i, size, y + i);
-    load_row<S>(x, dtype, first + count + i, size, up);
-    silu_mul<S>(dtype, size, y + i, up);
-  }
-}
 
 // The scratch of one thread.
 struct Scratch {
@@ -132,10 +54,15 @@ int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
 template <class S>
 float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
   const int64_t width = padded(q.inputs);
-  if (q.gated) {
-    load_gated_row<S>(q.x, q.dtype, row * 2 * q.inputs, q.inputs, scratch.values);
-  } else {
-    load_row<S>(q.x, q.dtype, row * q.inputs, q.inputs, scratch.values);
+  switch (q.source) {
+    case Source::silu_mul:
+      load_gated_row<S>(q.x, q.dtype, row * 2 * q.inputs, q.inputs, scratch.values);
+      break;
+    case Source::rms_norm:
+      load_normed_row<S>(q, row, scratch.values);
+      break;
+    default:
+      load_row<S>(q.x, q.dtype, row * q.inputs, q.inputs, scratch.values);
   }
   if (q.rotation) {
     const int64_t block = q.rotation->base * q.rotation->power;

@@ -21,6 +21,7 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kMostDims = 8;
+constexpr int64_t kNormVectorInputs = 8;  // reference.NORM_VECTOR
 // Activation tiles that the panels are multiplied with while they stay in the second-level cache.
 constexpr int64_t kActivationBlockBytes = 256 * 1024;
 // Work below these is not worth waking a thread for.
@@ -106,13 +107,13 @@ uint32_t thread_index() {
 }
 
 QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block, double clip, int64_t bits,
-                     bool gated = false) {
+                     Source source = Source::plain) {
   check_clip(op, clip);
   QuantArgs q{};
   q.x = x.const_data_ptr();
   q.dtype = dtype;
-  q.inputs = x.size(x.dim() - 1) / (gated ? 2 : 1);
-  q.gated = gated;
+  q.inputs = x.size(x.dim() - 1) / (source == Source::silu_mul ? 2 : 1);
+  q.source = source;
   q.factor = float(clip / double((1 << (bits - 1)) - 1));
   q.norm = 1.0f;
   q.bits = int(bits);
@@ -165,7 +166,30 @@ std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_
   constexpr const char* op = "silu_mul_hadamard_quant";
   const Float dtype = check_gate_up(op, gate_up, 2, 2);
   check_bits(op, "bits", bits);
-  return quantise(quant_args(op, gate_up, dtype, block, clip, bits, true), gate_up.size(0));
+  return quantise(quant_args(op, gate_up, dtype, block, clip, bits, Source::silu_mul), gate_up.size(0));
+}
+
+std::tuple<Tensor, Tensor> rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
+                                          int64_t bits, std::optional<Tensor> residual) {
+  constexpr const char* op = "rms_norm_quant";
+  const Float dtype = check_activations(op, "x", x, 2, 2);
+  check_bits(op, "bits", bits);
+  const int64_t tokens = x.size(0), inputs = x.size(1);
+  if (inputs % kNormVectorInputs) {
+    refuse(op, "x", "expected inputs in multiples of ", kNormVectorInputs, ", got ", describe(x), ".");
+  }
+  if (!(epsilon >= 0.0)) refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
+  QuantArgs q = quant_args(op, x, dtype, 0, clip, bits, Source::rms_norm);
+  q.norm_args.epsilon = float(epsilon);
+  if (weight) {
+    check_tensor(op, "weight", *weight, x.scalar_type(), {inputs});
+    q.norm_args.weight = weight->const_data_ptr();
+  }
+  if (residual) {
+    check_tensor(op, "residual", *residual, x.scalar_type(), {tokens, inputs});
+    q.norm_args.residual = residual->mutable_data_ptr();
+  }
+  return quantise(q, tokens);
 }
 
 void prepare_rotation(const Tensor& base_matrix, int64_t power) {
@@ -294,13 +318,14 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
   return out;
 }
 
-Tensor linear_impl(const char* op, bool gated, const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
                    const std::optional<Tensor>& bias, int64_t block, double clip, int64_t act_bits,
                    int64_t weight_bits) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  const Float dtype = gated ? check_gate_up(op, x, 1, kMostDims) : check_activations(op, "x", x, 1, kMostDims);
-  const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, gated);
+  const Float dtype = source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims)
+                                                 : check_activations(op, "x", x, 1, kMostDims);
+  const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, source);
   const WeightLayout w = check_weight(op, weight_scale, q.inputs, weight_bits, act_bits);
   const int64_t tokens = x.numel() / x.size(x.dim() - 1);
   const Kernels& k = kernels();
@@ -324,12 +349,13 @@ Tensor linear_impl(const char* op, bool gated, const Tensor& x, const Tensor& pa
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
               int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  return linear_impl("linear", false, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
+  return linear_impl("linear", Source::plain, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
 }
 
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  return linear_impl("silu_mul_linear", true, gate_up, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
+  return linear_impl("silu_mul_linear", Source::silu_mul, gate_up, packed, weight_scale, bias, block, clip, act_bits,
+                     weight_bits);
 }
 
 std::string kernel_name() { return kernels().name; }
@@ -353,6 +379,7 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot, CPU, m) {
   m.impl("quant", TORCH_BOX(&smoothrot::quant));
   m.impl("hadamard_quant", TORCH_BOX(&smoothrot::hadamard_quant));
   m.impl("silu_mul_hadamard_quant", TORCH_BOX(&smoothrot::silu_mul_hadamard_quant));
+  m.impl("rms_norm_quant", TORCH_BOX(&smoothrot::rms_norm_quant));
   m.impl("prepare_rotation", TORCH_BOX(&smoothrot::prepare_rotation));
   m.impl("prepack_weight", TORCH_BOX(&smoothrot::prepack_weight));
   m.impl("gemm", TORCH_BOX(&smoothrot::gemm));

@@ -9,6 +9,9 @@ void define_ops(Library& m) {
   m.def("quant(Tensor x, float clip, int bits) -> (Tensor, Tensor)");
   m.def("hadamard_quant(Tensor x, int block, float clip, int bits) -> (Tensor, Tensor)");
   m.def("silu_mul_hadamard_quant(Tensor gate_up, int block, float clip, int bits) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_quant(Tensor x, Tensor? weight, float epsilon, float clip, int bits, Tensor(a!)? residual) -> "
+      "(Tensor, Tensor)");
   m.def("prepack_weight(Tensor weight, Tensor weight_scale, int bits) -> Tensor");
   m.def(
       "gemm(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias, ScalarType out_dtype, "
@@ -23,9 +26,6 @@ void define_ops(Library& m) {
 
 template <typename Library>
 void define_cuda_ops(Library& m) {
-  m.def(
-      "rms_norm_quant(Tensor x, Tensor? weight, float epsilon, float clip, int bits, Tensor(a!)? residual) -> "
-      "(Tensor, Tensor)");
   m.def("prepare_cuda_rotation(Tensor base_matrix, int power, int device) -> ()");
   m.def("cuda_architectures() -> str");
 }

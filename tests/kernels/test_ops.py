@@ -114,6 +114,7 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield "quant", (x, 0.9, bits)
         yield "hadamard_quant", (x, 64, 0.9, bits)
         yield "silu_mul_hadamard_quant", (torch.randn(3, 128), 64, 0.9, bits)
+        yield "rms_norm_quant", (x, torch.ones(64).bfloat16(), 1e-6, 0.9, bits, torch.randn(3, 64).bfloat16())
         codes, scale = reference.quant(x, 0.9, bits)
         yield "gemm", (codes, scale, packed, weight_scale, None, torch.float16, bits, 4)
         yield "linear", (x, packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quant, hadamard_quant and silu_mul_hadamard_quant give the reference's codes and scales bit for bit, on every path."""
+"""quant, hadamard_quant, silu_mul_hadamard_quant and rms_norm_quant give the reference's codes and scales bit for bit, on every path."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +108,35 @@ def test_silu_mul_has_the_bits_of_torch_for_every_gate(dtype: torch.dtype) -> No
     up = torch.randn(gate.shape).to(dtype)
     expected = ops.quant(torch.nn.functional.silu(gate) * up, 1.0, 8)
     assert_same(ops.silu_mul_hadamard_quant(torch.cat([gate, up], dim=1), 0, 1.0, 8), expected)
+
+
+@pytest.mark.parametrize("size", [8, 24, 576, 2048, 2056, 8192])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_quant_equals_the_reference(size: int, dtype: torch.dtype) -> None:
+    for bits in (4, 8):
+        for weight, with_residual in ((None, False), (torch.rand(size).to(dtype), True)):
+            x = awkward_rows(size, dtype)
+            residual = torch.randn(x.shape).to(dtype) if with_residual else None
+            codes, scale, added = reference.rms_norm_quant(x, weight, 1e-6, 0.9, bits, residual)
+            assert_same(ops.rms_norm_quant(x, weight, 1e-6, 0.9, bits, residual), (codes, scale))
+            torch.testing.assert_close(residual, added, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.randn(2, 12)}, r"x: expected inputs in multiples of 8, got float32 \(2, 12\)"),
+        ({"x": torch.randn(16)}, r"x: expected a contiguous \(tokens, inputs\) tensor"),
+        ({"weight": torch.ones(8)}, r"weight: expected contiguous float32 \(16\), got float32 \(8\)"),
+        ({"weight": torch.ones(16).half()}, r"weight: expected contiguous float32 \(16\), got float16"),
+        ({"epsilon": -1.0}, "epsilon: expected a number of at least 0, got -1"),
+        ({"epsilon": math.nan}, "epsilon: expected a number of at least 0, got nan"),
+        ({"clip": 2.0}, "clip: expected 0 < clip <= 1, got 2"),
+        ({"bits": 5}, "bits: expected 4 or 8, got 5"),
+        ({"residual": torch.ones(1, 16)}, r"residual: expected contiguous float32 \(2, 16\), got float32 \(1, 16\)"),
+    ],
+)
+def test_rms_norm_quant_names_a_wrong_argument(changes: dict[str, Any], message: str) -> None:
+    arguments = {"x": torch.randn(2, 16), "weight": None, "epsilon": 1e-6, "clip": 1.0, "bits": 4, "residual": None}
+    with pytest.raises(ConfigError, match=f"rms_norm_quant: {message}"):
+        ops.rms_norm_quant(**arguments | changes)
