@@ -160,11 +160,66 @@ def bench_rotation(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def vllm_norm() -> Callable[..., None] | None:
+    """vLLM's ``fused_add_rms_norm`` on the CPU, or None where it is missing."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        return None
+    if not current_platform.is_cpu():
+        return None
+    current_platform.import_kernels()
+    return getattr(torch.ops._C, "fused_add_rms_norm", None)
+
+
+def bench_producers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The ops that quantise what another op would have written first, beside that op followed by the plain quantisation."""
+    norm, results = vllm_norm(), []
+    for inputs, tokens in itertools.product(sorted({inputs for inputs, _ in ROTATIONS}), args.tokens):
+        gate_up = torch.randn(tokens, 2 * inputs, dtype=torch.bfloat16)
+
+        def silu_mul_then_quant(x: torch.Tensor = gate_up, block: int = inputs) -> None:
+            # As vLLM's SiluAndMul computes it on a CPU, outside a compiled graph.
+            gate, up = x.chunk(2, dim=-1)
+            ops.hadamard_quant(torch.nn.functional.silu(gate) * up, block, CLIP, 8)
+
+        ours = partial(ops.silu_mul_hadamard_quant, gate_up, inputs, CLIP, 8)
+        results.append(producer("silu_mul_hadamard_quant", inputs, tokens, ours, silu_mul_then_quant, args))
+    if norm is None:
+        return results
+    for inputs, tokens in itertools.product(sorted({shapes[0][1] for shapes in MODELS.values()}), args.tokens):
+        weight = torch.ones(inputs, dtype=torch.bfloat16)
+        # Of zeros, so that no round of additions overflows.
+        x, residual = (torch.zeros(tokens, inputs, dtype=torch.bfloat16) for _ in range(2))
+
+        def norm_then_quant(x: torch.Tensor = x, residual: torch.Tensor = residual, weight: torch.Tensor = weight) -> None:
+            norm(x, residual, weight, 1e-6)
+            ops.quant(x, CLIP, 8)
+
+        ours = partial(ops.rms_norm_quant, x, weight, 1e-6, CLIP, 8, residual)
+        results.append(producer("rms_norm_quant", inputs, tokens, ours, norm_then_quant, args))
+    return results
+
+
+def producer(
+    op: str, inputs: int, tokens: int, ours: Callable[[], object], separate: Callable[[], object], args: argparse.Namespace
+) -> dict[str, Any]:
+    """One result of :func:`bench_producers`."""
+    times = time_alternately({"ours": ours, "separate": separate}, args.rounds, args.seconds, CLOCKS[args.clock])
+    medians = {f"{name}_us": microseconds(timing) for name, timing in times.items()}
+    return {"op": op, "inputs": inputs, "M": tokens, **medians, "ours_best_us": round(times["ours"].best * 1e6, 2)}
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """The report as two tables."""
     linear = Table("op", "model", "N x K", "M", "ours µs", "of floor", "bf16 / ours", "W8A8 / ours", title="Linear layers")
     rotation = Table("K", "M", "hadamard_quant µs", "share of down_proj", title="Rotation")
+    producers = Table("op", "K", "M", "ours µs", "separate / ours", title="Fused producers")
     for r in report["results"]:
+        if "separate_us" in r:
+            ratio = f"{r['separate_us'] / r['ours_us']:.2f}"
+            producers.add_row(r["op"], str(r["inputs"]), str(r["M"]), f"{r['ours_us']:.1f}", ratio)
+            continue
         columns, inputs = r["shape"]
         if r["op"] == "hadamard_quant":
             rotation.add_row(str(inputs), str(r["M"]), f"{r['ours_us']:.1f}", f"{r['ours_us'] / r['down_proj_us']:.1%}")
@@ -182,7 +237,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
     floors = report["floors"]
     console.print(report["machine"], report["packages"], floors, sep="\n")
-    console.print(linear, rotation, sep="\n")
+    console.print(linear, rotation, producers, sep="\n")
 
 
 def main() -> None:
@@ -210,7 +265,7 @@ def main() -> None:
         "machine": machine() | {"kernel": ops.kernel_name(), "clock": args.clock},
         "packages": packages(),
         "floors": {"read_bytes_per_s": floors.read_bytes, "multiply_adds_per_s": floors.multiply_adds},
-        "results": bench_linear(args, floors) + bench_rotation(args),
+        "results": bench_linear(args, floors) + bench_rotation(args) + bench_producers(args),
     }
     text = json.dumps(report, indent=1)
     if args.output:

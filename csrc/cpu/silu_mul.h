@@ -26,7 +26,8 @@ inline typename S::F32 exponential(typename S::F32 x) {
   return S::mul(y, S::power_of_two(shifted));
 }
 
-// silu(gate) * up, both steps rounded to `dtype`, of whole vectors of `count` values; the result takes the gates' place.
+// silu(gate) * up, both steps rounded to `dtype`, of whole vectors of `count` values; the result takes the gates'
+// place.
 template <class S>
 inline void silu_mul(Float dtype, int64_t count, float* gate, const float* up) {
   const auto each = [&](auto round) SMOOTHROT_INLINE_LAMBDA {

@@ -323,8 +323,8 @@ Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor&
                    int64_t weight_bits) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  const Float dtype = source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims)
-                                                 : check_activations(op, "x", x, 1, kMostDims);
+  const Float dtype =
+      source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims) : check_activations(op, "x", x, 1, kMostDims);
   const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, source);
   const WeightLayout w = check_weight(op, weight_scale, q.inputs, weight_bits, act_bits);
   const int64_t tokens = x.numel() / x.size(x.dim() - 1);

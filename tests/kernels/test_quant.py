@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quant, hadamard_quant, silu_mul_hadamard_quant and rms_norm_quant give the reference's codes and scales bit for bit, on every path."""
+"""quant and the ops that rotate, gate or norm before it give the reference's codes and scales bit for bit, on every path."""
 
 import math
 from typing import Any
