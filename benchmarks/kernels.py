@@ -66,18 +66,23 @@ def torch_bf16(columns: int, inputs: int, copies: int) -> Layer:
     return Rotating(torch.nn.functional.linear, [weight.clone() for _ in range(copies)])
 
 
-def vllm_w8a8() -> Callable[[int, int, int], Layer] | None:
-    """Maker of vLLM's CPU int8 linear (dynamic per-token quantisation, then oneDNN), or None where it is missing."""
+def vllm_on_cpu() -> bool:
+    """Load vLLM's CPU kernels; False where vLLM is missing or runs on something else."""
     try:
-        from vllm import _custom_ops as vllm_ops
         from vllm.platforms import current_platform
     except ImportError:
-        return None
+        return False
     if not current_platform.is_cpu():
-        return None
+        return False
     current_platform.import_kernels()
-    if not hasattr(torch.ops._C, "onednn_scaled_mm"):
+    return True
+
+
+def vllm_w8a8() -> Callable[[int, int, int], Layer] | None:
+    """Maker of vLLM's CPU int8 linear (dynamic per-token quantisation, then oneDNN), or None where it is missing."""
+    if not vllm_on_cpu() or not hasattr(torch.ops._C, "onednn_scaled_mm"):
         return None
+    from vllm import _custom_ops as vllm_ops
 
     def linear(x: torch.Tensor, handler: Any) -> torch.Tensor:
         codes, scale, _ = vllm_ops.onednn_scaled_int8_quant(x, None, None, True)
@@ -160,21 +165,10 @@ def bench_rotation(args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def vllm_norm() -> Callable[..., None] | None:
-    """vLLM's ``fused_add_rms_norm`` on the CPU, or None where it is missing."""
-    try:
-        from vllm.platforms import current_platform
-    except ImportError:
-        return None
-    if not current_platform.is_cpu():
-        return None
-    current_platform.import_kernels()
-    return getattr(torch.ops._C, "fused_add_rms_norm", None)
-
-
 def bench_producers(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The ops that quantise what another op would have written first, beside that op followed by the plain quantisation."""
-    norm, results = vllm_norm(), []
+    norm = getattr(torch.ops._C, "fused_add_rms_norm", None) if vllm_on_cpu() else None
+    results = []
     for inputs, tokens in itertools.product(sorted({inputs for inputs, _ in ROTATIONS}), args.tokens):
         gate_up = torch.randn(tokens, 2 * inputs, dtype=torch.bfloat16)
 

@@ -28,12 +28,7 @@ def _silu_mul_hadamard_quant_fake(gate_up: torch.Tensor, block: int, clip: float
 
 @torch.library.register_fake("smoothrot::rms_norm_quant")
 def _rms_norm_quant_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    clip: float,
-    bits: int,
-    residual: torch.Tensor | None,
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, clip: float, bits: int, residual: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(x, clip, bits)
 
@@ -51,32 +46,13 @@ def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits:
 
 @torch.library.register_fake("smoothrot::gemm")
 def _gemm_fake(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    act_bits: int,
-    weight_bits: int,
+    codes: torch.Tensor, scale: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any
 ) -> torch.Tensor:
+    _bias, out_dtype, *_bits = others
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=out_dtype)
 
 
 @torch.library.register_fake("smoothrot::linear")
-def _linear_fake(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    block: int,
-    clip: float,
-    act_bits: int,
-    weight_bits: int,
-) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-
-
 @torch.library.register_fake("smoothrot::silu_mul_linear")
-def _silu_mul_linear_fake(gate_up: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any) -> torch.Tensor:
-    return gate_up.new_empty((*gate_up.shape[:-1], weight_scale.shape[0]))
+def _linear_fake(x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))

@@ -181,12 +181,7 @@ def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits
 
 
 def rms_norm_quant(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    clip: float,
-    bits: int,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, clip: float, bits: int, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quant` of the RMS norm of ``x``, or of ``x + residual``, :func:`reference.rms_norm_quant`.
 
@@ -284,20 +279,14 @@ def linear(
 
 
 def silu_mul_linear(
-    gate_up: torch.Tensor,
-    packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    block: int,
-    clip: float,
-    act_bits: int,
-    weight_bits: int,
+    gate_up: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
 ) -> torch.Tensor:
-    """:func:`linear` of ``silu(gate) * up``, :func:`reference.silu_mul_linear`.
+    """:func:`linear` of ``silu(gate) * up``: :func:`silu_mul_hadamard_quant`, then :func:`gemm`.
 
     Args:
         gate_up: ``(..., 2 K)`` contiguous, gate before up, float32, bfloat16 or float16.
-        packed, weight_scale, bias, block, clip, act_bits, weight_bits: as for :func:`linear`.
+        packed, weight_scale, bias: as for :func:`linear`.
+        numbers: block, clip, act_bits and weight_bits, as there.
 
     Returns:
         ``(..., N)`` in the dtype of ``gate_up``.
@@ -305,9 +294,10 @@ def silu_mul_linear(
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
+    block = numbers[0]
     if block:
         prepare_rotation(block, gate_up.device)
-    return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
+    return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, *numbers)
 
 
 @torch.library.custom_op("smoothrot::experts", mutates_args=())

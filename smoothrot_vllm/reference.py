@@ -155,21 +155,6 @@ def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits
     return hadamard_quant(x, block, clip, bits) if block else quant(x, clip, bits)
 
 
-def silu_mul_linear(
-    gate_up: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    block: int,
-    clip: float,
-    act_bits: int,
-    weight_bits: int,
-) -> torch.Tensor:
-    """:func:`gemm` of what :func:`silu_mul_hadamard_quant` gives: an MLP from the outputs of gate and up on, ``(T, N)``."""
-    codes, scale = silu_mul_hadamard_quant(gate_up, block, clip, act_bits)
-    return gemm(codes, scale, weight, weight_scale, bias, gate_up.dtype, act_bits, weight_bits)
-
-
 def experts(
     x: torch.Tensor,
     weights: torch.Tensor,

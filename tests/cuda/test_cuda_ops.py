@@ -52,7 +52,8 @@ def test_silu_mul_linear_equals_the_reference(gpu: Any, capability: int, dtype: 
     gpu.pretend(capability, 1, 99 * 1024)
     stored, scale = weight(40, 96)
     gate_up, bias, block = torch.randn(2, 3, 192).to(dtype), torch.randn(40).to(dtype), prepare(gpu, 96)
-    expected = reference.silu_mul_linear(gate_up.flatten(0, 1), stored, scale, bias, block, 0.9, 4, 4)
+    quantised = reference.silu_mul_hadamard_quant(gate_up.flatten(0, 1), block, 0.9, 4)
+    expected = reference.gemm(*quantised, stored, scale, bias, dtype, 4, 4)
     got = gpu.silu_mul_linear(gate_up, gpu.prepack_weight(stored, scale, 4), scale, bias, block, 0.9, 4, 4)
     assert torch.equal(got, expected.view(2, 3, 40))
 
