@@ -31,7 +31,7 @@ from smoothrot_offline.checkpoint import (
 )
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
 from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
-from smoothrot_offline.layer import LayerConverter, cast, store
+from smoothrot_offline.layer import LayerConverter, cast, cast_rows, store
 from smoothrot_offline.manifest import (
     CalibrationRecord,
     Manifest,
@@ -240,8 +240,8 @@ class _Run:
 
     def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
-        rows = [cast(self.transform.embedding(part.double()), self.dtype, self.embedding) for part in embedding.split(HEAD_ROWS)]
-        self.shards.add({self.embedding: torch.cat(rows)})
+        slices = (self.transform.embedding(part.double()) for part in embedding.split(HEAD_ROWS))
+        self.shards.add({self.embedding: cast_rows(slices, embedding.shape, self.dtype, self.embedding)})
         return None if tokens is None else embed(tokens, embedding, self.spec.embedding_scale)
 
     def _rounding(self, hidden: torch.Tensor | None) -> SequentialRounding | None:
@@ -291,10 +291,10 @@ class _Run:
         slices = (self.transform.head(part.double(), gamma) for part in weight.split(HEAD_ROWS))
         scheme = self.schema.scheme(table.lm_head)
         if scheme is None:
-            self.shards.add({head: torch.cat([cast(part, self.dtype, head) for part in slices])})
+            self.shards.add({head: cast_rows(slices, weight.shape, self.dtype, head)})
         else:
             parts = ((part, quantize_rtn(part, scheme.weights, head)) for part in slices)
-            stored, self.head_error = store(parts, scheme.weights, table.lm_head)
+            stored, self.head_error = store(parts, weight.shape, scheme.weights, table.lm_head)
             self.shards.add(stored)
 
     def _recorded_config(self) -> ConvertConfig:

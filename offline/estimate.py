@@ -144,7 +144,7 @@ def _weights_per_second() -> float:
     def fold_and_quantize() -> None:
         """What is done to a weight that is rotated on both sides."""
         folded = hadamard(hadamard(sample.double() * 1.5, 4096).T.contiguous(), 1024).T.contiguous()
-        store([(folded, quantize_rtn(folded, WeightScheme()))], WeightScheme(), "sample")
+        store([(folded, quantize_rtn(folded, WeightScheme()))], folded.shape, WeightScheme(), "sample")
 
     return sample.numel() / _fastest(fold_and_quantize)
 

@@ -42,6 +42,9 @@ SETUPS = {
         ranks=2,
     ),
     "gemma3, no flag, eager, TP=1, W4A4, shared head": Setup("gemma3", (), flag=False, eager=True, ranks=1),
+    "qwen3_moe, no flag, eager, TP=2, W4A8": Setup(
+        "qwen3_moe", ("--activation-bits", "8", "--max-tp", "2"), flag=False, eager=True, ranks=2
+    ),
     "llama, flag, compiled, TP=2, W4A4": Setup(
         "llama", ("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2
     ),
