@@ -24,6 +24,7 @@ from typing import Any
 import openai
 import psutil
 import torch
+from common import machine, packages
 from serving import VllmServer
 from transformers import AutoTokenizer
 
@@ -82,6 +83,7 @@ def main() -> None:
             "--max-num-seqs",
             str(arguments.concurrency),
         ]
+        options += ["--enforce-eager"] if arguments.enforce_eager else []
         with VllmServer(arguments.model, log, *options) as server:
             tally = asyncio.run(soak(server, answers, arguments))
     result = summary(tally, arguments)
@@ -99,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=48, help="different prompts to draw from")
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument("--enforce-eager", action="store_true", help="serve without compiling the model's graph")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args()
@@ -281,6 +284,11 @@ def summary(tally: Tally, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "minutes": arguments.minutes,
         "concurrency": arguments.concurrency,
+        "max_model_len": arguments.max_model_len,
+        "enforce_eager": arguments.enforce_eager,
+        "model": json.loads((arguments.model / "config.json").read_text()),
+        "device": machine(),
+        "packages": packages(),
         "outcomes": dict(sorted(tally.outcomes.items())),
         "median_ttft_seconds": statistics.median(tally.first_token) if tally.first_token else None,
         "median_tpot_seconds": statistics.median(tally.per_token) if tally.per_token else None,

@@ -275,9 +275,14 @@ class _Run:
             return
         for index in indices:
             step(f"layer {index + 1} of {self.spec.layers}")
-            done = converter.layer(index, None if rounding is None else rounding.layer)
-            self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
-            self.shards.add(done.tensors)
+            self._finish_layer(index, converter, rounding)
+            # From its file: what waits for its shard for many layers would lie in between the large tensors of each, and keep
+            # the allocator from using their place again.
+            self.shards.add(self.journal.load_layer(index))
+
+    def _finish_layer(self, index: int, converter: LayerConverter, rounding: SequentialRounding | None) -> None:
+        done = converter.layer(index, None if rounding is None else rounding.layer)
+        self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
 
     def _head(self) -> None:
         table = self.spec.architecture
