@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several checkpoints served by vLLM's own engine, one after another, in this one process, which starts but once.
 
-Reads ``[{"directory": ..., "eager": ..., "prompts": [[token, ...], ...]}, ...]`` from standard input as JSON, and writes to the
-file that is its argument what each prompt is continued with: ``[[{"tokens": [...], "logprobs": [...]}, ...], ...]``.
+Reads ``{directory: [[token, ...], ...]}`` from standard input as JSON, and writes to the file that is its argument what each
+prompt is continued with: ``{directory: [{"tokens": [...], "logprobs": [...]}, ...]}``.
 """
 
 import json
@@ -16,9 +16,9 @@ from vllm.inputs import TokensPrompt
 TOKENS = 4
 
 
-def continuations(directory: str, eager: bool, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def continuations(directory: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Greedy continuations, ends of text included."""
-    llm = LLM(directory, dtype="float32", max_model_len=256, enforce_eager=eager)
+    llm = LLM(directory, dtype="float32", max_model_len=256, enforce_eager=True)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
     outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)
     found = []
@@ -32,5 +32,5 @@ def continuations(directory: str, eager: bool, prompts: list[list[int]]) -> list
 
 
 if __name__ == "__main__":
-    answers = [continuations(**served) for served in json.load(sys.stdin)]
+    answers = {directory: continuations(directory, prompts) for directory, prompts in json.load(sys.stdin).items()}
     Path(sys.argv[1]).write_text(json.dumps(answers))

@@ -28,9 +28,6 @@ CONVERSIONS = {
     "mixtral": ("--activation-bits", "8"),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
 }
-# With its graph compiled as well; the rest is served eager.
-COMPILED = "mixtral"
-SERVED = [*((family, True) for family in CONVERSIONS), (COMPILED, False)]
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")
 ENVIRONMENT = {
@@ -38,42 +35,43 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
 }
 
 
-Answers = list[dict[str, Any]]
-
-
-def prompts_for(directory: Path) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    return [tokenizer(prompt).input_ids for prompt in PROMPTS]
+@pytest.fixture(scope="module")
+def prompts(tiny_converted: Callable[..., Path]) -> dict[str, list[list[int]]]:
+    """Prompt tokens by converted directory."""
+    directories = [tiny_converted(family, *options) for family, options in CONVERSIONS.items()]
+    return {
+        str(directory): [AutoTokenizer.from_pretrained(directory)(prompt).input_ids for prompt in PROMPTS]
+        for directory in directories
+    }
 
 
 @pytest.fixture(scope="module")
-def answers(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Answers]:
-    """What the engine makes of the prompts, by family and whether it is eager."""
+def answers(prompts: dict[str, list[list[int]]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What the engine makes of the prompts, by directory."""
     out = tmp_path_factory.mktemp("answers") / "answers.json"
-    wanted = []
-    for family, eager in SERVED:
-        directory = tiny_converted(family, *CONVERSIONS[family])
-        wanted.append({"directory": str(directory), "eager": eager, "prompts": prompts_for(directory)})
     command = [sys.executable, str(ENGINE), str(out)]
     result = subprocess.run(
-        command, input=json.dumps(wanted), env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
+        command, input=json.dumps(prompts), env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
     )
     assert out.exists(), result.stdout[-2000:] + result.stderr[-4000:]
-    return dict(zip(SERVED, json.loads(out.read_text()), strict=True))
+    found: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())
+    return found
 
 
-@pytest.mark.parametrize(("family", "eager"), SERVED, ids=lambda value: value if isinstance(value, str) else f"eager={value}")
+@pytest.mark.parametrize("family", CONVERSIONS)
 def test_greedy_tokens_and_logprobs_equal_the_reference(
-    tiny_converted: Callable[..., Path], answers: dict[tuple[str, bool], Answers], family: str, eager: bool
+    tiny_converted: Callable[..., Path],
+    prompts: dict[str, list[list[int]]],
+    answers: dict[str, list[dict[str, Any]]],
+    family: str,
 ) -> None:
     directory = tiny_converted(family, *CONVERSIONS[family])
     reference = Reference(directory)
     differences = []
-    for prompt, answer in zip(prompts_for(directory), answers[family, eager], strict=True):
+    for prompt, answer in zip(prompts[str(directory)], answers[str(directory)], strict=True):
         expected = reference.greedy(prompt, len(answer["tokens"]))
         if expected.is_determined:
             assert answer["tokens"] == expected.tokens
