@@ -29,4 +29,7 @@ def give_back_freed_memory() -> None:
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+    found: Callable[..., int] | None = None
+    if sys.platform.startswith("linux"):
+        found = getattr(ctypes.CDLL(None), name, None)
+    return found

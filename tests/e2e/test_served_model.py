@@ -47,8 +47,8 @@ SETUPS = {
         "qwen3_moe", ("--activation-bits", "8", "--max-tp", "2"), flag=False, eager=True, ranks=2
     ),
     # vLLM 0.32 for CPUs makes a stage's buffers only as it compiles (docs/compat.md).
-    "mixtral, no flag, compiled, PP=2, W4A8": Setup(
-        "mixtral", ("--activation-bits", "8"), flag=False, eager=False, ranks=1, stages=2
+    "llama, no flag, compiled, PP=2, W4A8": Setup(
+        "llama", ("--activation-bits", "8", "--scales", "none"), flag=False, eager=False, ranks=1, stages=2
     ),
     "llama, flag, compiled, TP=2, W4A4": Setup(
         "llama", ("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2
@@ -78,8 +78,7 @@ def served(
     options += ["--quantization", "smoothrot"] if setup.flag else []
     options += ["--enforce-eager"] if setup.eager else []
     log = tmp_path_factory.mktemp("server") / "server.log"
-    parallel = {"tensor_parallel": setup.ranks, "pipeline_parallel": setup.stages}
-    with VllmServer(directory, log, *options, **parallel) as server:
+    with VllmServer(directory, log, *options, tensor_parallel=setup.ranks, pipeline_parallel=setup.stages) as server:
         yield Served(server, [answer for answer in expected if answer[1].is_determined])
 
 
