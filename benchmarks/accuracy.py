@@ -44,6 +44,7 @@ POLICIES = ("max", "quantile", "l2", "search", "learned")
 POLICIES_WITH_NORMS = ("l2", "search")
 NORMS = ("--smooth-norms",)
 QUAROT_RTN = ("--preset", "none", *W4A4, *QUAROT, "--rounding", "rtn")
+SHARDS = (2, 4, 8)
 
 
 def _rounded(rounding: str) -> tuple[Recipe, ...]:
@@ -57,6 +58,17 @@ def _rounded(rounding: str) -> tuple[Recipe, ...]:
             Recipe(f"W4A4 SmoothRot {policy} {name}, norms smoothed", (*options, "--scales", policy, *NORMS))
             for policy in POLICIES_WITH_NORMS
         ),
+    )
+
+
+def _blocks() -> tuple[Recipe, ...]:
+    """Rounding to nearest with the rotation of down_proj's input in as many blocks as ``--max-tp`` asks for."""
+    base = ("--preset", "none", *W4A4, "--rounding", "rtn")
+    kinds = {"QuaRot": "none", "SmoothRot max": "max", "SmoothRot l2": "l2"}
+    return tuple(
+        Recipe(f"W4A4 {kind} RTN, {shards} blocks", (*base, "--scales", scales, "--max-tp", str(shards)))
+        for shards in SHARDS
+        for kind, scales in kinds.items()
     )
 
 
@@ -95,6 +107,7 @@ RECIPES = (
     Recipe("W4A4 SmoothRot l2 RTN, norms smoothed, best of 8 sign seeds", (*L2_RTN, *NORMS, "--sign-seeds", "8")),
     Recipe("W4A4 SmoothRot l2 RTN, learned rotations", (*L2_RTN, "--rotations", "learned")),
     Recipe("W4A4 SmoothRot l2 RTN, norms smoothed, learned rotations", (*L2_RTN, *NORMS, "--rotations", "learned")),
+    *_blocks(),
     *_rounded("gptq"),
     *_rounded("gptaq"),
     Recipe("W4A4 preset paper-compat", ("--preset", "paper-compat", *W4A4)),

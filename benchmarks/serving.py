@@ -35,6 +35,7 @@ class VllmServer:
         log: file that takes everything the server prints.
         options: of ``vllm serve``, as on the command line.
         tensor_parallel: number of ranks, which share the cores evenly.
+        pipeline_parallel: number of stages, each of as many ranks.
         environment: variables set for the server besides those it needs on a small machine.
 
     Raises:
@@ -47,6 +48,7 @@ class VllmServer:
         log: Path,
         *options: str,
         tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
         environment: dict[str, str] | None = None,
     ) -> None:
         self.model = str(model)
@@ -55,7 +57,8 @@ class VllmServer:
         vllm = Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self.port)]
         self._command += ["--tensor-parallel-size", str(tensor_parallel), *options]
-        self._environment = {**os.environ, **_small_machine(tensor_parallel), **(environment or {})}
+        self._command += ["--pipeline-parallel-size", str(pipeline_parallel)] if pipeline_parallel > 1 else []
+        self._environment = {**os.environ, **_small_machine(tensor_parallel * pipeline_parallel), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

@@ -31,7 +31,7 @@ from smoothrot_offline.checkpoint import (
 )
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
 from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
-from smoothrot_offline.layer import LayerConverter, cast, store
+from smoothrot_offline.layer import LayerConverter, cast, cast_rows, store
 from smoothrot_offline.manifest import (
     CalibrationRecord,
     Manifest,
@@ -40,6 +40,7 @@ from smoothrot_offline.manifest import (
     package_versions,
     read_manifest,
 )
+from smoothrot_offline.memory import give_back_freed_memory
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.resume import Journal, conversion_identity
@@ -240,8 +241,8 @@ class _Run:
 
     def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
-        rows = [cast(self.transform.embedding(part.double()), self.dtype, self.embedding) for part in embedding.split(HEAD_ROWS)]
-        self.shards.add({self.embedding: torch.cat(rows)})
+        slices = (self.transform.embedding(part.double()) for part in embedding.split(HEAD_ROWS))
+        self.shards.add({self.embedding: cast_rows(slices, embedding.shape, self.dtype, self.embedding)})
         return None if tokens is None else embed(tokens, embedding, self.spec.embedding_scale)
 
     def _rounding(self, hidden: torch.Tensor | None) -> SequentialRounding | None:
@@ -275,13 +276,19 @@ class _Run:
             return
         for index in indices:
             step(f"layer {index + 1} of {self.spec.layers}")
-            done = converter.layer(index, None if rounding is None else rounding.layer)
-            self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
-            self.shards.add(done.tensors)
+            self._finish_layer(index, converter, rounding)
+            # From its file: what waits for its shard for many layers would lie in between the large tensors of each, and keep
+            # the allocator from using their place again.
+            self.shards.add(self.journal.load_layer(index))
+
+    def _finish_layer(self, index: int, converter: LayerConverter, rounding: SequentialRounding | None) -> None:
+        done = converter.layer(index, None if rounding is None else rounding.layer)
+        self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
 
     def _head(self) -> None:
         table = self.spec.architecture
         norm, head = f"{table.final_norm}.weight", f"{table.lm_head}.weight"
+        give_back_freed_memory()
         gamma = self.checkpoint.load([norm])[norm].double()
         self.shards.add({norm: cast(self.transform.final_norm(gamma), self.dtype, norm)})
         source = self.embedding if self.spec.tied else head
@@ -291,10 +298,10 @@ class _Run:
         slices = (self.transform.head(part.double(), gamma) for part in weight.split(HEAD_ROWS))
         scheme = self.schema.scheme(table.lm_head)
         if scheme is None:
-            self.shards.add({head: torch.cat([cast(part, self.dtype, head) for part in slices])})
+            self.shards.add({head: cast_rows(slices, weight.shape, self.dtype, head)})
         else:
             parts = ((part, quantize_rtn(part, scheme.weights, head)) for part in slices)
-            stored, self.head_error = store(parts, scheme.weights, table.lm_head)
+            stored, self.head_error = store(parts, weight.shape, scheme.weights, table.lm_head)
             self.shards.add(stored)
 
     def _recorded_config(self) -> ConvertConfig:

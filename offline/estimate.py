@@ -34,9 +34,9 @@ TIME_METHOD = (
     "bytes over the rate of SHA-256, all three measured for a moment on this machine now"
 )
 MEMORY_METHOD = (
-    "this process now, plus five quarters of: the calibration's hidden states, one shard, and the largest of a decoder layer run "
-    "in float32, the same layer folded in float64 with the samples that rotations are learned from, the head with a slice of "
-    "rows in float64; or of the whole model, if it generates the text"
+    "this process now, plus five quarters of: the calibration's hidden states, one shard or the embedding, and the largest of a "
+    "decoder layer run in float32, the same layer folded in float64 with the samples that rotations are learned from, the head "
+    "with a slice of rows in float64; or of the whole model, if it generates the text"
 )
 
 
@@ -60,16 +60,18 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     chunk = max(CHUNK_TOKENS, config.calib_seqlen) if config.needs_calibration else 0
     hidden = 4 * tokens * spec.hidden
     running = (2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
-    # The float64 layer, and a rotation's input, output and transpose of its largest linear.
-    folding = (2 + 8) * sum(weights) + 3 * 8 * max(weights)
+    # The source's layer and the float64 one, and what a rotation holds of its largest linear beside it: with signs, after each of
+    # two factors, transposed. Then what is stored.
+    folding = (2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
     if config.rounding != "rtn":
         # The second hidden states; H and what factorising it takes, in float64, and C and its solution.
         hidden *= 3 if config.rounding == "gptaq" else 2
         # Of a layer with experts, an H of each.
         matrices = (9 if config.rounding == "gptaq" else 6) + experts - 1
         running += 4 * sum(weights) + 8 * matrices * max(spec.intermediate, spec.hidden) ** 2
-    head = before.embedding + after.lm_head + 4 * 8 * HEAD_ROWS * spec.hidden
-    shard = min(config.shard_mib * MEBIBYTE, after.total)
+    head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
+    # A tensor is in one shard, however large.
+    shard = min(max(config.shard_mib * MEBIBYTE, after.embedding), after.total)
     learning = learning_bytes(spec) if config.learns_rotations else 0
     converting = hidden + shard + max(running if tokens else 0, learning + folding, head)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
@@ -119,8 +121,8 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         passes += 1.5 * copies
         flop += copies * spec.layers * tokens * 2 * inputs
         folds += 1
-    # An output tensor is in its layer's file first and then in a shard.
-    hashed = before.total + 2 * after.total
+    # An output tensor is in its layer's file first, which is hashed again when it is read, and then in a shard.
+    hashed = before.total + 3 * after.total
     total = folds * (weights + head) / _weights_per_second() + hashed / _hashed_bytes_per_second()
     return round(total + (flop + passes * tokens * per_token) / _flop_per_second(), 1)
 
@@ -144,7 +146,7 @@ def _weights_per_second() -> float:
     def fold_and_quantize() -> None:
         """What is done to a weight that is rotated on both sides."""
         folded = hadamard(hadamard(sample.double() * 1.5, 4096).T.contiguous(), 1024).T.contiguous()
-        store([(folded, quantize_rtn(folded, WeightScheme()))], WeightScheme(), "sample")
+        store([(folded, quantize_rtn(folded, WeightScheme()))], folded.shape, WeightScheme(), "sample")
 
     return sample.numel() / _fastest(fold_and_quantize)
 

@@ -9,11 +9,12 @@ import torch
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.manifest import LayerRecord, ScaleRange
+from smoothrot_offline.memory import give_back_freed_memory
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
 from smoothrot_offline.study import LayerStudy
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme
+from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme, weight_tensors
 from smoothrot_vllm.reference import encode
 
 RoundLayer = Callable[[int, dict[str, torch.Tensor]], dict[str, QuantizedWeight]]
@@ -48,6 +49,7 @@ class LayerConverter:
         Raises:
             CheckpointError: a tensor is damaged or exceeds the range of ``dtype``.
         """
+        give_back_freed_memory()
         prefix, study = self.spec.layer_prefix(index), self.studies[index]
         loaded = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
         layer = {name: tensor.double() for name, tensor in loaded.items()}
@@ -61,7 +63,7 @@ class LayerConverter:
                 weight = layer.pop(f"{linear}.weight")
                 done = rounded.pop(linear, None)
                 parts = [(weight, done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"))]
-                stored, errors[linear] = store(parts, scheme.weights, prefix + linear)
+                stored, errors[linear] = store(parts, weight.shape, scheme.weights, prefix + linear)
                 output |= stored
         output |= {prefix + name: cast(tensor, self.dtype, prefix + name) for name, tensor in layer.items()}
         record = LayerRecord(
@@ -80,17 +82,29 @@ class LayerConverter:
 
 
 def store(
-    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], scheme: WeightScheme, name: str
+    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], shape: Sequence[int], scheme: WeightScheme, name: str
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Stored tensors of the linear whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
-    packed, scales, error, norm = [], [], 0.0, 0.0
+    """Stored tensors of the linear of ``shape`` whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
+    # Allocated first: a small tensor that stays between large ones that go would keep the allocator from using their place again.
+    tables = weight_tensors(shape[0], shape[1], scheme)
+    stored = {f"{name}.{suffix}": torch.empty(size, dtype=dtype) for suffix, (size, dtype) in tables.items()}
+    packed, scales = stored[f"{name}.{WEIGHT_PACKED}"], stored[f"{name}.{WEIGHT_SCALE}"]
+    row, error, norm = 0, 0.0, 0.0
     for weight, quantized in parts:
         error += float((weight - quantized.dequantize()).square().sum())
         norm += float(weight.square().sum())
-        packed.append(encode(quantized.codes, scheme.bits))
-        scales.append(quantized.scale)
-    stored = {f"{name}.{WEIGHT_PACKED}": torch.cat(packed), f"{name}.{WEIGHT_SCALE}": torch.cat(scales)}
+        rows = slice(row, row := row + len(weight))
+        packed[rows], scales[rows] = encode(quantized.codes, scheme.bits), quantized.scale
     return stored, (error / norm) ** 0.5 if norm else 0.0
+
+
+def cast_rows(parts: Iterable[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
+    """:func:`cast` of a tensor of ``shape`` whose rows come in ``parts``."""
+    stored, row = torch.empty(*shape, dtype=dtype), 0
+    for part in parts:
+        rows = slice(row, row := row + len(part))
+        stored[rows] = cast(part, dtype, name)
+    return stored
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -27,6 +27,7 @@ class Setup:
     flag: bool
     eager: bool
     ranks: int
+    stages: int = 1
 
 
 # Llama, eager, TP=1, W4A8 is the base of test_served_lora.py.
@@ -42,6 +43,13 @@ SETUPS = {
         ranks=2,
     ),
     "gemma3, no flag, eager, TP=1, W4A4, shared head": Setup("gemma3", (), flag=False, eager=True, ranks=1),
+    "qwen3_moe, no flag, eager, TP=2, W4A8": Setup(
+        "qwen3_moe", ("--activation-bits", "8", "--max-tp", "2"), flag=False, eager=True, ranks=2
+    ),
+    # vLLM 0.32 for CPUs makes a stage's buffers only as it compiles (docs/compat.md).
+    "llama, no flag, compiled, PP=2, W4A8": Setup(
+        "llama", ("--activation-bits", "8", "--scales", "none"), flag=False, eager=False, ranks=1, stages=2
+    ),
     "llama, flag, compiled, TP=2, W4A4": Setup(
         "llama", ("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2
     ),
@@ -70,7 +78,7 @@ def served(
     options += ["--quantization", "smoothrot"] if setup.flag else []
     options += ["--enforce-eager"] if setup.eager else []
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with VllmServer(directory, log, *options, tensor_parallel=setup.ranks) as server:
+    with VllmServer(directory, log, *options, tensor_parallel=setup.ranks, pipeline_parallel=setup.stages) as server:
         yield Served(server, [answer for answer in expected if answer[1].is_determined])
 
 
