@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from convert import COMMON, SHAPES, make_model
-from demo_model import fetch_smollm2
+from demo_model import default_cache, fetch_smollm2
 from safetensors.torch import load_file, save_file
 
 # Random models by name, as changes to convert.COMMON. A few layers of the large one take the time of a few layers.
@@ -43,6 +43,11 @@ CONVERT_OPTIONS = ("--preset", "none", "--scales", "none", "--rounding", "rtn")
 PEERS = ("w8a8", "w4a16")
 SCHEMES = ("bf16", *PEERS, *OURS)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def default_folder() -> Path:
+    """Where models are kept unless told otherwise: ``bench`` below the cache of packaged models."""
+    return default_cache() / "bench"
 
 
 def source_model(name: str, folder: Path) -> Path:

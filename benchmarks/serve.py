@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 from common import CLOCKS, Floors, machine, measure_floors, packages
-from models import MODELS, OURS, PEERS, SCHEMES, kv_bytes_per_token, linear_parameters, read_config, scheme_model
+from models import MODELS, OURS, PEERS, SCHEMES, default_folder, kv_bytes_per_token, linear_parameters, read_config, scheme_model
 from rich.console import Console
 from serve_report import show
 from serving import ServerError, VllmServer
@@ -86,8 +86,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK_CELLS)} cells instead of {len(ALL_CELLS)}")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each cell and contender")
     parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager: starts sooner, decodes slower")
-    default = Path(os.environ.get("SMOOTHROT_CACHE") or Path.home() / ".cache" / "smoothrot") / "bench"
-    parser.add_argument("--folder", type=Path, default=default, help="where models are made and kept")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="where models are made and kept")
     parser.add_argument("--prepare", action="store_true", help="make the models and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--output", type=Path, help="write the JSON object to this file, cell by cell, and go on from it")
