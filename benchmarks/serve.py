@@ -29,6 +29,8 @@ from typing import Any
 import psutil
 from common import CLOCKS, Floors, machine, measure_floors, packages
 from models import MODELS, OURS, PEERS, SCHEMES, default_folder, kv_bytes_per_token, linear_parameters, read_config, scheme_model
+from openai import OpenAIError
+from prepack import measure_prepack
 from rich.console import Console
 from serve_report import show
 from serving import ServerError, VllmServer
@@ -144,6 +146,7 @@ def open_report(args: argparse.Namespace) -> dict[str, Any]:
         "packages": packages(),
         "options": options,
         "floors": {"read_bytes_per_s": floors.read_bytes, "multiply_adds_per_s": floors.multiply_adds},
+        "prepack": measure_prepack(),
         "missing": dict(OTHER_PEERS),
         "results": [],
     }
@@ -162,22 +165,33 @@ def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any]) 
             console.print(f"{model} {scheme}: starting", highlight=False)
             try:
                 contenders.append(start(model, scheme, args, cells, logs, stack))
-            except ServerError as error:
-                report["missing"][f"{model} {scheme}"] = str(error)
-                console.print(f"{model} {scheme}: does not serve: {str(error)[:2000]}", style="red", markup=False)
+            except (ServerError, OpenAIError) as error:
+                miss(report, model, scheme, error)
         for cell in cells:
             rounds: dict[str, list[dict[str, float]]] = {c.scheme: [] for c in contenders}
             for number in range(args.rounds):
-                for contender in contenders:
-                    measured = bench(contender, cell, number, logs)
+                for contender in list(contenders):
+                    try:
+                        measured = bench(contender, cell, number, logs)
+                    except RuntimeError as error:
+                        contenders.remove(contender)
+                        miss(report, model, contender.scheme, error)
+                        continue
                     rounds[contender.scheme].append(measured)
                     text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
                     console.print(f"{model} {contender.scheme} {asdict(cell)} round {number + 1}: {text}", highlight=False)
             floors = Floors(report["floors"]["read_bytes_per_s"], report["floors"]["multiply_adds_per_s"])
             for contender in contenders:
+                report["missing"].pop(f"{model} {contender.scheme}", None)
                 drop(report, model, contender.scheme, cell)
                 report["results"].append(row(model, contender, cell, rounds[contender.scheme], floors))
             save(report, args.output)
+
+
+def miss(report: dict[str, Any], model: str, scheme: str, error: Exception) -> None:
+    """Name a contender that takes no part any more, and why."""
+    report["missing"][f"{model} {scheme}"] = str(error)
+    console.print(f"{model} {scheme}: takes no part any more: {error}", style="red", markup=False, highlight=False)
 
 
 def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cell], logs: Path, stack: ExitStack) -> Contender:
@@ -185,6 +199,7 @@ def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cel
 
     Raises:
         ServerError: the server ended or did not answer.
+        OpenAIError: it does not answer the first request.
     """
     directory = scheme_model(model, scheme, args.folder)
     tokens = max(c.batch * (c.prompt + c.output) for c in cells)

@@ -36,6 +36,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         loaded, peak = (max(r[name] for r in own) / 1e6 for name in ("loaded_rss_bytes", "peak_rss_bytes"))
         startup.add_row(model, scheme, f"{own[-1]['startup_s']:.1f}", f"{loaded:.0f}", f"{peak:.0f}")
     console.print(startup)
+    prepack = Table(
+        "weight", "group size", "GB/s on one thread", "peak memory / result", title="Repacking of weights at start-up"
+    )
+    for p in report["prepack"]:
+        prepack.add_row(p["weight"], str(p["group_size"]), f"{p['gb_per_s']:.2f}", f"{p['peak_of_packed']:.2f}")
+    console.print(prepack)
     for name, reason in report["missing"].items():
         console.print(f"missing: {name}: {reason}", markup=False, highlight=False)
 

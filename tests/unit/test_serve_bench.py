@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import prepack
 import pytest
 import serve
 import torch
@@ -18,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from serve import Cell
 from serve_report import show
+from serving import ServerError
 from tiny_models import byte_tokenizer
 
 TINY = {
@@ -73,6 +75,7 @@ def report(*results: dict[str, Any]) -> dict[str, Any]:
         "packages": packages(),
         "options": {"rounds": 3, "eager": False, "device": "cpu"},
         "floors": {"read_bytes_per_s": 1e10, "multiply_adds_per_s": None},
+        "prepack": [{"weight": "down_proj", "shape": [8, 8], "group_size": -1, "gb_per_s": 1.5, "peak_of_packed": 1.0}],
         "missing": {"llama.cpp": "not installed"},
         "results": list(results),
     }
@@ -195,3 +198,37 @@ def test_the_table_holds_times_ratios_and_what_is_missing() -> None:
     (line,) = [line for line in text.splitlines() if "w4a8" in line and "20%" in line]
     assert [word.strip(" │") for word in line.split("│")][6:-1] == ["10.0", "20%", "100.0", "1.00", "4.00", "4.00"]
     assert "missing: llama.cpp: not installed" in text
+    assert "1.50" in text
+
+
+def test_repacking_reports_a_rate_and_the_memory_of_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack, "SHAPES", {"small": (8192, 4096)})
+    for measured in prepack.measure_prepack(rounds=1):
+        assert measured["gb_per_s"] > 0
+        # The result is written, so resident; twice its size would be a second copy.
+        assert 0.9 < measured["peak_of_packed"] < 1.6
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def start(model: str, scheme: str, *_others: Any) -> serve.Contender:
+        if scheme == "w8a8":
+            raise ServerError("no kernel")
+        return serve.Contender(scheme, tmp_path, None, 1.0, 1)
+
+    def bench(contender: serve.Contender, cell: Cell, *_others: Any) -> dict[str, float]:
+        if contender.scheme == "w4a16":
+            raise RuntimeError("a request failed")
+        return {"tpot_ms": 1.0}
+
+    monkeypatch.setattr(serve, "start", start)
+    monkeypatch.setattr(serve, "bench", bench)
+    monkeypatch.setattr(
+        serve, "row", lambda model, contender, cell, *_others: result(contender.scheme, 1.0, batch=cell.batch, prompt=cell.prompt)
+    )
+    measured = report()
+    serve.measure_model("SmolLM2-135M", arguments("--quick", "--output", str(tmp_path / "serve.json")), measured)
+    assert {r["scheme"] for r in measured["results"]} == {"bf16", "w4a8"}
+    assert len(measured["results"]) == 2 * len(serve.QUICK_CELLS)
+    assert measured["missing"]["SmolLM2-135M w8a8"] == "no kernel"
+    assert measured["missing"]["SmolLM2-135M w4a16"] == "a request failed"
+    assert json.loads((tmp_path / "serve.json").read_text()) == measured
