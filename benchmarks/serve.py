@@ -128,16 +128,16 @@ def open_report(args: argparse.Namespace) -> dict[str, Any]:
     """The report to go on with: that in ``--output``, or one without results.
 
     Raises:
-        ValueError: the file was written with other options or packages, or is no report.
+        ValueError: the file was written with other options or packages or on another machine, or is no report.
     """
     options = {"rounds": args.rounds, "eager": args.eager, "device": args.device}
+    here = {"options": options, "packages": packages(), "cpu": machine()["cpu"], "cores": machine()["cores"]}
     if args.output and args.output.exists():
         report: dict[str, Any] = json.loads(args.output.read_text())
-        found = {"options": report.get("options"), "packages": report.get("packages")}
-        if found != {"options": options, "packages": packages()}:
+        found = {name: report.get(name, report.get("machine", {}).get(name)) for name in here}
+        if found != here:
             raise ValueError(
-                f"--output {args.output}: expected a report of the same options {options} and packages, got {found}. "
-                "Give another file, or remove this one."
+                f"--output {args.output}: expected a report of {here}, got one of {found}. Give another file, or remove this one."
             )
         return report
     floors = measure_floors(machine()["cores"], CLOCKS["wall"])
