@@ -147,7 +147,7 @@ def open_report(args: argparse.Namespace) -> dict[str, Any]:
         "options": options,
         "floors": {"read_bytes_per_s": floors.read_bytes, "multiply_adds_per_s": floors.multiply_adds},
         "prepack": measure_prepack(),
-        "missing": dict(OTHER_PEERS),
+        "missing": {name: reason for name, reason in OTHER_PEERS.items() if name not in packages()},
         "results": [],
     }
 
