@@ -25,8 +25,9 @@ check-cuda: env  ## every CUDA kernel for every architecture: its machine code a
 sass: env  ## write docs/sass.md anew
 	$(BIN)/python csrc/cuda/check_sass.py
 
-bench: env  ## kernels against their peers and the machine's limits
+bench: env  ## kernels, then served models, against their peers and the machine's limits
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/serve.py --quick
 
 clean:
 	rm -rf build demo-output *.egg-info smoothrot_vllm/*.so

@@ -68,7 +68,7 @@ def main() -> None:
         print(text, end="")
 
 
-def make_model(directory: Path, shape: dict[str, int], random: bool) -> Path:
+def make_model(directory: Path, shape: dict[str, Any], random: bool) -> Path:
     """A checkpoint of one file for each decoder layer, and one for the rest: random, or sparse and zero."""
     directory.mkdir()
     config = COMMON | shape
@@ -88,7 +88,8 @@ def make_model(directory: Path, shape: dict[str, int], random: bool) -> Path:
 def rest_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of what is outside the decoder layers."""
     table = (config["vocab_size"], config["hidden_size"])
-    return {"model.embed_tokens.weight": table, "model.norm.weight": table[1:], "lm_head.weight": table}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": table[1:]}
+    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": table}
 
 
 def layer_tensors(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:

@@ -58,7 +58,7 @@ class VllmServer:
         self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self.port)]
         self._command += ["--tensor-parallel-size", str(tensor_parallel), *options]
         self._command += ["--pipeline-parallel-size", str(pipeline_parallel)] if pipeline_parallel > 1 else []
-        self._environment = {**os.environ, **_small_machine(tensor_parallel * pipeline_parallel), **(environment or {})}
+        self._environment = {**os.environ, **small_machine(tensor_parallel * pipeline_parallel), **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -139,7 +139,7 @@ def _free_port() -> int:
         return port
 
 
-def _small_machine(ranks: int) -> dict[str, str]:
+def small_machine(ranks: int) -> dict[str, str]:
     """vLLM's default keeps a core for itself; give every core to the model, each rank its share."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // ranks)

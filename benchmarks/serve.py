@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End-to-end speed: models served by vLLM as we, its 16-bit path and its own quantised paths serve them.
+
+Every contender of a model is started once (start-up seconds, memory) and stays up; then ``vllm bench serve`` measures them in
+turn, cell by cell and round by round, so that a drift of the machine meets all alike. A cell is a batch of requests sent at
+once. The client shares the cores with the server, as it does on a user's machine.
+
+    python benchmarks/serve.py --models SmolLM2-135M Llama-3.2-1B --quick --output serve.json
+
+``--output`` is rewritten after each measured cell; the same command goes on where an interrupted one stopped.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+from common import CLOCKS, Floors, machine, measure_floors, packages
+from models import MODELS, OURS, PEERS, SCHEMES, default_folder, kv_bytes_per_token, linear_parameters, read_config, scheme_model
+from openai import OpenAIError
+from prepack import measure_prepack
+from rich.console import Console
+from serve_report import show
+from serving import ServerError, VllmServer
+
+DEFAULT_SCHEMES = ("bf16", *PEERS, "w4a8")
+# Peers that this benchmark knows of and does not run, by what their users call them.
+OTHER_PEERS = {
+    "llama.cpp": "not run: its GGUF models need a timer of their own",
+    "zentorch": "not installed; vLLM takes its kernels for bf16, w8a8 and w4a16 where it is",
+}
+WEIGHT_BITS = {"bf16": 16, "w8a8": 8} | dict.fromkeys(["w4a16", *OURS], 4)
+HEAD_BITS = {scheme: 8 for scheme, options in OURS.items() if "--lm-head-bits" in options}
+EIGHT_BIT_ACTIVATIONS = ("w8a8", *OURS)
+BATCHES, PROMPTS = (1, 4, 16, 64), (128, 1024)
+OUTPUT_TOKENS = 32
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``batch`` requests at once of ``prompt`` tokens each, which are answered with ``output`` tokens each."""
+
+    batch: int
+    prompt: int
+    output: int = OUTPUT_TOKENS
+
+
+ALL_CELLS = tuple(Cell(batch, prompt) for prompt in PROMPTS for batch in BATCHES)
+# Decoding alone, a batch that decodes, a prompt that is read: an output of 2 leaves a time per token and little else.
+QUICK_CELLS = (Cell(1, 128), Cell(16, 32), Cell(1, 1024, 2))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to serve a model, up and running."""
+
+    scheme: str
+    directory: Path
+    server: VllmServer
+    startup_s: float
+    loaded_rss_bytes: int
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident memory of each process of the server, added up; shared pages count in each."""
+        return memory(self.server.pid, "VmHWM")
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["SmolLM2-135M", "Llama-3.2-1B"])
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(DEFAULT_SCHEMES))
+    parser.add_argument("--quick", action="store_true", help=f"{len(QUICK_CELLS)} cells instead of {len(ALL_CELLS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each cell and contender")
+    parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager: starts sooner, decodes slower")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="where models are made and kept")
+    parser.add_argument("--prepare", action="store_true", help="make the models and end")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--output", type=Path, help="write the JSON object to this file, cell by cell, and go on from it")
+    args = parser.parse_args(words)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+    return args
+
+
+def main() -> int:
+    """Measure, and print tables or JSON."""
+    args = parse_arguments()
+    signal.signal(signal.SIGTERM, _terminate)
+    if args.prepare:
+        for model in args.models:
+            for scheme in args.schemes:
+                console.print(str(scheme_model(model, scheme, args.folder)), highlight=False)
+        return 0
+    try:
+        report = open_report(args)
+        for model in args.models:
+            measure_model(model, args, report)
+    except KeyboardInterrupt:
+        console.print("[yellow]stopped; servers are down, finished cells are kept in --output[/]")
+        return 130
+    except (ServerError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        console.print(f"serve.py: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    if args.json:
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        show(report, Console(width=None if sys.stdout.isatty() else 130))
+    return 0
+
+
+def open_report(args: argparse.Namespace) -> dict[str, Any]:
+    """The report to go on with: that in ``--output``, or one without results.
+
+    Raises:
+        ValueError: the file was written with other options or packages or on another machine, or is no report.
+    """
+    options = {"rounds": args.rounds, "eager": args.eager, "device": args.device}
+    here = {"options": options, "packages": packages(), "cpu": machine()["cpu"], "cores": machine()["cores"]}
+    if args.output and args.output.exists():
+        report: dict[str, Any] = json.loads(args.output.read_text())
+        found = {name: report.get(name, report.get("machine", {}).get(name)) for name in here}
+        if found != here:
+            raise ValueError(
+                f"--output {args.output}: expected a report of {here}, got one of {found}. Give another file, or remove this one."
+            )
+        return report
+    floors = measure_floors(machine()["cores"], CLOCKS["wall"])
+    return {
+        "machine": machine(),
+        "packages": packages(),
+        "options": options,
+        "floors": {"read_bytes_per_s": floors.read_bytes, "multiply_adds_per_s": floors.multiply_adds},
+        "prepack": measure_prepack(),
+        "missing": {name: reason for name, reason in OTHER_PEERS.items() if name not in packages()},
+        "results": [],
+    }
+
+
+def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Add the rows of the cells that the report lacks."""
+    cells = [c for c in (QUICK_CELLS if args.quick else ALL_CELLS) if not all(has(report, model, s, c) for s in args.schemes)]
+    if not cells:
+        console.print(f"{model}: every cell is in the report already")
+        return
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        contenders = []
+        for scheme in args.schemes:
+            console.print(f"{model} {scheme}: starting", highlight=False)
+            try:
+                contenders.append(start(model, scheme, args, cells, logs, stack))
+            except (ServerError, OpenAIError) as error:
+                miss(report, model, scheme, error)
+        for cell in cells:
+            rounds: dict[str, list[dict[str, float]]] = {c.scheme: [] for c in contenders}
+            for number in range(args.rounds):
+                for contender in list(contenders):
+                    try:
+                        measured = bench(contender, cell, number, logs)
+                    except RuntimeError as error:
+                        contenders.remove(contender)
+                        miss(report, model, contender.scheme, error)
+                        continue
+                    rounds[contender.scheme].append(measured)
+                    text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+                    console.print(f"{model} {contender.scheme} {asdict(cell)} round {number + 1}: {text}", highlight=False)
+            floors = Floors(report["floors"]["read_bytes_per_s"], report["floors"]["multiply_adds_per_s"])
+            for contender in contenders:
+                report["missing"].pop(f"{model} {contender.scheme}", None)
+                drop(report, model, contender.scheme, cell)
+                report["results"].append(row(model, contender, cell, rounds[contender.scheme], floors))
+            save(report, args.output)
+
+
+def miss(report: dict[str, Any], model: str, scheme: str, error: Exception) -> None:
+    """Name a contender that takes no part any more, and why."""
+    report["missing"][f"{model} {scheme}"] = str(error)
+    console.print(f"{model} {scheme}: takes no part any more: {error}", style="red", markup=False, highlight=False)
+
+
+def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cell], logs: Path, stack: ExitStack) -> Contender:
+    """Serve ``scheme`` until ``stack`` closes; the first request is answered before this returns.
+
+    Raises:
+        ServerError: the server ended or did not answer.
+        OpenAIError: it does not answer the first request.
+    """
+    directory = scheme_model(model, scheme, args.folder)
+    tokens = max(c.batch * (c.prompt + c.output) for c in cells)
+    cache = -(-tokens * kv_bytes_per_token(read_config(directory)) // (1 << 30))
+    options = ["--max-model-len", str(max(c.prompt + c.output for c in cells) + 64), "--no-enable-prefix-caching"]
+    options += ["--dtype", "bfloat16", "--max-num-seqs", str(max(c.batch for c in cells))]
+    options += ["--enforce-eager"] if args.eager else []
+    # A compiled graph that was saved does not load on a CPU in vLLM 0.32; the caches below it do their work.
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(max(1, cache)), "VLLM_USE_AOT_COMPILE": "0"}
+    began = time.perf_counter()
+    server = stack.enter_context(VllmServer(directory, logs / f"{scheme}.log", *options, environment=environment))
+    seconds = time.perf_counter() - began
+    loaded = memory(server.pid, "VmRSS")
+    server.client.completions.create(model=server.model, prompt="The first request", max_tokens=8)
+    return Contender(scheme, directory, server, seconds, loaded)
+
+
+def bench(contender: Contender, cell: Cell, number: int, folder: Path) -> dict[str, float]:
+    """Medians that ``vllm bench serve`` reports for one batch of random prompts.
+
+    Raises:
+        RuntimeError: the command failed, or a request did.
+    """
+    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", contender.server.url]
+    command += ["--model", str(contender.directory), "--dataset-name", "random", "--random-input-len", str(cell.prompt)]
+    command += ["--random-output-len", str(cell.output), "--num-prompts", str(cell.batch), "--seed", str(number)]
+    command += ["--max-concurrency", str(cell.batch), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "bench.json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"vllm bench serve of {contender.directory} failed:\n{result.stderr[-3000:]}")
+    return figures(json.loads((folder / "bench.json").read_text()), cell)
+
+
+def figures(measured: Mapping[str, Any], cell: Cell) -> dict[str, float]:
+    """What is kept of a result of ``vllm bench serve``.
+
+    Raises:
+        RuntimeError: not every request was answered in full.
+    """
+    if measured["completed"] != cell.batch or measured["total_output_tokens"] != cell.batch * cell.output:
+        raise RuntimeError(
+            f"vllm bench serve: expected {cell.batch} answers of {cell.output} tokens, got {measured['completed']} answers, "
+            f"{measured['total_output_tokens']} tokens in all"
+        )
+    return {
+        "ttft_ms": measured["median_ttft_ms"],
+        "tpot_ms": measured["median_tpot_ms"],
+        "tokens_per_s": measured["output_throughput"],
+    }
+
+
+def row(model: str, contender: Contender, cell: Cell, rounds: Sequence[Mapping[str, float]], floors: Floors) -> dict[str, Any]:
+    """One result: medians over the rounds, the rounds, and what belongs to the contender."""
+    medians = {name: round(statistics.median(r[name] for r in rounds), 3) for name in rounds[0]}
+    return {
+        "model": model,
+        "scheme": contender.scheme,
+        **asdict(cell),
+        **medians,
+        **floor(contender.scheme, read_config(contender.directory), cell, floors),
+        "peak_rss_bytes": contender.peak_rss_bytes,
+        "loaded_rss_bytes": contender.loaded_rss_bytes,
+        "startup_s": round(contender.startup_s, 2),
+        "rounds": [dict(r) for r in rounds],
+    }
+
+
+def floor(scheme: str, config: Mapping[str, Any], cell: Cell, floors: Floors) -> dict[str, float]:
+    """Least milliseconds of a decode step and of reading the prompts.
+
+    Weights are read from DRAM once; with 8-bit activations, which is what the peak rate is of, weights of the decoder layers are
+    multiplied once a token. Keys, values and attention count nothing.
+    """
+    linears, head = linear_parameters(config), config["vocab_size"] * config["hidden_size"]
+    bits = WEIGHT_BITS[scheme]
+    read = (linears * bits + head * HEAD_BITS.get(scheme, 16)) / 8 / floors.read_bytes
+
+    def seconds(tokens: int) -> float:
+        known = scheme in EIGHT_BIT_ACTIVATIONS and floors.multiply_adds
+        return max(read, tokens * linears / floors.multiply_adds) if known and floors.multiply_adds else read
+
+    return {
+        "tpot_floor_ms": round(seconds(cell.batch) * 1e3, 3),
+        "ttft_floor_ms": round(seconds(cell.batch * cell.prompt) * 1e3, 3),
+    }
+
+
+def memory(pid: int, field: str) -> int:
+    """Bytes of ``VmRSS`` or ``VmHWM`` of a process and all below it."""
+    process = psutil.Process(pid)
+    kilobytes = 0
+    for member in [process, *process.children(recursive=True)]:
+        try:
+            status = Path(f"/proc/{member.pid}/status").read_text()
+        except OSError:
+            continue
+        kilobytes += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
+    return kilobytes * 1024
+
+
+def matches(result: Mapping[str, Any], model: str, scheme: str, cell: Cell) -> bool:
+    """Is this the result of the cell?"""
+    return result["model"] == model and result["scheme"] == scheme and asdict(cell).items() <= result.items()
+
+
+def has(report: Mapping[str, Any], model: str, scheme: str, cell: Cell) -> bool:
+    """Does the report hold the cell of this contender?"""
+    return any(matches(result, model, scheme, cell) for result in report["results"])
+
+
+def drop(report: dict[str, Any], model: str, scheme: str, cell: Cell) -> None:
+    """Forget what an earlier run measured of the cell: ratios hold within one run alone."""
+    report["results"] = [result for result in report["results"] if not matches(result, model, scheme, cell)]
+
+
+def save(report: Mapping[str, Any], output: Path | None) -> None:
+    """Replace the file as a whole."""
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new = output.with_name(output.name + ".new")
+    new.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(new, output)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
