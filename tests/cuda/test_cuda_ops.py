@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA ops' own code on a make-believe GPU: refusals, and which kernel it launches; test_emulated_contract.py has the rest."""
+"""The CUDA ops' own code on a make-believe GPU: what is refused, and which kernel is launched."""
 
 from typing import Any
 
