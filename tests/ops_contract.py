@@ -86,6 +86,7 @@ class OpsContract:
     """Inputs, block."""
     gemms = ((1, 40, 64), (16, 33, 96), (17, 48, 128), (70, 40, 96))
     """Tokens, outputs, inputs."""
+    linears = gemms
     groups = ((1, 40, 96, 3), (20, 40, 128, 2))
     """Tokens, outputs, inputs, groups."""
 
@@ -144,7 +145,7 @@ class OpsContract:
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
     def test_linear(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
-        for tokens, outputs, inputs in self.gemms:
+        for tokens, outputs, inputs in self.linears:
             layer = random_layer(outputs, inputs, 1, weight_bits, act_bits, dtype)
             x = torch.randn(tokens, inputs).to(dtype)
             for block in (0, 32):
