@@ -126,7 +126,12 @@ def find_peers() -> Peers:
 
 
 def _vllm_for_cuda(op: str) -> Any:
-    """vLLM's ``_custom_ops``, once its compiled op is there."""
+    """vLLM's ``_custom_ops``, once its compiled op is there.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        RuntimeError: it is a build for another device, or has no such op.
+    """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("vllm is not installed: pip install 'vllm==0.32.0'")
     from vllm import _custom_ops as vllm_ops
@@ -141,12 +146,7 @@ def _vllm_for_cuda(op: str) -> Any:
 
 
 def cutlass_w8a8() -> Maker:
-    """vLLM's int8 linear: dynamic per-token quantisation, then CUTLASS.
-
-    Raises:
-        ImportError: vLLM is not installed.
-        RuntimeError: it has no such kernel.
-    """
+    """vLLM's int8 linear: dynamic per-token quantisation, then CUTLASS; raises what ``_vllm_for_cuda`` does."""
     vllm_ops = _vllm_for_cuda("cutlass_scaled_mm")
 
     def linear(x: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -161,12 +161,7 @@ def cutlass_w8a8() -> Maker:
 
 
 def marlin_w4a16() -> Maker:
-    """vLLM's 4-bit weights with 16-bit activations, in groups of 128.
-
-    Raises:
-        ImportError: vLLM is not installed.
-        RuntimeError: it has no such kernel.
-    """
+    """vLLM's 4-bit weights with 16-bit activations, in groups of 128; raises what ``_vllm_for_cuda`` does."""
     vllm_ops = _vllm_for_cuda("marlin_gemm")
     from vllm.model_executor.layers.quantization.utils import marlin_utils
     from vllm.scalar_type import scalar_types

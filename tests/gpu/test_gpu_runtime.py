@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from device_cuda import capture
 from ops_contract import CLIP, Layer, Target, assert_same, random_layer
 
 from smoothrot_vllm import ops
@@ -46,19 +47,13 @@ def test_a_captured_graph_replays_on_new_inputs(target: Target, tokens: int, sch
     def call() -> torch.Tensor:
         return target.ops.linear(static, packed, scale, bias, BLOCK, CLIP, layer.act_bits, layer.weight_bits)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = call()
+    results: list[torch.Tensor] = []
+    graph = capture(lambda: results.append(call()), 1)
     for _ in range(3):
         x = inputs_of(tokens)
         static.copy_(x)
         graph.replay()
-        assert_same(y, layer.expected(x, BLOCK))
+        assert_same(results[-1], layer.expected(x, BLOCK))
 
 
 def test_kernels_run_on_the_current_stream(target: Target) -> None:
