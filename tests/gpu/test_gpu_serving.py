@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models converted and served by ``vllm serve`` in 16 bits on the GPU, against the reference forward in float32."""
+"""A tiny model converted and served by ``vllm serve`` in 16 bits on the GPU, against the reference forward in float32."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -15,17 +15,13 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(400)]
 
 TOKENS = 8
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
-# The reference computes in float32 and the server in float16: what that is worth was measured with vLLM's CPU backend
-# in float16 on these very models and prompts.
-SAFE_MARGIN_16_BITS = 0.5
-LARGEST_MEDIAN = 0.03
-SETUPS = {
-    "llama, W4A8, compiled with CUDA graphs": (("llama", "--activation-bits", "8", "--lm-head-bits", "8"), ()),
-    "mistral, W4A8 in groups, some layers W8A8, eager": (
-        ("mistral", "--activation-bits", "8", "--group-size", "32", "--keep-8bit", "auto:0.4"),
-        ("--enforce-eager",),
-    ),
-}
+# The reference computes in float32 and the server in float16. vLLM's CPU backend in float16 gave, on this model and these
+# prompts, the tokens of all 11 continuations with this margin, and log-probabilities with a median difference of 0.021 and
+# a largest one of 0.16.
+SAFE_MARGIN_16_BITS = 0.1
+LARGEST_MEDIAN, LARGEST_DIFFERENCE = 0.04, 0.3
+CONVERSION = ("llama", "--activation-bits", "8", "--lm-head-bits", "8")
+SETUPS: dict[str, tuple[str, ...]] = {"compiled, with CUDA graphs": (), "eager": ("--enforce-eager",)}
 Served = tuple[VllmServer, list[tuple[list[int], Greedy]]]
 
 
@@ -33,8 +29,8 @@ Served = tuple[VllmServer, list[tuple[list[int], Greedy]]]
 def served(
     request: pytest.FixtureRequest, tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    conversion, options = request.param
-    directory = tiny_converted(*conversion)
+    options: tuple[str, ...] = request.param
+    directory = tiny_converted(*CONVERSION)
     tokenizer, reference = AutoTokenizer.from_pretrained(directory), Reference(directory)
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     expected = [(prompt, reference.greedy(prompt, TOKENS)) for prompt in prompts]
@@ -61,7 +57,7 @@ def test_tokens_and_logprobs_are_those_of_the_reference(served: Served) -> None:
         assert choice.token_ids == greedy.tokens
         differences += [abs(got - want) for got, want in zip(choice.logprobs.token_logprobs, greedy.logprobs, strict=True)]
     assert statistics.median(differences) < LARGEST_MEDIAN
-    assert max(differences) < SAFE_MARGIN_16_BITS
+    assert max(differences) < LARGEST_DIFFERENCE
 
 
 def test_alone_and_together_requests_get_the_same_first_tokens(served: Served) -> None:
