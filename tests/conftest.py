@@ -11,6 +11,20 @@ from tiny_models import REPOSITORY, SHORT_TEXT, convert, save_tiny_model
 # The scripts there are no package: they find each other by their folder.
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/gpu out where they cannot run, unless they were asked for by name: then they say what is missing."""
+    if collection_path != GPU_TESTS:
+        return None
+    named = (Path(argument.partition("::")[0]).resolve() for argument in config.invocation_params.args)
+    if any(path == GPU_TESTS or GPU_TESTS in path.parents for path in named):
+        return None
+    from gpu_ready import problems
+
+    return True if problems() else None
+
 
 @pytest.fixture(scope="session")
 def tiny_converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

@@ -4,10 +4,8 @@
 #pragma once
 
 // clang-format off: the visitors and builders use what the earlier headers declare, but do not include them.
-#include <cutlass/cutlass.h>
-#include <cute/tensor.hpp>
-#include <cutlass/epilogue/collective/collective_builder.hpp>
-#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include "cutlass_sm90_compute.h"
+
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -20,11 +18,6 @@ namespace smoothrot::cuda::sm90 {
 
 using cute::_0;
 using cute::_1;
-
-// Float32 throughout: the reference rounds after each of these, so none may be fused (-fmad=false).
-template <template <typename> class Operation, typename Output>
-using Compute =
-    cutlass::epilogue::fusion::Sm90Compute<Operation, Output, float, cutlass::FloatRoundStyle::round_to_nearest>;
 
 template <typename Tile, typename MainloopSchedule, typename EpilogueSchedule, typename Out>
 struct Gemm {
@@ -42,9 +35,9 @@ struct Gemm {
   using PerToken = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<_0, _1, int64_t>>;
   using Accumulator = cutlass::epilogue::fusion::Sm90AccFetch;
 
-  using ChannelScaled = Tree<Compute<cutlass::multiplies, float>, Accumulator, PerOutput<float>>;
-  using Scaled = Tree<Compute<cutlass::multiplies, float>, ChannelScaled, PerToken>;
-  using Biased = Tree<Compute<cutlass::plus, Out>, Scaled, PerOutput<Out>>;
+  using ChannelScaled = Tree<ScaleNode, Accumulator, PerOutput<float>>;
+  using Scaled = Tree<ScaleNode, ChannelScaled, PerToken>;
+  using Biased = Tree<BiasNode<Out>, Scaled, PerOutput<Out>>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,

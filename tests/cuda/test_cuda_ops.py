@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA ops' own code on a make-believe GPU: results, refusals, and which kernel it launches."""
+"""The CUDA ops' own code on a make-believe GPU: what is refused, and which kernel is launched."""
 
 from typing import Any
 
@@ -8,8 +8,6 @@ import torch
 
 from smoothrot_vllm import reference
 from smoothrot_vllm.hadamard import base_matrix, factorize
-
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def prepare(ops: Any, block: int) -> int:
@@ -24,38 +22,6 @@ def weight(outputs: int, inputs: int, groups: int = 1, bits: int = 4) -> tuple[t
     top = reference.quant_max(bits)
     codes = torch.randint(-top - 1, top + 1, (outputs, inputs), dtype=torch.int8)
     return reference.encode(codes, bits), torch.rand(outputs, groups) * 0.01
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_the_quantising_ops_equal_the_reference(gpu: Any, dtype: torch.dtype, bits: int) -> None:
-    x = torch.randn(3, 192).to(dtype)
-    block = prepare(gpu, 96)
-    pairs = [
-        (gpu.quant(x, 0.9, bits), reference.quant(x, 0.9, bits)),
-        (gpu.hadamard_quant(x, block, 0.9, bits), reference.hadamard_quant(x, block, 0.9, bits)),
-        (gpu.silu_mul_hadamard_quant(x, block, 0.9, bits), reference.silu_mul_hadamard_quant(x, block, 0.9, bits)),
-    ]
-    norm, residual = torch.rand(192).to(dtype), torch.randn(3, 192).to(dtype)
-    expected = reference.rms_norm_quant(x, norm, 1e-5, 0.9, bits, residual)
-    pairs.append((gpu.rms_norm_quant(x, norm, 1e-5, 0.9, bits, residual), expected[:2]))
-    assert expected[2] is not None
-    assert torch.equal(residual, expected[2])
-    for got, want in pairs:
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_silu_mul_linear_equals_the_reference(gpu: Any, capability: int, dtype: torch.dtype) -> None:
-    gpu.pretend(capability, 1, 99 * 1024)
-    stored, scale = weight(40, 96)
-    gate_up, bias, block = torch.randn(2, 3, 192).to(dtype), torch.randn(40).to(dtype), prepare(gpu, 96)
-    quantised = reference.silu_mul_hadamard_quant(gate_up.flatten(0, 1), block, 0.9, 4)
-    expected = reference.gemm(*quantised, stored, scale, bias, dtype, 4, 4)
-    got = gpu.silu_mul_linear(gate_up, gpu.prepack_weight(stored, scale, 4), scale, bias, block, 0.9, 4, 4)
-    assert torch.equal(got, expected.view(2, 3, 40))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
@@ -81,26 +47,6 @@ def test_linear_equals_the_reference_on_every_architecture(
         native = capability == 80 and act_bits == 4
         uses_cutlass = weight_bits == 4 and groups == 1 and tokens == 20 and (native or capability == 90)
         assert bool(gpu.launched()) == uses_cutlass, gpu.launched()
-
-
-@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
-def test_gemm_takes_stored_codes_on_every_architecture(gpu: Any, weight_bits: int, act_bits: int) -> None:
-    packed, scale = weight(48, 64, 1, weight_bits)
-    codes, token_scale = reference.quant(torch.randn(33, 64), 1.0, act_bits)
-    expected = reference.gemm(codes, token_scale, packed, scale, None, torch.float16, act_bits, weight_bits)
-    for capability in (80, 90, 100):
-        gpu.pretend(capability, 108, 99 * 1024)
-        got = gpu.gemm(codes, token_scale, packed, scale, None, torch.float16, act_bits, weight_bits)
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
-def test_linear_keeps_leading_dimensions(gpu: Any, shape: tuple[int, ...]) -> None:
-    packed, scale = weight(40, 64)
-    x = torch.randn(shape)
-    y = gpu.linear(x, packed, scale, None, 0, 1.0, 8, 4)
-    assert y.shape == (*shape[:-1], 40)
-    assert torch.equal(y.reshape(-1, 40), gpu.linear(x.reshape(-1, 64), packed, scale, None, 0, 1.0, 8, 4))
 
 
 def misaligned(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sm_80 CUTLASS epilogue's own functors, evaluated on the host, round as the reference does.
+"""The CUTLASS epilogues' own functors, evaluated on the host, round as the reference does.
 
 Their order in the kernel and their device code are not seen here: only what each node computes.
 """
@@ -7,6 +7,7 @@ Their order in the kernel and their device code are not seen here: only what eac
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from cutlass_program import build_cutlass_program
 
@@ -15,9 +16,10 @@ from smoothrot_vllm import reference
 TOKENS, OUTPUTS, INPUTS = 512, 512, 2048
 
 
-def test_the_epilogue_equals_the_reference(tmp_path: Path) -> None:
+@pytest.mark.parametrize("definitions", [(), ("-DSMOOTHROT_EPILOGUE_SM90",)], ids=["sm_80", "sm_90a"])
+def test_the_epilogue_equals_the_reference(tmp_path: Path, definitions: tuple[str, ...]) -> None:
     # -fpermissive: headers name device intrinsics in templates that are never instantiated here.
-    flags = ("-O1", "-fpermissive", "-ffp-contract=off")
+    flags = ("-O1", "-fpermissive", "-ffp-contract=off", *definitions)
     program = build_cutlass_program("cutlass_epilogue.cpp", tmp_path / "epilogue", *flags)
     codes = torch.randint(-128, 128, (TOKENS, INPUTS), dtype=torch.int8)
     weight = torch.randint(-128, 128, (OUTPUTS, INPUTS), dtype=torch.int8)

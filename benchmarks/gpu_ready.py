@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the GPU tests and benchmarks need of a machine, and what of it is missing."""
+
+import importlib.util
+
+import torch
+
+NEEDS = """They need, in the environment that VENV names (make test-gpu VENV=DIR):
+  an NVIDIA GPU of sm_80 or later and its driver;
+  a CUDA build of torch 2.13 or 2.14: pip install 'torch===2.13.0' from PyPI is one, a '+cpu' version is not;
+  this package built with nvcc on PATH: SMOOTHROT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation -e .
+    (with the package nvidia-cutlass==4.2.0.0, and the capability of the GPU at hand in place of 9.0);
+  for the serving test and vLLM's kernels as peers, the CUDA wheel of vLLM: pip install 'vllm==0.32.0';
+  for Humming as a peer: pip install 'humming-kernels[cu13]'."""
+
+
+def problems() -> list[str]:
+    """Why nothing can run on a GPU here; empty if it can."""
+    if torch.version.cuda is None:
+        return [f"torch {torch.__version__}: expected a CUDA build, got one without CUDA"]
+    if not torch.cuda.is_available():
+        return [f"torch {torch.__version__}: expected an NVIDIA GPU and its driver, torch.cuda finds none"]
+    # Neither name is needed where there is no GPU, and importing the ops loads their library.
+    from smoothrot_vllm import ops
+    from smoothrot_vllm.errors import UnsupportedPlatformError
+
+    major, minor = torch.cuda.get_device_capability()
+    try:
+        ops.check_cuda(10 * major + minor)
+    except UnsupportedPlatformError as error:
+        return [str(error)]
+    return []
+
+
+def refusal(what: str) -> str | None:
+    """What to tell whoever asked for ``what``, or None if it can run."""
+    found = problems()
+    return f"{what}: cannot run here. {'; '.join(found)}.\n{NEEDS}" if found else None
+
+
+def has_cuda_vllm() -> bool:
+    """Whether vLLM is installed and is a build for CUDA."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU has: CUDA graphs, streams, a second device, and compute-sanitizer."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from device_cuda import capture
+from ops_contract import CLIP, Layer, Target, assert_same, random_layer
+
+from smoothrot_vllm import ops
+
+SCHEMES = [(4, 4), (4, 8), (8, 8)]
+TOKENS = [1, 17, 129]
+OUTPUTS, INPUTS, BLOCK = 1024, 1536, 1536
+SLEEP_CYCLES = 200_000_000
+SANITIZER_SECONDS = 240
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def layer_of(scheme: tuple[int, int]) -> Layer:
+    return random_layer(OUTPUTS, INPUTS, 1, *scheme, torch.float16)
+
+
+def inputs_of(tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, INPUTS, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_captured_graph_replays_on_new_inputs(target: Target, tokens: int, scheme: tuple[int, int]) -> None:
+    layer = layer_of(scheme)
+    packed = target.ops.prepack_weight(target.put(layer.stored), target.put(layer.scale), layer.weight_bits)
+    assert layer.bias is not None
+    scale, bias = target.put(layer.scale), target.put(layer.bias)
+    static = target.put(inputs_of(tokens))
+    target.prepare(BLOCK)
+
+    def call() -> torch.Tensor:
+        return target.ops.linear(static, packed, scale, bias, BLOCK, CLIP, layer.act_bits, layer.weight_bits)
+
+    results: list[torch.Tensor] = []
+    graph = capture(lambda: results.append(call()), 1)
+    for _ in range(3):
+        x = inputs_of(tokens)
+        static.copy_(x)
+        graph.replay()
+        assert_same(results[-1], layer.expected(x, BLOCK))
+
+
+def test_kernels_run_on_the_current_stream(target: Target) -> None:
+    """The stream sleeps before it writes the input: a kernel on any other stream would read the old one."""
+    layer = layer_of((4, 8))
+    for tokens in TOKENS:
+        x, static = inputs_of(tokens), target.put(torch.zeros(tokens, INPUTS, dtype=torch.float16))
+        new = target.put(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            static.copy_(new)
+            y = target.linear(layer, static)
+        stream.synchronize()
+        assert_same(y, layer.expected(x))
+
+
+def test_streams_do_not_disturb_each_other(target: Target) -> None:
+    layers = [layer_of(scheme) for scheme in SCHEMES]
+    inputs = [inputs_of(33) for _ in layers]
+    on_device = [target.put(x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    results: list[torch.Tensor] = []
+    for _ in range(20):
+        for stream, layer, x in zip(streams, layers, on_device, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(target.linear(layer, x, BLOCK))
+    torch.cuda.synchronize()
+    expected = [layer.expected(x, BLOCK) for layer, x in zip(layers, inputs, strict=True)]
+    for i, y in enumerate(results):
+        assert_same(y, expected[i % len(layers)])
+
+
+def test_the_device_of_the_tensors_is_used(target: Target) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs, one is here")
+    second = torch.device("cuda", 1)
+    other = Target(target.ops, second, target.elsewhere, lambda block: ops.prepare_rotation(block, second))
+    layer, x = layer_of((4, 8)), inputs_of(17)
+    with torch.cuda.device(0):
+        y = other.linear(layer, x.to(second), BLOCK)
+        assert torch.cuda.current_device() == 0
+    assert y.device == second
+    assert_same(y, layer.expected(x, BLOCK))
+
+
+def test_a_tensor_of_another_device_is_refused(target: Target) -> None:
+    layer = layer_of((4, 8))
+    with pytest.raises(RuntimeError, match=r"smoothrot::linear: packed: .* not on cuda:\d"):
+        target.ops.linear(target.put(inputs_of(1)), layer.stored, target.put(layer.scale), None, 0, CLIP, 8, 4)
+
+
+def find_sanitizer() -> str | None:
+    """On PATH or in the toolkit."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parents[1])]
+    places = [f"{home}/{part}" for home in homes if home for part in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.timeout(SANITIZER_SECONDS + 60)
+def test_the_sanitizer_has_no_complaint(tool: str) -> None:
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not here: it comes with the CUDA toolkit")
+    tests = f"{Path(__file__).with_name('test_gpu_ops.py')}::TestSmallOps"
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-x", "-q", tests]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SANITIZER_SECONDS)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this device or driver")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of the CUDA library against smoothrot_vllm/reference.py: on a GPU, and on the make-believe one of tests/cuda."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from awkward_rows import awkward_rows
+
+from smoothrot_vllm import reference
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+CLIP, EPSILON = 0.9, 1e-5
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the ops run: their namespace, the device of their tensors, and one where these must not be."""
+
+    ops: Any
+    device: torch.device
+    elsewhere: torch.device
+    prepare: Callable[[int], int]
+    """Makes a Hadamard block known to the device and returns it."""
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device)
+
+    def linear(self, layer: "Layer", x: torch.Tensor, block: int = 0) -> torch.Tensor:
+        """``linear`` of ``x`` on the device."""
+        packed = self.ops.prepack_weight(self.put(layer.stored), self.put(layer.scale), layer.weight_bits)
+        bias = None if layer.bias is None else self.put(layer.bias)
+        prepared = self.prepare(block) if block else 0
+        return self.ops.linear(x, packed, self.put(layer.scale), bias, prepared, CLIP, layer.act_bits, layer.weight_bits)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A random layer, on the CPU."""
+
+    stored: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    weight_bits: int
+    act_bits: int
+
+    def expected(self, x: torch.Tensor, block: int = 0) -> torch.Tensor:
+        """What ``linear`` must give for ``x``."""
+        bits = self.act_bits
+        quantised = reference.hadamard_quant(x, block, CLIP, bits) if block else reference.quant(x, CLIP, bits)
+        return reference.gemm(*quantised, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits)
+
+
+def random_layer(outputs: int, inputs: int, groups: int, weight_bits: int, act_bits: int, bias: torch.dtype | None) -> Layer:
+    """Codes over the whole range and scales that keep outputs near one."""
+    top = reference.quant_max(weight_bits)
+    codes = torch.randint(-top - 1, top + 1, (outputs, inputs), dtype=torch.int8)
+    scale = torch.rand(outputs, groups) * (0.1 / top)
+    return Layer(
+        reference.encode(codes, weight_bits),
+        scale,
+        None if bias is None else torch.randn(outputs).to(bias),
+        weight_bits,
+        act_bits,
+    )
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, save the bits of a NaN."""
+    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_same_codes(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Codes and scales bit for bit."""
+    assert_same(got[0], expected[0])
+    assert_same(got[1], expected[1])
+
+
+class OpsContract:
+    """Tests that a subclass runs on the target that its fixture ``target`` names, on shapes that suit that target."""
+
+    inputs = (32, 192, 1056)
+    rotations = ((192, 96), (192, 192), (256, 256), (1024, 64))
+    """Inputs, block."""
+    gemms = ((1, 40, 64), (16, 33, 96), (17, 48, 128), (70, 40, 96))
+    """Tokens, outputs, inputs."""
+    linears = gemms
+    groups = ((1, 40, 96, 3), (20, 40, 128, 2))
+    """Tokens, outputs, inputs, groups."""
+
+    @pytest.fixture(autouse=True)
+    def _seed(self) -> None:
+        torch.manual_seed(0)
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_quant(self, target: Target, dtype: torch.dtype, bits: int) -> None:
+        for inputs in self.inputs:
+            x = awkward_rows(inputs, dtype)
+            assert_same_codes(target.ops.quant(target.put(x), CLIP, bits), reference.quant(x, CLIP, bits))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_hadamard_quant(self, target: Target, dtype: torch.dtype, bits: int) -> None:
+        for inputs, block in self.rotations:
+            x = torch.randn(5, inputs).to(dtype)
+            got = target.ops.hadamard_quant(target.put(x), target.prepare(block), CLIP, bits)
+            assert_same_codes(got, reference.hadamard_quant(x, block, CLIP, bits))
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_silu_mul_hadamard_quant(self, target: Target, dtype: torch.dtype, bits: int) -> None:
+        for inputs, block in (*self.rotations, (self.inputs[-1], 0)):
+            x = torch.randn(3, 2 * inputs).to(dtype)
+            prepared = target.prepare(block) if block else 0
+            got = target.ops.silu_mul_hadamard_quant(target.put(x), prepared, CLIP, bits)
+            assert_same_codes(got, reference.silu_mul_hadamard_quant(x, block, CLIP, bits))
+
+    @pytest.mark.parametrize("has_residual", [False, True])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_rms_norm_quant(self, target: Target, dtype: torch.dtype, has_residual: bool) -> None:
+        for inputs in self.inputs:
+            x, weight = torch.randn(5, inputs).to(dtype), torch.rand(inputs).to(dtype)
+            residual = torch.randn(5, inputs).to(dtype) if has_residual else None
+            for own in (weight, None):
+                codes, scale, expected = reference.rms_norm_quant(x, own, EPSILON, CLIP, 8, residual)
+                updated = None if residual is None else target.put(residual.clone())
+                on_device = None if own is None else target.put(own)
+                got = target.ops.rms_norm_quant(target.put(x), on_device, EPSILON, CLIP, 8, updated)
+                assert_same_codes(got, (codes, scale))
+                if updated is not None and expected is not None:
+                    assert_same(updated, expected)
+
+    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
+    def test_gemm(self, target: Target, weight_bits: int, act_bits: int) -> None:
+        for tokens, outputs, inputs in self.gemms:
+            layer = random_layer(outputs, inputs, 1, weight_bits, act_bits, None)
+            codes, scale = reference.quant(torch.randn(tokens, inputs), CLIP, act_bits)
+            arguments = (codes, scale, layer.stored, layer.scale)
+            got = target.ops.gemm(*map(target.put, arguments), None, torch.float32, act_bits, weight_bits)
+            assert_same(got, reference.gemm(*arguments, None, torch.float32, act_bits, weight_bits))
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
+    def test_linear(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
+        for tokens, outputs, inputs in self.linears:
+            layer = random_layer(outputs, inputs, 1, weight_bits, act_bits, dtype)
+            x = torch.randn(tokens, inputs).to(dtype)
+            for block in (0, 32):
+                assert_same(target.linear(layer, target.put(x), block), layer.expected(x, block))
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("act_bits", [4, 8])
+    def test_silu_mul_linear(self, target: Target, act_bits: int, dtype: torch.dtype) -> None:
+        tokens, outputs, inputs = self.linears[-1]
+        layer = random_layer(outputs, inputs, 1, 4, act_bits, dtype)
+        gate_up, block = torch.randn(tokens, 2 * inputs).to(dtype), target.prepare(32)
+        quantised = reference.silu_mul_hadamard_quant(gate_up, block, CLIP, act_bits)
+        packed = target.ops.prepack_weight(target.put(layer.stored), target.put(layer.scale), 4)
+        assert layer.bias is not None
+        scale, bias = target.put(layer.scale), target.put(layer.bias)
+        got = target.ops.silu_mul_linear(target.put(gate_up), packed, scale, bias, block, CLIP, act_bits, 4)
+        assert_same(got, reference.gemm(*quantised, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4))
+
+    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
+    def test_group_scales_err_at_most_twice_as_much_as_torch(self, target: Target, weight_bits: int, act_bits: int) -> None:
+        """Group sums are added in another order than torch's einsum does."""
+        for tokens, outputs, inputs, groups in self.groups:
+            layer = random_layer(outputs, inputs, groups, weight_bits, act_bits, None)
+            x = torch.randn(tokens, inputs)
+            codes, scale = reference.quant(x, CLIP, act_bits)
+            sums = reference.accumulate(codes, layer.stored, act_bits, weight_bits, inputs // groups).double()
+            exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
+            error = (target.linear(layer, target.put(x)).cpu().double() - exact).abs().max()
+            assert error <= 2 * (layer.expected(x).double() - exact).abs().max()
+
+    @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
+    def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:
+        layer = random_layer(40, 64, 1, 4, 8, None)
+        x = torch.randn(shape)
+        y = target.linear(layer, target.put(x))
+        assert y.shape == (*shape[:-1], 40)
+        assert_same(y.reshape(-1, 40), layer.expected(x.reshape(-1, 64)))
+
+    def test_no_tokens_give_no_codes(self, target: Target) -> None:
+        x = target.put(torch.ones(0, 64))
+        for codes, scale in (target.ops.quant(x, 1.0, 4), target.ops.hadamard_quant(x, target.prepare(64), 1.0, 4)):
+            assert codes.shape == (0, 32)
+            assert scale.shape == (0,)
+
+    def test_wrong_inputs_are_refused_by_name(self, target: Target) -> None:
+        layer = random_layer(40, 64, 1, 4, 4, None)
+        weight, scale = target.put(layer.stored), target.put(layer.scale)
+        x, misaligned = target.put(torch.ones(2, 64)), target.put(torch.ones(129))[1:].view(2, 64)
+        away = layer.stored.to(target.elsewhere)
+        cases: list[tuple[str, tuple[Any, ...]]] = [
+            ("x: expected float32, bfloat16 or float16, got float64", (x.double(), weight, scale, None, 0, 1.0, 4, 4)),
+            ("x: expected a contiguous", (x.T, weight, scale, None, 0, 1.0, 4, 4)),
+            ("x: expected data at a multiple of 16 bytes", (misaligned, weight, scale, None, 0, 1.0, 4, 4)),
+            ("x: expected inputs in multiples of 32", (x[:, :48].contiguous(), weight, scale, None, 0, 1.0, 4, 4)),
+            ("packed: expected contiguous uint8", (x, away, scale, None, 0, 1.0, 4, 4)),
+            ("bias: expected contiguous", (x, weight, scale, x[0, :39].contiguous(), 0, 1.0, 4, 4)),
+            ("block: expected a divisor of 64, got 128", (x, weight, scale, None, 128, 1.0, 4, 4)),
+            ("clip: expected 0 < clip <= 1", (x, weight, scale, None, 0, 1.5, 4, 4)),
+            ("bits: expected 4 or 8, got 6", (x, weight, scale, None, 0, 1.0, 6, 4)),
+        ]
+        for message, arguments in cases:
+            with pytest.raises(RuntimeError, match=f"smoothrot::linear: {message}"):
+                target.ops.linear(*arguments)
