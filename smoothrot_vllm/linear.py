@@ -134,10 +134,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         layer.register_parameter(WEIGHT_PACKED, torch.nn.Parameter(packed, requires_grad=False))
         layer.register_parameter(WEIGHT_SCALE, torch.nn.Parameter(scale, requires_grad=False))
 
-    # vLLM's own methods take no GateUp.
-    def apply(  # type: ignore[override]
-        self, layer: torch.nn.Module, x: torch.Tensor | GateUp, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor | GateUp, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``(..., input_size_per_partition)``, or what is to become it, to ``(..., rows of this rank)`` in the dtype of ``x``.
 
         Raises:

@@ -55,7 +55,7 @@ def wanted() -> bool:
 @cache
 def install() -> None:
     """From now on move the activations of modules that are built around one of our down_proj, and of no others."""
-    register_module_module_registration_hook(_on_registration)
+    register_module_module_registration_hook(_on_registration)  # type: ignore[arg-type]  # it may return a module
 
 
 def _takes_gate_up(module: torch.nn.Module | None) -> bool:
@@ -71,7 +71,7 @@ def _on_registration(parent: torch.nn.Module, name: str, child: torch.nn.Module 
     """What to register in place of ``child``, None for itself."""
     if type(child) is not SiluAndMul and not _takes_gate_up(child):
         return None
-    children: dict[str, torch.nn.Module | None] = dict(parent.named_children()) | {name: child}
+    children: dict[str, torch.nn.Module | None] = {**dict(parent.named_children()), name: child}
     activations = [key for key, module in children.items() if type(module) is SiluAndMul]
     reader = children.get("down_proj")
     if len(activations) != 1 or not _takes_gate_up(reader) or not wanted():

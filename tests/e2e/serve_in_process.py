@@ -45,6 +45,6 @@ def continuations(directory: str, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    ops.silu_mul_linear = counted
+    ops.silu_mul_linear = counted  # type: ignore[assignment]
     answers = {directory: continuations(directory, prompts) for directory, prompts in json.load(sys.stdin).items()}
     Path(sys.argv[1]).write_text(json.dumps(answers))

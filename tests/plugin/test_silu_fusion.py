@@ -85,7 +85,8 @@ def test_the_fused_mlp_has_the_bits_of_the_separate_one(vllm_config: VllmConfig,
 
 
 def test_the_compiled_mlp_calls_the_fused_op_and_no_silu() -> None:
-    fused, targets = build(LlamaMLP), []
+    fused = build(LlamaMLP)
+    targets: list[str] = []
 
     def capture(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
         targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
