@@ -40,7 +40,6 @@ from smoothrot_offline.manifest import (
     package_versions,
     read_manifest,
 )
-from smoothrot_offline.memory import give_back_freed_memory
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.resume import Journal, conversion_identity
@@ -288,7 +287,6 @@ class _Run:
     def _head(self) -> None:
         table = self.spec.architecture
         norm, head = f"{table.final_norm}.weight", f"{table.lm_head}.weight"
-        give_back_freed_memory()
         gamma = self.checkpoint.load([norm])[norm].double()
         self.shards.add({norm: cast(self.transform.final_norm(gamma), self.dtype, norm)})
         source = self.embedding if self.spec.tied else head

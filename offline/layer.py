@@ -9,7 +9,6 @@ import torch
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.manifest import LayerRecord, ScaleRange
-from smoothrot_offline.memory import give_back_freed_memory
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
 from smoothrot_offline.study import LayerStudy
 from smoothrot_offline.transform import ModelTransform
@@ -49,7 +48,6 @@ class LayerConverter:
         Raises:
             CheckpointError: a tensor is damaged or exceeds the range of ``dtype``.
         """
-        give_back_freed_memory()
         prefix, study = self.spec.layer_prefix(index), self.studies[index]
         loaded = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
         layer = {name: tensor.double() for name, tensor in loaded.items()}

@@ -3,7 +3,6 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BELOW = 1 << 30
@@ -15,21 +14,9 @@ def reuse_freed_memory() -> None:
     A layer's activations are allocated and freed over and over; by default each time maps fresh pages, which must be zeroed and
     faulted in one by one. Does nothing where the C library is another.
     """
-    mallopt = _of_glibc("mallopt")
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
         mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BELOW - 1)
-
-
-def give_back_freed_memory() -> None:
-    """Give the blocks that were kept back to the system, before small ones that stay split them into ever more pieces."""
-    trim = _of_glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _of_glibc(name: str) -> Callable[..., int] | None:
-    found: Callable[..., int] | None = None
-    if sys.platform.startswith("linux"):
-        found = getattr(ctypes.CDLL(None), name, None)
-    return found

@@ -43,9 +43,6 @@ SETUPS = {
         ranks=2,
     ),
     "gemma3, no flag, eager, TP=1, W4A4, shared head": Setup("gemma3", (), flag=False, eager=True, ranks=1),
-    "qwen3_moe, no flag, eager, TP=2, W4A8": Setup(
-        "qwen3_moe", ("--activation-bits", "8", "--max-tp", "2"), flag=False, eager=True, ranks=2
-    ),
     # vLLM 0.32 for CPUs makes a stage's buffers only as it compiles (docs/compat.md).
     "llama, no flag, compiled, PP=2, W4A8": Setup(
         "llama", ("--activation-bits", "8", "--scales", "none"), flag=False, eager=False, ranks=1, stages=2
