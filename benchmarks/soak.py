@@ -35,10 +35,10 @@ LEAST_TOKENS = 4
 """Of an answer that is compared."""
 NOISE = 1e-6
 """Relative, on the embedded tokens: as much as another order of float32 sums makes."""
-NOISE_DRAWS = 4
+NOISE_DRAWS = 8
 SAFETY = 2.0
-"""A call is close if the lead over the runner-up is at most this many times the largest change that the noise makes to any
-lead. Quantising carries noise far: an input beside the middle of two codes gets the other one."""
+"""A call is close if the lead over the runner-up is at most this many times the largest change that the noise makes to it or to
+an earlier lead of the answer. Quantising carries noise far: an input beside the middle of two codes gets the other one."""
 SAMPLE_SECONDS = 5.0
 MOST_GROWTH = 1.05
 """Of resident memory from the second quarter of the run to its last."""
@@ -112,23 +112,20 @@ def reference_answers(directory: Path, count: int) -> dict[tuple[int, ...], list
     """Greedy continuations by prompt, each as far as no call is close."""
     model, tokenizer = load_model(directory, torch.float32), AutoTokenizer.from_pretrained(directory)
     noise = torch.Generator().manual_seed(0)
-    leads, largest_change = {}, 0.0
+    answers, largest_change = {}, 0.0
     for number in range(count):
         prompt = tokenizer(f"{number}. {STARTS[number % len(STARTS)]}").input_ids
         tokens = list(prompt)
         for _ in range(TOKENS):
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         embedded = model.get_input_embeddings()(torch.tensor([tokens[:-1]]))
-        draws = [torch.zeros_like(embedded)]
-        draws += [NOISE * torch.randn(embedded.shape, generator=noise) for _ in range(NOISE_DRAWS)]
-        several = torch.stack([_leads(model, embedded * (1 + draw), tokens[len(prompt) :]) for draw in draws])
-        largest_change = max(largest_change, float((several[1:] - several[0]).abs().max()))
-        leads[tuple(prompt)] = (tokens[len(prompt) :], several[0])
-    answers = {}
-    for known, (continuation, lead) in leads.items():
-        safe = int((lead > SAFETY * largest_change).long().cumprod(0).sum())
+        draws = NOISE * torch.randn(NOISE_DRAWS, *embedded.shape[1:], generator=noise)
+        leads = _leads(model, embedded * (1 + torch.cat([torch.zeros_like(draws[:1]), draws])), tokens[len(prompt) :])
+        change = (leads[1:] - leads[0]).abs().amax(0).cummax(0).values
+        largest_change = max(largest_change, float(change.max()))
+        safe = int((leads[0] > SAFETY * change).long().cumprod(0).sum())
         if safe >= LEAST_TOKENS:
-            answers[known] = continuation[:safe]
+            answers[tuple(prompt)] = tokens[len(prompt) : len(prompt) + safe]
     print(f"noise of {NOISE} changes a lead by up to {largest_change:.3f} nats", file=sys.stderr)
     if not answers:
         sys.exit(f"error: {directory}: every one of {count} prompts has an early close call; raise --prompts")
@@ -136,11 +133,11 @@ def reference_answers(directory: Path, count: int) -> dict[tuple[int, ...], list
 
 
 def _leads(model: torch.nn.Module, embedded: torch.Tensor, answer: list[int]) -> torch.Tensor:
-    """Lead of each token of the answer over the best other one, in nats."""
-    logits = model(inputs_embeds=embedded).logits[0, -len(answer) :]
-    chosen = torch.tensor(answer)[:, None]
-    others = logits.scatter(1, chosen, float("-inf"))
-    return logits.gather(1, chosen)[:, 0] - others.max(1).values
+    """Lead of each token of the answer over the best other one, in nats: ``(sequences, tokens)``."""
+    logits = model(inputs_embeds=embedded).logits[:, -len(answer) :]
+    chosen = torch.tensor(answer)[None, :, None].expand(len(logits), -1, 1)
+    others = logits.scatter(2, chosen, float("-inf"))
+    return logits.gather(2, chosen)[..., 0] - others.amax(2)
 
 
 async def soak(server: VllmServer, answers: dict[tuple[int, ...], list[int]], arguments: argparse.Namespace) -> Tally:

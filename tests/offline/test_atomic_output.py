@@ -35,6 +35,8 @@ step, which = int(sys.argv[1]), int(sys.argv[2])
 def signalling():
     yield lambda message, done, total: os.kill(os.getpid(), which) if done == step else None
 
+# A shell starts background jobs with Ctrl-C ignored, and the tests may be one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 smoothrot_offline.progress.progress_bar = signalling
 sys.argv[1:] = ["run", *sys.argv[3:], "--preset", "none", "--scales", "none"]
 cli.main()
