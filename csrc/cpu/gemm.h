@@ -187,38 +187,49 @@ Multiply choose_multiply(int64_t rows, int bits, bool grouped) {
                    : multiply_of_height<S, 8, false>(rows, Heights{});
 }
 
+// Tiles [first, last) against one panel; `t` holds what all panels share.
+template <class S>
+void multiply_panel(const GemmArgs& g, Task t, int64_t panel, int64_t first_tile, int64_t last_tile) {
+  const WeightLayout& w = g.act.weight;
+  const bool grouped = w.groups > 1;
+  const int64_t out_bytes = g.out_dtype == Float::f32 ? 4 : 2;
+  const int64_t column = panel * kPanelColumns;
+  const uint8_t* data = g.packed + panel * w.panel_bytes;
+  t.column_scale = reinterpret_cast<const float*>(data);
+  t.codes = data + w.groups * kPanelColumns * int64_t{sizeof(float)};
+  t.columns = w.columns - column < kPanelColumns ? w.columns - column : kPanelColumns;
+  float bias[kPanelColumns] = {};
+  if (g.bias) {
+    for (int64_t c = 0; c < t.columns; ++c) bias[c] = load_scalar(g.bias, g.bias_dtype, column + c);
+    t.bias = bias;
+  }
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t first = tile_begin(g.act.tiles, tile), rows = tile_begin(g.act.tiles, tile + 1) - first;
+    t.words = g.act.words + first * w.groups * w.group_steps;
+    t.start = g.act.start + first * w.groups;
+    t.row_scale = g.act.scale + first;
+    t.out = static_cast<uint8_t*>(g.out) + (first * w.columns + column) * out_bytes;
+    choose_multiply<S>(rows, g.weight_bits, grouped)(t);
+  }
+}
+
 template <class S>
 void gemm(const GemmArgs& g, int64_t begin, int64_t end) {
   const WeightLayout& w = g.act.weight;
-  const TileLayout& tiles = g.act.tiles;
-  const bool grouped = w.groups > 1;
-  const int64_t out_bytes = g.out_dtype == Float::f32 ? 4 : 2;
   Task t{};
   t.groups = w.groups;
   t.steps = w.group_steps;
   t.out_dtype = g.out_dtype;
   t.out_pitch = w.columns;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t panel = task % w.panels, block = task / w.panels * g.block_tiles;
-    const int64_t last = block + g.block_tiles < tiles.tiles ? block + g.block_tiles : tiles.tiles;
-    const int64_t column = panel * kPanelColumns;
-    const uint8_t* data = g.packed + panel * w.panel_bytes;
-    t.column_scale = reinterpret_cast<const float*>(data);
-    t.codes = data + w.groups * kPanelColumns * int64_t{sizeof(float)};
-    t.columns = w.columns - column < kPanelColumns ? w.columns - column : kPanelColumns;
-    float bias[kPanelColumns] = {};
-    if (g.bias) {
-      for (int64_t c = 0; c < t.columns; ++c) bias[c] = load_scalar(g.bias, g.bias_dtype, column + c);
-      t.bias = bias;
-    }
-    for (int64_t tile = block; tile < last; ++tile) {
-      const int64_t first = tile_begin(tiles, tile), rows = tile_begin(tiles, tile + 1) - first;
-      t.words = g.act.words + first * w.groups * w.group_steps;
-      t.start = g.act.start + first * w.groups;
-      t.row_scale = g.act.scale + first;
-      t.out = static_cast<uint8_t*>(g.out) + (first * w.columns + column) * out_bytes;
-      choose_multiply<S>(rows, g.weight_bits, grouped)(t);
-    }
+  // Tasks number the blocks of one panel after the other, so that ranges share the panels out evenly; within a range
+  // one block's tiles meet all of its panels before the next block comes.
+  for (int64_t block = 0; block < g.blocks; ++block) {
+    const int64_t first_tile = g.act.tiles.tiles * block / g.blocks;
+    const int64_t last_tile = g.act.tiles.tiles * (block + 1) / g.blocks;
+    const int64_t first_panel = (begin + g.blocks - 1 - block) / g.blocks;
+    const int64_t last_panel = (end + g.blocks - 1 - block) / g.blocks;
+    for (int64_t panel = first_panel; panel < last_panel; ++panel)
+      multiply_panel<S>(g, t, panel, first_tile, last_tile);
   }
 }
 

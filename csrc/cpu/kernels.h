@@ -56,7 +56,7 @@ struct GemmArgs {
   Float bias_dtype;
   void* out;  // [tokens][columns]
   Float out_dtype;
-  int64_t block_tiles;  // tiles that stay in cache while the panels go by
+  int64_t blocks;  // the tiles in parts of nearly equal size, each of which stays in cache while panels go by
 };
 
 struct Kernels {
@@ -72,13 +72,11 @@ struct Kernels {
   void (*quant_tiles)(const QuantArgs&, const TileArgs&, int64_t begin, int64_t end, void* scratch);
   // Tiles [begin, end): stored codes, already quantised, into the gemm's layout.
   void (*decode_tiles)(const void* codes, int bits, const TileArgs&, int64_t begin, int64_t end, void* scratch);
-  // Tasks [begin, end) of gemm_tasks(): task = block of tiles * panels + panel.
+  // Tasks [begin, end) of gemm_tasks(): task = panel * blocks + block.
   void (*gemm)(const GemmArgs&, int64_t begin, int64_t end);
 };
 
-static inline int64_t gemm_tasks(const GemmArgs& g) {
-  return (g.act.tiles.tiles + g.block_tiles - 1) / g.block_tiles * g.act.weight.panels;
-}
+static inline int64_t gemm_tasks(const GemmArgs& g) { return g.act.weight.panels * g.blocks; }
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)

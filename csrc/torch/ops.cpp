@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -65,6 +66,26 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs work(begin, end) over [0, tasks) on torch's threads. Each takes half of its share of what is left, at least
+// `grain` tasks, and comes back for more: a thread that the machine holds up is not waited for with half of the work.
+template <typename Work>
+void share(int64_t tasks, int64_t grain, const Work& work) {
+  const int64_t wanted = ceil_div(tasks, grain), available = int64_t(torch::stable::get_num_threads());
+  const int64_t threads = wanted < available ? wanted : available;
+  if (threads <= 1) return work(0, tasks);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < tasks) {
+      const int64_t left = tasks - begin, part = left / (2 * threads);
+      const int64_t end = begin + std::min(left, std::max(grain, part));
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      work(begin, end);
+      begin = next.load(std::memory_order_relaxed);
+    }
+  });
+}
 
 // Cuts one allocation into aligned parts.
 class Arena {
@@ -249,7 +270,8 @@ class Multiplication {
     }
     g.out_dtype = out_dtype;
     const int64_t tile_bytes = (g.act.tiles.rows + 1) * w.groups * w.group_steps * kStepInputs;
-    g.block_tiles = tile_bytes < kActivationBlockBytes ? kActivationBlockBytes / tile_bytes : 1;
+    const int64_t tiles_at_once = tile_bytes < kActivationBlockBytes ? kActivationBlockBytes / tile_bytes : 1;
+    g.blocks = ceil_div(g.act.tiles.tiles, tiles_at_once);
   }
 
   // Memory for the tiles and for each thread's scratch; `scale` is null where the arena shall hold it.
@@ -287,9 +309,9 @@ class Multiplication {
         0, args.act.tiles.tiles, ceil_div(kGrainValues, tile_values), [&](int64_t begin, int64_t end) {
           fill(begin, end, arena_.at<void>(scratch_->offset + thread_index() * scratch_->bytes));
         });
-    const int64_t task_products = args.block_tiles * (args.act.tiles.rows + 1) * w.inputs * kPanelColumns;
-    torch::stable::parallel_for(0, gemm_tasks(args), ceil_div(kGrainProducts, task_products),
-                                [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
+    const int64_t task_products = ceil_div(args.act.tiles.tokens, args.blocks) * w.inputs * kPanelColumns;
+    share(gemm_tasks(args), ceil_div(kGrainProducts, task_products),
+          [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
   }
 
   GemmArgs args{};
