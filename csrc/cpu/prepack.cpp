@@ -6,45 +6,52 @@
 namespace smoothrot {
 namespace {
 
-// The four nibbles of a 16-bit word, one per byte.
-uint32_t spread(uint32_t word) {
-  word = (word | word << 8) & 0x00FF00FFu;
-  return (word | word << 4) & 0x0F0F0F0Fu;
-}
+// Inputs at a time of all columns of a panel, so that what is laid out stays in the first-level cache.
+constexpr int64_t kSliceInputs = 512;
 
-// Four consecutive 4-bit codes of one column from input `k`, offset to unsigned; those past `end` are zero codes.
-uint32_t four_nibbles(const uint8_t* row, int64_t k, int64_t end) {
-  uint32_t bytes = 0;
-  for (int64_t i = k; i < k + kStepInputs && i < end; ++i) {
-    bytes |= uint32_t(row[i / 2] >> (i % 2 * 4) & 0xF) << (8 * (i - k));
+uint8_t nibble(const uint8_t* row, int64_t k) { return row[k / 2] >> (k % 2 * 4) & 0xF; }
+
+// `count` bytes of two columns, two inputs in each, to a byte for each input: codes of `low` in its low nibble, offset to
+// unsigned.
+void join_bytes(const uint8_t* __restrict low, const uint8_t* __restrict high, int64_t count, uint8_t* __restrict joined) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t l = low[i], h = high[i];
+    joined[2 * i] = uint8_t(((l & 0x0F) | h << 4) ^ 0x88);
+    joined[2 * i + 1] = uint8_t((l >> 4 | (h & 0xF0)) ^ 0x88);
   }
-  return bytes ^ 0x08080808u;
 }
 
-uint32_t load_word(const uint8_t* row, int64_t k) {
-  const uint8_t* p = row + k / 2;
-  return uint32_t(p[0]) | uint32_t(p[1]) << 8;
+// Inputs [begin, end) of columns c and 16 + c of a panel, which share their bytes; `high` may be null past the last column.
+void join_columns(const uint8_t* low, const uint8_t* high, int64_t begin, int64_t end, uint8_t* joined) {
+  int64_t k = begin;
+  if (high && begin % 2 == 0) {
+    join_bytes(low + begin / 2, high + begin / 2, (end - begin) / 2, joined);
+    k += (end - begin) / 2 * 2;
+  }
+  for (; k < end; ++k) joined[k - begin] = uint8_t((nibble(low, k) | (high ? nibble(high, k) << 4 : 0)) ^ 0x88);
 }
 
-// Columns c and 16 + c of a panel share their bytes; `high` may be null past the last column.
-void pack_nibbles(const uint8_t* low, const uint8_t* high, const WeightLayout& w, int64_t group, uint8_t* out) {
-  const int64_t begin = group * w.group_size, end = begin + w.group_size;
-  for (int64_t k = begin; k < end; k += kStepInputs, out += w.step_bytes) {
-    uint32_t word;
-    if (k + kStepInputs <= end && k % 2 == 0) {
-      word = spread(load_word(low, k)) | (high ? spread(load_word(high, k)) << 4 : 0);
-      word ^= 0x88888888u;
+// Inputs [begin, end) of the `columns` columns at `rows`, in steps of four inputs.
+void pack_slice(const uint8_t* rows, int64_t columns, int bits, const WeightLayout& w, int64_t begin, int64_t end,
+                uint8_t* out) {
+  uint8_t slice[kPanelColumns][kSliceInputs];
+  const int64_t row_bytes = w.inputs * bits / 8, count = end - begin;
+  const int64_t lanes = bits == 8 ? kPanelColumns : kHalfColumns, filled = columns < lanes ? columns : lanes;
+  const int64_t steps = (count + kStepInputs - 1) / kStepInputs;
+  for (int64_t c = 0; c < lanes; ++c) {
+    // Columns and inputs past the last are zeros.
+    const int64_t known = c < filled ? count : 0;
+    std::memset(slice[c] + known, 0, size_t(steps * kStepInputs - known));
+    if (c >= filled) continue;
+    const uint8_t* row = rows + c * row_bytes;
+    if (bits == 8) {
+      for (int64_t k = 0; k < count; ++k) slice[c][k] = row[begin + k] ^ 0x80;
     } else {
-      word = four_nibbles(low, k, end) | (high ? four_nibbles(high, k, end) << 4 : 0);
+      join_columns(row, c + kHalfColumns < columns ? row + kHalfColumns * row_bytes : nullptr, begin, end, slice[c]);
     }
-    std::memcpy(out, &word, sizeof(word));
   }
-}
-
-void pack_bytes(const uint8_t* row, const WeightLayout& w, int64_t group, uint8_t* out) {
-  const int64_t begin = group * w.group_size, end = begin + w.group_size;
-  for (int64_t k = begin; k < end; k += kStepInputs, out += w.step_bytes) {
-    for (int64_t j = 0; j < kStepInputs; ++j) out[j] = uint8_t((k + j < end ? row[k + j] : 0) ^ 0x80);
+  for (int64_t step = 0; step < steps; ++step, out += lanes * kStepInputs) {
+    for (int64_t c = 0; c < lanes; ++c) std::memcpy(out + c * kStepInputs, &slice[c][step * kStepInputs], kStepInputs);
   }
 }
 
@@ -53,26 +60,23 @@ void pack_bytes(const uint8_t* row, const WeightLayout& w, int64_t group, uint8_
 void prepack(const void* codes, const float* scale, int bits, const WeightLayout& w, uint8_t* packed, int64_t begin,
              int64_t end) {
   const auto* stored = static_cast<const uint8_t*>(codes);
-  const int64_t row_bytes = w.inputs * bits / 8;
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns;
+    const int64_t columns = w.columns - first < kPanelColumns ? w.columns - first : kPanelColumns;
     uint8_t* out = packed + panel * w.panel_bytes;
-    std::memset(out, 0, size_t(w.panel_bytes));
     auto* scales = reinterpret_cast<float*>(out);
     uint8_t* panel_codes = out + w.groups * kPanelColumns * int64_t{sizeof(float)};
-    for (int c = 0; c < kPanelColumns && first + c < w.columns; ++c) {
-      for (int64_t g = 0; g < w.groups; ++g) scales[g * kPanelColumns + c] = scale[(first + c) * w.groups + g];
+    for (int64_t g = 0; g < w.groups; ++g) {
+      for (int64_t c = 0; c < kPanelColumns; ++c) {
+        scales[g * kPanelColumns + c] = c < columns ? scale[(first + c) * w.groups + g] : 0.0f;
+      }
     }
     for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t group_end = (g + 1) * w.group_size;
       uint8_t* group = panel_codes + g * w.group_steps * w.step_bytes;
-      for (int c = 0; c < kPanelColumns && first + c < w.columns; ++c) {
-        const uint8_t* row = stored + (first + c) * row_bytes;
-        if (bits == 8) {
-          pack_bytes(row, w, g, group + 4 * c);
-        } else if (c < kHalfColumns) {
-          const bool has_high = first + c + kHalfColumns < w.columns;
-          pack_nibbles(row, has_high ? row + kHalfColumns * row_bytes : nullptr, w, g, group + 4 * c);
-        }
+      for (int64_t k = g * w.group_size; k < group_end; k += kSliceInputs, group += kSliceInputs / kStepInputs * w.step_bytes) {
+        const int64_t slice_end = k + kSliceInputs < group_end ? k + kSliceInputs : group_end;
+        pack_slice(stored + first * w.inputs * bits / 8, columns, bits, w, k, slice_end, group);
       }
     }
   }
