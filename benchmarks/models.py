@@ -18,6 +18,8 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from convert import COMMON, SHAPES, make_model
 from demo_model import default_cache, fetch_smollm2
+from llama_cpp_peer import FILE_TYPES as GGUF
+from llama_cpp_peer import write_gguf
 from safetensors.torch import load_file, save_file
 
 # Random models by name, as changes to convert.COMMON. A few layers of the large one take the time of a few layers.
@@ -41,7 +43,7 @@ OURS = {
 }
 CONVERT_OPTIONS = ("--preset", "none", "--scales", "none", "--rounding", "rtn")
 PEERS = ("w8a8", "w4a16")
-SCHEMES = ("bf16", *PEERS, *OURS)
+SCHEMES = ("bf16", *PEERS, *GGUF, *OURS)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -67,11 +69,15 @@ def scheme_model(name: str, scheme: str, folder: Path) -> Path:
 
     Raises:
         subprocess.CalledProcessError: ``smoothrot-convert`` failed.
+        ImportError: the scheme is llama.cpp's and llama-cpp-python is not installed.
     """
     source = source_model(name, folder)
     if scheme == "bf16":
         return source
     write: Callable[[Path, Path, str], None] = write_peer if scheme in PEERS else write_ours
+    if scheme in GGUF:
+        config = read_config(source)
+        return _made(folder / name / scheme, lambda out: write_gguf(source, out, scheme, config))
     return _made(folder / name / scheme, lambda out: write(source, out, scheme))
 
 

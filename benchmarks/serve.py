@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End-to-end speed: models served by vLLM as we, its 16-bit path and its own quantised paths serve them.
+"""End-to-end speed: models served by vLLM as we, its 16-bit path and its own quantised paths serve them, and beside llama.cpp.
 
 Every contender of a model is started once (start-up seconds, memory) and stays up; then ``vllm bench serve`` measures them in
 turn, cell by cell and round by round, so that a drift of the machine meets all alike. A cell is a batch of requests sent at
@@ -28,6 +28,8 @@ from typing import Any
 
 import psutil
 from common import CLOCKS, Floors, machine, measure_floors, packages
+from llama_cpp_peer import FILE_TYPES as GGUF
+from llama_cpp_peer import measure as measure_llama_cpp
 from models import MODELS, OURS, PEERS, SCHEMES, default_folder, kv_bytes_per_token, linear_parameters, read_config, scheme_model
 from openai import OpenAIError
 from prepack import measure_prepack
@@ -38,12 +40,13 @@ from serving import ServerError, VllmServer
 DEFAULT_SCHEMES = ("bf16", *PEERS, "w4a8")
 # Peers that this benchmark knows of and does not run, by what their users call them.
 OTHER_PEERS = {
-    "llama.cpp": "not run: its GGUF models need a timer of their own",
+    "llama-cpp-python": "not installed; Q4_0 and Q8_0 of llama.cpp are schemes q4_0 and q8_0 where it is",
     "zentorch": "not installed; vLLM takes its kernels for bf16, w8a8 and w4a16 where it is",
 }
-WEIGHT_BITS = {"bf16": 16, "w8a8": 8} | dict.fromkeys(["w4a16", *OURS], 4)
-HEAD_BITS = {scheme: 8 for scheme, options in OURS.items() if "--lm-head-bits" in options}
-EIGHT_BIT_ACTIVATIONS = ("w8a8", *OURS)
+# Q4_0 and Q8_0 have a 16-bit scale for 32 weights; llama.cpp rounds activations to 8 bits.
+WEIGHT_BITS = {"bf16": 16, "w8a8": 8, "q4_0": 4.5, "q8_0": 8.5} | dict.fromkeys(["w4a16", *OURS], 4)
+HEAD_BITS = {scheme: 8.0 for scheme, options in OURS.items() if "--lm-head-bits" in options} | {"q4_0": 6.5625, "q8_0": 8.5}
+EIGHT_BIT_ACTIVATIONS = ("w8a8", *GGUF, *OURS)
 BATCHES, PROMPTS = (1, 4, 16, 64), (128, 1024)
 OUTPUT_TOKENS = 32
 console = Console(stderr=True)
@@ -63,20 +66,34 @@ ALL_CELLS = tuple(Cell(batch, prompt) for prompt in PROMPTS for batch in BATCHES
 QUICK_CELLS = (Cell(1, 128), Cell(16, 32), Cell(1, 1024, 2))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contender:
-    """One way to serve a model, up and running."""
+    """One way to serve a model: a vLLM server that is up and running, or llama.cpp in a process for each measurement."""
 
     scheme: str
     directory: Path
-    server: VllmServer
-    startup_s: float
-    loaded_rss_bytes: int
+    server: VllmServer | None = None
+    startup_s: float = 0.0
+    loaded_rss_bytes: int = 0
+    seen_rss_bytes: int = 0
 
     @property
     def peak_rss_bytes(self) -> int:
         """Largest resident memory of each process of the server, added up; shared pages count in each."""
-        return memory(self.server.pid, "VmHWM")
+        return self.seen_rss_bytes if self.server is None else memory(self.server.pid, "VmHWM")
+
+    def measure(self, cell: Cell, number: int, folder: Path) -> dict[str, float]:
+        """``ttft_ms``, ``tpot_ms`` and ``tokens_per_s`` of one round of a cell.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self.server is not None:
+            return bench(self.server, cell, number, folder)
+        found = measure_llama_cpp(self.directory, cell.batch, cell.prompt, cell.output)
+        self.startup_s = found.pop("startup_s")
+        self.loaded_rss_bytes = self.seen_rss_bytes = max(self.seen_rss_bytes, int(found.pop("peak_rss_bytes")))
+        return found
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -165,14 +182,14 @@ def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any]) 
             console.print(f"{model} {scheme}: starting", highlight=False)
             try:
                 contenders.append(start(model, scheme, args, cells, logs, stack))
-            except (ServerError, OpenAIError) as error:
+            except (ServerError, OpenAIError, ImportError) as error:
                 miss(report, model, scheme, error)
         for cell in cells:
             rounds: dict[str, list[dict[str, float]]] = {c.scheme: [] for c in contenders}
             for number in range(args.rounds):
                 for contender in list(contenders):
                     try:
-                        measured = bench(contender, cell, number, logs)
+                        measured = contender.measure(cell, number, logs)
                     except RuntimeError as error:
                         contenders.remove(contender)
                         miss(report, model, contender.scheme, error)
@@ -200,8 +217,11 @@ def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cel
     Raises:
         ServerError: the server ended or did not answer.
         OpenAIError: it does not answer the first request.
+        ImportError: llama-cpp-python is not installed.
     """
     directory = scheme_model(model, scheme, args.folder)
+    if scheme in GGUF:
+        return Contender(scheme, directory)
     tokens = max(c.batch * (c.prompt + c.output) for c in cells)
     cache = -(-tokens * kv_bytes_per_token(read_config(directory)) // (1 << 30))
     options = ["--max-model-len", str(max(c.prompt + c.output for c in cells) + 64), "--no-enable-prefix-caching"]
@@ -217,20 +237,20 @@ def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cel
     return Contender(scheme, directory, server, seconds, loaded)
 
 
-def bench(contender: Contender, cell: Cell, number: int, folder: Path) -> dict[str, float]:
+def bench(server: VllmServer, cell: Cell, number: int, folder: Path) -> dict[str, float]:
     """Medians that ``vllm bench serve`` reports for one batch of random prompts.
 
     Raises:
         RuntimeError: the command failed, or a request did.
     """
-    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", contender.server.url]
-    command += ["--model", str(contender.directory), "--dataset-name", "random", "--random-input-len", str(cell.prompt)]
+    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", server.url]
+    command += ["--model", server.model, "--dataset-name", "random", "--random-input-len", str(cell.prompt)]
     command += ["--random-output-len", str(cell.output), "--num-prompts", str(cell.batch), "--seed", str(number)]
     command += ["--max-concurrency", str(cell.batch), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
     command += ["--save-result", "--result-dir", str(folder), "--result-filename", "bench.json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"vllm bench serve of {contender.directory} failed:\n{result.stderr[-3000:]}")
+        raise RuntimeError(f"vllm bench serve of {server.model} failed:\n{result.stderr[-3000:]}")
     return figures(json.loads((folder / "bench.json").read_text()), cell)
 
 

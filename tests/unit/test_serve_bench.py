@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import llama_cpp_peer
 import models
 import prepack
 import pytest
@@ -15,6 +16,7 @@ import torch
 from common import Floors, machine, packages
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
+from gguf import GGUFReader
 from rich.console import Console
 from safetensors.torch import load_file
 from serve import Cell
@@ -151,6 +153,29 @@ def test_floors_are_reading_all_weights_once_or_multiplying_once_a_token() -> No
     assert serve.floor("w4a16", config, Cell(2, 10), Floors(1e3, 1e3))["ttft_floor_ms"] == pytest.approx(linears / 2 + 2 * head)
 
 
+def test_llama_cpp_brings_its_own_time_to_start_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = {"ttft_ms": 1.0, "tpot_ms": 2.0, "tokens_per_s": 3.0, "startup_s": 0.5}
+    peaks = iter([7e9, 5e9])
+    monkeypatch.setattr(serve, "measure_llama_cpp", lambda *_cell: found | {"peak_rss_bytes": next(peaks)})
+    contender = serve.Contender("q4_0", tmp_path)
+    for _ in range(2):
+        assert contender.measure(Cell(1, 8), 0, tmp_path) == {"ttft_ms": 1.0, "tpot_ms": 2.0, "tokens_per_s": 3.0}
+    assert (contender.startup_s, contender.peak_rss_bytes) == (0.5, 7_000_000_000)
+
+
+def test_gguf_holds_every_weight_under_the_name_that_llama_cpp_gives_it(source: Path, tmp_path: Path) -> None:
+    llama_cpp_peer.write_float16(source, tmp_path / "model.gguf", models.read_config(source))
+    reader = GGUFReader(tmp_path / "model.gguf")
+    plain = tensors(source)
+    written = {tensor.name: torch.from_numpy(tensor.data.astype("float32")) for tensor in reader.tensors}
+    assert len(written) == len(plain)
+    assert torch.equal(written["blk.1.attn_output.weight"], plain["model.layers.1.self_attn.o_proj.weight"].half().float())
+    assert torch.equal(written["blk.0.ffn_norm.weight"], plain["model.layers.0.post_attention_layernorm.weight"].float())
+    assert torch.equal(written["token_embd.weight"], plain["model.embed_tokens.weight"].half().float())
+    with pytest.raises(KeyError, match="q_norm"):
+        llama_cpp_peer.gguf_name("model.layers.0.self_attn.q_norm.weight")
+
+
 def test_a_batch_with_a_short_answer_is_no_measurement() -> None:
     measured = {
         "completed": 4,
@@ -168,9 +193,11 @@ def test_a_failing_client_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
         return subprocess.CompletedProcess(command, 1, stderr="no such endpoint")
 
     monkeypatch.setattr(serve.subprocess, "run", fail)
-    server = type("Server", (), {"url": "http://127.0.0.1:1"})()
+    server = type("Server", (), {"url": "http://127.0.0.1:1", "model": "bf16"})()
     with pytest.raises(RuntimeError, match="no such endpoint"):
-        serve.bench(serve.Contender("bf16", tmp_path, server, 1.0, 1), Cell(1, 8), 0, tmp_path)
+        serve.Contender("bf16", tmp_path, server).measure(Cell(1, 8), 0, tmp_path)
+    with pytest.raises(RuntimeError, match="no such endpoint"):
+        serve.Contender("q4_0", tmp_path).measure(Cell(1, 8), 0, tmp_path)
 
 
 def test_finished_cells_are_kept_and_a_repeated_one_is_replaced(tmp_path: Path) -> None:
@@ -213,15 +240,15 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(monkeypatch: pytes
     def start(model: str, scheme: str, *_others: Any) -> serve.Contender:
         if scheme == "w8a8":
             raise ServerError("no kernel")
-        return serve.Contender(scheme, tmp_path, None, 1.0, 1)
+        return serve.Contender(scheme, tmp_path)
 
-    def bench(contender: serve.Contender, cell: Cell, *_others: Any) -> dict[str, float]:
+    def measure(contender: serve.Contender, *_others: Any) -> dict[str, float]:
         if contender.scheme == "w4a16":
             raise RuntimeError("a request failed")
         return {"tpot_ms": 1.0}
 
     monkeypatch.setattr(serve, "start", start)
-    monkeypatch.setattr(serve, "bench", bench)
+    monkeypatch.setattr(serve.Contender, "measure", measure)
     monkeypatch.setattr(
         serve, "row", lambda model, contender, cell, *_others: result(contender.scheme, 1.0, batch=cell.batch, prompt=cell.prompt)
     )
