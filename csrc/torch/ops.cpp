@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> quantise(const QuantArgs& q, int64_t tokens) {
   arena.allocate();
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   void* out = codes.mutable_data_ptr();
-  torch::stable::parallel_for(0, tokens, ceil_div(kGrainValues, q.inputs), [&](int64_t begin, int64_t end) {
+  share(tokens, ceil_div(kGrainValues, q.inputs), [&](int64_t begin, int64_t end) {
     k.quant_rows(q, out, scales, begin, end, arena.at<uint8_t>(scratch.offset + thread_index() * scratch.bytes));
   });
   return {codes, scale};
@@ -245,7 +245,7 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const void* codes = weight.const_data_ptr();
   const auto* scale = static_cast<const float*>(weight_scale.const_data_ptr());
-  torch::stable::parallel_for(0, w.panels, ceil_div(kGrainValues, w.panel_bytes), [&](int64_t begin, int64_t end) {
+  share(w.panels, ceil_div(kGrainValues, w.panel_bytes), [&](int64_t begin, int64_t end) {
     prepack(codes, scale, int(bits), w, out, begin, end);
   });
   return packed;
@@ -305,10 +305,9 @@ class Multiplication {
     args.out = out;
     const WeightLayout& w = args.act.weight;
     const int64_t tile_values = (args.act.tiles.rows + 1) * w.inputs;
-    torch::stable::parallel_for(
-        0, args.act.tiles.tiles, ceil_div(kGrainValues, tile_values), [&](int64_t begin, int64_t end) {
-          fill(begin, end, arena_.at<void>(scratch_->offset + thread_index() * scratch_->bytes));
-        });
+    share(args.act.tiles.tiles, ceil_div(kGrainValues, tile_values), [&](int64_t begin, int64_t end) {
+      fill(begin, end, arena_.at<void>(scratch_->offset + thread_index() * scratch_->bytes));
+    });
     const int64_t task_products = ceil_div(args.act.tiles.tokens, args.blocks) * w.inputs * kPanelColumns;
     share(gemm_tasks(args), ceil_div(kGrainProducts, task_products),
           [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
