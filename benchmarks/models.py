@@ -38,6 +38,7 @@ MODELS = ("SmolLM2-135M", *RANDOM_MODELS)
 OURS = {
     "w4a8": ("--activation-bits", "8", "--lm-head-bits", "8"),
     "w4a8_head16": ("--activation-bits", "8"),
+    "w4a8_head4": ("--activation-bits", "8", "--lm-head-bits", "4"),
     "w4a8_g32": ("--activation-bits", "8", "--lm-head-bits", "8", "--group-size", "32"),
     "w4a4": ("--activation-bits", "4", "--lm-head-bits", "8"),
 }

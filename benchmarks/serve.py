@@ -45,7 +45,9 @@ OTHER_PEERS = {
 }
 # Q4_0 and Q8_0 have a 16-bit scale for 32 weights; llama.cpp rounds activations to 8 bits.
 WEIGHT_BITS = {"bf16": 16, "w8a8": 8, "q4_0": 4.5, "q8_0": 8.5} | dict.fromkeys(["w4a16", *OURS], 4)
-HEAD_BITS = {scheme: 8.0 for scheme, options in OURS.items() if "--lm-head-bits" in options} | {"q4_0": 6.5625, "q8_0": 8.5}
+HEAD = "--lm-head-bits"
+HEAD_BITS = {scheme: float(options[options.index(HEAD) + 1]) for scheme, options in OURS.items() if HEAD in options}
+HEAD_BITS |= {"q4_0": 6.5625, "q8_0": 8.5}
 EIGHT_BIT_ACTIVATIONS = ("w8a8", *GGUF, *OURS)
 BATCHES, PROMPTS = (1, 4, 16, 64), (128, 1024)
 OUTPUT_TOKENS = 32

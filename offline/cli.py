@@ -74,7 +74,9 @@ Keep8bit = Annotated[
     ),
 ]
 SignSeeds = Annotated[int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")]
-HeadBits = Annotated[Literal[8, 16], typer.Option(help="Bits of the head; the embedding stays 16-bit.")]
+HeadBits = Annotated[
+    Literal[4, 8, 16], typer.Option(help="Bits of the head (4: in groups of --group-size); the embedding stays 16-bit.")
+]
 MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
 Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]

@@ -42,7 +42,7 @@ class ConvertConfig(BaseModel):
     clip_search: bool = False
     keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
     sign_seeds: int = Field(default=1, ge=1)
-    lm_head_bits: Literal[8, 16] = 16
+    lm_head_bits: Literal[4, 8, 16] = 16
     max_tp: int = Field(default=1, ge=1)
     calib: str = "generated"
     calib_samples: int = Field(default=64, ge=1)
@@ -122,21 +122,22 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         ConfigError: a linear of the model does not fit the group size or ``max_tp``, or there is no head to quantise.
         UnsupportedModelError: a size has no Hadamard block.
     """
-    if config.lm_head_bits == 8 and spec.architecture.head_is_embedding:
+    if config.lm_head_bits < 16 and spec.architecture.head_is_embedding:
         raise ConfigError(
-            f"--lm-head-bits 8: expected 16, as the server computes the logits of {spec.architecture.class_name} from the 16-bit "
+            f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits of {spec.architecture.class_name} from the 16-bit "
             "embedding. Leave the option out."
         )
     if spec.experts:
         _check_for_experts(spec, config)
     clip = ACTIVATION_CLIP[config.activation_bits]
-    head = LinearScheme(weights=WeightScheme(bits=8), activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
+    head_weights = WeightScheme(bits=4, group_size=config.group_size) if config.lm_head_bits == 4 else WeightScheme(bits=8)
+    head = LinearScheme(weights=head_weights, activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
     schema = QuantizationSchema(
         weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
         activations=ActivationScheme(bits=config.activation_bits, clip=clip),
         online=online_rotations(spec, config),
         ignore=spec.routers(),
-        lm_head=head if config.lm_head_bits == 8 else None,
+        lm_head=head if config.lm_head_bits < 16 else None,
         max_tensor_parallel=config.max_tp,
     )
     check_shards(spec, schema, config.max_tp)

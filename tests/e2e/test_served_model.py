@@ -47,8 +47,8 @@ SETUPS = {
     "llama, no flag, compiled, PP=2, W4A8": Setup(
         "llama", ("--activation-bits", "8", "--scales", "none"), flag=False, eager=False, ranks=1, stages=2
     ),
-    "llama, flag, compiled, TP=2, W4A4": Setup(
-        "llama", ("--lm-head-bits", "8", "--max-tp", "2"), flag=True, eager=False, ranks=2
+    "llama, flag, compiled, TP=2, W4A4, 4-bit head": Setup(
+        "llama", ("--lm-head-bits", "4", "--max-tp", "2"), flag=True, eager=False, ranks=2
     ),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import smoothrot_offline.convert
 import smoothrot_offline.decide
@@ -139,6 +139,19 @@ def test_configuration_describes_the_output(make_model: MakeModel, tmp_path: Pat
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     assert (tmp_path / "out/chat_template.jinja").exists()
     assert not (tmp_path / "out/modeling_evil.py").exists()
+
+
+def test_a_four_bit_head_has_the_groups_of_the_linears(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(hidden_size=288, intermediate_size=320)
+    convert(source, tmp_path / "out", config(lm_head_bits=4, group_size=32, scales="none"))
+    assert verify(tmp_path / "out").ok
+    head = parse_schema(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]).lm_head
+    assert head is not None
+    assert (head.weights.bits, head.weights.group_size, head.activations.bits) == (4, 32, 8)
+    stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
+    rows = AutoConfig.from_pretrained(source).vocab_size
+    assert stored["lm_head.weight_packed"].shape == (rows, 144)
+    assert stored["lm_head.weight_scale"].shape == (rows, 9)
 
 
 @pytest.mark.parametrize(("family", "rotate"), [("llama", False), ("gemma3", True)])

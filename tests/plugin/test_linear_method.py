@@ -216,12 +216,12 @@ def test_bias_is_added_by_the_first_rank_only(vllm_config: VllmConfig, tensor_pa
     torch.testing.assert_close(difference[1], torch.zeros(5, HIDDEN), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, -1), (4, 32), (8, -1)])
 @pytest.mark.parametrize("size", [1, 2])
 def test_head_shards_cover_the_vocabulary_and_padding_is_zero(
-    tensor_parallel: Callable[[int, int], None], size: int, bits: int
+    tensor_parallel: Callable[[int, int], None], size: int, bits: int, group_size: int
 ) -> None:
-    weights = {"bits": bits, "group_size": -1}
+    weights = {"bits": bits, "group_size": group_size}
     config = make_config(lm_head={"weights": weights, "activations": {"bits": 8}})
     stored = Stored.random(VOCAB, HIDDEN, weights, 5)
     x = tokens(HIDDEN)
