@@ -124,8 +124,8 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
     """
     if config.lm_head_bits < 16 and spec.architecture.head_is_embedding:
         raise ConfigError(
-            f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits of {spec.architecture.class_name} from the 16-bit "
-            "embedding. Leave the option out."
+            f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits of "
+            f"{spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
         )
     if spec.experts:
         _check_for_experts(spec, config)
