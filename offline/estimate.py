@@ -56,8 +56,8 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     weights = _layer_weights(spec)
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     experts = max(1, spec.experts)
-    sample = 4 * 4 * SAMPLE_TOKENS * spec.intermediate * experts if config.scales != "none" else 0
-    chunk = max(CHUNK_TOKENS, config.calib_seqlen) if config.needs_calibration else 0
+    sample = 4 * 4 * min(tokens, SAMPLE_TOKENS) * spec.intermediate * experts if config.scales != "none" else 0
+    chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
     hidden = 4 * tokens * spec.hidden
     running = (2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
     # The source's layer and the float64 one, and what a rotation holds of its largest linear beside it: with signs, after each of
