@@ -121,8 +121,8 @@ class Study:
             if scheme is None:
                 continue
             if self._config.clip_search and scheme.activations.bits == 4:
-                read = [(inputs[group[0]], [tensors[f"{linear}.weight"] for linear in group]) for group in groups]
-                clips[first] = best_clip([(x, torch.cat(weights)) for x, weights in read if len(x)], scheme.activations)
+                read = ((inputs[group[0]], torch.cat([tensors[f"{linear}.weight"] for linear in group])) for group in groups)
+                clips[first] = best_clip(read, scheme.activations)
             if self._config.keep_8bit:
                 scheme = with_clip(scheme, clips.get(first))
                 linears = [linear for group in groups for linear in group]
