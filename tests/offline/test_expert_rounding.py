@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import smoothrot_offline.decide
+import smoothrot_offline.sequential
 from smoothrot_offline.architectures import resolve
 from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.checkpoint import open_checkpoint
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.quantize import QuantizedWeight, quantize_gptq
 from smoothrot_offline.runtime import BuiltLayer
 
 MakeModel = Callable[..., Path]
@@ -71,6 +73,13 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_n
     monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS[:1, :3])
     source = make_model("qwen3_moe", num_hidden_layers=1)
     found = {}
+    damped: dict[str, float] = {}
+
+    def recording(weight: torch.Tensor, *arguments: Any, **options: Any) -> QuantizedWeight:
+        damped[options["name"]] = options["damping"] / weight.shape[1]
+        return quantize_gptq(weight, *arguments, **options)
+
+    monkeypatch.setattr(smoothrot_offline.sequential, "quantize_gptq", recording)
     for rounding in ("rtn", "gptaq"):
         with caplog.at_level(logging.WARNING, "smoothrot_offline"):
             convert(source, tmp_path / rounding, make_config(**options(rounding=rounding)))
@@ -85,8 +94,11 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_n
     assert sum(named.values()) == 6
     assert 0 in named.values()
     for expert, tokens in named.items():
-        names = [f"model.layers.0.mlp.experts.{expert}.{kind}_proj.weight_packed" for kind in ("gate", "up", "down")]
-        assert all(torch.equal(found["rtn"][name], found["gptaq"][name]) for name in names) == (tokens == 0), expert
+        names = [f"model.layers.0.mlp.experts.{expert}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+        as_nearest = [torch.equal(found["rtn"][f"{name}_packed"], found["gptaq"][f"{name}_packed"]) for name in names]
+        assert all(as_nearest) == (tokens == 0), expert
+        assert [damped[name] for name in names] == pytest.approx([0.01 / max(1, tokens)] * 3)
+    assert damped["model.layers.0.self_attn.o_proj.weight"] == pytest.approx(0.01 / (9 * 12))
 
 
 def test_experts_with_enough_tokens_are_not_named(
