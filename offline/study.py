@@ -92,7 +92,7 @@ class Study:
         study = LayerStudy()
         if self._config.scales != "none":
             scales, found = self._smoothed(index, tensors)
-            study = LayerStudy(scales, experts=found) if self._spec.experts else LayerStudy(scales, *found)
+            study = LayerStudy(scales, experts=found) if self._spec.experts else LayerStudy(scales, smoothing=found[0])
         return self._probed(index, self._folded(index, tensors, study.scales), study) if self._config.needs_probe else study
 
     def _folded(self, index: int, tensors: dict[str, torch.Tensor], scales: LayerScales) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ SHAPE = {
     "num_attention_heads": 8,
     "vocab_size": VOCABULARY,
 }
-FEW, MANY = 2, 12
+FEW, MANY = 4, 14  # after two layers the allocator does not yet hold all that it will keep
 # A small shard, so that none holds many layers. 8-bit weights: without the search for their scales a layer takes half the time,
 # and its output twice the memory.
 PLAIN = {"scales": "none", "weight_bits": 8, "shard_mib": 4}
