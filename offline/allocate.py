@@ -2,6 +2,7 @@
 """Mixed precision: which linears keep 8 bits, from what a study measured, and the schema that follows from a study."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.config import ACTIVATION_CLIP, ConvertConfig
@@ -16,10 +17,10 @@ def allocate(
 ) -> QuantizationSchema:
     """The schema with the decisions of a study as overrides: 8 bits where 4 cost the most, and each input's own clip.
 
-    Groups of linears that read one input (and that a server fuses) are decided together. They are taken by measured cost for
-    each weight, dearest first, until ``config.keep_8bit`` of the decoder's weights are spent.
+    Groups of linears that read one input (and that a server fuses) are decided together, and so are all experts of a layer. They
+    are taken by measured cost for each weight, dearest first, until ``config.keep_8bit`` of the decoder's weights are spent.
     """
-    groups = spec.architecture.input_groups()
+    groups = _scheme_groups(spec)
     kept = _dearest(spec, config.keep_8bit, studies)
     overrides = dict(schema.overrides)
     for index, found in enumerate(studies):
@@ -41,9 +42,7 @@ def _eight_bits(scheme: LinearScheme) -> LinearScheme:
 
 def _dearest(spec: ModelSpec, fraction: float, studies: Sequence[LayerStudy]) -> set[tuple[int, str]]:
     """``(layer, first linear of the group)`` of each group that keeps 8 bits."""
-    weights = {
-        group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group)) for group in spec.architecture.input_groups()
-    }
+    weights = {group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group)) for group in _scheme_groups(spec)}
     left = fraction * spec.layers * sum(weights.values())
     measured = ((index, group, cost) for index, found in enumerate(studies) for group, cost in found.sensitivity.items())
     kept = set()
@@ -52,3 +51,7 @@ def _dearest(spec: ModelSpec, fraction: float, studies: Sequence[LayerStudy]) ->
             left -= weights[group]
             kept.add((index, group))
     return kept
+
+
+def _scheme_groups(spec: ModelSpec) -> list[tuple[str, ...]]:
+    return [tuple(chain.from_iterable(groups)) for groups in spec.architecture.scheme_groups()]

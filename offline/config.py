@@ -16,9 +16,6 @@ ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
 
 MEBIBYTE = 1 << 20
 
-FOR_EXPERTS: dict[str, tuple[Any, ...]] = {"rounding": ("rtn", "gptq"), "clip_search": (False,), "keep_8bit": (0.0,)}
-"""The values of each option that models with experts convert with, the best last."""
-
 
 class ConvertConfig(BaseModel):
     """Options of ``smoothrot-convert run``, which the manifest records. Every one of them changes the output but ``preset``, the
@@ -127,8 +124,6 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
             f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits of "
             f"{spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
         )
-    if spec.experts:
-        _check_for_experts(spec, config)
     clip = ACTIVATION_CLIP[config.activation_bits]
     head_weights = WeightScheme(bits=4, group_size=config.group_size) if config.lm_head_bits == 4 else WeightScheme(bits=8)
     head = LinearScheme(weights=head_weights, activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
@@ -142,17 +137,6 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
     )
     check_shards(spec, schema, config.max_tp)
     return schema
-
-
-def _check_for_experts(spec: ModelSpec, config: ConvertConfig) -> None:
-    """Refuse the options that are not implemented for experts."""
-    for option, values in FOR_EXPERTS.items():
-        if (found := getattr(config, option)) not in values:
-            name = "--" + option.replace("_", "-")
-            raise ConfigError(
-                f"{name}: expected {' or '.join(map(str, values))}, as {spec.architecture.class_name} has experts, got {found}, "
-                "which is for dense models only. Leave the option out."
-            )
 
 
 def check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> None:

@@ -56,19 +56,25 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     weights = _layer_weights(spec)
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     experts = max(1, spec.experts)
-    sample = 4 * 4 * SAMPLE_TOKENS * spec.intermediate * experts if config.scales != "none" else 0
-    chunk = max(CHUNK_TOKENS, config.calib_seqlen) if config.needs_calibration else 0
+    sample = 4 * 4 * min(tokens, SAMPLE_TOKENS) * spec.intermediate * experts if config.scales != "none" else 0
+    chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
     hidden = 4 * tokens * spec.hidden
     running = (2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
     # The source's layer and the float64 one, and what a rotation holds of its largest linear beside it: with signs, after each of
     # two factors, transposed. Then what is stored.
     folding = (2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
+    if config.keep_8bit:
+        # The weights of a group of linears, rounded and as they were: all experts are one group.
+        running += 4 * sum(weights)
     if config.rounding != "rtn":
+        copies = 2 if config.rounding == "gptaq" else 1
         # The second hidden states; H and what factorising it takes, in float64, and C and its solution.
-        hidden *= 3 if config.rounding == "gptaq" else 2
-        # Of a layer with experts, an H of each.
-        matrices = (9 if config.rounding == "gptaq" else 6) + experts - 1
-        running += 4 * sum(weights) + 8 * matrices * max(spec.intermediate, spec.hidden) ** 2
+        hidden *= 1 + copies
+        # Of a layer with experts, an H (and a C) of each, and what those of a token read.
+        matrices = (9 if config.rounding == "gptaq" else 6) + copies * (experts - 1)
+        read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
+        widest = max(spec.intermediate, spec.hidden)
+        running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     # A tensor is in one shard, however large.
     shard = min(max(config.shard_mib * MEBIBYTE, after.embedding), after.total)
@@ -119,7 +125,9 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         copies = 2 if config.rounding == "gptaq" else 1
         inputs = sum(shape[1] ** 2 for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears})
         passes += 1.5 * copies
-        flop += copies * spec.layers * tokens * 2 * inputs
+        flop += copies * spec.layers * tokens * 2 * inputs * max(1, chosen)
+        # An H of each expert is factorised and inverted.
+        flop += 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
         folds += 1
     # An output tensor is in its layer's file first, which is hashed again when it is read, and then in a shard.
     hashed = before.total + 3 * after.total

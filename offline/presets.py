@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.checkpoint import Checkpoint, check_source
-from smoothrot_offline.config import FOR_EXPERTS, ConvertConfig, make_config, make_schema
+from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.estimate import estimate_seconds
 from smoothrot_vllm.errors import SmoothRotError
 
@@ -91,18 +91,12 @@ def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> Convert
     """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
     preset = PAPER if name == "paper-compat" else PRESETS[name]
     head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
-    experts = _for_experts(preset.options) if spec.experts else {}
     # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it would only harm those.
     norms = {} if explicit.get("activation_bits", 4) == 4 else {"smooth_norms": False}
-    options = preset.options | head | experts | norms | {"preset": name} | explicit
+    options = preset.options | head | norms | {"preset": name} | explicit
     sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
     configs = [make_config(**options | {"group_size": size}) for size in sizes]
     return next((config for config in configs if _fits(spec, config)), configs[-1])
-
-
-def _for_experts(options: dict[str, Any]) -> dict[str, Any]:
-    """The nearest there is for experts to each of a preset's options that is for dense models only."""
-    return {option: values[-1] for option, values in FOR_EXPERTS.items() if option in options and options[option] not in values}
 
 
 def _fits(spec: ModelSpec, config: ConvertConfig) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder layer as the server runs it: its linears read their inputs rotated, or rotated and quantised."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -102,11 +102,35 @@ class BuiltLayer:
         """What down_proj multiplies by its weight."""
         return self._stopped(self._table.down, lambda: self._feed_forward(self._norm(middle)))
 
-    def watch_feed_forward(self, middle: torch.Tensor, watchers: Mapping[str, InputMap]) -> None:
-        """Show each watcher what its linear multiplies by its weight: of an expert, those of the tokens routed to it."""
+    def expert_inputs(
+        self, middle: torch.Tensor, linears: Iterable[str], routing: torch.Tensor | None = None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What linears of experts multiply by their weights, and the routing: the router's output, ``(tokens, experts)``.
+
+        Args:
+            middle: the residual stream between the halves.
+            linears: names relative to the layer. One whose expert gets no token is not in the result, which has for each other
+                the tokens routed to it, ``(tokens, channels)``.
+            routing: the tokens are sent to experts by this in place of the router's own output.
+        """
+        assert self._table.experts is not None
+        router = self._layer.get_submodule(self._table.experts.router)
+        seen: dict[str, torch.Tensor] = {}
+        routed: list[torch.Tensor] = []
+
+        def watching(linear: str) -> InputMap:
+            return lambda x: seen.setdefault(linear, x)
+
+        def route(_module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            routed.append(output if routing is None else routing)
+            return routed[0]
+
+        handle = router.register_forward_hook(route)
         # Hooks run in the order they were registered: a watcher sees what the run-time input map has made of the input.
-        with inputs_through(self._layer, self._maps), inputs_through(self._layer, watchers):
+        with inputs_through(self._layer, self._maps), inputs_through(self._layer, {name: watching(name) for name in linears}):
             self._feed_forward(self._norm(middle))
+        handle.remove()
+        return seen, routed[0]
 
     def finish(self, middle: torch.Tensor) -> torch.Tensor:
         """What the layer returns."""

@@ -7,15 +7,18 @@ precision. Within a layer the linears are rounded in the order data reaches them
 group reads what the already rounded ones before it produce.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import CHUNK_TOKENS, LayerRunner
 from smoothrot_offline.quantize import HessianAccumulator, QuantizedWeight, quantize_gptq
-from smoothrot_offline.runtime import BuiltLayer, InputMap, quantisers, rotations
+from smoothrot_offline.runtime import BuiltLayer, quantisers, rotations
 from smoothrot_vllm.format import QuantizationSchema
+
+_log = logging.getLogger(__name__)
 
 
 class SequentialRounding:
@@ -105,7 +108,7 @@ class SequentialRounding:
                     hidden.copy_(copy.middle(hidden, read))
             del attended
             if self._spec.experts:
-                self._round_experts(index, tensors, copies[0], rounded)
+                self._round_experts(index, tensors, copies, rounded)
             else:
                 gate_up, down = feed_forward
                 round_group(gate_up, (_each(BuiltLayer.feed_forward_input, copies, chunk) for chunk in self._chunks()))
@@ -116,21 +119,39 @@ class SequentialRounding:
         return rounded
 
     def _round_experts(
-        self, index: int, tensors: dict[str, torch.Tensor], copy: BuiltLayer, rounded: dict[str, QuantizedWeight]
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        copies: Sequence[BuiltLayer],
+        rounded: dict[str, QuantizedWeight],
     ) -> None:
-        """Round gate and up of every expert, then down, each for the tokens routed to it; to nearest if there are none."""
+        """Round gate and up of every expert, then down, each for the tokens that the served layer routes to it.
+
+        In full precision the experts are those of the same tokens, whatever its own router says. The fewer tokens an expert has
+        than inputs, the more its H is damped; with none it is rounded to nearest.
+        """
+        served = copies[0]
+        few: dict[int, int] = {}
         for groups in self._spec.architecture.expert_groups():
-            statistics = {group: HessianAccumulator(tensors[f"{group[0]}.weight"].shape[1]) for group in groups}
-            watchers = {group[0]: _adding(seen) for group, seen in statistics.items()}
-            for (hidden,) in self._chunks():
-                copy.watch_feed_forward(hidden, watchers)
-            for group, seen in statistics.items():
+            channels = tensors[f"{groups[0][0]}.weight"].shape[1]
+            statistics = {group[0]: HessianAccumulator(channels, self._asymmetric) for group in groups}
+            for hidden, *exact in self._chunks():
+                inputs, routing = served.expert_inputs(hidden, statistics)
+                targets = [copy.expert_inputs(h, statistics, routing)[0] for copy, h in zip(copies[1:], exact, strict=True)]
+                for first, x in inputs.items():
+                    statistics[first].add(x, *(target[first] for target in targets))
+            for expert, group in enumerate(groups):
+                seen = statistics.pop(group[0])
+                if seen.tokens < channels:
+                    few[expert] = seen.tokens
                 for linear in group:
                     name = self._spec.layer_prefix(index) + linear
-                    rounded[linear] = self._round(name, tensors[f"{linear}.weight"], seen)
-                    copy.set_weight(linear, rounded[linear].dequantize())
+                    rounded[linear] = self._round(name, tensors[f"{linear}.weight"], seen, channels / max(1, seen.tokens))
+                    served.set_weight(linear, rounded[linear].dequantize())
+        _warn_of_few_tokens(index, few)
 
-    def _round(self, name: str, weight: torch.Tensor, statistics: HessianAccumulator) -> QuantizedWeight:
+    def _round(self, name: str, weight: torch.Tensor, statistics: HessianAccumulator, shortage: float = 1.0) -> QuantizedWeight:
+        """Round for what was gathered; ``shortage`` above one multiplies the damping."""
         scheme = self._schema.scheme(name)
         assert scheme is not None
         cross = statistics.cross
@@ -139,7 +160,7 @@ class SequentialRounding:
             statistics.hessian,
             scheme.weights,
             act_order=self._act_order,
-            damping=self._damping,
+            damping=self._damping * max(1.0, shortage),
             cross=None if cross is None else cross * self._propagation,
             name=f"{name}.weight",
         )
@@ -151,14 +172,16 @@ class SequentialRounding:
         return zip(*(stream.split(step) for stream in streams), strict=True)
 
 
-def _adding(statistics: HessianAccumulator) -> InputMap:
-    """Adds what it is given to the statistics, and gives it back."""
-
-    def add(x: torch.Tensor) -> torch.Tensor:
-        statistics.add(x)
-        return x
-
-    return add
+def _warn_of_few_tokens(index: int, few: Mapping[int, int]) -> None:
+    if few:
+        named = ", ".join(f"{expert} ({tokens})" for expert, tokens in sorted(few.items()))
+        _log.warning(
+            "decoder layer %d: fewer calibration tokens than inputs were routed to these experts (tokens): %s. Their rounding "
+            "follows the calibration less, and that of an expert without a token not at all. Use a longer or more varied text "
+            "(--calib, --calib-samples) if they matter.",
+            index,
+            named,
+        )
 
 
 def _each(

@@ -5,8 +5,8 @@ What it finds of a layer: the smoothing scales of its down_proj, the activation 
 linears would cost at the weight and activation bits asked for.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -36,9 +36,9 @@ class LayerStudy:
     """What was found for one decoder layer.
 
     ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no calibration token was routed to.
-    ``clips`` and ``sensitivity`` are by the first linear of each group
-    that reads one input: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only
-    that group is quantised. Both are empty unless the configuration asks for them.
+    ``clips`` and ``sensitivity`` are by the first linear of each group that reads one input, all of a layer's experts being one
+    group: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only that group is
+    quantised. Both are empty unless the configuration asks for them.
     """
 
     scales: LayerScales = field(default_factory=LayerScales)
@@ -89,17 +89,17 @@ class Study:
             index: which layer.
             tensors: its tensors by names relative to it, as in the source.
         """
-        scales, smoothing = LayerScales(), None
+        study = LayerStudy()
         if self._config.scales != "none":
             scales, found = self._smoothed(index, tensors)
-            if self._spec.experts:
-                return LayerStudy(scales, experts=found)
-            (smoothing,) = found
-        if not self._config.needs_probe:
-            return LayerStudy(scales, smoothing)
+            study = LayerStudy(scales, experts=found) if self._spec.experts else LayerStudy(scales, smoothing=found[0])
+        return self._probed(index, self._folded(index, tensors, study.scales), study) if self._config.needs_probe else study
+
+    def _folded(self, index: int, tensors: dict[str, torch.Tensor], scales: LayerScales) -> dict[str, torch.Tensor]:
+        """The transformed layer, float32."""
         folded = {name: tensor.double() for name, tensor in tensors.items()}
         self._transform.layer(index, folded, scales)
-        return self._probed(index, {name: tensor.float() for name, tensor in folded.items()}, scales, smoothing)
+        return {name: folded.pop(name).float() for name in list(folded)}
 
     def _smoothed(self, index: int, tensors: dict[str, torch.Tensor]) -> tuple[LayerScales, list[SmoothingRecord | None]]:
         norms = NormStatistics(self._spec, self._transform.residual, tensors) if self._config.smooths_norms else None
@@ -109,30 +109,34 @@ class Study:
         return LayerScales(found.scales, {} if norms is None else norms.scales(tensors, self._dtype)), found.records
 
     @torch.no_grad()
-    def _probed(
-        self, index: int, tensors: dict[str, torch.Tensor], scales: LayerScales, smoothing: SmoothingRecord | None
-    ) -> LayerStudy:
-        """Measure on the transformed layer, and move the probe past it."""
+    def _probed(self, index: int, tensors: dict[str, torch.Tensor], study: LayerStudy) -> LayerStudy:
+        """The study with what is measured on the transformed layer; moves the probe past it."""
         prefix = self._spec.layer_prefix(index)
         model, layer = self._runner.build(index, tensors)
         clips, sensitivity = {}, {}
         exact, inputs = self._exact(model, layer)
-        for group in self._spec.architecture.input_groups():
-            scheme = self._schema.scheme(prefix + group[0])
+        for groups in self._spec.architecture.scheme_groups():
+            first = groups[0][0]
+            scheme = self._schema.scheme(prefix + first)
             if scheme is None:
                 continue
             if self._config.clip_search and scheme.activations.bits == 4:
-                weight = torch.cat([tensors[f"{linear}.weight"] for linear in group])
-                clips[group[0]] = best_clip(inputs[group[0]], weight, scheme.activations)
+                read = ((inputs[group[0]], torch.cat([tensors[f"{linear}.weight"] for linear in group])) for group in groups)
+                clips[first] = best_clip(read, scheme.activations)
             if self._config.keep_8bit:
-                scheme = with_clip(scheme, clips.get(group[0]))
-                sensitivity[group[0]] = self._cost(model, layer, dict.fromkeys(group, scheme), exact)
+                scheme = with_clip(scheme, clips.get(first))
+                linears = [linear for group in groups for linear in group]
+                sensitivity[first] = self._cost(model, layer, dict.fromkeys(linears, scheme), exact)
         self._probe = exact
-        return LayerStudy(scales, smoothing, clips, sensitivity)
+        return replace(study, clips=clips, sensitivity=sensitivity)
 
     def _exact(self, model: nn.Module, layer: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What the layer makes of the probe, and a sample of what each group of linears reads: rotated, not quantised."""
-        seen: dict[str, list[torch.Tensor]] = {group[0]: [] for group in self._spec.architecture.input_groups()}
+        """What the layer makes of the probe, and a sample of what each group of linears reads: rotated, not quantised.
+
+        Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
+        """
+        groups = [group for groups in self._spec.architecture.scheme_groups() for group in groups]
+        seen = {group[0]: [torch.empty(0, self._spec.linear_shape(group[0])[1])] for group in groups}
         stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1
 
         def watching(linear: str) -> InputMap:
@@ -163,18 +167,22 @@ class Study:
         return torch.cat([output_of(model, part) for part in self._probe.split(1)])
 
 
-def best_clip(x: torch.Tensor, weight: torch.Tensor, scheme: ActivationScheme) -> float:
-    """The element of ``CLIPS`` with which quantising ``x (tokens, K)`` changes ``x W^T`` the least, W ``(N, K)``; float32.
+def best_clip(read: Iterable[tuple[torch.Tensor, torch.Tensor]], scheme: ActivationScheme) -> float:
+    """The element of ``CLIPS`` with which quantising x changes ``x W^T`` the least.
 
     Each token counts relative to its own output, so that a massive one does not decide for all.
+
+    Args:
+        read: pairs of x ``(tokens, K)`` and W ``(N, K)``, float32: one, or those of all linears that must have the same clip.
+        scheme: the bits.
     """
-    size = (x @ weight.T).square().sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-
-    def error(clip: float) -> float:
-        change = fake_quantize_tokens(x, scheme.model_copy(update={"clip": clip})) - x
-        return float(((change @ weight.T).square().sum(dim=1) / size).sum())
-
-    return min(CLIPS, key=error)
+    errors = dict.fromkeys(CLIPS, 0.0)
+    for x, weight in read:
+        size = (x @ weight.T).square().sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        for clip in CLIPS:
+            change = fake_quantize_tokens(x, scheme.model_copy(update={"clip": clip})) - x
+            errors[clip] += float(((change @ weight.T).square().sum(dim=1) / size).sum())
+    return min(CLIPS, key=errors.__getitem__)
 
 
 def with_clip(scheme: LinearScheme, clip: float | None) -> LinearScheme:

@@ -135,6 +135,13 @@ class Architecture:
         first: list[tuple[str, ...]] = [(gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)]
         return first, [(down,) for _, down in self.products]
 
+    def scheme_groups(self) -> list[list[tuple[str, ...]]]:
+        """Linears that have one scheme, each as groups of those that read the same tensor. A layer's experts all have one."""
+        if self.experts is None:
+            return [[group] for group in self.input_groups()]
+        gated, down = self.expert_groups()
+        return [[next(iter(self.readers.values()))], [(self.output,)], gated + down]
+
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first, then the feed-forward."""
         attention, feed_forward = self.readers.values()

@@ -41,6 +41,11 @@ class HessianAccumulator:
             self._cross += (full_precision.flatten(0, -2).float() - x).T @ x
 
     @property
+    def tokens(self) -> int:
+        """How many were added."""
+        return self._tokens
+
+    @property
     def hessian(self) -> torch.Tensor:
         """H, float64 ``(channels, channels)``."""
         return self._hessian / max(1, self._tokens)

@@ -13,7 +13,7 @@ from smoothrot_offline.convert import convert
 from smoothrot_offline.model import load_model
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
 def logit_errors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Relative logit error on the calibration text, by rounding."""
     folder: Path = tmp_path_factory.mktemp("sequential")
