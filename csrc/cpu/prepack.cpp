@@ -11,9 +11,10 @@ constexpr int64_t kSliceInputs = 512;
 
 uint8_t nibble(const uint8_t* row, int64_t k) { return row[k / 2] >> (k % 2 * 4) & 0xF; }
 
-// `count` bytes of two columns, two inputs in each, to a byte for each input: codes of `low` in its low nibble, offset to
-// unsigned.
-void join_bytes(const uint8_t* __restrict low, const uint8_t* __restrict high, int64_t count, uint8_t* __restrict joined) {
+// `count` bytes of two columns, two inputs in each, to a byte for each input: codes of `low` in its low nibble, offset
+// to unsigned.
+void join_bytes(const uint8_t* __restrict low, const uint8_t* __restrict high, int64_t count,
+                uint8_t* __restrict joined) {
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t l = low[i], h = high[i];
     joined[2 * i] = uint8_t(((l & 0x0F) | h << 4) ^ 0x88);
@@ -21,7 +22,8 @@ void join_bytes(const uint8_t* __restrict low, const uint8_t* __restrict high, i
   }
 }
 
-// Inputs [begin, end) of columns c and 16 + c of a panel, which share their bytes; `high` may be null past the last column.
+// Inputs [begin, end) of columns c and 16 + c of a panel, which share their bytes; `high` may be null past the last
+// column.
 void join_columns(const uint8_t* low, const uint8_t* high, int64_t begin, int64_t end, uint8_t* joined) {
   int64_t k = begin;
   if (high && begin % 2 == 0) {
@@ -74,7 +76,8 @@ void prepack(const void* codes, const float* scale, int bits, const WeightLayout
     for (int64_t g = 0; g < w.groups; ++g) {
       const int64_t group_end = (g + 1) * w.group_size;
       uint8_t* group = panel_codes + g * w.group_steps * w.step_bytes;
-      for (int64_t k = g * w.group_size; k < group_end; k += kSliceInputs, group += kSliceInputs / kStepInputs * w.step_bytes) {
+      for (int64_t k = g * w.group_size; k < group_end;
+           k += kSliceInputs, group += kSliceInputs / kStepInputs * w.step_bytes) {
         const int64_t slice_end = k + kSliceInputs < group_end ? k + kSliceInputs : group_end;
         pack_slice(stored + first * w.inputs * bits / 8, columns, bits, w, k, slice_end, group);
       }

@@ -245,9 +245,8 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const void* codes = weight.const_data_ptr();
   const auto* scale = static_cast<const float*>(weight_scale.const_data_ptr());
-  share(w.panels, ceil_div(kGrainValues, w.panel_bytes), [&](int64_t begin, int64_t end) {
-    prepack(codes, scale, int(bits), w, out, begin, end);
-  });
+  share(w.panels, ceil_div(kGrainValues, w.panel_bytes),
+        [&](int64_t begin, int64_t end) { prepack(codes, scale, int(bits), w, out, begin, end); });
   return packed;
 }
 
