@@ -4,6 +4,7 @@
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import AutoTokenizer
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 TOKENS = 8
-PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
+PROMPTS = [f"{start} {number}" for number in range(20) for start in STARTS]
+ENOUGH_PROMPTS = 9
+"""Of those without a close call."""
 
 
 @dataclass
@@ -32,8 +35,10 @@ class Setup:
 
 # Llama, eager, TP=1, W4A8 is the base of test_served_lora.py.
 SETUPS = {
-    "mistral, no flag, compiled, TP=1, W4A4 in groups, some layers W8A8, each its own clip": Setup(
-        "mistral", ("--group-size", "32", "--keep-8bit", "auto:0.4", "--clip-search"), flag=False, eager=False, ranks=1
+    # Layers at 8 bits are served among 8-bit activations only: before 4-bit ones a code of theirs on the other side of a tie,
+    # which no two orders of float sums agree on, takes many codes with it (0.6 nats in this model).
+    "mistral, no flag, compiled, TP=1, W4A4 in groups, each its own clip": Setup(
+        "mistral", ("--group-size", "32", "--clip-search"), flag=False, eager=False, ranks=1
     ),
     "qwen2, no flag, eager, TP=2, W4A8 in groups, some layers W8A8": Setup(
         "qwen2",
@@ -69,14 +74,14 @@ def served(
     directory = tiny_converted(setup.family, *setup.convert)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     reference = Reference(directory, setup.ranks)
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    expected = [(prompt, reference.greedy(prompt, TOKENS)) for prompt in prompts]
+    answers = ((prompt, reference.greedy(prompt, TOKENS)) for prompt in (tokenizer(prompt).input_ids for prompt in PROMPTS))
+    expected = list(islice((answer for answer in answers if answer[1].is_determined), ENOUGH_PROMPTS))
     options = ["--dtype", "float32", "--max-model-len", "256"]
     options += ["--quantization", "smoothrot"] if setup.flag else []
     options += ["--enforce-eager"] if setup.eager else []
     log = tmp_path_factory.mktemp("server") / "server.log"
     with VllmServer(directory, log, *options, tensor_parallel=setup.ranks, pipeline_parallel=setup.stages) as server:
-        yield Served(server, [answer for answer in expected if answer[1].is_determined])
+        yield Served(server, expected)
 
 
 def complete(served: Served, prompt: list[int] | list[list[int]], **options: Any) -> Any:
