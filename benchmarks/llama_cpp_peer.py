@@ -122,11 +122,15 @@ class Sequences:
         self.api, self.count = llama_cpp, count
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not model:
+            raise RuntimeError(f"llama.cpp could not load {path}: expected a GGUF file of a model that it knows")
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_seq_max = count * -(-length // 256) * 256, count
         options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
         self.step_tokens = int(options.n_batch)
         self.context = llama_cpp.llama_init_from_model(model, options)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp could not make a context of {options.n_ctx} tokens for {path}: too little memory?")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.batch = llama_cpp.llama_batch_init(max(count, self.step_tokens), 0, 1)
 
