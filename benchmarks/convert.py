@@ -6,7 +6,7 @@ The 70B-shaped source is all holes (sparse files), as a plan reads headers alone
 disk: 16 GB, and 6 GB of output, both removed afterwards. Weights are rounded to nearest, W4A8, without smoothing, so that the
 model is never run: this measures reading, folding, rounding, hashing and writing.
 
-usage: convert.py [--layers N] [--folder DIR] [--out FILE]
+usage: convert.py [--layers N] [--workers N ...] [--folder DIR] [--out FILE]
 """
 
 import argparse
@@ -48,6 +48,9 @@ def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32, help="decoder layers of the 8B-shaped model")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1], help="a conversion with each of these numbers of processes"
+    )
     parser.add_argument("--folder", type=Path, help="where to make the models; default: the system's temporary folder")
     parser.add_argument("--out", type=Path, help="JSON file of the result; default: stdout")
     arguments = parser.parse_args()
@@ -59,7 +62,7 @@ def main() -> None:
             "problem": {"options": list(OPTIONS), "plan": SHAPES["70b"], "run": read_config(source)},
             "device": machine(),
             "packages": packages(),
-            "result": {"plan": planned, "run": convert(source, folder / "out")},
+            "result": {"plan": planned, "runs": [convert(source, folder / "out", workers) for workers in arguments.workers]},
         }
     text = json.dumps(result, indent=1) + "\n"
     if arguments.out:
@@ -130,13 +133,17 @@ def plan(source: Path) -> dict[str, Any]:
     return {name: facts[name] for name in names} | {"planning": used}
 
 
-def convert(source: Path, out: Path) -> dict[str, Any]:
-    """Seconds, processor seconds and peak memory of a conversion, and the same for each billion of parameters."""
+def convert(source: Path, out: Path, workers: int) -> dict[str, Any]:
+    """Seconds, processor seconds and peak memory of a conversion, and the same for each billion of parameters.
+
+    The memory is that of the largest process; the plan's time and memory are those of one process.
+    """
     planned, _ = command("plan", str(source), *OPTIONS)
-    facts, used = command("run", str(source), str(out), *OPTIONS)
+    facts, used = command("run", str(source), str(out), *OPTIONS, "--workers", str(workers))
     billions = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2e9
-    shutil.rmtree(source)
+    shutil.rmtree(out)
     return {
+        "workers": workers,
         "billion_parameters": round(billions, 3),
         **used,
         "wall_seconds_per_billion": round(used["wall_seconds"] / billions, 2),

@@ -3,10 +3,12 @@
 
 import importlib.util
 import io
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import contenders
+import device_cpu
 import device_cuda
 import gpu_ready
 import pytest
@@ -130,6 +132,14 @@ def test_peers_that_are_not_installed_say_what_to_install(monkeypatch: pytest.Mo
     assert list(peers.makers) == ["bf16", "fp16"]
     assert list(peers.missing) == ["w8a8", "marlin_w4a16", "humming_w4a4", "humming_w4a8"]
     assert all("pip install" in reason for reason in peers.missing.values())
+
+
+def test_zentorch_says_that_it_can_be_installed_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zentorch", None)
+    peers = device_cpu.CpuDevice("wall").peers
+    assert list(peers.makers) == ["bf16", "w8a8"]
+    assert list(peers.missing) == ["zentorch_w8a8", "zentorch_w4a8"]
+    assert all("pip install zentorch" in reason for reason in peers.missing.values())
 
 
 @pytest.mark.parametrize(("period", "calls"), [(1, 16), (12, 24), (16, 16), (100, 100)])
