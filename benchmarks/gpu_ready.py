@@ -2,6 +2,7 @@
 """What the GPU tests and benchmarks need of a machine, and what of it is missing."""
 
 import importlib.util
+import sys
 
 import torch
 
@@ -10,7 +11,7 @@ NEEDS = """They need, in the environment that VENV names (make test-gpu VENV=DIR
   a CUDA build of torch 2.13 or 2.14: pip install 'torch===2.13.0' from PyPI is one, a '+cpu' version is not;
   this package built with nvcc on PATH: SMOOTHROT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation -e .
     (with the package nvidia-cutlass==4.2.0.0, and the capability of the GPU at hand in place of 9.0);
-  for the serving test and vLLM's kernels as peers, the CUDA wheel of vLLM: pip install 'vllm==0.32.0';
+  for the serving test, the serving benchmark and vLLM's kernels as peers, the CUDA wheel of vLLM: pip install 'vllm==0.32.0';
   for Humming as a peer: pip install 'humming-kernels[cu13]'."""
 
 
@@ -32,10 +33,20 @@ def problems() -> list[str]:
     return []
 
 
-def refusal(what: str) -> str | None:
-    """What to tell whoever asked for ``what``, or None if it can run."""
+def refusal(what: str, serving: bool = False) -> str | None:
+    """What to tell whoever asked for ``what``, or None if it can run; ``serving`` needs vLLM as well."""
     found = problems()
+    if serving and not found and not has_cuda_vllm():
+        found = ["vllm: expected its CUDA wheel, got none or a build for another device"]
     return f"{what}: cannot run here. {'; '.join(found)}.\n{NEEDS}" if found else None
+
+
+def require(what: str, serving: bool = False) -> None:
+    """End with status 2 and the refusal where there is one."""
+    reason = refusal(what, serving)
+    if reason is not None:
+        sys.stderr.write(reason + "\n")
+        sys.exit(2)
 
 
 def has_cuda_vllm() -> bool:

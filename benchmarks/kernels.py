@@ -8,14 +8,13 @@ last-level cache holds, because a served model never finds a layer's weights in 
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLOCKS, Floors, Timing, packages
+from common import CLOCKS, RESULTS, Floors, Schedule, Timing, packages
 from contenders import CLIP, SCHEMES, Device, floor_seconds, ours
 from producers import bench_producers
 from rich.console import Console
@@ -41,22 +40,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "minutes": 4.0,
     },
 }
-RESULTS = Path(__file__).with_name("results")
-
-
-class Schedule:
-    """Cases in order until the time is up; what was not begun is named."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.left_out: list[str] = []
-
-    def allows(self, case: str) -> bool:
-        """Whether there is time for another case; one that is refused is remembered."""
-        if self.end is None or time.monotonic() < self.end:
-            return True
-        self.left_out.append(case)
-        return False
 
 
 def microseconds(timing: Timing | None) -> float | None:
@@ -186,12 +169,9 @@ def open_device(args: argparse.Namespace) -> Device:
         if args.clock == "cpu":
             torch.set_num_threads(1)
         return CpuDevice(args.clock)
-    from gpu_ready import refusal
+    from gpu_ready import require
 
-    reason = refusal("kernels.py --device cuda")
-    if reason is not None:
-        sys.stderr.write(reason + "\n")
-        sys.exit(2)
+    require("kernels.py --device cuda")
     from device_cuda import CudaDevice
 
     torch.set_default_device("cuda")
@@ -208,11 +188,7 @@ def run(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     return {
         "machine": device.facts(),
         "packages": packages(),
-        "floors": {
-            "read_bytes_per_s": floors.read_bytes,
-            "multiply_adds_per_s": floors.multiply_adds,
-            "int4_multiply_adds_per_s": floors.int4_multiply_adds,
-        },
+        "floors": floors.record(),
         "peers": list(device.peers.makers),
         "missing_peers": device.peers.missing,
         "left_out": schedule.left_out,
