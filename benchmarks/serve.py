@@ -6,8 +6,10 @@ turn, cell by cell and round by round, so that a drift of the machine meets all 
 once. The client shares the cores with the server, as it does on a user's machine.
 
     python benchmarks/serve.py --models SmolLM2-135M Llama-3.2-1B --quick --output serve.json
+    python benchmarks/serve.py --device cuda
 
-``--output`` is rewritten after each measured cell; the same command goes on where an interrupted one stopped.
+``--output`` is rewritten after each measured cell; the same command goes on where an interrupted one stopped. On a GPU the
+servers of a model share its memory (serve_device_cuda.py); that has not run on hardware yet.
 """
 
 import argparse
@@ -21,36 +23,38 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
-from common import CLOCKS, Floors, machine, measure_floors, packages
+from common import Floors, Schedule, packages
 from llama_cpp_peer import FILE_TYPES as GGUF
 from llama_cpp_peer import measure as measure_llama_cpp
 from models import MODELS, OURS, PEERS, SCHEMES, default_folder, kv_bytes_per_token, linear_parameters, read_config, scheme_model
 from openai import OpenAIError
-from prepack import measure_prepack
 from rich.console import Console
+from serve_devices import ServeDevice, open_device
 from serve_report import show
-from serving import ServerError, VllmServer
+from serving import ServerError, VllmServer, memory
 
-DEFAULT_SCHEMES = ("bf16", *PEERS, "w4a8")
-# Peers that this benchmark knows of and does not run, by what their users call them.
-OTHER_PEERS = {
-    "llama-cpp-python": "not installed; Q4_0 and Q8_0 of llama.cpp are schemes q4_0 and q8_0 where it is",
-    "zentorch": "not installed; vLLM takes its kernels for bf16, w8a8 and w4a16 where it is",
+# Unless the command line says otherwise. A GPU's servers start in this order, in case the time does not last for all.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"models": ["SmolLM2-135M", "Llama-3.2-1B"], "schemes": ["bf16", *PEERS, "w4a8"]},
+    "cuda": {"models": ["Llama-3.2-1B", "Llama-3-8B-4-layers"], "schemes": ["bf16", "w4a8", "w4a16", "w8a8", "w4a4"]},
 }
+STARTS_SHARE = 0.6
+"""Of ``--minutes``: after it no server is started, so that those which are up get measured."""
 # Q4_0 and Q8_0 have a 16-bit scale for 32 weights; llama.cpp rounds activations to 8 bits.
 WEIGHT_BITS = {"bf16": 16, "w8a8": 8, "q4_0": 4.5, "q8_0": 8.5} | dict.fromkeys(["w4a16", *OURS], 4)
 HEAD = "--lm-head-bits"
 HEAD_BITS = {scheme: float(options[options.index(HEAD) + 1]) for scheme, options in OURS.items() if HEAD in options}
 HEAD_BITS |= {"q4_0": 6.5625, "q8_0": 8.5}
 EIGHT_BIT_ACTIVATIONS = ("w8a8", *GGUF, *OURS)
+"""Multiplied as int8, four-bit ones too where the device has no int4 products."""
 BATCHES, PROMPTS = (1, 4, 16, 64), (128, 1024)
 OUTPUT_TOKENS = 32
+OUTPUT_HELP = "write the JSON object to this file, cell by cell, and go on from it; cuda: results/GPU/serve.json, begun anew"
 console = Console(stderr=True)
 
 
@@ -78,6 +82,8 @@ class Contender:
     startup_s: float = 0.0
     loaded_rss_bytes: int = 0
     seen_rss_bytes: int = 0
+    gpu: dict[str, Any] = field(default_factory=dict)
+    """GPU memory after the first request, by when a server has all it needs; empty on a CPU."""
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -101,19 +107,26 @@ class Contender:
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["SmolLM2-135M", "Llama-3.2-1B"])
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(DEFAULT_SCHEMES))
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES)
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK_CELLS)} cells instead of {len(ALL_CELLS)}")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each cell and contender")
+    parser.add_argument("--minutes", type=float, help=f"begin no cell after this long, no server after {STARTS_SHARE:.0%}% of it")
     parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager: starts sooner, decodes slower")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="where models are made and kept")
     parser.add_argument("--prepare", action="store_true", help="make the models and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--output", type=Path, help="write the JSON object to this file, cell by cell, and go on from it")
+    parser.add_argument("--output", type=Path, help=OUTPUT_HELP)
     args = parser.parse_args(words)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: expected at least 1")
+    for name, value in DEFAULTS[args.device].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    cpu_only = [scheme for scheme in args.schemes if scheme in GGUF]
+    if args.device == "cuda" and cpu_only:
+        parser.error(f"--schemes {' '.join(cpu_only)}: llama.cpp is run on CPUs only; leave them out with --device cuda")
     return args
 
 
@@ -126,10 +139,14 @@ def main() -> int:
             for scheme in args.schemes:
                 console.print(str(scheme_model(model, scheme, args.folder)), highlight=False)
         return 0
+    schedule = Schedule(args.minutes)
+    device = open_device(args.device)
     try:
-        report = open_report(args)
+        report = open_report(args, device)
+        report["left_out"] = schedule.left_out
+        args.output = args.output or device.output
         for model in args.models:
-            measure_model(model, args, report)
+            measure_model(model, args, report, device, schedule)
     except KeyboardInterrupt:
         console.print("[yellow]stopped; servers are down, finished cells are kept in --output[/]")
         return 130
@@ -143,14 +160,15 @@ def main() -> int:
     return 0
 
 
-def open_report(args: argparse.Namespace) -> dict[str, Any]:
+def open_report(args: argparse.Namespace, device: ServeDevice) -> dict[str, Any]:
     """The report to go on with: that in ``--output``, or one without results.
 
     Raises:
         ValueError: the file was written with other options or packages or on another machine, or is no report.
     """
     options = {"rounds": args.rounds, "eager": args.eager, "device": args.device}
-    here = {"options": options, "packages": packages(), "cpu": machine()["cpu"], "cores": machine()["cores"]}
+    facts = device.facts()
+    here = {"options": options, "packages": packages()} | {name: facts[name] for name in ("cpu", "cores", "gpu") if name in facts}
     if args.output and args.output.exists():
         report: dict[str, Any] = json.loads(args.output.read_text())
         found = {name: report.get(name, report.get("machine", {}).get(name)) for name in here}
@@ -159,19 +177,18 @@ def open_report(args: argparse.Namespace) -> dict[str, Any]:
                 f"--output {args.output}: expected a report of {here}, got one of {found}. Give another file, or remove this one."
             )
         return report
-    floors = measure_floors(machine()["cores"], CLOCKS["wall"])
     return {
-        "machine": machine(),
+        "machine": facts,
         "packages": packages(),
         "options": options,
-        "floors": {"read_bytes_per_s": floors.read_bytes, "multiply_adds_per_s": floors.multiply_adds},
-        "prepack": measure_prepack(),
-        "missing": {name: reason for name, reason in OTHER_PEERS.items() if name not in packages()},
+        "floors": device.floors().record(),
+        "prepack": device.prepack(),
+        "missing": {name: reason for name, reason in device.other_peers.items() if name not in packages()},
         "results": [],
     }
 
 
-def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
+def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any], device: ServeDevice, schedule: Schedule) -> None:
     """Add the rows of the cells that the report lacks."""
     cells = [c for c in (QUICK_CELLS if args.quick else ALL_CELLS) if not all(has(report, model, s, c) for s in args.schemes)]
     if not cells:
@@ -181,12 +198,16 @@ def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any]) 
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         contenders = []
         for scheme in args.schemes:
+            if not schedule.allows(f"{model} {scheme}", STARTS_SHARE):
+                continue
             console.print(f"{model} {scheme}: starting", highlight=False)
             try:
-                contenders.append(start(model, scheme, args, cells, logs, stack))
+                contenders.append(start(model, scheme, args, cells, logs, stack, device))
             except (ServerError, OpenAIError, ImportError) as error:
                 miss(report, model, scheme, error)
         for cell in cells:
+            if not schedule.allows(f"{model} {asdict(cell)}"):
+                continue
             rounds: dict[str, list[dict[str, float]]] = {c.scheme: [] for c in contenders}
             for number in range(args.rounds):
                 for contender in list(contenders):
@@ -199,12 +220,13 @@ def measure_model(model: str, args: argparse.Namespace, report: dict[str, Any]) 
                     rounds[contender.scheme].append(measured)
                     text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
                     console.print(f"{model} {contender.scheme} {asdict(cell)} round {number + 1}: {text}", highlight=False)
-            floors = Floors(report["floors"]["read_bytes_per_s"], report["floors"]["multiply_adds_per_s"])
+            floors = Floors.recorded(report["floors"])
             for contender in contenders:
                 report["missing"].pop(f"{model} {contender.scheme}", None)
                 drop(report, model, contender.scheme, cell)
                 report["results"].append(row(model, contender, cell, rounds[contender.scheme], floors))
             save(report, args.output)
+    save(report, args.output)
 
 
 def miss(report: dict[str, Any], model: str, scheme: str, error: Exception) -> None:
@@ -213,7 +235,15 @@ def miss(report: dict[str, Any], model: str, scheme: str, error: Exception) -> N
     console.print(f"{model} {scheme}: takes no part any more: {error}", style="red", markup=False, highlight=False)
 
 
-def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cell], logs: Path, stack: ExitStack) -> Contender:
+def start(
+    model: str,
+    scheme: str,
+    args: argparse.Namespace,
+    cells: Sequence[Cell],
+    logs: Path,
+    stack: ExitStack,
+    device: ServeDevice,
+) -> Contender:
     """Serve ``scheme`` until ``stack`` closes; the first request is answered before this returns.
 
     Raises:
@@ -225,18 +255,18 @@ def start(model: str, scheme: str, args: argparse.Namespace, cells: Sequence[Cel
     if scheme in GGUF:
         return Contender(scheme, directory)
     tokens = max(c.batch * (c.prompt + c.output) for c in cells)
-    cache = -(-tokens * kv_bytes_per_token(read_config(directory)) // (1 << 30))
+    cache = -(-tokens * kv_bytes_per_token(read_config(directory)) // (1 << 30)) << 30
     options = ["--max-model-len", str(max(c.prompt + c.output for c in cells) + 64), "--no-enable-prefix-caching"]
     options += ["--dtype", "bfloat16", "--max-num-seqs", str(max(c.batch for c in cells))]
     options += ["--enforce-eager"] if args.eager else []
-    # A compiled graph that was saved does not load on a CPU in vLLM 0.32; the caches below it do their work.
-    environment = {"VLLM_CPU_KVCACHE_SPACE": str(max(1, cache)), "VLLM_USE_AOT_COMPILE": "0"}
+    options += device.options(cache, len(args.schemes))
+    gpu_memory = device.watch()
     began = time.perf_counter()
-    server = stack.enter_context(VllmServer(directory, logs / f"{scheme}.log", *options, environment=environment))
+    server = stack.enter_context(VllmServer(directory, logs / f"{scheme}.log", *options, environment=device.environment(cache)))
     seconds = time.perf_counter() - began
     loaded = memory(server.pid, "VmRSS")
     server.client.completions.create(model=server.model, prompt="The first request", max_tokens=8)
-    return Contender(scheme, directory, server, seconds, loaded)
+    return Contender(scheme, directory, server, seconds, loaded, gpu=gpu_memory(server.pid))
 
 
 def bench(server: VllmServer, cell: Cell, number: int, folder: Path) -> dict[str, float]:
@@ -285,6 +315,7 @@ def row(model: str, contender: Contender, cell: Cell, rounds: Sequence[Mapping[s
         **floor(contender.scheme, read_config(contender.directory), cell, floors),
         "peak_rss_bytes": contender.peak_rss_bytes,
         "loaded_rss_bytes": contender.loaded_rss_bytes,
+        **contender.gpu,
         "startup_s": round(contender.startup_s, 2),
         "rounds": [dict(r) for r in rounds],
     }
@@ -300,27 +331,17 @@ def floor(scheme: str, config: Mapping[str, Any], cell: Cell, floors: Floors) ->
     bits = WEIGHT_BITS[scheme]
     read = (linears * bits + head * HEAD_BITS.get(scheme, 16)) / 8 / floors.read_bytes
 
+    rate = floors.multiply_adds if scheme in EIGHT_BIT_ACTIVATIONS else None
+    if scheme == "w4a4" and floors.int4_multiply_adds:
+        rate = floors.int4_multiply_adds
+
     def seconds(tokens: int) -> float:
-        known = scheme in EIGHT_BIT_ACTIVATIONS and floors.multiply_adds
-        return max(read, tokens * linears / floors.multiply_adds) if known and floors.multiply_adds else read
+        return max(read, tokens * linears / rate) if rate else read
 
     return {
         "tpot_floor_ms": round(seconds(cell.batch) * 1e3, 3),
         "ttft_floor_ms": round(seconds(cell.batch * cell.prompt) * 1e3, 3),
     }
-
-
-def memory(pid: int, field: str) -> int:
-    """Bytes of ``VmRSS`` or ``VmHWM`` of a process and all below it."""
-    process = psutil.Process(pid)
-    kilobytes = 0
-    for member in [process, *process.children(recursive=True)]:
-        try:
-            status = Path(f"/proc/{member.pid}/status").read_text()
-        except OSError:
-            continue
-        kilobytes += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
-    return kilobytes * 1024
 
 
 def matches(result: Mapping[str, Any], model: str, scheme: str, cell: Cell) -> bool:

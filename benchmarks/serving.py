@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 from openai import OpenAI
 
 HOST = "127.0.0.1"
@@ -145,3 +146,21 @@ def small_machine(ranks: int) -> dict[str, str]:
     share = max(1, len(cores) // ranks)
     binding = "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
     return {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def processes(pid: int) -> set[int]:
+    """The process of a server and all below it."""
+    process = psutil.Process(pid)
+    return {process.pid, *(child.pid for child in process.children(recursive=True))}
+
+
+def memory(pid: int, field: str) -> int:
+    """Bytes of ``VmRSS`` or ``VmHWM`` of a process and all below it."""
+    kilobytes = 0
+    for member in processes(pid):
+        try:
+            status = Path(f"/proc/{member}/status").read_text()
+        except OSError:
+            continue
+        kilobytes += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
+    return kilobytes * 1024

@@ -13,13 +13,14 @@ import prepack
 import pytest
 import serve
 import torch
-from common import Floors, machine, packages
+from common import Floors, Schedule, machine, packages
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from gguf import GGUFReader
 from rich.console import Console
 from safetensors.torch import load_file
 from serve import Cell
+from serve_devices import CpuServing
 from serve_report import show
 from serving import ServerError
 from tiny_models import byte_tokenizer
@@ -79,6 +80,7 @@ def report(*results: dict[str, Any]) -> dict[str, Any]:
         "floors": {"read_bytes_per_s": 1e10, "multiply_adds_per_s": None},
         "prepack": [{"weight": "down_proj", "shape": [8, 8], "group_size": -1, "gb_per_s": 1.5, "peak_of_packed": 1.0}],
         "missing": {"llama.cpp": "not installed"},
+        "left_out": [],
         "results": list(results),
     }
 
@@ -203,7 +205,7 @@ def test_a_failing_client_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_finished_cells_are_kept_and_a_repeated_one_is_replaced(tmp_path: Path) -> None:
     kept = report(result("bf16", 40.0), result("w4a8", 10.0))
     serve.save(kept, tmp_path / "serve.json")
-    found = serve.open_report(arguments("--output", str(tmp_path / "serve.json")))
+    found = serve.open_report(arguments("--output", str(tmp_path / "serve.json")), CpuServing())
     assert found == kept
     assert serve.has(found, "SmolLM2-135M", "w4a8", Cell(1, 128))
     assert not serve.has(found, "SmolLM2-135M", "w4a8", Cell(4, 128))
@@ -215,7 +217,7 @@ def test_finished_cells_are_kept_and_a_repeated_one_is_replaced(tmp_path: Path) 
 def test_a_report_of_other_options_is_not_gone_on_with(tmp_path: Path) -> None:
     serve.save(report(result("bf16", 40.0)), tmp_path / "serve.json")
     with pytest.raises(ValueError, match=r"serve\.json: expected a report of .*'rounds': 5.*, got one of .*'rounds': 3"):
-        serve.open_report(arguments("--rounds", "5", "--output", str(tmp_path / "serve.json")))
+        serve.open_report(arguments("--rounds", "5", "--output", str(tmp_path / "serve.json")), CpuServing())
 
 
 def test_the_table_holds_times_ratios_and_what_is_missing() -> None:
@@ -253,7 +255,8 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(monkeypatch: pytes
         serve, "row", lambda model, contender, cell, *_others: result(contender.scheme, 1.0, batch=cell.batch, prompt=cell.prompt)
     )
     measured = report()
-    serve.measure_model("SmolLM2-135M", arguments("--quick", "--output", str(tmp_path / "serve.json")), measured)
+    args = arguments("--quick", "--output", str(tmp_path / "serve.json"))
+    serve.measure_model("SmolLM2-135M", args, measured, CpuServing(), Schedule(None))
     assert {r["scheme"] for r in measured["results"]} == {"bf16", "w4a8"}
     assert len(measured["results"]) == 2 * len(serve.QUICK_CELLS)
     assert measured["missing"]["SmolLM2-135M w8a8"] == "no kernel"
