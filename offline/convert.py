@@ -42,6 +42,7 @@ from smoothrot_offline.manifest import (
 )
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.read_ahead import LayerTensors, layers_ahead
 from smoothrot_offline.resume import Journal, conversion_identity
 from smoothrot_offline.sequential import SequentialRounding
 from smoothrot_offline.sizes import Sizes, header_table, measure
@@ -272,15 +273,17 @@ class _Run:
                     self.journal.adopt_layer(layer.record, layer.names, layer.file)
                     self.shards.add(self.journal.load_layer(index))
             return
-        for index in indices:
+        for index, loaded in zip(indices, layers_ahead(self.checkpoint, self.spec, indices), strict=True):
             step(f"layer {index + 1} of {self.spec.layers}")
-            self._finish_layer(index, converter, rounding)
+            self._finish_layer(index, loaded, converter, rounding)
             # From its file: what waits for its shard for many layers would lie in between the large tensors of each, and keep
             # the allocator from using their place again.
             self.shards.add(self.journal.load_layer(index))
 
-    def _finish_layer(self, index: int, converter: LayerConverter, rounding: SequentialRounding | None) -> None:
-        done = converter.layer(index, None if rounding is None else rounding.layer)
+    def _finish_layer(
+        self, index: int, loaded: LayerTensors, converter: LayerConverter, rounding: SequentialRounding | None
+    ) -> None:
+        done = converter.layer(index, loaded, None if rounding is None else rounding.layer)
         self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
 
     def _head(self) -> None:

@@ -15,6 +15,7 @@ from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.manifest import LearnedRecord, SmoothingRecord
+from smoothrot_offline.read_ahead import layers_ahead
 from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.rotations.stage import learn_rotations, learning_steps
 from smoothrot_offline.signs import trial_loss
@@ -123,9 +124,9 @@ def _study(
     hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
     study = Study(LayerRunner(spec), spec, config, schema, transform, hidden, dtype)
     found = []
-    for index in range(spec.layers):
+    for index, loaded in enumerate(layers_ahead(checkpoint, spec, range(spec.layers))):
         step(f"studying layer {index + 1} of {spec.layers}")
-        found.append(study.layer(index, checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())))
+        found.append(study.layer(index, loaded))
     _warn_of_unseen_experts(found)
     return found
 

@@ -60,10 +60,10 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     sample = 4 * 4 * min(tokens, SAMPLE_TOKENS) * spec.intermediate * experts if config.scales != "none" else 0
     chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
     hidden = 4 * tokens * spec.hidden
-    running = (2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
-    # The source's layer and the float64 one, and what a rotation holds of its largest linear beside it: with signs, after each of
-    # two factors, transposed. Then what is stored.
-    folding = (2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
+    running = (2 + 2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
+    # The source's layer, the next one, the float64 one, and what a rotation holds of its largest linear beside it: with signs,
+    # after each of two factors, transposed. Then what is stored.
+    folding = (2 + 2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)

@@ -10,6 +10,7 @@ from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.manifest import LayerRecord, ScaleRange
 from smoothrot_offline.quantize import QuantizedWeight, quantize_rtn
+from smoothrot_offline.read_ahead import LayerTensors
 from smoothrot_offline.study import LayerStudy
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
@@ -42,14 +43,13 @@ class LayerConverter:
     studies: Sequence[LayerStudy]
     dtype: torch.dtype
 
-    def layer(self, index: int, round_layer: RoundLayer | None = None) -> FinishedLayer:
-        """Convert decoder layer ``index``, rounding to nearest what ``round_layer`` does not round.
+    def layer(self, index: int, loaded: LayerTensors, round_layer: RoundLayer | None = None) -> FinishedLayer:
+        """Convert decoder layer ``index``, ``loaded`` from the source, rounding to nearest what ``round_layer`` does not round.
 
         Raises:
-            CheckpointError: a tensor is damaged or exceeds the range of ``dtype``.
+            CheckpointError: a tensor exceeds the range of ``dtype``.
         """
         prefix, study = self.spec.layer_prefix(index), self.studies[index]
-        loaded = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
         layer = {name: tensor.double() for name, tensor in loaded.items()}
         self.transform.layer(index, layer, study.scales)
         rounded = {} if round_layer is None else round_layer(index, layer)

@@ -20,6 +20,7 @@ import torch
 
 from smoothrot_offline.layer import LayerConverter
 from smoothrot_offline.manifest import LayerRecord
+from smoothrot_offline.read_ahead import load_layer
 from smoothrot_offline.resume import KeptFile, keep_layer
 from smoothrot_vllm.errors import OutputError
 
@@ -88,5 +89,5 @@ def _end_with_parent() -> None:
 
 def _convert(index: int) -> KeptLayer:
     assert _this.converter is not None
-    done = _this.converter.layer(index)
+    done = _this.converter.layer(index, load_layer(_this.converter.checkpoint, _this.converter.spec, index))
     return KeptLayer(done.record, list(done.tensors), keep_layer(_this.folder, index, done.tensors))
