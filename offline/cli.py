@@ -59,6 +59,7 @@ Rounding = Annotated[
     typer.Option(help="Weight rounding: to nearest, error-compensated, or towards the full-precision model as well."),
 ]
 ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first.")]
+Propagation = Annotated[float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")]
 Damping = Annotated[float, typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.")]
 ClipSearch = Annotated[
     bool, typer.Option("--clip-search/--no-clip-search", help="Search the clip of each 4-bit input instead of 0.9 for all.")
@@ -108,6 +109,7 @@ def run(
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
+    propagation: Propagation = 0.5,
     clip_search: ClipSearch = False,
     keep_8bit: Keep8bit = 0.0,
     sign_seeds: SignSeeds = 1,
@@ -161,6 +163,7 @@ def plan(
     rounding: Rounding = "rtn",
     act_order: ActOrder = True,
     damping: Damping = 0.01,
+    propagation: Propagation = 0.5,
     clip_search: ClipSearch = False,
     keep_8bit: Keep8bit = 0.0,
     sign_seeds: SignSeeds = 1,

@@ -35,6 +35,7 @@ class ConvertConfig(BaseModel):
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     act_order: bool = True
     damping: float = Field(default=0.01, gt=0.0)
+    propagation: float = Field(default=0.5, ge=0.0, le=1.0)
     clip_search: bool = False
     keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
     sign_seeds: int = Field(default=1, ge=1)

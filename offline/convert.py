@@ -256,6 +256,7 @@ class _Run:
                 [cast(self.transform.embedding(part.double()), self.dtype, self.embedding).float() for part in hidden.split(1)]
             ),
             asymmetric=self.config.rounding == "gptaq",
+            propagation=self.config.propagation,
             act_order=self.config.act_order,
             damping=self.config.damping,
         )

@@ -19,7 +19,6 @@ from smoothrot_offline.convert import HEAD_ROWS
 from smoothrot_offline.decide import HELD_OUT_SAMPLES, smooths_anew
 from smoothrot_offline.layer import store
 from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.quantize.propagation import JUDGED_ROWS, RIDGES
 from smoothrot_offline.rotate import hadamard
 from smoothrot_offline.rotations.stage import SAMPLE_SEQUENCES, learning_bytes, learning_flop
 from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
@@ -69,10 +68,10 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         running += 4 * sum(weights)
     if config.rounding != "rtn":
         copies = 2 if config.rounding == "gptaq" else 1
-        # The second hidden states; H and what factorising it takes, in float64, and C and its solution, each of both halves.
+        # The second hidden states; H and what factorising it takes, in float64, and C and its solution.
         hidden *= 1 + copies
-        # Of a layer with experts, an H (and a C, of both halves) of each, and what those of a token read.
-        matrices = 11 + 4 * (experts - 1) if config.rounding == "gptaq" else 6 + (experts - 1)
+        # Of a layer with experts, an H (and a C) of each, and what those of a token read.
+        matrices = (9 if config.rounding == "gptaq" else 6) + copies * (experts - 1)
         read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
         widest = max(spec.intermediate, spec.hidden)
         running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
@@ -129,10 +128,6 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         flop += copies * spec.layers * tokens * 2 * inputs * max(1, chosen)
         # An H of each expert is factorised and inverted.
         flop += 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
-        if config.rounding == "gptaq":
-            # Two factorisations in float64, which takes twice as long, for each ridge.
-            widths = [spec.linear_shape(linear)[1] for linear in spec.architecture.linears]
-            flop += 2 * spec.layers * 2 * len(RIDGES) * sum(2 * width**3 / 3 + 4 * JUDGED_ROWS * width**2 for width in widths)
         folds += 1
     # An output tensor is in its layer's file first, which is hashed again when it is read, and then in a shard.
     hashed = before.total + 3 * after.total

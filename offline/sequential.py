@@ -14,7 +14,7 @@ import torch
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import CHUNK_TOKENS, LayerRunner
-from smoothrot_offline.quantize import HessianAccumulator, QuantizedWeight, asymmetric_target, quantize_gptq
+from smoothrot_offline.quantize import HessianAccumulator, QuantizedWeight, quantize_gptq
 from smoothrot_offline.runtime import BuiltLayer, quantisers, rotations
 from smoothrot_vllm.format import QuantizationSchema
 
@@ -31,6 +31,8 @@ class SequentialRounding:
         hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration tokens; it is changed.
         asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692) rather than at those of the rounded
             model's own inputs (GPTQ, arXiv 2210.17323).
+        propagation: share of the earlier layers' error that asymmetric calibration makes up for; all of it follows the
+            noise of the calibration text.
         act_order, damping: see :func:`~smoothrot_offline.quantize.quantize_gptq`.
     """
 
@@ -42,6 +44,7 @@ class SequentialRounding:
         hidden: torch.Tensor,
         *,
         asymmetric: bool,
+        propagation: float,
         act_order: bool,
         damping: float,
     ) -> None:
@@ -50,6 +53,7 @@ class SequentialRounding:
         self._schema = schema
         self._hidden = hidden
         self._asymmetric = asymmetric
+        self._propagation = propagation
         self._exact = hidden.clone() if asymmetric else hidden
         self._act_order = act_order
         self._damping = damping
@@ -150,12 +154,14 @@ class SequentialRounding:
         """Round for what was gathered; ``shortage`` above one multiplies the damping."""
         scheme = self._schema.scheme(name)
         assert scheme is not None
+        cross = statistics.cross
         return quantize_gptq(
-            asymmetric_target(weight, statistics) if self._asymmetric else weight,
-            statistics.total().hessian,
+            weight,
+            statistics.hessian,
             scheme.weights,
             act_order=self._act_order,
             damping=self._damping * max(1.0, shortage),
+            cross=None if cross is None else cross * self._propagation,
             name=f"{name}.weight",
         )
 

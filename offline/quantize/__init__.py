@@ -3,7 +3,6 @@
 
 from smoothrot_offline.quantize.gptq import quantize_gptq
 from smoothrot_offline.quantize.hessian import HessianAccumulator
-from smoothrot_offline.quantize.propagation import asymmetric_target
 from smoothrot_offline.quantize.rtn import QuantizedWeight, quantize_rtn
 
-__all__ = ["HessianAccumulator", "QuantizedWeight", "asymmetric_target", "quantize_gptq", "quantize_rtn"]
+__all__ = ["HessianAccumulator", "QuantizedWeight", "quantize_gptq", "quantize_rtn"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error-compensated rounding: GPTQ (arXiv 2210.17323)."""
+"""Error-compensated rounding: GPTQ (arXiv 2210.17323), and its asymmetric form that also undoes earlier layers' errors."""
 
 import logging
 
@@ -23,12 +23,17 @@ def quantize_gptq(
     *,
     act_order: bool = True,
     damping: float = 0.01,
+    cross: torch.Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Round one input channel after the other, each rounding error made up for by the channels still to come.
 
     Minimises ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed beforehand by the clip search, so that
     groups keep their meaning in any order.
+
+    With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric calibration: GPTAQ,
+    arXiv 2504.02692; Qronos, arXiv 2505.11695). Before rounding it is least at ``W* = W + W C (H + dI)^-1``, and for d = 0
+    any Q adds exactly ``tr((W* - Q) H (W* - Q)^T)`` to that; so W* is rounded in place of W.
 
     Args:
         weight: ``(N, K)``, any float dtype, in the basis of the run-time input.
@@ -37,18 +42,23 @@ def quantize_gptq(
         act_order: round channels from the largest diagonal of H to the smallest, instead of from first to last.
         damping: added to the diagonal of H, as a fraction of its mean; raised tenfold, with a warning, until
             H factorises.
+        cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration text (GPTAQ takes a
+            quarter). None for plain GPTQ.
         name: the tensor's name, for messages.
 
     Raises:
         ConfigError: K does not fit the scheme.
-        CheckpointError: the weight or the Hessian is not finite.
+        CheckpointError: the weight, the Hessian or the correction is not finite.
     """
     check_weight(weight, scheme, name)
-    if not hessian.isfinite().all():
+    if not hessian.isfinite().all() or (cross is not None and not cross.isfinite().all()):
         raise CheckpointError(f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration text.")
     hessian = _with_inactive_channels(hessian)
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(weight.shape[1])
-    inverse_root = _inverse_root(hessian[order][:, order], damping, name)
+    damped, inverse_root = _factorise(hessian[order][:, order], damping, name)
+    if cross is not None:
+        weight = _corrected(weight, cross, damped, order)
+        check_weight(weight, scheme, name)
     scale = weight_scale(weight, scheme)
     steps = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     codes = _round_in_order(weight.float()[:, order], steps[:, order], inverse_root.float(), quant_max(scheme.bits))
@@ -63,8 +73,8 @@ def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
     return hessian
 
 
-def _inverse_root(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """The upper-triangular R with ``H^-1 = R^T R`` of H damped, from one Cholesky factorisation.
+def _factorise(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorisation.
 
     Factorising H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R = U^-1``: no inverse is formed
     and factorised again.
@@ -75,7 +85,7 @@ def _inverse_root(hessian: torch.Tensor, damping: float, name: str) -> torch.Ten
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)
-            return _inverse_of_upper(upper)
+            return damped, _inverse_of_upper(upper)
         damping = max(damping, 1e-6) * _DAMPING_STEP
         _log.warning("%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal", name, damping)
 
@@ -90,6 +100,13 @@ def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
     inverse[:half, :half], inverse[half:, half:] = first, last
     inverse[:half, half:] = -first @ (upper[:half, half:] @ last)
     return inverse
+
+
+def _corrected(weight: torch.Tensor, cross: torch.Tensor, damped: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """``W + W C (H + dI)^-1``, with the damped H given in rounding order."""
+    moment = (weight.to(cross.dtype) @ cross)[:, order]
+    correction = torch.linalg.solve(damped, moment, left=False)
+    return weight.to(cross.dtype) + correction[:, order.argsort()]
 
 
 def _round_in_order(weight: torch.Tensor, steps: torch.Tensor, inverse_root: torch.Tensor, top: int) -> torch.Tensor:
