@@ -2,6 +2,7 @@
 """The CPU as kernels.py times it, with the int8 and int4 linears of vLLM and of zentorch beside it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ class CpuDevice:
         self.peers = Peers()
         self.peers.makers["bf16"] = torch_linear
         self.peers.find("w8a8", vllm_w8a8)
-        self.peers.find("zentorch_w8a8", zentorch_w8a8)
-        self.peers.find("zentorch_w4a8", zentorch_w4a8)
+        self.peers.find("zentorch_w8a8", partial(zentorch_linear, 8))
+        self.peers.find("zentorch_w4a8", partial(zentorch_linear, 4))
 
     def facts(self) -> dict[str, Any]:
         """Processor, cores, load and the kernels' path."""
@@ -70,41 +71,28 @@ def vllm_w8a8() -> Maker:
     return make
 
 
-def zentorch_w8a8() -> Maker:
-    """zentorch's dynamic int8 linear, which vLLM takes for W8A8 on AMD processors where zentorch is installed.
+def zentorch_linear(weight_bits: int) -> Maker:
+    """zentorch's dynamic linear with int8 activations, which vLLM takes for W8A8 and W4A8 on AMD processors that have it.
+
+    Args:
+        weight_bits: 8 or 4, with one scale per output.
 
     Raises:
         ImportError: zentorch is not installed, or is a build for another torch.
     """
-    linear, _ = _zentorch()
-
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
-        weight = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
-        scale = torch.rand(columns, dtype=torch.bfloat16)
-        return Rotating(lambda x, codes: linear(x, codes, scale), [weight.clone() for _ in range(max(2, copies // 2))])
-
-    return make
-
-
-def zentorch_w4a8() -> Maker:
-    """zentorch's dynamic linear with int4 weights and int8 activations, one scale per output, as vLLM calls it for W4A8.
-
-    Raises:
-        ImportError: zentorch is not installed, or is a build for another torch.
-    """
-    linear, repack = _zentorch()
-
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
-        packed = repack(torch.randint(-8, 8, (columns, inputs), dtype=torch.int8)).view(torch.int8)
-        scale = torch.rand(1, columns, dtype=torch.bfloat16)
-        return Rotating(lambda x, codes: linear(x, codes, scale), [packed.clone() for _ in range(copies)])
-
-    return make
-
-
-def _zentorch() -> tuple[Callable[..., torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
     try:
         import zentorch  # noqa: F401  # registers the ops
     except ImportError as error:
         raise ImportError(f"{error}: pip install zentorch, the version of this torch ({torch.__version__})") from error
-    return torch.ops.zentorch.zentorch_dynamic_qlinear, torch.ops.zentorch.zentorch_woq_repack_weight
+    linear = torch.ops.zentorch.zentorch_dynamic_qlinear
+
+    def make(columns: int, inputs: int, copies: int) -> Rotating:
+        top = 1 << (weight_bits - 1)
+        weight = torch.randint(-top, top, (columns, inputs), dtype=torch.int8)
+        scale = torch.rand(columns, dtype=torch.bfloat16)
+        if weight_bits == 4:
+            weight, scale = torch.ops.zentorch.zentorch_woq_repack_weight(weight).view(torch.int8), scale[None]
+        count = max(2, copies * 4 // weight_bits)
+        return Rotating(lambda x, codes: linear(x, codes, scale), [weight.clone() for _ in range(count)])
+
+    return make

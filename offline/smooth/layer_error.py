@@ -13,21 +13,19 @@ from smoothrot_vllm.format import LinearScheme
 
 @dataclass(frozen=True)
 class LayerError:
-    """``sum_t v_t ||x_t W^T - Q(x_t / s H) Q(W s H)^T||^2``, activations per token, weights to nearest (arXiv 2506.01967).
+    """``sum_t ||x_t W^T - Q(x_t / s H) Q(W s H)^T||^2``, activations per token, weights to nearest (arXiv 2506.01967).
 
     Args:
         sample: X, float32 ``(tokens, f)``.
         weight: W, float32 ``(hidden, f)``.
         scheme: of both quantisers.
         block: Hadamard block of R4, 0 for none.
-        importance: v, float32 ``(tokens,)``; None counts every token alike, as the papers do.
     """
 
     sample: torch.Tensor
     weight: torch.Tensor
     scheme: LinearScheme
     block: int
-    importance: torch.Tensor | None = None
 
     @torch.no_grad()
     def of(self, scales: torch.Tensor) -> float:
@@ -51,5 +49,4 @@ class LayerError:
 
     def _error(self, x: torch.Tensor, quantized_weight: torch.Tensor) -> torch.Tensor:
         difference = fake_quantize_tokens(x, self.scheme.activations) @ quantized_weight.T - self.sample @ self.weight.T
-        squares = difference.square().sum(dim=1)
-        return (squares if self.importance is None else squares * self.importance).sum()
+        return difference.square().sum(dim=1).sum()

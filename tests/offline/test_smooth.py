@@ -84,16 +84,6 @@ def test_layer_error_is_that_of_the_reference_ops(outlier_layer: tuple[InputStat
     assert error.differentiable(scales, error.shrink(scales)).item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_importance_weighs_the_tokens(outlier_layer: tuple[InputStatistics, LayerError]) -> None:
-    _, error = outlier_layer
-    ones = torch.ones(WIDTH)
-    importance = torch.zeros(len(error.sample))
-    importance[:7] = 2.0
-    few = LayerError(error.sample[:7], error.weight, SCHEME, BLOCK)
-    weighted = LayerError(error.sample, error.weight, SCHEME, BLOCK, importance)
-    assert weighted.of(ones) == pytest.approx(2 * few.of(ones), rel=1e-5)
-
-
 def test_searched_scales_beat_the_fixed_ones_and_learned_the_searched(
     outlier_layer: tuple[InputStatistics, LayerError],
 ) -> None:

@@ -181,9 +181,10 @@ def test_servers_get_equal_shares_and_caches_and_none_of_the_cpu_settings(stage:
 
 
 def test_vllm_knows_the_options_of_memory(stage: Stage) -> None:
-    arg_utils = pytest.importorskip("vllm.engine.arg_utils")
-    argparse_utils = pytest.importorskip("vllm.utils.argparse_utils")
-    parser = arg_utils.EngineArgs.add_cli_args(argparse_utils.FlexibleArgumentParser())
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     parsed = parser.parse_args(CudaServing().options(3 * GIB, 5))
     assert (parsed.kv_cache_memory_bytes, parsed.gpu_memory_utilization) == (3 * GIB, 0.18)
 
