@@ -83,7 +83,7 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
     resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # What the allocator cannot use again, measured: up to 0.6 of it without calibration on layers of 17 to 63 million weights, up
-    # to 0.72 in nine conversions with calibration on layers of 2 million, which differ by a third of that.
+    # to 0.72 in 14 conversions with calibration on layers of 2 million.
     return resident_now + max(converting, generating) * 2
 
 
