@@ -211,7 +211,7 @@ def _exp(x: torch.Tensor) -> torch.Tensor:
     return y * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-NORM_LANES = 256
+NORM_ACCUMULATORS = 2048
 NORM_VECTOR = 8
 
 
@@ -225,8 +225,8 @@ def rms_norm_quant(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """:func:`quant` of ``x / sqrt(mean(x ** 2) + epsilon) * weight``, in float32.
 
-    The order of additions is part of the definition: lane t of ``NORM_LANES`` sums the squares of vectors t,
-    t + NORM_LANES ... of ``NORM_VECTOR`` values from left to right, then neighbouring lanes are added pairwise.
+    The order of additions is part of the definition: accumulator i of ``NORM_ACCUMULATORS`` sums the squares of values i,
+    i + NORM_ACCUMULATORS ... from left to right, then neighbouring accumulators are added pairwise.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16; K a multiple of ``NORM_VECTOR``.
@@ -242,11 +242,10 @@ def rms_norm_quant(
         residual = (x.float() + residual.float()).to(x.dtype)
     values = (x if residual is None else residual).float()
     tokens, size = values.shape
-    squares = torch.nn.functional.pad(values * values, (0, -size % (NORM_LANES * NORM_VECTOR)))
-    sums = torch.zeros(tokens, NORM_LANES)
-    for sweep in squares.reshape(tokens, -1, NORM_LANES, NORM_VECTOR).unbind(1):
-        for value in sweep.unbind(-1):
-            sums = sums + value
+    squares = torch.nn.functional.pad(values * values, (0, -size % NORM_ACCUMULATORS))
+    sums = torch.zeros(tokens, NORM_ACCUMULATORS)
+    for sweep in squares.reshape(tokens, -1, NORM_ACCUMULATORS).unbind(1):
+        sums = sums + sweep
     while sums.shape[1] > 1:
         sums = sums[:, 0::2] + sums[:, 1::2]
     # torch's float32 square root is not rounded to nearest; by way of float64 it is.

@@ -11,53 +11,91 @@
 namespace smoothrot {
 namespace {
 
-constexpr int64_t kNormLanes = 256;  // reference.NORM_LANES
-constexpr int64_t kNormVector = 8;   // reference.NORM_VECTOR
+constexpr int64_t kNormAccumulators = 2048;  // reference.NORM_ACCUMULATORS
 
+// The vector at accumulator i of `count` values y, followed by zeros up to a whole vector.
+template <class S>
+SMOOTHROT_INLINE typename S::F32 squares(const float* y, int64_t count, int64_t i) {
+  typename S::F32 sum = S::set1(0.0f);
+  for (; i < count; i += kNormAccumulators) {
+    const typename S::F32 value = S::load(y + i);
+    sum = S::add(sum, S::mul(value, value));
+  }
+  return sum;
+}
+
+// 2^Depth vectors of accumulators from i on, neighbours added pairwise Depth times: one vector. Stores are what costs
+// here.
+template <class S, int Depth>
+SMOOTHROT_INLINE typename S::F32 add_pairwise(const float* y, int64_t count, int64_t i) {
+  if constexpr (Depth == 0) {
+    return squares<S>(y, count, i);
+  } else {
+    constexpr int64_t half = S::kLanes << (Depth - 1);
+    return S::add_neighbours(add_pairwise<S, Depth - 1>(y, count, i), add_pairwise<S, Depth - 1>(y, count, i + half));
+  }
+}
+
+template <class S>
 inline float sum_of_squares(const float* y, int64_t count) {
-  float sums[kNormLanes] = {};
-  for (int64_t first = 0; first < count; first += kNormLanes * kNormVector) {
-    const int64_t left = (count - first) / kNormVector;
-    const int64_t lanes = left < kNormLanes ? left : kNormLanes;
-    for (int64_t t = 0; t < lanes; ++t) {
-      const float* vector = y + first + t * kNormVector;
-      for (int64_t i = 0; i < kNormVector; ++i) sums[t] += vector[i] * vector[i];
+  constexpr int kDepth = 3;
+  alignas(64) float sums[kNormAccumulators >> kDepth];
+  // Accumulators that stay zero change no sum: those of a narrow row are left out.
+  int64_t width = kNormAccumulators;
+  while (width / 2 >= count && width > S::kLanes << kDepth) width /= 2;
+  for (int64_t i = 0; i < width; i += S::kLanes << kDepth)
+    S::store(sums + (i >> kDepth), add_pairwise<S, kDepth>(y, count, i));
+  width >>= kDepth;
+  for (; width > S::kLanes; width /= 2) {
+    for (int64_t i = 0; i < width; i += 2 * S::kLanes) {
+      S::store(sums + i / 2, S::add_neighbours(S::load(sums + i), S::load(sums + i + S::kLanes)));
     }
   }
-  for (int64_t n = kNormLanes / 2; n >= 1; n /= 2) {
-    for (int64_t i = 0; i < n; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  for (width /= 2; width >= 1; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
   }
   return sums[0];
+}
+
+template <class S, Float D>
+inline void load_normed_values(const QuantArgs& q, int64_t row, float* y) {
+  using Row = Elements<S, D>;
+  using F32 = typename S::F32;
+  // In variables of its own: the compiler could not know that the stores below leave q alone.
+  const void *const x = q.x, *const weight = q.norm_args.weight;
+  void* const residual = q.norm_args.residual;
+  const int64_t inputs = q.inputs, first = row * inputs;
+  if (residual) {
+    for_vectors<S>(inputs, [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA {
+      const F32 sum = S::add(Row::load(x, first + i, left), Row::load(residual, first + i, left));
+      S::store(y + i, Row::store_rounding(residual, first + i, left, sum));
+    });
+  } else {
+    for_vectors<S>(inputs, [&](int64_t i, int64_t left)
+                               SMOOTHROT_INLINE_LAMBDA { S::store(y + i, Row::load(x, first + i, left)); });
+  }
+  const float mean = sum_of_squares<S>(y, inputs) * float(1.0 / double(inputs));
+  const F32 inverse = S::set1(1.0f / std::sqrt(mean + q.norm_args.epsilon));
+  if (weight) {
+    for_vectors<S>(inputs, [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA {
+      S::store(y + i, S::mul(S::mul(S::load(y + i), inverse), Row::load(weight, i, left)));
+    });
+  } else {
+    for_vectors<S>(
+        inputs, [&](int64_t i, int64_t) SMOOTHROT_INLINE_LAMBDA { S::store(y + i, S::mul(S::load(y + i), inverse)); });
+  }
 }
 
 // Row `row` of x, after the addition to the residual, normed; `y` has room for whole vectors.
 template <class S>
 inline void load_normed_row(const QuantArgs& q, int64_t row, float* y) {
-  constexpr int64_t kChunk = 256;
-  float other[kChunk] = {};
-  const auto in_chunks = [&](const void* from, int64_t first, const auto& combine) SMOOTHROT_INLINE_LAMBDA {
-    for (int64_t i = 0; i < q.inputs; i += kChunk) {
-      const int64_t size = q.inputs - i < kChunk ? q.inputs - i : kChunk;
-      load_row<S>(from, q.dtype, first + i, size, other);
-      for (int64_t j = 0; j < size; j += S::kLanes) {
-        S::store(y + i + j, combine(S::load(y + i + j), S::load(other + j)));
-      }
-    }
-  };
-  const int64_t first = row * q.inputs;
-  load_row<S>(q.x, q.dtype, first, q.inputs, y);
-  if (q.norm_args.residual) {
-    using F32 = typename S::F32;
-    in_chunks(q.norm_args.residual, first, [](F32 a, F32 b) SMOOTHROT_INLINE_LAMBDA { return S::add(a, b); });
-    store_row<S>(q.norm_args.residual, q.dtype, first, q.inputs, y);
-    load_row<S>(q.norm_args.residual, q.dtype, first, q.inputs, y);
-  }
-  const float mean = sum_of_squares(y, q.inputs) * float(1.0 / double(q.inputs));
-  const typename S::F32 inverse = S::set1(1.0f / std::sqrt(mean + q.norm_args.epsilon));
-  for (int64_t i = 0; i < q.inputs; i += S::kLanes) S::store(y + i, S::mul(S::load(y + i), inverse));
-  if (q.norm_args.weight) {
-    using F32 = typename S::F32;
-    in_chunks(q.norm_args.weight, 0, [](F32 a, F32 b) SMOOTHROT_INLINE_LAMBDA { return S::mul(a, b); });
+  switch (q.dtype) {
+    case Float::f32:
+      return load_normed_values<S, Float::f32>(q, row, y);
+    case Float::bf16:
+      return load_normed_values<S, Float::bf16>(q, row, y);
+    default:
+      return load_normed_values<S, Float::f16>(q, row, y);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/float16.h"
 #include "../common/types.h"
@@ -42,21 +43,51 @@ inline void load_row(const void* x, Float dtype, int64_t first, int64_t count, f
   }
 }
 
-// Values [first, first + count) of x, rounded to its dtype; `y` has room for whole vectors.
-template <class S>
-inline void store_row(void* x, Float dtype, int64_t first, int64_t count, const float* y) {
-  if (dtype == Float::f32) {
-    std::memcpy(static_cast<float*>(x) + first, y, size_t(count) * sizeof(float));
-    return;
-  }
-  auto* halves = static_cast<uint16_t*>(x) + first;
-  for (int64_t i = 0; i < count; i += S::kLanes) {
-    uint16_t rounded[S::kLanes];
-    dtype == Float::bf16 ? S::store_bf16(rounded, S::load(y + i)) : S::store_f16(rounded, S::load(y + i));
-    const int64_t left = count - i < S::kLanes ? count - i : S::kLanes;
-    std::memcpy(halves + i, rounded, size_t(left) * sizeof(uint16_t));
-  }
+// Calls work(i, values left) for each vector of a row; for whole ones the second is a constant to the compiler.
+template <class S, typename F>
+SMOOTHROT_INLINE void for_vectors(int64_t count, const F& work) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) work(i, int64_t{S::kLanes});
+  if (i < count) work(i, count - i);
 }
+
+// A vector of values of type D at index i, of which `left` exist; the others read as zero and are not written.
+template <class S, Float D>
+struct Elements {
+  using F32 = typename S::F32;
+  using Type = std::conditional_t<D == Float::f32, float, uint16_t>;
+
+  static SMOOTHROT_INLINE F32 load(const void* x, int64_t i, int64_t left) {
+    const Type* from = static_cast<const Type*>(x) + i;
+    Type tail[S::kLanes] = {};
+    if (left < S::kLanes) from = static_cast<const Type*>(std::memcpy(tail, from, size_t(left) * sizeof(Type)));
+    if constexpr (D == Float::f32) {
+      return S::load(from);
+    } else if constexpr (D == Float::bf16) {
+      return S::load_bf16(from);
+    } else {
+      return S::load_f16(from);
+    }
+  }
+
+  // Returns what is stored.
+  static SMOOTHROT_INLINE F32 store_rounding(void* x, int64_t i, int64_t left, F32 value) {
+    Type* const to = static_cast<Type*>(x) + i;
+    Type tail[S::kLanes];
+    Type* const at = left < S::kLanes ? tail : to;
+    if constexpr (D == Float::f32) {
+      S::store(at, value);
+    } else if constexpr (D == Float::bf16) {
+      value = S::round_bf16(value);
+      S::store_rounded_bf16(at, value);
+    } else {
+      value = S::round_f16(value);
+      S::store_f16(at, value);
+    }
+    if (left < S::kLanes) std::memcpy(to, tail, size_t(left) * sizeof(Type));
+    return value;
+  }
+};
 
 }  // namespace
 }  // namespace smoothrot

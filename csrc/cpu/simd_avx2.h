@@ -34,11 +34,12 @@ struct Avx2 {
     return _mm256_blendv_ps(_mm256_castsi256_ps(upper), _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), nan);
   }
   static F32 round_f16(F32 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
-  static void store_bf16(uint16_t* p, F32 v) {
-    const __m256i out = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(v)), 16);
+  static void store_rounded_bf16(uint16_t* p, F32 v) {
+    const __m256i out = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0b1000);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
+  static void store_bf16(uint16_t* p, F32 v) { store_rounded_bf16(p, round_bf16(v)); }
   static void store_f16(uint16_t* p, F32 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -47,6 +48,11 @@ struct Avx2 {
   static F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
   static F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+  // a0 + a1, a2 + a3 ... b0 + b1 ...
+  static F32 add_neighbours(F32 a, F32 b) {
+    const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(a, b));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0b11011000));
+  }
   static F32 clamp(F32 v, float low, float high) {
     return _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), v));
   }

@@ -36,10 +36,11 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(int32_t(0xFFFF0000))));
   }
   static F32 round_f16(F32 v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
-  static void store_bf16(uint16_t* p, F32 v) {
-    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(v)), 16);
+  static void store_rounded_bf16(uint16_t* p, F32 v) {
+    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
   }
+  static void store_bf16(uint16_t* p, F32 v) { store_rounded_bf16(p, round_bf16(v)); }
   static void store_f16(uint16_t* p, F32 v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -48,6 +49,12 @@ struct Avx512 {
   static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
   static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
   static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+  // a0 + a1, a2 + a3 ... b0 + b1 ...
+  static F32 add_neighbours(F32 a, F32 b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+  }
   // NaN stays NaN.
   static F32 clamp(F32 v, float low, float high) {
     return _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), v));

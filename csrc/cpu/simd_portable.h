@@ -40,6 +40,7 @@ struct Portable {
   static void store_bf16(uint16_t* p, F32 v) {
     for (int i = 0; i < kLanes; ++i) p[i] = f32_to_bf16(v[i]);
   }
+  static void store_rounded_bf16(uint16_t* p, F32 v) { store_bf16(p, v); }
   static void store_f16(uint16_t* p, F32 v) {
     for (int i = 0; i < kLanes; ++i) p[i] = f32_to_f16(v[i]);
   }
@@ -48,6 +49,8 @@ struct Portable {
   static F32 sub(F32 a, F32 b) { return a - b; }
   static F32 mul(F32 a, F32 b) { return a * b; }
   static F32 div(F32 a, F32 b) { return a / b; }
+  // a0 + a1, a2 + a3, b0 + b1, b2 + b3
+  static F32 add_neighbours(F32 a, F32 b) { return F32{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
   static F32 clamp(F32 v, float low, float high) {
     v = v < low ? set1(low) : v;
     return v > high ? set1(high) : v;

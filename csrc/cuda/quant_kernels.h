@@ -39,16 +39,20 @@ quant_rows(const RowArgs a) {
   quantise_row(a, row, values, scratch, staging, PutVector{staging, int(a.q.inputs)});
 }
 
-constexpr int kNormThreads = 256;  // reference.NORM_LANES
+constexpr int kNormThreads = 256;  // with kVector accumulators each, reference.NORM_ACCUMULATORS
 
-// Neighbouring lanes are added pairwise, so every lane ends with the same bits.
-SMOOTHROT_DEVICE float norm_sum(float sum, float* scratch) {
+SMOOTHROT_DEVICE float pairwise_sum(const float* s) {
+  return add(add(add(s[0], s[1]), add(s[2], s[3])), add(add(s[4], s[5]), add(s[6], s[7])));
+}
+
+// Neighbouring accumulators are added pairwise, then those of lanes and warps, so every lane ends with the same bits.
+SMOOTHROT_DEVICE float norm_sum(const float (&s)[kVector], float* scratch) {
+  float sum = pairwise_sum(s);
 #pragma unroll
   for (int mask = 1; mask < kWarp; mask *= 2) sum = add(sum, bits_float(shuffle_xor(float_bits(sum), mask)));
   if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = sum;
   block_barrier();
-  const float* s = scratch;
-  return add(add(add(s[0], s[1]), add(s[2], s[3])), add(add(s[4], s[5]), add(s[6], s[7])));
+  return pairwise_sum(scratch);
 }
 
 // residual += x, rounded to their dtype; y becomes the new residual.
@@ -85,12 +89,12 @@ template <int Units>
 SMOOTHROT_KERNEL(kNormThreads, 1)
 rms_norm_rows(const RowArgs a) {
   auto* scratch = reinterpret_cast<uint32_t*>(shared_memory());
-  auto* sums = reinterpret_cast<float*>(shared_memory() + kReductionBytes);
+  auto* warp_sums = reinterpret_cast<float*>(shared_memory() + kReductionBytes);
   unsigned char* staging = shared_memory() + 2 * kReductionBytes;
   const QuantArgs& q = a.q;
   const int64_t row = block_index_x();
   float values[Units][kVector];
-  float sum = 0.0f;
+  float sums[kVector] = {};
 #pragma unroll
   for (int k = 0; k < Units; ++k) {
     const int first = (thread_index() + k * kNormThreads) * kVector;
@@ -102,9 +106,9 @@ rms_norm_rows(const RowArgs a) {
       for (float& value : values[k]) value = 0.0f;
     }
 #pragma unroll
-    for (const float value : values[k]) sum = add(sum, multiply(value, value));
+    for (int i = 0; i < kVector; ++i) sums[i] = add(sums[i], multiply(values[k][i], values[k][i]));
   }
-  sum = norm_sum(sum, sums);
+  const float sum = norm_sum(sums, warp_sums);
   const float inverse = divide(1.0f, square_root(add(multiply(sum, a.mean_factor), q.epsilon)));
 #pragma unroll
   for (int k = 0; k < Units; ++k) {
