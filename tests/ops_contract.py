@@ -10,6 +10,7 @@ import torch
 from awkward_rows import awkward_rows
 
 from smoothrot_vllm import reference
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CLIP, EPSILON = 0.9, 1e-5
@@ -67,6 +68,20 @@ def random_layer(outputs: int, inputs: int, groups: int, weight_bits: int, act_b
     )
 
 
+def random_experts(
+    tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, weight_bits: int, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """``x``, weights and numbers of each token's experts, none of them the last one where that can be; stored codes and scales."""
+    logits = torch.randn(tokens, experts)
+    if top_k < experts:
+        logits[:, -1] = -torch.inf
+    weights, chosen = logits.softmax(-1).topk(top_k)
+    pairs = ((2 * intermediate, hidden), (hidden, intermediate))
+    layers = [[random_layer(*shape, 1, weight_bits, 8, None) for _ in range(experts)] for shape in pairs]
+    stacks = [torch.stack(part) for layer in layers for part in ([one.stored for one in layer], [one.scale for one in layer])]
+    return (torch.randn(tokens, hidden).to(dtype), weights, chosen.int()), tuple(stacks)
+
+
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Bit for bit, save the bits of a NaN."""
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
@@ -89,6 +104,8 @@ class OpsContract:
     linears = gemms
     groups = ((1, 40, 96, 3), (20, 40, 128, 2))
     """Tokens, outputs, inputs, groups."""
+    experts = ((1, 2, 5, 64, 96), (70, 2, 3, 64, 96), (9, 8, 12, 32, 64))
+    """Tokens, top_k, experts, hidden size, intermediate size."""
 
     @pytest.fixture(autouse=True)
     def _seed(self) -> None:
@@ -175,6 +192,20 @@ class OpsContract:
             exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
             error = (target.linear(layer, target.put(x)).cpu().double() - exact).abs().max()
             assert error <= 2 * (layer.expected(x).double() - exact).abs().max()
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
+    def test_experts(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
+        for shape in self.experts:
+            for block in (0, 32):
+                given, stacks = random_experts(*shape, weight_bits, dtype)
+                numbers = (block, CLIP, act_bits, weight_bits)
+                expected = reference.experts(*given, stacks[:2], stacks[2:], *numbers)
+                if block:
+                    target.prepare(block)
+                got = grouped_experts(target.ops, *map(target.put, (*given, *stacks)), *numbers)
+                assert got.dtype == dtype
+                assert_same(got, expected)
 
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
     def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:
