@@ -1,13 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiled GEMM of one linear.
+// Launcher of the tiled GEMM.
 #include "gemm_s8_launch.h"
 
 namespace smoothrot::cuda {
+namespace {
+
+template <Codes Form, Codes Weight, bool Grouped, int Columns>
+cudaError_t launch_tiles(const GemmArgs& g, int64_t token_tiles, cudaStream_t stream) {
+  return launch_columns<Form, Weight, Columns>(gemm_s8_kernel<Form, Weight, Grouped, Columns>, g, token_tiles,
+                                               g.outputs, stream);
+}
+
+template <Codes Form, Codes Weight, bool Grouped>
+cudaError_t launch_tiled(const GemmArgs& g, cudaStream_t stream) {
+  const int64_t token_tiles = (g.tokens + kTiledTokens - 1) / kTiledTokens;
+  return fills_wide_tiles(token_tiles, g.outputs)
+             ? launch_tiles<Form, Weight, Grouped, kWideColumns>(g, token_tiles, stream)
+             : launch_tiles<Form, Weight, Grouped, kNarrowColumns>(g, token_tiles, stream);
+}
+
+struct Tiled {
+  template <Codes Form, Codes Weight>
+  static cudaError_t launch(const GemmArgs& g, cudaStream_t stream) {
+    return g.group_size == g.inputs ? launch_tiled<Form, Weight, false>(g, stream)
+                                    : launch_tiled<Form, Weight, true>(g, stream);
+  }
+};
+
+}  // namespace
 
 cudaError_t gemm_s8(const GemmArgs& g, cudaStream_t stream) {
   if (!valid(g)) return cudaErrorInvalidValue;
   if (g.tokens == 0) return cudaSuccess;
-  return launch_forms<Tiled<false>>(g, stream);
+  return launch_forms<Tiled>(g, g, stream);
 }
 
 }  // namespace smoothrot::cuda

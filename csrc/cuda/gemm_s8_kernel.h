@@ -200,13 +200,13 @@ gemm_s8_kernel(const GemmArgs g) {
   multiply_tile<Form, Weight, Grouped, Columns>(g, int64_t{block_index_x()} * kTiledTokens);
 }
 
-// Turns to the weights and tokens of a tile's expert; false where there is nothing to compute.
+// The weights and tokens of a tile's expert; false where there is nothing to compute.
 template <Codes Weight>
-SMOOTHROT_DEVICE bool enter_expert(GemmArgs& g, int64_t& first_token) {
-  const int32_t* tile = g.tiles + block_index_x();
-  const int32_t expert = load_global(tile), first = load_global(tile + g.tile_count);
-  const int32_t end = load_global(tile + 2 * g.tile_count);
-  if (expert < 0 || expert >= g.experts || first < 0 || end > g.tokens || first >= end) return false;
+SMOOTHROT_DEVICE bool enter_expert(const ExpertsArgs& e, GemmArgs& g, int64_t& first_token) {
+  const int32_t* tile = e.tiles + block_index_x();
+  const int32_t expert = load_global(tile), first = load_global(tile + e.tile_count);
+  const int32_t end = load_global(tile + 2 * e.tile_count);
+  if (expert < 0 || expert >= e.experts || first < 0 || end > g.tokens || first >= end) return false;
   const int64_t elements = g.outputs * g.inputs;
   const int64_t bytes = Weight == Codes::packed_int4 ? elements / 2 : elements;
   g.weight = static_cast<const unsigned char*>(g.weight) + expert * bytes;
@@ -218,10 +218,10 @@ SMOOTHROT_DEVICE bool enter_expert(GemmArgs& g, int64_t& first_token) {
 
 template <Codes Form, Codes Weight, bool Grouped, int Columns>
 SMOOTHROT_KERNEL(kTiledThreads, 2)
-gemm_experts_kernel(const GemmArgs args) {
-  GemmArgs g = args;
+gemm_experts_kernel(const ExpertsArgs e) {
+  GemmArgs g = e.gemm;
   int64_t first_token;
-  if (!enter_expert<Weight>(g, first_token)) return;  // the whole block
+  if (!enter_expert<Weight>(e, g, first_token)) return;  // the whole block
   multiply_tile<Form, Weight, Grouped, Columns>(g, first_token);
 }
 

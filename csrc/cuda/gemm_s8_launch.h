@@ -6,44 +6,22 @@
 
 namespace smoothrot::cuda {
 
-template <Codes Form, Codes Weight, bool Grouped, bool Routed, int Columns>
-constexpr auto tiled_kernel() {
-  if constexpr (Routed) {
-    return gemm_experts_kernel<Form, Weight, Grouped, Columns>;
-  } else {
-    return gemm_s8_kernel<Form, Weight, Grouped, Columns>;
-  }
-}
-
-template <Codes Form, Codes Weight, bool Grouped, bool Routed, int Columns>
-cudaError_t launch_columns(const GemmArgs& g, int64_t token_tiles, cudaStream_t stream) {
-  const int64_t column_tiles = (g.outputs + Columns - 1) / Columns;
+// A grid of a block for each of `token_tiles` and each `Columns` outputs.
+template <Codes Form, Codes Weight, int Columns, class Args>
+cudaError_t launch_columns(void (*kernel)(Args), const Args& args, int64_t token_tiles, int64_t outputs,
+                           cudaStream_t stream) {
+  const int64_t column_tiles = (outputs + Columns - 1) / Columns;
   constexpr int64_t kMostGridY = 65535;
   if (column_tiles > kMostGridY) return cudaErrorInvalidValue;
-  return launch(tiled_kernel<Form, Weight, Grouped, Routed, Columns>(), int(token_tiles), int(column_tiles),
-                kTiledThreads, int64_t{kStages} * kStageBytes<Form, Weight, Columns>, stream, g);
+  return launch(kernel, int(token_tiles), int(column_tiles), kTiledThreads,
+                int64_t{kStages} * kStageBytes<Form, Weight, Columns>, stream, args);
 }
 
-// Narrow tiles where wide ones would leave multiprocessors without work, or take more registers than there are.
-template <Codes Form, Codes Weight, bool Grouped, bool Routed>
-cudaError_t launch_tiled(const GemmArgs& g, cudaStream_t stream) {
-  constexpr int kNarrow = 64, kWide = 128;
-  const int64_t token_tiles = Routed ? g.tile_count : (g.tokens + kTiledTokens - 1) / kTiledTokens;
-  if constexpr (!(Grouped && Routed)) {
-    if (token_tiles * (g.outputs / kWide) >= multiprocessors()) {
-      return launch_columns<Form, Weight, Grouped, Routed, kWide>(g, token_tiles, stream);
-    }
-  }
-  return launch_columns<Form, Weight, Grouped, Routed, kNarrow>(g, token_tiles, stream);
-}
+constexpr int kNarrowColumns = 64, kWideColumns = 128;
 
-template <bool Routed>
-struct Tiled {
-  template <Codes Form, Codes Weight>
-  static cudaError_t launch(const GemmArgs& g, cudaStream_t stream) {
-    return g.group_size == g.inputs ? launch_tiled<Form, Weight, false, Routed>(g, stream)
-                                    : launch_tiled<Form, Weight, true, Routed>(g, stream);
-  }
-};
+// Wide tiles read the activations less often; narrow ones keep multiprocessors busy.
+inline bool fills_wide_tiles(int64_t token_tiles, int64_t outputs) {
+  return token_tiles * (outputs / kWideColumns) >= multiprocessors();
+}
 
 }  // namespace smoothrot::cuda

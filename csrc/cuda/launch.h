@@ -101,10 +101,6 @@ struct GemmArgs {
   int64_t tokens;
   int64_t outputs;
   int64_t inputs;  // at most kMostGemmInputs
-  // gemm_experts only
-  const int32_t* tiles;  // [3][tile_count]: of each tile its expert, its first token and the end of its expert's tokens
-  int64_t tile_count;
-  int64_t experts;
 };
 
 // Both are reference.gemm: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
@@ -117,12 +113,18 @@ cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream);
 // ones are expanded to int8 in registers.
 cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream);
 
-// gemm_s8 where each token has one of several weights: weight is [experts][outputs][...] and weight_scale
-// [experts][outputs][inputs / group_size], the tokens of an expert are neighbours, and a tile computes up to
-// kExpertTileTokens of them. Tiles without tokens, of an unknown expert or past the last token compute nothing. No
-// bias.
+// Not part of GemmArgs: three more parameters cost the kernels that do not read them registers (nvcc 13.0).
+struct ExpertsArgs {
+  GemmArgs gemm;         // weight and weight_scale are [experts][outputs][...]; no bias
+  const int32_t* tiles;  // [3][tile_count]: of each tile its expert, its first token and the end of its expert's tokens
+  int64_t tile_count;
+  int64_t experts;
+};
+
+// gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and a tile computes up
+// to kExpertTileTokens of them. Tiles without tokens, of an unknown expert or past the last token compute nothing.
 constexpr int64_t kExpertTileTokens = 64;
-cudaError_t gemm_experts(const GemmArgs& args, cudaStream_t stream);
+cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream);
 
 struct CombineArgs {
   const float* rows;       // [row_count][outputs]

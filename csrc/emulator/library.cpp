@@ -108,7 +108,7 @@ int smoothrot_gemm_small(const smoothrot::cuda::GemmArgs* args) { return gemm_sm
 
 int smoothrot_gemm_s8(const smoothrot::cuda::GemmArgs* args) { return gemm_s8(*args, nullptr); }
 
-int smoothrot_gemm_experts(const smoothrot::cuda::GemmArgs* args) { return gemm_experts(*args, nullptr); }
+int smoothrot_gemm_experts(const smoothrot::cuda::ExpertsArgs* args) { return gemm_experts(*args, nullptr); }
 
 int smoothrot_combine_experts(const smoothrot::cuda::CombineArgs* args) { return combine_experts(*args, nullptr); }
 }

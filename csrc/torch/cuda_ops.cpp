@@ -295,14 +295,15 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize}, device.place);
   check_tensor(op, "tiles", tiles, ScalarType::Int, {3, kAnySize}, device.place);
   // All experts have the shapes of the first.
-  GemmArgs g = gemm_args(op, device, inputs, "packed", torch::stable::select(packed, 0, 0),
-                         torch::stable::select(weight_scale, 0, 0), std::nullopt, act_bits, weight_bits);
-  g.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
-  g.tile_count = tiles.size(1);
-  g.experts = experts;
-  Tensor out = torch::stable::new_empty(codes, {codes.size(0), g.outputs}, out_dtype);
-  set_tokens(g, codes, stored_form(act_bits), scale, out, dtype);
-  check_launched(op, cuda::gemm_experts(g, device.stream));
+  ExpertsArgs e{};
+  e.gemm = gemm_args(op, device, inputs, "packed", torch::stable::select(packed, 0, 0),
+                     torch::stable::select(weight_scale, 0, 0), std::nullopt, act_bits, weight_bits);
+  e.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
+  e.tile_count = tiles.size(1);
+  e.experts = experts;
+  Tensor out = torch::stable::new_empty(codes, {codes.size(0), e.gemm.outputs}, out_dtype);
+  set_tokens(e.gemm, codes, stored_form(act_bits), scale, out, dtype);
+  check_launched(op, cuda::gemm_experts(e, device.stream));
   return out;
 }
 

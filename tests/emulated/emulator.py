@@ -74,6 +74,12 @@ class _GemmArgs(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("outputs", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
+    ]
+
+
+class _ExpertsArgs(ctypes.Structure):
+    _fields_ = [
+        ("gemm", _GemmArgs),
         ("tiles", ctypes.c_void_p),
         ("tile_count", ctypes.c_int64),
         ("experts", ctypes.c_int64),
@@ -236,10 +242,9 @@ class Emulator:
             tokens=codes.shape[0],
             outputs=outputs,
             inputs=inputs,
-            tiles=None if tiles is None else tiles.data_ptr(),
-            tile_count=0 if tiles is None else tiles.shape[1],
-            experts=0 if tiles is None else len(weight),
         )
+        if tiles is not None:
+            args = _ExpertsArgs(args, tiles.data_ptr(), tiles.shape[1], len(weight))
         self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(args)))
         return out
 

@@ -97,8 +97,6 @@ def test_each_weight_is_read_once_for_each_tile_of_its_expert(emulator_int4: Emu
 
 def test_arguments_out_of_bounds_are_refused(emulator_int4: Emulator) -> None:
     experts = Experts([2, 1], 64, 128, 8, 4)
-    with pytest.raises(RuntimeError, match="cudaError 1"):
-        emulator_int4.gemm("experts", experts.codes, experts.scale, experts.weight, experts.weight_scale, torch.float32)
     bias = torch.ones(64)
     with pytest.raises(RuntimeError, match="cudaError 1"):
         emulator_int4.gemm(
