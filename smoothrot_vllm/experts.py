@@ -102,7 +102,9 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         """
         self._check_widths(self.moe.intermediate_size, intermediate_size_per_partition)
         if not current_platform.is_cpu():
-            self._check_granules({"hidden channels": hidden_size, "channels of a rank's experts": intermediate_size_per_partition})
+            self._check_granules(
+                {"hidden channels": hidden_size, "channels of a rank's experts": intermediate_size_per_partition}
+            )
         config = get_current_vllm_config_or_none()
         self._random_weights = config is not None and config.load_config.load_format == "dummy"
         weights, whole = self.weights, self.moe.intermediate_size

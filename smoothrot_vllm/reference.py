@@ -168,8 +168,8 @@ def experts(
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear quantised as in :func:`gemm`.
 
-    What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see :func:`silu_mul_hadamard_quant`; what down gives is weighed and summed in float32,
-    in the order of the experts, and rounded once.
+    What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see :func:`silu_mul_hadamard_quant`; what
+    down gives is weighed and summed in float32, in the order of the experts, and rounded once.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16.

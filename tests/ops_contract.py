@@ -68,18 +68,24 @@ def random_layer(outputs: int, inputs: int, groups: int, weight_bits: int, act_b
     )
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
 def random_experts(
     tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, weight_bits: int, dtype: torch.dtype
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """``x``, weights and numbers of each token's experts, none of them the last one where that can be; stored codes and scales."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Pair, Pair]:
+    """``x``, weights and numbers of each token's experts, the last left out if it can be; codes and scales of both linears."""
+
+    def stack(outputs: int, inputs: int) -> Pair:
+        layers = [random_layer(outputs, inputs, 1, weight_bits, 8, None) for _ in range(experts)]
+        return torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
+
     logits = torch.randn(tokens, experts)
     if top_k < experts:
         logits[:, -1] = -torch.inf
     weights, chosen = logits.softmax(-1).topk(top_k)
-    pairs = ((2 * intermediate, hidden), (hidden, intermediate))
-    layers = [[random_layer(*shape, 1, weight_bits, 8, None) for _ in range(experts)] for shape in pairs]
-    stacks = [torch.stack(part) for layer in layers for part in ([one.stored for one in layer], [one.scale for one in layer])]
-    return (torch.randn(tokens, hidden).to(dtype), weights, chosen.int()), tuple(stacks)
+    given = (torch.randn(tokens, hidden).to(dtype), weights, chosen.int())
+    return given, stack(2 * intermediate, hidden), stack(hidden, intermediate)
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -197,15 +203,13 @@ class OpsContract:
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
     def test_experts(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
         for shape in self.experts:
-            for block in (0, 32):
-                given, stacks = random_experts(*shape, weight_bits, dtype)
-                numbers = (block, CLIP, act_bits, weight_bits)
-                expected = reference.experts(*given, stacks[:2], stacks[2:], *numbers)
-                if block:
-                    target.prepare(block)
-                got = grouped_experts(target.ops, *map(target.put, (*given, *stacks)), *numbers)
+            given, gate_up, down = random_experts(*shape, weight_bits, dtype)
+            arguments: list[Any] = [target.put(part) for part in (*given, *gate_up, *down)]
+            for block in (0, target.prepare(32)):
+                numbers: list[Any] = [block, CLIP, act_bits, weight_bits]
+                got = grouped_experts(target.ops, *[*arguments, *numbers])
                 assert got.dtype == dtype
-                assert_same(got, expected)
+                assert_same(got, reference.experts(*given, gate_up, down, *numbers))
 
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
     def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:

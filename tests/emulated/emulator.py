@@ -243,14 +243,13 @@ class Emulator:
             outputs=outputs,
             inputs=inputs,
         )
-        if tiles is not None:
-            args = _ExpertsArgs(args, tiles.data_ptr(), tiles.shape[1], len(weight))
-        self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(args)))
+        # All that the kernels of one weight read is at the beginning.
+        table = (None, 0) if tiles is None else (tiles.data_ptr(), tiles.shape[1])
+        with_tiles = _ExpertsArgs(args, *table, len(weight))
+        self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(with_tiles)))
         return out
 
-    def combine(
-        self, rows: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor, out_dtype: torch.dtype
-    ) -> torch.Tensor:
+    def combine(self, rows: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """``(T, N)`` from one launch that sums the ``rows`` that int32 ``sources`` name, times ``weights``, both ``(T, k)``."""
         out = torch.full((len(sources), rows.shape[1]), 777.0, dtype=out_dtype)
         args = _CombineArgs(

@@ -43,7 +43,9 @@ class Experts:
         parts = zip(self.codes.split(self.counts), self.scale.split(self.counts), self.weight, self.weight_scale, strict=True)
         return torch.cat([reference.gemm(*part, None, dtype, *self.bits) for part in parts])
 
-    def run(self, emulator: Emulator, stored: torch.Tensor, dtype: torch.dtype, tiles: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self, emulator: Emulator, stored: torch.Tensor, dtype: torch.dtype, tiles: torch.Tensor | None = None
+    ) -> torch.Tensor:
         table = self.tiles if tiles is None else tiles
         return emulator.gemm("experts", stored, self.scale, self.weight, self.weight_scale, dtype, tiles=table)
 
@@ -70,7 +72,7 @@ def test_surplus_tiles_read_and_write_nothing(emulator_int8: Emulator) -> None:
     loads = []
     for tiles in (experts.tiles, experts.tiles[:, :used].contiguous()):
         with emulator_int8.options():
-            experts.run(emulator_int8, experts.codes, torch.float32, tiles)
+            experts.run(emulator_int8, experts.codes, torch.float32, tiles=tiles)
             loads.append(emulator_int8.counters())
     threads, table_entry = 128, 12
     assert loads[0].stored == loads[1].stored
@@ -82,7 +84,8 @@ def test_surplus_tiles_read_and_write_nothing(emulator_int8: Emulator) -> None:
 )
 def test_a_tile_that_makes_no_sense_computes_nothing(emulator: Emulator, expert: int, first: int, end: int) -> None:
     experts = Experts([2, 0, 1], 64, 128, 8, 4)
-    got = experts.run(emulator, experts.codes, torch.float32, torch.tensor([[expert], [first], [end]], dtype=torch.int32))
+    tiles = torch.tensor([[expert], [first], [end]], dtype=torch.int32)
+    got = experts.run(emulator, experts.codes, torch.float32, tiles=tiles)
     assert (got == UNTOUCHED).all()
 
 
