@@ -60,17 +60,18 @@ def test_a_captured_graph_replays_on_new_inputs(target: Target, tokens: int, sch
 def test_a_captured_graph_routes_new_tokens_to_other_experts(target: Target) -> None:
     """Nothing of the op waits for the device or depends on which experts have tokens."""
     shape = (33, 2, 8, 512, 768, 4, torch.bfloat16)
-    numbers: list[Any] = [target.prepare(256), CLIP, 8, 4]
+    numbers = (target.prepare(256), CLIP, 8, 4)
     given, gate_up, down = random_experts(*shape)
-    static: list[Any] = [target.put(part) for part in (*given, *gate_up, *down)]
-    arguments, results = [*static, *numbers], list[torch.Tensor]()
+    static = [target.put(part) for part in (*given, *gate_up, *down)]
+    arguments: list[Any] = [*static, *numbers]
+    results: list[torch.Tensor] = []
     graph = capture(lambda: results.append(ops.experts(*arguments)), 1)
     for _ in range(3):
-        new, *_ = random_experts(*shape)
-        for old, part in zip(static, new, strict=False):
-            old.copy_(part)
+        (x, weights, chosen), *_ = random_experts(*shape)
+        for old, new in zip(static, (x, weights, chosen), strict=False):
+            old.copy_(new)
         graph.replay()
-        assert_same(results[-1], reference.experts(*new, gate_up, down, *numbers))
+        assert_same(results[-1], reference.experts(x, weights, chosen, gate_up, down, *numbers))
 
 
 def test_kernels_run_on_the_current_stream(target: Target) -> None:
