@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "emulated"))
 from emulator import INT8, PACKED, Emulator, build_emulator  # noqa: E402
 
+from smoothrot_vllm.grouped_experts import Route  # noqa: E402
 from smoothrot_vllm.hadamard import factorize  # noqa: E402
 
 QUANT_TOKENS = 8
@@ -26,6 +27,9 @@ WIDTHS = {"Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336), "Qwen2.5-7B
 CACHE_BYTES = 4 << 20
 """The smallest second-level cache of a supported GPU that we know of: Jetson Orin's (sm_87). Not looked up or measured."""
 LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+EXPERTS, TOP_K = 128, 8
+EXPERT_LINEARS = {"gate_up": (1536, 2048), "down": (2048, 768)}
+"""Outputs and inputs of an expert of Qwen3-30B-A3B."""
 
 PAGE = """# Bytes moved by the hand-written CUDA kernels
 
@@ -47,7 +51,9 @@ Operations are float additions of the rotation for quantise kernels (`inputs · 
 int4 multiply-adds for GEMMs.
 
 What is requested beyond the floor is read again: by GEMMs the activations, once for each block of outputs, and by `gemm_s8`
-the weights, once for each 64 tokens.
+the weights, once for each 64 tokens. `gemm_experts` reads the weights of an expert once for each 64 of its tokens and those
+of unchosen experts never; each thread asks for the 12 bytes that say which expert its block is of, surplus blocks included.
+The experts are those of Qwen3-30B-A3B, 8 of 128 for each token.
 
 For `gemm_small` the surplus over the weights' bytes is `tokens / outputs a block * activation bits / weight bits`, whatever
 the layer. At 16 tokens of int4 codes 64 outputs a block ask for 25 % more and 128 for 12.5 %, and int8 codes for twice that,
@@ -135,6 +141,22 @@ def multiply(emulator: Emulator, kernel: str, name: str, tokens: int, form: int,
     return Row(f"gemm_{kernel}, {operands}", shape, floor, *traffic(emulator), tokens * outputs * inputs)
 
 
+def multiply_experts(emulator: Emulator, name: str, tokens: int) -> Row:
+    """The GEMM of all experts that ``tokens`` tokens chose at random, W4A4 with bfloat16 results."""
+    outputs, inputs = EXPERT_LINEARS[name]
+    chosen = torch.rand(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens)).topk(TOP_K).indices
+    used = len(chosen.unique())
+    codes = torch.randint(0, 256, (tokens * TOP_K, inputs // 2), dtype=torch.uint8)
+    weight = torch.randint(0, 256, (EXPERTS, outputs, inputs // 2), dtype=torch.uint8)
+    scale, weight_scale = torch.rand(len(codes)), torch.rand(EXPERTS, outputs, 1)
+    tiles = Route.of(chosen, EXPERTS).tiles
+    emulator.reset()
+    out = emulator.gemm("experts", codes, scale, weight, weight_scale, torch.bfloat16, tiles=tiles)
+    read = sum(t.nbytes for t in (codes, scale, tiles, out)) + used * (weight[0].nbytes + weight_scale[0].nbytes)
+    shape = f"{name} of {used} experts, {len(codes)} rows x {outputs} x {inputs}"
+    return Row("gemm_experts, int4 x int4", shape, read, *traffic(emulator), len(codes) * outputs * inputs)
+
+
 def rows(emulator: Emulator) -> Iterator[Row]:
     """Every launch of the table."""
     for hidden, intermediate in WIDTHS.values():
@@ -149,6 +171,9 @@ def rows(emulator: Emulator) -> Iterator[Row]:
                 yield multiply(emulator, "small", name, tokens, form, weight_bits)
     for form, weight_bits in operands:
         yield multiply(emulator, "s8", "o", 128, form, weight_bits)
+    for tokens in (1, 4):
+        for name in EXPERT_LINEARS:
+            yield multiply_experts(emulator, name, tokens)
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """What vLLM stacks into one parameter: the parts by its own shard ids."""
 
+_GRANULE = 32
+"""Inputs that enter one MMA of the CUDA kernels, csrc/cuda/launch.h."""
+
 
 def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
     """Refuse what is not implemented for experts.
@@ -31,16 +34,10 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
         moe: vLLM's description of it.
 
     Raises:
-        UnsupportedPlatformError: not served on a CPU.
         ConfigError: an option of the server that does not go with quantised experts.
         UnsupportedModelError: experts of another kind than the format covers.
     """
     parallel = moe.moe_parallel_config
-    if not current_platform.is_cpu():
-        raise UnsupportedPlatformError(
-            f"{prefix}: expected a CPU, got {current_platform.device_name}: quantised experts run on CPUs only. "
-            "Serve the 16-bit model on this device."
-        )
     for option, given in {
         "--enable-expert-parallel": parallel.use_ep,
         "--enable-eplb": parallel.enable_eplb,
@@ -70,7 +67,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         names: what the checkpoint calls gate, down and up, by vLLM's shard id (``w1``, ``w2``, ``w3``).
 
     Raises:
-        UnsupportedPlatformError, ConfigError, UnsupportedModelError: see :func:`check_experts`.
+        ConfigError, UnsupportedModelError: see :func:`check_experts`.
     """
 
     def __init__(
@@ -101,8 +98,13 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
 
         Raises:
             ConfigError: the experts' width, or a rank's share of it, does not suit the Hadamard block or the group size.
+            UnsupportedPlatformError: a width does not suit the CUDA kernels that are to compute it.
         """
         self._check_widths(self.moe.intermediate_size, intermediate_size_per_partition)
+        if not current_platform.is_cpu():
+            self._check_granules(
+                {"hidden channels": hidden_size, "channels of a rank's experts": intermediate_size_per_partition}
+            )
         config = get_current_vllm_config_or_none()
         self._random_weights = config is not None and config.load_config.load_format == "dummy"
         weights, whole = self.weights, self.moe.intermediate_size
@@ -133,7 +135,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             self._check_scales(layer)
         if self.rotation is not None:
             # A cached compiled graph calls the op without going through this process's tracing.
-            ops.prepare_rotation(self.rotation.block)
+            ops.prepare_rotation(self.rotation.block, layer.get_parameter(f"w2_{WEIGHT_SCALE}").device)
         for stack in _STACKS:
             codes = layer.get_parameter(f"{stack}_{WEIGHT_PACKED}").data
             scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
@@ -181,6 +183,14 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                     f"{self.prefix}: {shard} of an expert's {width} channels on each of {width // shard} tensor-parallel ranks: "
                     f"expected a whole number of {what} of {unit}. Choose a smaller --tensor-parallel-size, or convert again "
                     f"with --max-tp {width // shard} and a smaller --group-size."
+                )
+
+    def _check_granules(self, widths: dict[str, int]) -> None:
+        for what, size in widths.items():
+            if size % _GRANULE:
+                raise UnsupportedPlatformError(
+                    f"{self.prefix}: {size} {what}: expected a multiple of {_GRANULE}, as the CUDA kernels multiply that many "
+                    "at a time. Choose a smaller --tensor-parallel-size, or serve on a CPU."
                 )
 
     def _tensor_name(self, expert: int, shard: str, tensor: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
+from smoothrot_vllm.grouped_experts import grouped_experts
 from smoothrot_vllm.hadamard import base_matrix, factorize
 
 logger = logging.getLogger("smoothrot_vllm")
@@ -300,7 +301,7 @@ def silu_mul_linear(
     return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, *numbers)
 
 
-@torch.library.custom_op("smoothrot::experts", mutates_args=())
+@torch.library.custom_op("smoothrot::experts", mutates_args=(), device_types="cpu")
 def experts(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -332,19 +333,26 @@ def experts(
     token = order // chosen.shape[1]
     codes, scale, share = codes[token], scale[token], weights.flatten()[order, None]
     total = torch.zeros(x.shape[0], w2_scale.shape[1])
-    start = 0
+    start, bits = 0, (act_bits, weight_bits)
     for expert, count in enumerate(places.bincount(minlength=len(w13)).tolist()):
         if not count:
             continue
         own = slice(start, start + count)
-        gate, up = gemm(codes[own], scale[own], w13[expert], w13_scale[expert], None, x.dtype, act_bits, weight_bits).chunk(
-            2, dim=-1
-        )
-        product = torch.nn.functional.silu(gate) * up
-        down = linear(product.float(), w2[expert], w2_scale[expert], None, block, clip, act_bits, weight_bits)
+        both = gemm(codes[own], scale[own], w13[expert], w13_scale[expert], None, x.dtype, *bits)
+        product = silu_mul_hadamard_quant(both, block, clip, act_bits)
+        down = gemm(*product, w2[expert], w2_scale[expert], None, torch.float32, *bits)
         total.index_add_(0, token[own], down * share[own])
         start += count
     return total.to(x.dtype)
+
+
+@experts.register_kernel("cuda")
+def _experts_cuda(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    block: int = others[6]
+    if block:
+        prepare_rotation(block, x.device)
+    result: torch.Tensor = _call(grouped_experts, _OPS, x, *others)
+    return result
 
 
 @experts.register_fake

@@ -131,7 +131,7 @@ class SmoothRotConfig(QuantizationConfig):
         Raises:
             ConfigError: wrong tensor-parallel size for this checkpoint, or a fused layer of mixed schemes.
             UnsupportedModelError: a kind of layer the format does not cover.
-            UnsupportedPlatformError: experts on anything but a CPU.
+            UnsupportedPlatformError: experts whose widths the CUDA kernels cannot compute.
         """
         from vllm.distributed import get_tensor_model_parallel_world_size
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase

@@ -168,8 +168,8 @@ def experts(
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear quantised as in :func:`gemm`.
 
-    What gate and up give, and their product, are rounded to the dtype of ``x``; what down gives is weighed and summed in float32,
-    in the order of the experts, and rounded once.
+    What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see :func:`silu_mul_hadamard_quant`; what
+    down gives is weighed and summed in float32, in the order of the experts, and rounded once.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16.
@@ -188,9 +188,7 @@ def experts(
     for expert, (w13, w13_scale, w2, w2_scale) in enumerate(zip(*gate_up, *down, strict=True)):
         token, place = (chosen == expert).nonzero(as_tuple=True)
         both = gemm(codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits)
-        gate, up = both.chunk(2, dim=-1)
-        product = torch.nn.functional.silu(gate) * up
-        own, own_scale = hadamard_quant(product, block, clip, act_bits) if block else quant(product, clip, act_bits)
+        own, own_scale = silu_mul_hadamard_quant(both, block, clip, act_bits)
         y = gemm(own, own_scale, w2, w2_scale, None, torch.float32, act_bits, weight_bits)
         total.index_add_(0, token, y * weights[token, place, None])
     return total.to(x.dtype)

@@ -10,6 +10,7 @@ import torch
 from awkward_rows import awkward_rows
 
 from smoothrot_vllm import reference
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CLIP, EPSILON = 0.9, 1e-5
@@ -67,6 +68,26 @@ def random_layer(outputs: int, inputs: int, groups: int, weight_bits: int, act_b
     )
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def random_experts(
+    tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, weight_bits: int, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Pair, Pair]:
+    """``x``, weights and numbers of each token's experts, the last left out if it can be; codes and scales of both linears."""
+
+    def stack(outputs: int, inputs: int) -> Pair:
+        layers = [random_layer(outputs, inputs, 1, weight_bits, 8, None) for _ in range(experts)]
+        return torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
+
+    logits = torch.randn(tokens, experts)
+    if top_k < experts:
+        logits[:, -1] = -torch.inf
+    weights, chosen = logits.softmax(-1).topk(top_k)
+    given = (torch.randn(tokens, hidden).to(dtype), weights, chosen.int())
+    return given, stack(2 * intermediate, hidden), stack(hidden, intermediate)
+
+
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Bit for bit, save the bits of a NaN."""
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
@@ -89,6 +110,8 @@ class OpsContract:
     linears = gemms
     groups = ((1, 40, 96, 3), (20, 40, 128, 2))
     """Tokens, outputs, inputs, groups."""
+    experts = ((1, 2, 5, 64, 96), (70, 2, 3, 64, 96), (9, 8, 12, 32, 64))
+    """Tokens, top_k, experts, hidden size, intermediate size."""
 
     @pytest.fixture(autouse=True)
     def _seed(self) -> None:
@@ -175,6 +198,18 @@ class OpsContract:
             exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
             error = (target.linear(layer, target.put(x)).cpu().double() - exact).abs().max()
             assert error <= 2 * (layer.expected(x).double() - exact).abs().max()
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
+    def test_experts(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
+        for shape in self.experts:
+            given, gate_up, down = random_experts(*shape, weight_bits, dtype)
+            arguments: list[Any] = [target.put(part) for part in (*given, *gate_up, *down)]
+            for block in (0, target.prepare(32)):
+                numbers: list[Any] = [block, CLIP, act_bits, weight_bits]
+                got = grouped_experts(target.ops, *[*arguments, *numbers])
+                assert got.dtype == dtype
+                assert_same(got, reference.experts(*given, gate_up, down, *numbers))
 
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
     def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:

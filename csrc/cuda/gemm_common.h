@@ -60,16 +60,16 @@ SMOOTHROT_DEVICE void store_pair(void* values, Float dtype, int64_t i, float fir
   }
 }
 
-// Launcher::launch<Form, Weight> for the forms of the arguments.
-template <class Launcher>
-cudaError_t launch_forms(const GemmArgs& g, cudaStream_t stream) {
+// Launcher::launch<Form, Weight>(args, stream) for the forms of `g`.
+template <class Launcher, class Args>
+cudaError_t launch_forms(const GemmArgs& g, const Args& args, cudaStream_t stream) {
   constexpr Codes kPacked = Codes::packed_int4, kBytes = Codes::int8;
   if (g.weight_form == kPacked) {
-    return g.form == kPacked ? Launcher::template launch<kPacked, kPacked>(g, stream)
-                             : Launcher::template launch<kBytes, kPacked>(g, stream);
+    return g.form == kPacked ? Launcher::template launch<kPacked, kPacked>(args, stream)
+                             : Launcher::template launch<kBytes, kPacked>(args, stream);
   }
-  return g.form == kPacked ? Launcher::template launch<kPacked, kBytes>(g, stream)
-                           : Launcher::template launch<kBytes, kBytes>(g, stream);
+  return g.form == kPacked ? Launcher::template launch<kPacked, kBytes>(args, stream)
+                           : Launcher::template launch<kBytes, kBytes>(args, stream);
 }
 
 inline bool valid(const GemmArgs& g) {

@@ -5,6 +5,9 @@
 // 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even ones in the first half
 // of the MMA's depth and odd ones in the second, on both sides (neighbours in each half where neither side is packed).
 // So a group of weights may be any multiple of 32 inputs.
+//
+// The kernel of experts takes those and their tokens from a table on the device, so that one launch serves a layer
+// whoever its tokens were routed to: nothing waits for the device, and a CUDA graph may hold it.
 #pragma once
 
 #include "gemm_common.h"
@@ -143,12 +146,11 @@ SMOOTHROT_DEVICE void store_outputs(const GemmArgs& g, int64_t first_token, int6
   }
 }
 
+// Tokens [first_token, first_token + kTiledTokens) by the columns of this block.
 template <Codes Form, Codes Weight, bool Grouped, int Columns>
-SMOOTHROT_KERNEL(kTiledThreads, 2)
-gemm_s8_kernel(const GemmArgs g) {
+SMOOTHROT_DEVICE void multiply_tile(const GemmArgs& g, int64_t first_token) {
   constexpr int kTiles = Columns / 2 / 8, kShift = kOperandShift<Form, Weight>;
   const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens, warp_column = warp / 2 * (Columns / 2);
-  const int64_t first_token = int64_t{block_index_x()} * kTiledTokens;
   const int64_t first_column = int64_t{block_index_y()} * Columns;
   const int steps = (int(g.inputs) + kStepInputs - 1) / kStepInputs;
   unsigned char* shared = shared_memory();
@@ -190,6 +192,37 @@ gemm_s8_kernel(const GemmArgs g) {
   }
   if constexpr (!Grouped) fold_group<kShift>(g, 0, first_column + warp_column, sums, totals);
   store_outputs(g, first_token + warp_token, first_column + warp_column, totals);
+}
+
+template <Codes Form, Codes Weight, bool Grouped, int Columns>
+SMOOTHROT_KERNEL(kTiledThreads, 2)
+gemm_s8_kernel(const GemmArgs g) {
+  multiply_tile<Form, Weight, Grouped, Columns>(g, int64_t{block_index_x()} * kTiledTokens);
+}
+
+// The weights and tokens of a tile's expert; false where there is nothing to compute.
+template <Codes Weight>
+SMOOTHROT_DEVICE bool enter_expert(const ExpertsArgs& e, GemmArgs& g, int64_t& first_token) {
+  const int32_t* tile = e.tiles + block_index_x();
+  const int32_t expert = load_global(tile), first = load_global(tile + e.tile_count);
+  const int32_t end = load_global(tile + 2 * e.tile_count);
+  if (expert < 0 || expert >= e.experts || first < 0 || end > g.tokens || first >= end) return false;
+  const int64_t elements = g.outputs * g.inputs;
+  const int64_t bytes = Weight == Codes::packed_int4 ? elements / 2 : elements;
+  g.weight = static_cast<const unsigned char*>(g.weight) + expert * bytes;
+  g.weight_scale += expert * (g.outputs * (int(g.inputs) / int(g.group_size)));
+  g.tokens = end;
+  first_token = first;
+  return true;
+}
+
+template <Codes Form, Codes Weight, bool Grouped, int Columns>
+SMOOTHROT_KERNEL(kTiledThreads, 2)
+gemm_experts_kernel(const ExpertsArgs e) {
+  GemmArgs g = e.gemm;
+  int64_t first_token;
+  if (!enter_expert<Weight>(e, g, first_token)) return;  // the whole block
+  multiply_tile<Form, Weight, Grouped, Columns>(g, first_token);
 }
 
 }  // namespace smoothrot::cuda

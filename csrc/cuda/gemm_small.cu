@@ -36,7 +36,7 @@ struct Small {
 cudaError_t gemm_small(const GemmArgs& g, cudaStream_t stream) {
   if (!valid(g) || g.tokens > kSmallGemmTokens || g.group_size != g.inputs) return cudaErrorInvalidValue;
   if (g.tokens == 0) return cudaSuccess;
-  return launch_forms<Small>(g, stream);
+  return launch_forms<Small>(g, g, stream);
 }
 
 }  // namespace smoothrot::cuda

@@ -113,4 +113,33 @@ cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream);
 // ones are expanded to int8 in registers.
 cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream);
 
+// Not part of GemmArgs: three more parameters cost the kernels that do not read them registers (nvcc 13.0).
+struct ExpertsArgs {
+  GemmArgs gemm;         // weight and weight_scale are [experts][outputs][...]; no bias
+  const int32_t* tiles;  // [3][tile_count]: of each tile its expert, its first token and the end of its expert's tokens
+  int64_t tile_count;
+  int64_t experts;
+};
+
+// gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and a tile computes up
+// to kExpertTileTokens of them. Tiles without tokens, of an unknown expert or past the last token compute nothing.
+constexpr int64_t kExpertTileTokens = 64;
+cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream);
+
+struct CombineArgs {
+  const float* rows;       // [row_count][outputs]
+  const int32_t* sources;  // [tokens][top_k]: rows of a token, in the order in which they are added
+  const float* weights;    // [tokens][top_k]: what each is multiplied by
+  void* out;               // [tokens][outputs]
+  Float out_dtype;
+  int64_t tokens;
+  int64_t top_k;
+  int64_t outputs;
+  int64_t row_count;
+};
+
+// The end of reference.experts: the sum over top_k of rows[source] * weight in float32, one after the other from zero,
+// rounded once. A source that is no row gives NaN.
+cudaError_t combine_experts(const CombineArgs& args, cudaStream_t stream);
+
 }  // namespace smoothrot::cuda

@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../cuda/gemm_experts.cu"
 #include "../cuda/gemm_s8.cu"
 #include "../cuda/gemm_small.cu"
 #include "../cuda/quant.cu"
@@ -106,4 +107,8 @@ int smoothrot_quant(const char* producer, const smoothrot::cuda::QuantArgs* args
 int smoothrot_gemm_small(const smoothrot::cuda::GemmArgs* args) { return gemm_small(*args, nullptr); }
 
 int smoothrot_gemm_s8(const smoothrot::cuda::GemmArgs* args) { return gemm_s8(*args, nullptr); }
+
+int smoothrot_gemm_experts(const smoothrot::cuda::ExpertsArgs* args) { return gemm_experts(*args, nullptr); }
+
+int smoothrot_combine_experts(const smoothrot::cuda::CombineArgs* args) { return combine_experts(*args, nullptr); }
 }

@@ -101,6 +101,10 @@ void check_launched(const char* op, const char* problem) {
   if (problem) throw std::runtime_error(std::string("smoothrot::") + op + ": CUDA kernel: " + problem);
 }
 
+void check_launched(const char* op, cudaError_t error) {
+  check_launched(op, error == cudaSuccess ? nullptr : error_text(error));
+}
+
 Codes stored_form(int64_t bits) { return bits == 4 ? Codes::packed_int4 : Codes::int8; }
 ScalarType stored_dtype(int64_t bits) { return bits == 4 ? ScalarType::Byte : ScalarType::Char; }
 int64_t stored_width(int64_t inputs, int64_t bits) { return bits == 4 ? inputs / 2 : inputs; }
@@ -116,10 +120,7 @@ Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like,
   Tensor scale = torch::stable::new_empty(like, {q.tokens}, ScalarType::Float);
   q.codes = codes.mutable_data_ptr();
   q.scale = static_cast<float*>(scale.mutable_data_ptr());
-  if (q.tokens) {
-    const cudaError_t error = launch(q, device.stream);
-    check_launched(op, error == cudaSuccess ? nullptr : error_text(error));
-  }
+  if (q.tokens) check_launched(op, launch(q, device.stream));
   return {codes, scale};
 }
 
@@ -154,15 +155,30 @@ GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const c
   return g;
 }
 
-void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out,
-              Float out_dtype, const Device& device) {
+// The tokens' side, and the result.
+void set_tokens(GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out, Float out_dtype) {
   g.codes = codes.const_data_ptr();
   g.form = form;
   g.scale = static_cast<const float*>(scale.const_data_ptr());
   g.tokens = codes.size(0);
   g.out = out.mutable_data_ptr();
   g.out_dtype = out_dtype;
+}
+
+void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out,
+              Float out_dtype, const Device& device) {
+  set_tokens(g, codes, form, scale, out, out_dtype);
   if (g.tokens) check_launched(op, run_gemm(choose_gemm(device.gpu, g), device.gpu, g, device.stream));
+}
+
+// Codes that were quantised before; returns how many inputs they have.
+int64_t check_codes(const char* op, const Device& device, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
+  check_bits(op, "act_bits", act_bits);
+  check_tensor(op, "codes", codes, stored_dtype(act_bits), {kAnySize, kAnySize}, device.place);
+  check_aligned(op, "codes", codes);
+  check_tensor(op, "scale", scale, ScalarType::Float, {codes.size(0)}, device.place);
+  check_aligned(op, "scale", scale);
+  return codes.size(1) * (act_bits == 4 ? 2 : 1);
 }
 
 }  // namespace
@@ -226,13 +242,8 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
             std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "gemm";
   const Device device(op, "codes", codes);
-  check_bits(op, "act_bits", act_bits);
-  check_tensor(op, "codes", codes, stored_dtype(act_bits), {kAnySize, kAnySize}, device.place);
-  check_aligned(op, "codes", codes);
-  check_tensor(op, "scale", scale, ScalarType::Float, {codes.size(0)}, device.place);
-  check_aligned(op, "scale", scale);
+  const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
   const Float dtype = float_type(op, "out_dtype", out_dtype);
-  const int64_t inputs = codes.size(1) * (act_bits == 4 ? 2 : 1);
   GemmArgs g = gemm_args(op, device, inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
   Tensor out = torch::stable::new_empty(codes, {codes.size(0), g.outputs}, out_dtype);
   multiply(op, g, codes, stored_form(act_bits), scale, out, dtype, device);
@@ -268,6 +279,56 @@ Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
   return linear_impl("silu_mul_linear", "gate_up", true, gate_up, packed, weight_scale, bias, block, clip, act_bits,
                      weight_bits);
+}
+
+Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
+                    const Tensor& tiles, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
+  constexpr const char* op = "gemm_experts";
+  const Device device(op, "codes", codes);
+  const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
+  const Float dtype = float_type(op, "out_dtype", out_dtype);
+  check_bits(op, "weight_bits", weight_bits);
+  const int64_t experts = packed.dim() ? packed.size(0) : 0;
+  if (experts < 1)
+    refuse(op, "packed", "expected (experts, outputs, inputs), got ", describe(packed, device.place), ".");
+  check_tensor(op, "packed", packed, stored_dtype(weight_bits), {experts, kAnySize, kAnySize}, device.place);
+  check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize}, device.place);
+  check_tensor(op, "tiles", tiles, ScalarType::Int, {3, kAnySize}, device.place);
+  // All experts have the shapes of the first.
+  ExpertsArgs e{};
+  e.gemm = gemm_args(op, device, inputs, "packed", torch::stable::select(packed, 0, 0),
+                     torch::stable::select(weight_scale, 0, 0), std::nullopt, act_bits, weight_bits);
+  e.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
+  e.tile_count = tiles.size(1);
+  e.experts = experts;
+  Tensor out = torch::stable::new_empty(codes, {codes.size(0), e.gemm.outputs}, out_dtype);
+  set_tokens(e.gemm, codes, stored_form(act_bits), scale, out, dtype);
+  check_launched(op, cuda::gemm_experts(e, device.stream));
+  return out;
+}
+
+Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights, ScalarType out_dtype) {
+  constexpr const char* op = "combine_experts";
+  const Device device(op, "rows", rows);
+  check_tensor(op, "rows", rows, ScalarType::Float, {kAnySize, kAnySize}, device.place);
+  check_tensor(op, "sources", sources, ScalarType::Int, {kAnySize, kAnySize}, device.place);
+  check_tensor(op, "weights", weights, ScalarType::Float, {sources.size(0), sources.size(1)}, device.place);
+  CombineArgs c{};
+  c.out_dtype = float_type(op, "out_dtype", out_dtype);
+  c.tokens = sources.size(0);
+  c.top_k = sources.size(1);
+  c.row_count = rows.size(0);
+  c.outputs = rows.size(1);
+  if (c.top_k < 1)
+    refuse(op, "sources", "expected at least one source a token, got ", describe(sources, device.place), ".");
+  if (c.outputs < 1) refuse(op, "rows", "expected at least one output, got ", describe(rows, device.place), ".");
+  Tensor out = torch::stable::new_empty(rows, {c.tokens, c.outputs}, out_dtype);
+  c.rows = static_cast<const float*>(rows.const_data_ptr());
+  c.sources = static_cast<const int32_t*>(sources.const_data_ptr());
+  c.weights = static_cast<const float*>(weights.const_data_ptr());
+  c.out = out.mutable_data_ptr();
+  check_launched(op, cuda::combine_experts(c, device.stream));
+  return out;
 }
 
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device) {

@@ -28,6 +28,12 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
               int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
+// gemm where the tokens of an expert are neighbours: packed and weight_scale are stacked by expert, tiles is int32
+// (3, any): of each tile its expert, its first token and the end of its expert's tokens.
+Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
+                    const Tensor& tiles, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits);
+// Of each token the sum of rows[sources] * weights, (tokens, top_k) each, in the order of sources.
+Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights, ScalarType out_dtype);
 // `base_matrix` lies on the CPU; `device` is a CUDA device index.
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device);
 

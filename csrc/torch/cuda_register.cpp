@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot, CUDA, m) {
   m.impl("gemm", TORCH_BOX(&smoothrot::cuda::ops::gemm));
   m.impl("linear", TORCH_BOX(&smoothrot::cuda::ops::linear));
   m.impl("silu_mul_linear", TORCH_BOX(&smoothrot::cuda::ops::silu_mul_linear));
+  m.impl("gemm_experts", TORCH_BOX(&smoothrot::cuda::ops::gemm_experts));
+  m.impl("combine_experts", TORCH_BOX(&smoothrot::cuda::ops::combine_experts));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(smoothrot, CompositeExplicitAutograd, m) {

@@ -116,6 +116,8 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot_emulated, CompositeExplicitAutograd, m) {
   m.impl("gemm", TORCH_BOX(&ops::gemm));
   m.impl("linear", TORCH_BOX(&ops::linear));
   m.impl("silu_mul_linear", TORCH_BOX(&ops::silu_mul_linear));
+  m.impl("gemm_experts", TORCH_BOX(&ops::gemm_experts));
+  m.impl("combine_experts", TORCH_BOX(&ops::combine_experts));
   m.impl("prepare_cuda_rotation", TORCH_BOX(&ops::prepare_cuda_rotation));
   m.impl("pretend", TORCH_BOX(&pretend));
   m.impl("launched", TORCH_BOX(&launched));

@@ -117,6 +117,70 @@ def test_gemm_names_a_wrong_argument(gpu: Any, changes: dict[str, Any], message:
         gpu.gemm(*(arguments | changes).values())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": torch.zeros(2, 64, dtype=torch.uint8)}, r"codes: expected contiguous int8"),
+        ({"scale": torch.ones(3)}, r"scale: expected contiguous float32 \(2\), got float32 \(3\)"),
+        ({"packed": torch.zeros(40, 32, dtype=torch.uint8)}, r"packed: expected contiguous uint8 \(40, any, any\), got uint8"),
+        ({"packed": torch.zeros(0, 40, 32, dtype=torch.uint8)}, r"packed: expected \(experts, outputs, inputs\), got uint8"),
+        ({"packed": torch.tensor(0, dtype=torch.uint8)}, r"packed: expected \(experts, outputs, inputs\), got uint8 \(\)"),
+        (
+            {"packed": torch.zeros(3, 40, 31, dtype=torch.uint8)},
+            r"packed: expected contiguous uint8 \(40, 32\), got .*\(40, 31\)",
+        ),
+        ({"packed": torch.zeros(3, 40, 32, dtype=torch.uint8, device="meta")}, r"packed: .* not on the CPU"),
+        ({"weight_scale": torch.ones(2, 40, 1)}, r"weight_scale: expected contiguous float32 \(3, any, any\), got"),
+        ({"weight_scale": torch.ones(3, 40, 4)}, r"weight_scale: expected groups of a multiple of 32 inputs, got 16"),
+        ({"tiles": torch.zeros(3, 1)}, r"tiles: expected contiguous int32 \(3, any\), got float32"),
+        ({"tiles": torch.zeros(4, 1, dtype=torch.int32)}, r"tiles: expected contiguous int32 \(3, any\), got int32 \(4, 1\)"),
+        ({"tiles": torch.zeros(2, 3, dtype=torch.int32).T}, r"tiles: .* not contiguous"),
+        ({"out_dtype": torch.float64}, r"out_dtype: expected float32, bfloat16 or float16, got float64"),
+        ({"act_bits": 2}, r"act_bits: expected 4 or 8, got 2"),
+        ({"weight_bits": 3}, r"weight_bits: expected 4 or 8, got 3"),
+    ],
+)
+def test_gemm_experts_names_a_wrong_argument(gpu: Any, changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "codes": torch.zeros(2, 64, dtype=torch.int8),
+        "scale": torch.ones(2),
+        "packed": torch.zeros(3, 40, 32, dtype=torch.uint8),
+        "weight_scale": torch.ones(3, 40, 1),
+        "tiles": torch.zeros(3, 1, dtype=torch.int32),
+        "out_dtype": torch.float16,
+        "act_bits": 8,
+        "weight_bits": 4,
+    }
+    with pytest.raises(RuntimeError, match=f"smoothrot::gemm_experts: {message}"):
+        gpu.gemm_experts(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": torch.ones(4, 8).half()}, r"rows: expected contiguous float32 \(any, any\), got float16"),
+        ({"rows": torch.ones(4, 0)}, r"rows: expected at least one output"),
+        ({"sources": torch.zeros(2, 2)}, r"sources: expected contiguous int32 \(any, any\), got float32"),
+        (
+            {"sources": torch.zeros(2, 0, dtype=torch.int32), "weights": torch.ones(2, 0)},
+            r"sources: expected at least one source",
+        ),
+        ({"weights": torch.ones(2, 3)}, r"weights: expected contiguous float32 \(2, 2\), got float32 \(2, 3\)"),
+        ({"weights": torch.ones(2, 2, device="meta")}, r"weights: .* not on the CPU"),
+        ({"out_dtype": torch.int32}, r"out_dtype: expected float32, bfloat16 or float16, got int32"),
+    ],
+)
+def test_combine_experts_names_a_wrong_argument(gpu: Any, changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "rows": torch.ones(4, 8),
+        "sources": torch.zeros(2, 2, dtype=torch.int32),
+        "weights": torch.ones(2, 2),
+        "out_dtype": torch.float32,
+    }
+    with pytest.raises(RuntimeError, match=f"smoothrot::combine_experts: {message}"):
+        gpu.combine_experts(*(arguments | changes).values())
+
+
 def test_a_row_too_wide_for_the_shared_memory_is_refused(gpu: Any) -> None:
     gpu.pretend(86, 80, 48 * 1024)
     prepare(gpu, 16384)

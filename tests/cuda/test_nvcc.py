@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the CUDA sources are compiled for, and what the check of their machine code objects to."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import check_sass
@@ -54,6 +55,7 @@ def kernel(source: str, architecture: str, registers: int = 200, stack: int = 0,
         (kernel("cutlass_sm80_a.cu", "80"), "no s4 MMA"),
         (kernel("cutlass_sm90_a.cu", "90a"), "no wgmma"),
         (kernel("gemm_s8.cu", "100", s8_MMA=8, calls=2), "2 calls, expected none"),
+        (kernel("gemm_experts.cu", "80"), "no s8 MMA"),
         (kernel("gemm_small.cu", "120", s4_MMA=1), "an s4 MMA, which is emulated here"),
         (kernel("quant.cu", "80", spills=3), "3 spills"),
         (kernel("quant.cu", "80", stack=16), "16 bytes of stack"),
@@ -82,3 +84,4 @@ def test_right_machine_code_is_accepted() -> None:
     assert not kernel("cutlass_sm80_a.cu", "80", s4_MMA=64).problems()
     assert not kernel("cutlass_sm90_a.cu", "90a", wgmma=12).problems()
     assert not kernel("quant.cu", "120", calls=1).problems()
+    assert not replace(kernel("gemm_experts.cu", "120"), name="combine_rows").problems()

@@ -77,6 +77,29 @@ class _GemmArgs(ctypes.Structure):
     ]
 
 
+class _ExpertsArgs(ctypes.Structure):
+    _fields_ = [
+        ("gemm", _GemmArgs),
+        ("tiles", ctypes.c_void_p),
+        ("tile_count", ctypes.c_int64),
+        ("experts", ctypes.c_int64),
+    ]
+
+
+class _CombineArgs(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("sources", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int),
+        ("tokens", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("row_count", ctypes.c_int64),
+    ]
+
+
 class _Options(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("reverse_order", "dropped_barrier", "wait_slack", "multiprocessors", "trace")]
 
@@ -195,10 +218,15 @@ class Emulator:
         weight_scale: torch.Tensor,
         out_dtype: torch.dtype,
         bias: torch.Tensor | None = None,
+        tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(T, N)`` from one launch of ``kernel``, "small" or "s8"; int8 codes are unpacked ones."""
-        inputs = weight.shape[1] * (1 if weight.dtype == torch.int8 else 2)
-        out = torch.full((codes.shape[0], weight.shape[0]), 777.0, dtype=out_dtype)
+        """``(T, N)`` from one launch of ``kernel``, "small", "s8" or "experts"; int8 codes are unpacked ones.
+
+        For "experts", weights and their scales are stacked, and ``tiles`` is the kernel's int32 table.
+        """
+        outputs = weight.shape[-2]
+        inputs = weight.shape[-1] * (1 if weight.dtype == torch.int8 else 2)
+        out = torch.full((codes.shape[0], outputs), 777.0, dtype=out_dtype)
         args = _GemmArgs(
             codes=codes.data_ptr(),
             form=INT8 if codes.dtype == torch.int8 else PACKED,
@@ -206,16 +234,36 @@ class Emulator:
             weight=weight.data_ptr(),
             weight_form=INT8 if weight.dtype == torch.int8 else PACKED,
             weight_scale=weight_scale.data_ptr(),
-            group_size=inputs // weight_scale.shape[1],
+            group_size=inputs // weight_scale.shape[-1],
             bias=None if bias is None else bias.data_ptr(),
             bias_dtype=0 if bias is None else FLOATS[bias.dtype],
             out=out.data_ptr(),
             out_dtype=FLOATS[out_dtype],
             tokens=codes.shape[0],
-            outputs=weight.shape[0],
+            outputs=outputs,
             inputs=inputs,
         )
-        self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(args)))
+        # All that the kernels of one weight read is at the beginning.
+        table = (None, 0) if tiles is None else (tiles.data_ptr(), tiles.shape[1])
+        with_tiles = _ExpertsArgs(args, *table, len(weight))
+        self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(with_tiles)))
+        return out
+
+    def combine(self, rows: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        """``(T, N)`` from one launch that sums the ``rows`` that int32 ``sources`` name, times ``weights``, both ``(T, k)``."""
+        out = torch.full((len(sources), rows.shape[1]), 777.0, dtype=out_dtype)
+        args = _CombineArgs(
+            rows=rows.data_ptr(),
+            sources=sources.data_ptr(),
+            weights=weights.data_ptr(),
+            out=out.data_ptr(),
+            out_dtype=FLOATS[out_dtype],
+            tokens=len(sources),
+            top_k=sources.shape[1],
+            outputs=rows.shape[1],
+            row_count=len(rows),
+        )
+        self._check(self._library.smoothrot_combine_experts(ctypes.byref(args)))
         return out
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch
 from emulator import Emulator
 
 from smoothrot_vllm import reference
+from smoothrot_vllm.grouped_experts import Route
 
 Run = Callable[[Emulator], torch.Tensor]
 
@@ -34,6 +35,17 @@ def multiply(kernel: str, tokens: int, outputs: int, inputs: int) -> tuple[Run, 
     return lambda emulator: emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.float32), expected
 
 
+def multiply_experts(counts: list[int], outputs: int, inputs: int) -> tuple[Run, torch.Tensor]:
+    chosen = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    codes = reference.pack_int4(torch.randint(-8, 8, (len(chosen), inputs), dtype=torch.int8))
+    weight = reference.pack_int4(torch.randint(-8, 8, (len(counts), outputs, inputs), dtype=torch.int8))
+    scale, weight_scale = torch.rand(len(chosen)), torch.rand(len(counts), outputs, 1)
+    parts = zip(codes.split(counts), scale.split(counts), weight, weight_scale, strict=True)
+    expected = torch.cat([reference.gemm(*part, None, torch.float32, 4, 4) for part in parts])
+    tiles = Route.of(chosen[:, None], len(counts)).tiles
+    return lambda emulator: emulator.gemm("experts", codes, scale, weight, weight_scale, torch.float32, tiles=tiles), expected
+
+
 CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {
     "quant": lambda: quantise(1, 1024),
     "rms_norm_quant": lambda: quantise(1, 4096, producer="rms_norm"),
@@ -41,6 +53,7 @@ CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {
     "hadamard_quant, base, several rows a block": lambda: quantise(17, 768, block=768),
     "gemm_small": lambda: multiply("small", 3, 64, 1024),
     "gemm_s8": lambda: multiply("s8", 20, 70, 640),
+    "gemm_experts": lambda: multiply_experts([20, 0, 3], 70, 640),
 }
 
 
@@ -65,6 +78,7 @@ def test_every_barrier_is_missed_when_it_is_gone(emulator_int4: Emulator, case: 
     assert needless == []
 
 
-def test_a_wait_that_lets_one_more_copy_stay_pending_is_seen(emulator_int4: Emulator) -> None:
-    run, expected = CASES["gemm_s8"]()
+@pytest.mark.parametrize("case", ["gemm_s8", "gemm_experts"])
+def test_a_wait_that_lets_one_more_copy_stay_pending_is_seen(emulator_int4: Emulator, case: str) -> None:
+    run, expected = CASES[case]()
     assert not survives(emulator_int4, run, expected, wait_slack=1)

@@ -48,6 +48,8 @@ class TestOps(OpsContract):
         (2047, 4096, 1024),
     )
     linears = ((1, 4096, 4096), (16, 1000, 4096), (17, 4096, 4096), (129, 4096, 1024), (1025, 1024, 1024))
+    # Few and many tokens an expert, more experts than rows, top_k of Mixtral and of Qwen3-MoE.
+    experts = ((1, 8, 64, 2048, 768), (4, 2, 8, 1024, 3584), (300, 2, 8, 512, 1024), (33, 8, 16, 2048, 768))
     groups = ((1, 4096, 4096, 32), (16, 4096, 4096, 128), (130, 1000, 4096, 32))
 
     @pytest.mark.parametrize("inputs", WIDE)

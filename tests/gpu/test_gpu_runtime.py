@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from device_cuda import capture
-from ops_contract import CLIP, Layer, Target, assert_same, random_layer
+from ops_contract import CLIP, Layer, Target, assert_same, random_experts, random_layer
 
-from smoothrot_vllm import ops
+from smoothrot_vllm import ops, reference
 
 SCHEMES = [(4, 4), (4, 8), (8, 8)]
 TOKENS = [1, 17, 129]
@@ -54,6 +55,23 @@ def test_a_captured_graph_replays_on_new_inputs(target: Target, tokens: int, sch
         static.copy_(x)
         graph.replay()
         assert_same(results[-1], layer.expected(x, BLOCK))
+
+
+def test_a_captured_graph_routes_new_tokens_to_other_experts(target: Target) -> None:
+    """Nothing of the op waits for the device or depends on which experts have tokens."""
+    shape = (33, 2, 8, 512, 768, 4, torch.bfloat16)
+    numbers = (target.prepare(256), CLIP, 8, 4)
+    given, gate_up, down = random_experts(*shape)
+    static = [target.put(part) for part in (*given, *gate_up, *down)]
+    arguments: list[Any] = [*static, *numbers]
+    results: list[torch.Tensor] = []
+    graph = capture(lambda: results.append(ops.experts(*arguments)), 1)
+    for _ in range(3):
+        (x, weights, chosen), *_ = random_experts(*shape)
+        for old, new in zip(static, (x, weights, chosen), strict=False):
+            old.copy_(new)
+        graph.replay()
+        assert_same(results[-1], reference.experts(x, weights, chosen, gate_up, down, *numbers))
 
 
 def test_kernels_run_on_the_current_stream(target: Target) -> None:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,19 +192,34 @@ def test_options_that_do_not_go_with_experts_are_refused(moe: FusedMoEConfig, op
         check_experts(PREFIX, replace(moe, moe_parallel_config=parallel))
 
 
-def test_other_experts_and_devices_are_refused(moe: FusedMoEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_experts_are_refused(moe: FusedMoEConfig) -> None:
     with pytest.raises(ConfigError, match="experts: expected no --enable-lora"):
         check_experts(PREFIX, replace(moe, is_lora_enabled=True))
     for change in ({"activation": MoEActivation.GELU}, {"has_bias": True}, {"swiglu_limit": 7.0}):
         with pytest.raises(UnsupportedModelError, match="experts: expected experts of the form"):
             check_experts(PREFIX, replace(moe, **change))
 
-    class Gpu:
-        device_name = "cuda"
 
-        def is_cpu(self) -> bool:
-            return False
+def test_on_a_gpu_experts_are_accepted_as_far_as_the_kernels_go(
+    build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoothrot_vllm.experts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    assert isinstance(build().quant_method, SmoothRotExpertsMethod)
+    with pytest.raises(UnsupportedPlatformError, match=r"experts: 48 channels of a rank's experts: expected a multiple of 32"):
+        build(tp_size=4, online={}, max_tensor_parallel=4)
 
-    monkeypatch.setattr(smoothrot_vllm.experts, "current_platform", Gpu())
-    with pytest.raises(UnsupportedPlatformError, match="experts: expected a CPU, got cuda"):
-        check_experts(PREFIX, moe)
+
+def test_on_a_gpu_the_codes_stay_as_stored_and_the_rotation_is_prepared_there(
+    build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the method asks of the device is recorded; a GPU's prepacked codes are a copy of the stored ones."""
+    layer = build()
+    load(layer, stored_tensors(SCHEMES["w4 per channel"]))
+    stored = {name: parameter.shape for name, parameter in layer.named_parameters()}
+    prepared: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(smoothrot_vllm.ops, "prepare_rotation", lambda block, device: prepared.append((block, device)))
+    monkeypatch.setattr(smoothrot_vllm.ops, "prepack_weight", lambda weight, scale, bits: weight.clone())
+    method: Any = layer.quant_method
+    method.process_weights_after_loading(layer)
+    assert prepared == [(96, torch.device("cpu"))]
+    assert {name: parameter.shape for name, parameter in layer.named_parameters()} == stored

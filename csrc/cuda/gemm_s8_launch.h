@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches the tiled GEMM; gemm_s8.cu has one weight for all tokens, gemm_experts.cu one for each expert.
+#pragma once
+
+#include "gemm_s8_kernel.h"
+
+namespace smoothrot::cuda {
+
+// A grid of a block for each of `token_tiles` and each `Columns` outputs.
+template <Codes Form, Codes Weight, int Columns, class Args>
+cudaError_t launch_columns(void (*kernel)(Args), const Args& args, int64_t token_tiles, int64_t outputs,
+                           cudaStream_t stream) {
+  const int64_t column_tiles = (outputs + Columns - 1) / Columns;
+  constexpr int64_t kMostGridY = 65535;
+  if (column_tiles > kMostGridY) return cudaErrorInvalidValue;
+  return launch(kernel, int(token_tiles), int(column_tiles), kTiledThreads,
+                int64_t{kStages} * kStageBytes<Form, Weight, Columns>, stream, args);
+}
+
+constexpr int kNarrowColumns = 64, kWideColumns = 128;
+
+// Wide tiles read the activations less often; narrow ones keep multiprocessors busy.
+inline bool fills_wide_tiles(int64_t token_tiles, int64_t outputs) {
+  return token_tiles * (outputs / kWideColumns) >= multiprocessors();
+}
+
+}  // namespace smoothrot::cuda
