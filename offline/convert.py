@@ -79,6 +79,7 @@ class Conversion:
             "ratio_linears": self.source_bytes.linears / self.output_bytes.linears,
             "mean_weight_error": sum(errors) / len(errors),
             "calibration": self.manifest.calibration.model_dump() if self.manifest.calibration else None,
+            "device": self.manifest.device,
             "seconds": round(self.seconds, 1),
             "resumed_layers": self.resumed_layers,
         }

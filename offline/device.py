@@ -2,7 +2,7 @@
 """Where the heavy work of a command runs: on the CPU, or on a GPU.
 
 A command chooses its device here and opens the source on it (``Checkpoint.on``); from there on every function computes where its
-arguments are. Random numbers are drawn on the CPU, so that they do not depend on the device; what is written comes back to the CPU.
+arguments are. Random numbers are drawn on the CPU, so that they are the same for each device; what is written comes back to it.
 """
 
 import os
@@ -96,8 +96,8 @@ def computing_on(device: torch.device) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"{device_name(device)}: expected memory for a decoder layer and the calibration's hidden states, got no more: "
-            f"{str(error).partition('. ')[0]}. Free the GPU of other programs, use fewer --calib-samples, or use --device cpu."
+            f"{device_name(device)}: expected more memory: {str(error).partition('. ')[0]}. Free the GPU of other programs, take "
+            "fewer --calib-samples or a text file as --calib (the whole model writes its own there), or use --device cpu."
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)

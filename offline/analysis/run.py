@@ -110,7 +110,7 @@ class _Run:
         self.progress("calibration text", 0, self.steps)
         # Scales are judged by text that they were not chosen from.
         self.tokens = load_calibration(
-            config.calib, self.checkpoint.path, 2 * config.calib_samples, config.calib_seqlen, config.seed
+            config.calib, self.checkpoint.path, 2 * config.calib_samples, config.calib_seqlen, config.seed, self.checkpoint.device
         )
         embedding = f"{self.spec.architecture.embedding}.weight"
         hidden = embed(self.tokens, self.checkpoint.load([embedding])[embedding], self.spec.embedding_scale)
