@@ -71,7 +71,7 @@ class LayerRunner:
         """
         model = self._empty(index)
         # The rotary tables are computed, not loaded, so they must be made again outside the meta device.
-        # On the CPU, and then moved: another device's powers and cosines differ in their last bits.
+        # The frequencies are computed on the CPU for every device: another's powers can differ in a last bit.
         model.rotary_emb = type(model.rotary_emb)(model.config).to(next(iter(weights.values())).device)
         model.norm = nn.Identity()
         layer = model.get_submodule("layers.0")
