@@ -17,6 +17,8 @@ import torch
 from smoothrot_vllm.errors import ConfigError, DeviceMemoryError
 
 CPU = torch.device("cpu")
+_OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED")
+"""In what torch's allocator, the CUDA runtime and cuBLAS say then; only the first has an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def computing_on(device: torch.device) -> Iterator[None]:
             # Of equal values it may pick any, but only the value is asked for.
             warnings.filterwarnings("ignore", message="kthvalue CUDA")
             yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _OUT_OF_MEMORY.search(str(error)):
+            raise
         raise DeviceMemoryError(
             f"{device_name(device)}: expected more memory: {str(error).partition('. ')[0]}. Free the GPU of other programs, take "
             "fewer --calib-samples or a text file as --calib (the whole model writes its own there), or use --device cpu."

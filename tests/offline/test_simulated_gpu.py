@@ -168,22 +168,33 @@ def test_eval_and_analyze_have_the_cpus_numbers(tmp_path: Path, monkeypatch: pyt
     assert gpu.products["cpu"] == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "ALLOC_FAILED when .*"),
+    ],
+)
 def test_used_up_memory_names_the_cpu_and_keeps_the_work(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kept: str
 ) -> None:
     quantise = smoothrot_offline.sequential.quantize_gptq
 
     def too_large(*arguments: Any, name: str, **options: Any) -> Any:
         if "layers.1" in name:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+            raise error
         return quantise(*arguments, name=name, **options)
 
     monkeypatch.setattr(smoothrot_offline.sequential, "quantize_gptq", too_large)
-    result = [(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())]
-    with simulated_gpu(monkeypatch), pytest.raises(DeviceMemoryError, match=r"CUDA out of memory. Free the GPU .* --device cpu"):
+    with simulated_gpu(monkeypatch), pytest.raises(DeviceMemoryError, match=f"{NAME}.*{kept}. Free the GPU .* --device cpu"):
         convert(make_model(), tmp_path / "out", make_config(**SMALL, rounding="gptq"), device=GPU)
     assert (tmp_path / "out.partial" / JOURNAL_NAME).is_file()
-    assert result == [(torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_another_error_on_a_gpu_stays_what_it_is(gpu: SimulatedGpu) -> None:
+    with pytest.raises(RuntimeError, match="illegal address"), computing_on(GPU):
+        raise RuntimeError("CUDA error: illegal address")
 
 
 def test_a_gpu_computes_in_full_float32_and_repeatably(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
