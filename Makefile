@@ -30,7 +30,7 @@ bench: env  ## kernels, then served models, against their peers and the machine'
 	$(BIN)/python benchmarks/serve.py --quick
 
 # Not `env`: that builds vLLM for CPUs. Both say what they need where it is missing, and end with status 2.
-test-gpu:  ## the kernels, graphs, streams and a served model on a GPU, with the python of VENV
+test-gpu:  ## the kernels, graphs, streams, the converter and a served model on a GPU, with the python of VENV
 	$(BIN)/python -m pytest tests/gpu
 
 # Meant to take 8 minutes together, the models that a first run makes included: what the time does not last for is named.

@@ -64,13 +64,15 @@ class LayerRunner:
             )
 
     def build(self, index: int, weights: Mapping[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
-        """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and that layer within it.
+        """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and that layer within it, on the
+        device of its weights.
 
         Called with ``inputs_embeds``, the model returns what the layer makes of them.
         """
         model = self._empty(index)
         # The rotary tables are computed, not loaded, so they must be made again outside the meta device.
-        model.rotary_emb = type(model.rotary_emb)(model.config)
+        # The frequencies are computed on the CPU for every device: another's powers can differ in a last bit.
+        model.rotary_emb = type(model.rotary_emb)(model.config).to(next(iter(weights.values())).device)
         model.norm = nn.Identity()
         layer = model.get_submodule("layers.0")
         layer.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
@@ -100,6 +102,8 @@ class LayerRunner:
 def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``: rows times ``scale``.
 
+    They are on the device of the embedding.
+
     Raises:
         ConfigError: a token is outside the vocabulary.
     """
@@ -109,12 +113,12 @@ def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> 
         raise ConfigError(
             f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the tokenizer of this model."
         )
-    return nn.functional.embedding(tokens, embedding).float() * scale
+    return nn.functional.embedding(tokens.to(embedding.device), embedding).float() * scale
 
 
 def tokens_digest(tokens: torch.Tensor) -> str:
     """SHA-256 of the calibration tokens as little-endian int64, in hexadecimal."""
-    return hashlib.sha256(tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def check_seqlen(spec: ModelSpec, seqlen: int) -> None:

@@ -6,9 +6,17 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.device import CPU
 from smoothrot_offline.model import load_model
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
@@ -32,7 +40,9 @@ def check_text(checkpoint: Checkpoint, calib: str) -> None:
         )
 
 
-def load_calibration(spec: str, model_dir: str | Path, samples: int, seqlen: int, seed: int) -> torch.Tensor:
+def load_calibration(
+    spec: str, model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device = CPU
+) -> torch.Tensor:
     """Calibration windows as int64 tokens ``(samples, seqlen)``, the same for the same arguments.
 
     Windows of a text start at seeded random offsets, and with ``<bos>`` for models whose tokenizer or family puts it
@@ -46,6 +56,7 @@ def load_calibration(spec: str, model_dir: str | Path, samples: int, seqlen: int
         samples: number of windows.
         seqlen: tokens in each.
         seed: of the offsets or of the sampling.
+        device: where the model runs, as a whole, for ``generated``; the tokens are on the CPU.
 
     Raises:
         ConfigError: no such file or data set, fewer tokens than one window, or ``samples`` or ``seqlen`` out of range.
@@ -54,7 +65,7 @@ def load_calibration(spec: str, model_dir: str | Path, samples: int, seqlen: int
     if samples < 1 or seqlen < 2:
         raise ConfigError(f"calibration: expected --calib-samples >= 1 and --calib-seqlen >= 2, got {samples} and {seqlen}.")
     if spec == GENERATED:
-        return _generate(model_dir, samples, seqlen, seed)
+        return _generate(model_dir, samples, seqlen, seed, device)
     tokenizer = load_tokenizer(model_dir)
     if Path(spec).is_file():
         tokens = tokenize(tokenizer, read_text(spec))
@@ -151,8 +162,8 @@ def _tokenize_dataset(tokenizer: PreTrainedTokenizerBase, spec: str, enough: int
 
 
 @torch.inference_mode()
-def _generate(model_dir: str | Path, samples: int, seqlen: int, seed: int) -> torch.Tensor:
-    model = load_model(model_dir)
+def _generate(model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device) -> torch.Tensor:
+    model = load_model(model_dir, device=device)
     start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
     if not isinstance(start, int):
         raise ConfigError(
@@ -160,12 +171,23 @@ def _generate(model_dir: str | Path, samples: int, seqlen: int, seed: int) -> to
             "Give a text file."
         )
     # No eos_token_id: generation runs through end-of-text into the next document.
-    sampling = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=seqlen - 1, pad_token_id=start)
-    model.generation_config = sampling
-    batches = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for first in range(0, samples, _GENERATION_BATCH):
-            prompt = torch.full((min(_GENERATION_BATCH, samples - first), 1), start)
-            batches.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling))
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=seqlen - 1, pad_token_id=start)
+    model.generation_config = greedy
+    draw, batches = LogitsProcessorList([_Draw(seed)]), []
+    for first in range(0, samples, _GENERATION_BATCH):
+        prompt = torch.full((min(_GENERATION_BATCH, samples - first), 1), start, device=device)
+        mask = torch.ones_like(prompt)
+        found = model.generate(prompt, attention_mask=mask, generation_config=greedy, logits_processor=draw)
+        batches.append(found.cpu())
     return torch.cat(batches)
+
+
+class _Draw(LogitsProcessor):
+    """Samples at temperature 1, and leaves only the token drawn to choose from. On the CPU: each device has its own generator."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        drawn = torch.multinomial(scores.float().cpu().softmax(dim=-1), 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn.to(scores.device), 0.0)

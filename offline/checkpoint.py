@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from smoothrot_offline.device import CPU
 from smoothrot_offline.fp8 import FP8, SCALE_SUFFIX, block_shape, check_scale, dequantize, is_fp8
 from smoothrot_vllm.errors import CheckpointError
 
@@ -50,7 +51,7 @@ class Checkpoint:
     """A directory of safetensors: its configuration and its headers. Weights are read only by :meth:`load`.
 
     ``scales`` are the scales of FP8 weights, in blocks of ``block``; they are no tensors of the model, and its ``config`` says
-    nothing of them.
+    nothing of them. ``device`` is where :meth:`load` puts what it has read.
     """
 
     path: Path
@@ -58,6 +59,15 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     scales: Mapping[str, TensorInfo] = field(default_factory=dict)
     block: tuple[int, int] = (1, 1)
+    device: torch.device = CPU
+
+    def on(self, device: torch.device) -> Self:
+        """The same checkpoint, to be loaded to a device."""
+        return replace(self, device=device)
+
+    def placed(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors on this checkpoint's device."""
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     @property
     def files(self) -> list[str]:
@@ -65,7 +75,7 @@ class Checkpoint:
         return sorted({info.file for info in (*self.tensors.values(), *self.scales.values())})
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read tensors in their stored dtype, FP8 weights in float32.
+        """Read tensors in their stored dtype, FP8 weights in float32, to :attr:`device`.
 
         Raises:
             CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity.
@@ -75,7 +85,7 @@ class Checkpoint:
         for name in wanted:
             if self.info(name).dtype == FP8:
                 loaded[name] = dequantize(loaded[name], loaded.pop(name + SCALE_SUFFIX), self.block)
-        return loaded
+        return self.placed(loaded)
 
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         by_file: dict[str, list[str]] = {}

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smoothrot_offline.cli_analysis import analyze, report
-from smoothrot_offline.cli_output import Debug, Json, RunDtype, refuse, reporting, telling_how_to_go_on, unwind_when_killed
+from smoothrot_offline.cli_output import (
+    Debug,
+    Device,
+    Json,
+    RunDtype,
+    refuse,
+    reporting,
+    telling_how_to_go_on,
+    unwind_when_killed,
+)
 from smoothrot_offline.memory import reuse_freed_memory
 
 app = typer.Typer(
@@ -124,6 +133,7 @@ def run(
     rotation_steps: RotationSteps = 150,
     shard_mib: ShardMib = 1024,
     workers: Workers = 1,
+    device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -133,15 +143,18 @@ def run(
     with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_checkpoint, resolve_source
         from smoothrot_offline.convert import convert
+        from smoothrot_offline.device import choose_device
         from smoothrot_offline.display import show_conversion
         from smoothrot_offline.presets import choose_preset
         from smoothrot_offline.progress import progress_bar
 
+        chosen_device = choose_device(device, workers)
         source = resolve_source(model)
         choice = choose_preset(preset, options, open_checkpoint(source))
         print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
+        print(f"device: {chosen_device.described}", file=sys.stderr)
         with telling_how_to_go_on(out), progress_bar() as progress:
-            done = convert(source, out, choice.config, progress, workers)
+            done = convert(source, out, choice.config, progress, workers, chosen_device.device)
         if done.resumed_layers is not None:
             print(f"went on after {done.resumed_layers} finished layers of an interrupted run", file=sys.stderr)
         chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
@@ -177,6 +190,7 @@ def plan(
     rotations: Rotations = "hadamard",
     rotation_steps: RotationSteps = 150,
     shard_mib: ShardMib = 1024,
+    device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -184,13 +198,15 @@ def plan(
     options = _explicit(context, locals())
     with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import open_headers
+        from smoothrot_offline.device import choose_device
         from smoothrot_offline.display import show_plan
         from smoothrot_offline.plan import plan_conversion
         from smoothrot_offline.presets import choose_preset
 
+        chosen_device = choose_device(device)
         headers = open_headers(model)
         choice = choose_preset(preset, options, headers)
-        found = plan_conversion(headers, choice.config)
+        found = plan_conversion(headers, choice.config, chosen_device.device)
         chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
         show(found.model_dump(mode="json") | chosen, show_plan(found, choice))
         refuse(found.refusals)
@@ -263,15 +279,19 @@ def evaluate(
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
     dtype: RunDtype = "float32",
+    device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
     with reporting(as_json, debug) as show:
         from smoothrot_offline.checkpoint import resolve_source
+        from smoothrot_offline.device import choose_device
         from smoothrot_offline.evaluate import evaluate_perplexity, run_dtype
 
-        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype))
+        chosen = choose_device(device)
+        print(f"device: {chosen.described}", file=sys.stderr)
+        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype), chosen.device)
         summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.dtype}, {found.seconds:.0f} s"
         show(dataclasses.asdict(found), summary)
 
@@ -295,7 +315,7 @@ def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, An
         for name, value in arguments.items()
         if name not in ("model", "out", "preset") and sources[name] == "COMMANDLINE"
     }
-    for option in ("as_json", "debug", "workers"):
+    for option in ("as_json", "debug", "workers", "device"):
         given.pop(option, None)
     if given.pop("no_rotate", False):
         given["rotate"] = False

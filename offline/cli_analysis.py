@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoothrot_offline.cli_output import Debug, Json, RunDtype, reporting, unwind_when_killed
+from smoothrot_offline.cli_output import Debug, Device, Json, RunDtype, reporting, unwind_when_killed
 from smoothrot_vllm.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Directory of the 16-bit model, or its hub id.", show_default=False)]
@@ -36,6 +36,7 @@ def analyze(
     seed: Seed = 0,
     policies: Policies = None,
     layers: Layers = None,
+    device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -46,6 +47,7 @@ def analyze(
         from smoothrot_offline.analysis import analyze as analyze_model
         from smoothrot_offline.analysis.display import show_analysis
         from smoothrot_offline.checkpoint import resolve_source
+        from smoothrot_offline.device import choose_device
         from smoothrot_offline.options import make_options
         from smoothrot_offline.progress import progress_bar
 
@@ -55,8 +57,10 @@ def analyze(
         if layers is not None:
             options["layers"] = _layer_numbers(layers)
         config = make_options(AnalysisConfig, "analyze", options)
+        chosen = choose_device(device)
+        print(f"device: {chosen.described}", file=sys.stderr)
         with progress_bar() as progress:
-            found, removed = analyze_model(resolve_source(model), out, config, progress)
+            found, removed = analyze_model(resolve_source(model), out, config, progress, chosen.device)
         for leftover in removed:
             print(f"removed {leftover}, left by an analysis that was killed", file=sys.stderr)
         show(found.model_dump(mode="json"), show_analysis(found, str(out)))

@@ -16,6 +16,9 @@ from smoothrot_vllm.errors import SmoothRotError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute; auto: the GPU if torch can use one, else the CPU.")
+]
 RunDtype = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"],
     typer.Option(help="Arithmetic of everything but the quantised linears' integers; auto: the dtype of config.json."),

@@ -31,6 +31,7 @@ from smoothrot_offline.checkpoint import (
 )
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
 from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
+from smoothrot_offline.device import CPU, computing_on, device_kind
 from smoothrot_offline.layer import LayerConverter, cast, cast_rows, store
 from smoothrot_offline.manifest import (
     CalibrationRecord,
@@ -78,28 +79,36 @@ class Conversion:
             "ratio_linears": self.source_bytes.linears / self.output_bytes.linears,
             "mean_weight_error": sum(errors) / len(errors),
             "calibration": self.manifest.calibration.model_dump() if self.manifest.calibration else None,
+            "device": self.manifest.device,
             "seconds": round(self.seconds, 1),
             "resumed_layers": self.resumed_layers,
         }
 
 
 def convert(
-    source: Path, out: Path, config: ConvertConfig, progress: ProgressCallback = no_progress, workers: int = 1
+    source: Path,
+    out: Path,
+    config: ConvertConfig,
+    progress: ProgressCallback = no_progress,
+    workers: int = 1,
+    device: torch.device = CPU,
 ) -> Conversion:
     """Convert the checkpoint in ``source`` into a new directory ``out``, which appears only when it is complete.
 
     Args:
         source, out, config: of the conversion.
         progress: told of every step.
-        workers: processes that convert layers at the same time; one layer is held in memory for each.
+        workers: processes that convert layers at the same time on the CPU; one layer is held in memory for each.
+        device: where everything but reading and writing is computed.
 
     Raises:
         UnsupportedModelError: the architecture or one of its sizes cannot be converted.
         ConfigError: the options do not fit the model, or ``out`` is taken.
         CheckpointError: the source is damaged, or the output cannot be written.
+        DeviceMemoryError: a GPU has too little memory.
     """
     started = time.monotonic()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source).on(device)
     spec = resolve(checkpoint.config)
     schema = make_schema(spec, config)
     head = f"{spec.architecture.lm_head}.weight"
@@ -109,10 +118,15 @@ def convert(
             f"--workers {workers}: expected 1 with --rounding {config.rounding}, which rounds each layer for what the layers "
             "before it give out. Leave the option out, or use --rounding rtn."
         )
+    if workers > 1 and device.type != "cpu":
+        raise ConfigError(
+            f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy. Leave the option out, or use "
+            "--device cpu."
+        )
     if config.needs_calibration:
         check_seqlen(spec, config.calib_seqlen)
         check_text(checkpoint, config.calib)
-    with ResumableDirectory(out) as directory:
+    with ResumableDirectory(out) as directory, computing_on(device):
         steps = count_steps(spec, config) + spec.layers + 3
         progress("source digests", 0, steps)
         identity = conversion_identity(checkpoint, config, workers)
@@ -190,7 +204,8 @@ class _Run:
                 step("decided before")
         # Read back in every run, so that an interrupted one goes on from the same bytes in the same layout.
         assert self.journal.decisions is not None
-        return unpack_decisions(self.journal.decisions["decisions"], self.journal.load_decisions(), self.spec, self.config)
+        tensors = self.checkpoint.placed(self.journal.load_decisions())
+        return unpack_decisions(self.journal.decisions["decisions"], tensors, self.spec, self.config)
 
     def finish(self, directory: ResumableDirectory) -> None:
         """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
@@ -216,6 +231,7 @@ class _Run:
             packages=package_versions(),
             calibration=self._calibration(),
             rotations=self._rotations(),
+            device=device_kind(self.checkpoint.device),
             layers=self.journal.layers,
             lm_head_weight_error=self.head_error,
             tensors=self.shards.records,
@@ -261,7 +277,7 @@ class _Run:
             damping=self.config.damping,
         )
         if kept := self.journal.load_hidden():
-            rounding.restore(kept)
+            rounding.restore(self.checkpoint.placed(kept))
         return rounding
 
     def _layers(self, indices: range, rounding: SequentialRounding | None, step: Callable[[str], None]) -> None:

@@ -84,7 +84,7 @@ def decide(
         return Decisions(None, nothing, schema, transform, {}, None)
     held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
     samples = config.calib_samples + held_out
-    tokens = load_calibration(config.calib, checkpoint.path, samples, config.calib_seqlen, config.seed)
+    tokens = load_calibration(config.calib, checkpoint.path, samples, config.calib_seqlen, config.seed, checkpoint.device)
     tokens, kept_back = tokens[: config.calib_samples], tokens[config.calib_samples :]
     studies = nothing
     if config.scales != "none" or config.needs_probe:

@@ -33,6 +33,8 @@ def show_plan(plan: Plan, choice: Choice) -> RenderableType:
             table.add_row(str(entry.size), entry.refused or "yes")
         parts.append(table)
     if plan.seconds is not None and plan.memory_bytes is not None:
+        on_cpu = "" if plan.device == "cpu" else "; memory and time below are those of the CPU"
+        parts.append(f"device: {plan.device}{on_cpu}")
         parts.append(f"memory: about {decimal(plan.memory_bytes)} ({plan.memory_method})")
         parts.append(f"time: about {plan.seconds:.0f} s ({plan.time_method})")
     return Group(*parts)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from smoothrot_offline.calibration_data import family_needs_bos, load_tokenizer, read_text, tokenize
+from smoothrot_offline.device import CPU, computing_on
 from smoothrot_offline.model import load_model
 from smoothrot_offline.progress import ProgressCallback, no_progress, progress_bar
 from smoothrot_vllm.errors import ConfigError
@@ -49,6 +50,7 @@ def evaluate_perplexity(
     seqlen: int = 2048,
     limit_chunks: int | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
 ) -> PerplexityResult:
     """Perplexity ``exp(mean NLL)`` of a text, tokenised once and cut into windows that do not overlap.
 
@@ -56,15 +58,16 @@ def evaluate_perplexity(
         directory: model directory, plain or SmoothRot.
         text_file, seqlen, limit_chunks: see :func:`text_windows`.
         dtype: run in this dtype instead of the model's own; NLL is summed in float64 from float32 log-probabilities.
+        device: where the model runs, as a whole.
 
     Raises:
         ConfigError: an option out of range, or a text of fewer than two tokens.
         CheckpointError: the directory does not load.
+        DeviceMemoryError: a GPU has too little memory.
     """
     text = text_windows(directory, text_file, seqlen, limit_chunks)
-    model = load_model(directory, dtype)
-    with progress_bar() as progress:
-        return measure_perplexity(model, text, progress)
+    with computing_on(device), progress_bar() as progress:
+        return measure_perplexity(load_model(directory, dtype, device=device), text, progress)
 
 
 def text_windows(
@@ -135,7 +138,7 @@ def windows(tokens: torch.Tensor, seqlen: int, bos: int | None = None) -> list[t
 def total_nll(model: PreTrainedModel, chunks: Iterable[torch.Tensor]) -> tuple[float, int]:
     """Summed negative log-likelihood in nats and the number of predicted tokens."""
     nll, tokens = 0.0, 0
-    for chunk in chunks:
+    for chunk in (chunk.to(model.device) for chunk in chunks):
         logits = model(chunk[None], use_cache=False).logits[0, :-1]
         for rows, targets in zip(logits.split(_LOGIT_ROWS), chunk[1:].split(_LOGIT_ROWS), strict=True):
             losses = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none")

@@ -83,7 +83,8 @@ def store(
     parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], shape: Sequence[int], scheme: WeightScheme, name: str
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Stored tensors of the linear of ``shape`` whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
-    # Allocated first: a small tensor that stays between large ones that go would keep the allocator from using their place again.
+    # On the CPU, where it is written from. Allocated first: a small tensor that stays between large ones that go would keep the
+    # allocator from using their place again.
     tables = weight_tensors(shape[0], shape[1], scheme)
     stored = {f"{name}.{suffix}": torch.empty(size, dtype=dtype) for suffix, (size, dtype) in tables.items()}
     packed, scales = stored[f"{name}.{WEIGHT_PACKED}"], stored[f"{name}.{WEIGHT_SCALE}"]
@@ -97,7 +98,7 @@ def store(
 
 
 def cast_rows(parts: Iterable[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
-    """:func:`cast` of a tensor of ``shape`` whose rows come in ``parts``."""
+    """:func:`cast` of a tensor of ``shape`` whose rows come in ``parts``; on the CPU, where it is written from."""
     stored, row = torch.empty(*shape, dtype=dtype), 0
     for part in parts:
         rows = slice(row, row := row + len(part))

@@ -125,7 +125,7 @@ class TensorRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole file."""
+    """The whole file. ``device`` is what the conversion was computed on: ``cpu``, or ``cuda`` and the GPU's name."""
 
     manifest_version: Literal[1] = 1
     config: ConvertConfig
@@ -133,6 +133,7 @@ class Manifest(_Record):
     packages: dict[str, str]
     calibration: CalibrationRecord | None
     rotations: RotationRecord | None
+    device: str = "cpu"
     layers: list[LayerRecord]
     lm_head_weight_error: float | None
     tensors: dict[str, TensorRecord]

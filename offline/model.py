@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothrot_offline.architectures import SUPPORTED
 from smoothrot_offline.checkpoint import DTYPES
+from smoothrot_offline.device import CPU
 from smoothrot_offline.experts import separate_experts
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
@@ -125,13 +126,16 @@ class SmoothRotHfQuantizer(HfQuantizer):
         return False
 
 
-def load_model(directory: str | Path, dtype: torch.dtype | None = None, kernels: Kernels = "compiled") -> PreTrainedModel:
-    """Load a causal language model for inference on the CPU.
+def load_model(
+    directory: str | Path, dtype: torch.dtype | None = None, kernels: Kernels = "compiled", device: torch.device = CPU
+) -> PreTrainedModel:
+    """Load a causal language model for inference.
 
     Args:
         directory: a plain Hugging Face directory, or one written by ``smoothrot-convert run``.
         dtype: of activations and 16-bit weights; None takes the one in config.json.
-        kernels: what runs the quantised linears (ignored for a plain directory).
+        kernels: what runs the quantised linears on the CPU (ignored for a plain directory); elsewhere it is ``reference``.
+        device: where the model is to run.
 
     Raises:
         CheckpointError: config.json or a tensor is missing, unexpected, of the wrong shape or dtype, or holds
@@ -145,7 +149,7 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, kernels:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         quantization = getattr(config, "quantization_config", {})
         if quantization.get("quant_method") == QUANT_METHOD:
-            config.quantization_config = {**quantization, "kernels": kernels}
+            config.quantization_config = {**quantization, "kernels": kernels if device.type == "cpu" else "reference"}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -162,7 +166,7 @@ def load_model(directory: str | Path, dtype: torch.dtype | None = None, kernels:
             f"{directory}: expected a tensor for each parameter of {type(model).__name__}, "
             f"missing {sorted(info['missing_keys'])}. Fetch or convert the model again."
         )
-    return model.eval()
+    return model.to(device).eval()
 
 
 def _attention(config: PreTrainedConfig) -> str | None:

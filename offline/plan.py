@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion would do, from the configuration and the headers alone."""
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.architectures import ModelSpec, resolve
@@ -8,6 +9,7 @@ from smoothrot_offline.calibrate import check_seqlen
 from smoothrot_offline.calibration_data import check_text
 from smoothrot_offline.checkpoint import Checkpoint, check_source, source_dtype
 from smoothrot_offline.config import ConvertConfig, check_shards, make_schema
+from smoothrot_offline.device import CPU, device_name
 from smoothrot_offline.estimate import MEMORY_METHOD, TIME_METHOD, memory_bytes, seconds
 from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
 from smoothrot_vllm.errors import SmoothRotError
@@ -37,9 +39,10 @@ class TensorParallelPlan(_Record):
 
 
 class Plan(_Record):
-    """The whole plan; what follows a refusal that comes first is None."""
+    """The whole plan; what follows a refusal that comes first is None. Memory and time are those of a conversion on the CPU."""
 
     model: str
+    device: str
     refusals: list[str]
     architecture: str | None = None
     layers: int | None = None
@@ -55,20 +58,20 @@ class Plan(_Record):
     time_method: str = TIME_METHOD
 
 
-def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig) -> Plan:
+def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig, device: torch.device = CPU) -> Plan:
     """Plan a conversion of what :func:`~smoothrot_offline.checkpoint.open_headers` found; no weight is read.
 
-    Whatever makes ``run`` refuse before it reads a weight is in ``refusals``.
+    ``device`` is what ``run`` would compute on. Whatever makes ``run`` refuse before it reads a weight is in ``refusals``.
     """
-    model = str(checkpoint.path)
+    asked = {"model": str(checkpoint.path), "device": device_name(device)}
     try:
         spec = resolve(checkpoint.config)
         head = [f"{spec.architecture.lm_head}.weight"] if spec.tied else []
         check_source(checkpoint, spec.source_tensors(), ignorable=head)
     except SmoothRotError as error:
-        return Plan(model=model, refusals=[str(error)])
+        return Plan(**asked, refusals=[str(error)])
     before = measure(spec, header_table(checkpoint, spec.source_tensors()))
-    known = {"model": model, "architecture": spec.architecture.class_name, "layers": spec.layers, "source_bytes": before}
+    known = asked | {"architecture": spec.architecture.class_name, "layers": spec.layers, "source_bytes": before}
     try:
         schema = make_schema(spec, config)
         if config.needs_calibration:

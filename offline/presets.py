@@ -84,7 +84,9 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
-    return Choice(config, f"preset {candidate}, about {max(1, round(seconds / 60))} min here; --preset chooses another")
+    return Choice(
+        config, f"preset {candidate}, about {max(1, round(seconds / 60))} min on the CPU here; --preset chooses another"
+    )
 
 
 def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:

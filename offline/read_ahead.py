@@ -8,6 +8,7 @@ import torch
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.device import CPU
 
 LayerTensors = dict[str, torch.Tensor]
 
@@ -24,14 +25,15 @@ def load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerTens
 def layers_ahead(checkpoint: Checkpoint, spec: ModelSpec, indices: Iterable[int]) -> Iterator[LayerTensors]:
     """:func:`load_layer` of each of ``indices``, the next one read and checked by a thread while the caller works on one.
 
-    At most one layer waits; what is wrong with it is raised when it is asked for.
+    At most one layer waits, in the CPU's memory; what is wrong with it is raised when it is asked for.
     """
+    unplaced = checkpoint.on(CPU)
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[LayerTensors] | None = None
         for index in indices:
-            following = pool.submit(load_layer, checkpoint, spec, index)
+            following = pool.submit(load_layer, unplaced, spec, index)
             if waiting is not None:
-                yield waiting.result()
+                yield checkpoint.placed(waiting.result())
             waiting = following
         if waiting is not None:
-            yield waiting.result()
+            yield checkpoint.placed(waiting.result())

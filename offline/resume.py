@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, side_files
 from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.device import device_kind
 from smoothrot_offline.manifest import LayerRecord, TensorRecord, package_versions
 from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, write_tensors, writing
 from smoothrot_vllm.errors import ResumeError
@@ -55,8 +56,9 @@ def conversion_identity(checkpoint: Checkpoint, config: ConvertConfig, workers: 
         "options": config.model_dump(mode="json", exclude={"calib"}),
         "calibration": {"text": file_digest(text) if text.is_file() else config.calib},
         "versions": package_versions(),
-        # Sums are split over threads, and kernels differ by instruction set: both can change a last bit.
+        # Sums are split over threads, and kernels differ by instruction set and device: each can change a last bit.
         "machine": {
+            "device": device_kind(checkpoint.device),
             "threads": torch.get_num_threads(),
             "workers": workers,
             "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -40,7 +40,7 @@ class Rotation:
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """``x Q`` for float64 ``x (..., size)``."""
-        return hadamard(x * self.signs, self.block)
+        return hadamard(x * self.signs.to(x.device), self.block)
 
     def matrix(self) -> torch.Tensor:
         """Q itself, float64 ``(size, size)``."""
@@ -93,7 +93,7 @@ def hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     y, inner = x, block
     for order in orders:
         inner //= order
-        matrix = hadamard_matrix(order).to(x.dtype)
+        matrix = hadamard_matrix(order).to(x.device, x.dtype)
         # H_block = H_a (x) H_b (x) ...: axis by axis, y_j = sum_i x_i H_ij. The last axis is one plain product.
         y = matrix.T @ y.reshape(-1, order, inner) if inner > 1 else y.reshape(-1, order) @ matrix
     return y.reshape(x.shape)

@@ -3,17 +3,25 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from smoothrot_offline.architectures import Architecture, ModelSpec
 from smoothrot_offline.rotate import hadamard
-from smoothrot_vllm import ops
+from smoothrot_vllm import ops, reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online
 from smoothrot_vllm.reference import decode
 
 InputMap = Callable[[torch.Tensor], torch.Tensor]
+
+
+def ops_on(device: torch.device) -> Any:
+    """What computes the served ops on a device: the compiled ones on the CPU; elsewhere their definitions in plain torch, which
+    give the same bits, as the library may have been built for the CPU alone.
+    """
+    return ops if device.type == "cpu" else reference
 
 
 def rotations(spec: ModelSpec, online: Online) -> dict[str, InputMap]:
@@ -173,10 +181,11 @@ def _rotator(block: int) -> InputMap:
 def _fake_quantiser(scheme: ActivationScheme, block: int) -> InputMap:
     def quantise(x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)
+        kernels = ops_on(x.device)
         if block:
-            codes, scale = ops.hadamard_quant(tokens, block, scheme.clip, scheme.bits)
+            codes, scale = kernels.hadamard_quant(tokens, block, scheme.clip, scheme.bits)
         else:
-            codes, scale = ops.quant(tokens, scheme.clip, scheme.bits)
+            codes, scale = kernels.quant(tokens, scheme.clip, scheme.bits)
         return (decode(codes, scheme.bits) * scale[:, None]).view(x.shape)
 
     return quantise

@@ -91,7 +91,7 @@ class SequentialRounding:
             quantised = [linear for linear in group if schemes[linear] is not None]
             if not quantised:
                 return
-            statistics = HessianAccumulator(tensors[f"{group[0]}.weight"].shape[1], self._asymmetric)
+            statistics = HessianAccumulator(tensors[f"{group[0]}.weight"].shape[1], self._asymmetric, self._hidden.device)
             for chunk in inputs:
                 statistics.add(*chunk)
             for linear in quantised:
@@ -134,7 +134,7 @@ class SequentialRounding:
         few: dict[int, int] = {}
         for groups in self._spec.architecture.expert_groups():
             channels = tensors[f"{groups[0][0]}.weight"].shape[1]
-            statistics = {group[0]: HessianAccumulator(channels, self._asymmetric) for group in groups}
+            statistics = {group[0]: HessianAccumulator(channels, self._asymmetric, self._hidden.device) for group in groups}
             for hidden, *exact in self._chunks():
                 inputs, routing = served.expert_inputs(hidden, statistics)
                 targets = [copy.expert_inputs(h, statistics, routing)[0] for copy, h in zip(copies[1:], exact, strict=True)]

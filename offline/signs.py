@@ -73,6 +73,7 @@ def _loss(
     head = torch.cat([transform.head(rows.double(), gamma).float() for rows in checkpoint.load([source])[source].split(4096)])
     states = runner.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
     total = 0.0
-    for rows, targets in zip(states.split(_LOGIT_ROWS), tokens[:, 1:].flatten().split(_LOGIT_ROWS), strict=True):
+    following = tokens[:, 1:].flatten().to(states.device)
+    for rows, targets in zip(states.split(_LOGIT_ROWS), following.split(_LOGIT_ROWS), strict=True):
         total += nn.functional.cross_entropy(spec.capped(rows @ head.T), targets, reduction="sum").item()
     return total / len(states)

@@ -136,7 +136,7 @@ class Study:
         Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
         """
         groups = [group for groups in self._spec.architecture.scheme_groups() for group in groups]
-        seen = {group[0]: [torch.empty(0, self._spec.linear_shape(group[0])[1])] for group in groups}
+        seen = {group[0]: [self._probe.new_empty(0, self._spec.linear_shape(group[0])[1])] for group in groups}
         stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1
 
         def watching(linear: str) -> InputMap:

@@ -63,7 +63,7 @@ class ModelTransform:
             rotate_reader_inputs(tensors, table, self.online.readers.block)
         if self.online.down_proj is not None:
             rotate_heads(tensors, self.spec, None if self.heads is None else self.heads[index])
-            signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}")
+            signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}").to(next(iter(tensors.values())).device)
             rotate_down_input(tensors, table, Rotation(signs, self.online.down_proj.block))
 
     def embedding(self, rows: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, DTYPES, INDEX_NAME, file_digest, tensor_digest
 from smoothrot_offline.manifest import TensorRecord
-from smoothrot_vllm.errors import ConfigError, OutputError, SmoothRotError
+from smoothrot_vllm.errors import ConfigError, DeviceMemoryError, OutputError, SmoothRotError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WORK_PREFIX = "resume-"
@@ -170,7 +170,7 @@ class ResumableDirectory(OutputDirectory):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        refused = isinstance(error, SmoothRotError) and not isinstance(error, OutputError)
+        refused = isinstance(error, SmoothRotError) and not isinstance(error, OutputError | DeviceMemoryError)
         keep = self.resumed or (self.resumable and not refused)
         if not self._committed and not keep and self.path == self._partial:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -243,7 +243,7 @@ class ShardWriter:
                 continue
             if self._pending and self._pending_bytes() + tensor.nbytes > self._limit:
                 self._flush()
-            self._pending[name] = tensor.contiguous()
+            self._pending[name] = tensor.contiguous().cpu()
 
     def finish(self) -> None:
         """Write the last shard, give every shard its final name, and write the index."""
@@ -282,8 +282,8 @@ class ShardWriter:
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write contiguous tensors to a safetensors file and flush it to disk."""
-    save_file(tensors, file, metadata={"format": "pt"})
+    """Write contiguous tensors, wherever they are, to a safetensors file and flush it to disk."""
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
     # safetensors makes its files private; a checkpoint has the permissions of any other file.
     file.chmod(0o666 & ~_umask())
     _sync(file)

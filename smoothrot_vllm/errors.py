@@ -26,6 +26,10 @@ class ResumeError(ConfigError):
     """An interrupted conversion cannot go on: it was another one, or its files are not those that were written."""
 
 
+class DeviceMemoryError(SmoothRotError):
+    """A GPU has too little memory for what was asked of it."""
+
+
 class UnsupportedModelError(SmoothRotError):
     """The model's architecture or one of its sizes cannot be converted or served."""
 

@@ -184,7 +184,7 @@ def experts(
         ``(T, N)`` in the dtype of ``x``.
     """
     codes, scale = quant(x, clip, act_bits)
-    total = torch.zeros(x.shape[0], down[0].shape[1])
+    total = torch.zeros(x.shape[0], down[0].shape[1], device=x.device)
     for expert, (w13, w13_scale, w2, w2_scale) in enumerate(zip(*gate_up, *down, strict=True)):
         token, place = (chosen == expert).nonzero(as_tuple=True)
         both = gemm(codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits)
@@ -241,7 +241,7 @@ def rms_norm_quant(
     values = (x if residual is None else residual).float()
     tokens, size = values.shape
     squares = torch.nn.functional.pad(values * values, (0, -size % NORM_ACCUMULATORS))
-    sums = torch.zeros(tokens, NORM_ACCUMULATORS)
+    sums = torch.zeros(tokens, NORM_ACCUMULATORS, device=x.device)
     for sweep in squares.reshape(tokens, -1, NORM_ACCUMULATORS).unbind(1):
         sums = sums + sweep
     while sums.shape[1] > 1:

@@ -13,7 +13,7 @@ import torch
 
 from smoothrot_offline.config import ACTIVATION_CLIP
 from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_vllm import ops
+from smoothrot_offline.runtime import ops_on
 from smoothrot_vllm.format import WeightScheme
 from smoothrot_vllm.reference import decode
 
@@ -72,7 +72,7 @@ def quantize(x: torch.Tensor, clip: float = 1.0) -> tuple[torch.Tensor, torch.Te
         x: float32 ``(rows, K)``, K even.
         clip: share of a row's largest magnitude that the largest code stands for.
     """
-    stored, scale = ops.quant(x.contiguous(), clip, BITS)
+    stored, scale = ops_on(x.device).quant(x.contiguous(), clip, BITS)
     codes = decode(stored, BITS)
     return codes, codes * scale[:, None]
 
@@ -100,7 +100,7 @@ class TransformMeter:
         self._weight_counts = _count(codes)
         self._weight_squares = transform.weight.double().square().sum(dim=0)
         self._squares = torch.zeros_like(self._weight_squares)
-        self._counts = torch.zeros(BINS, dtype=torch.int64)
+        self._counts = torch.zeros_like(self._weight_counts)
         self._error = 0.0
 
     def update(self, captured: torch.Tensor, exact: torch.Tensor) -> None:
@@ -180,7 +180,7 @@ class InputMeter:
 
 def _surface(x: torch.Tensor) -> torch.Tensor:
     shape = tuple(min(*sizes) for sizes in zip(SURFACE_SHAPE, x.shape, strict=True))
-    return torch.nn.functional.adaptive_max_pool2d(x.abs()[None], shape)[0]
+    return torch.nn.functional.adaptive_max_pool2d(x.abs()[None], shape)[0].cpu()
 
 
 def _count(codes: torch.Tensor) -> torch.Tensor:

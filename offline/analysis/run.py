@@ -31,6 +31,7 @@ from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens
 from smoothrot_offline.calibration_data import check_text, load_calibration
 from smoothrot_offline.checkpoint import Checkpoint, check_source, open_checkpoint
 from smoothrot_offline.config import ACTIVATION_CLIP
+from smoothrot_offline.device import CPU, computing_on
 from smoothrot_offline.manifest import CalibrationRecord, package_versions
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.rotate import fold_norms, random_rotation
@@ -50,7 +51,7 @@ SCHEME = LinearScheme(weights=WeightScheme(bits=BITS), activations=ActivationSch
 
 
 def analyze(
-    source: Path, out: Path, config: AnalysisConfig, progress: ProgressCallback = no_progress
+    source: Path, out: Path, config: AnalysisConfig, progress: ProgressCallback = no_progress, device: torch.device = CPU
 ) -> tuple[Analysis, list[Path]]:
     """Analyse the checkpoint in ``source`` into a new directory ``out``, which appears only when it is complete.
 
@@ -61,8 +62,9 @@ def analyze(
         UnsupportedModelError: the architecture or one of its sizes is not one that converts.
         ConfigError: an option does not fit the model, ``out`` is taken, or matplotlib is not installed.
         CheckpointError: the source is damaged, or the output cannot be written.
+        DeviceMemoryError: a GPU, if that is the ``device``, has too little memory.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source).on(device)
     spec = resolve(checkpoint.config)
     if spec.experts:
         raise UnsupportedModelError(
@@ -74,7 +76,7 @@ def analyze(
     check_seqlen(spec, config.calib_seqlen)
     check_text(checkpoint, config.calib)
     chosen = _chosen_layers(spec, config)
-    with OutputDirectory(out) as directory:
+    with OutputDirectory(out) as directory, computing_on(device):
         run = _Run(checkpoint, spec, config, chosen, progress)
         run.everything()
         found = run.result()
@@ -108,7 +110,7 @@ class _Run:
         self.progress("calibration text", 0, self.steps)
         # Scales are judged by text that they were not chosen from.
         self.tokens = load_calibration(
-            config.calib, self.checkpoint.path, 2 * config.calib_samples, config.calib_seqlen, config.seed
+            config.calib, self.checkpoint.path, 2 * config.calib_samples, config.calib_seqlen, config.seed, self.checkpoint.device
         )
         embedding = f"{self.spec.architecture.embedding}.weight"
         hidden = embed(self.tokens, self.checkpoint.load([embedding])[embedding], self.spec.embedding_scale)
@@ -177,8 +179,8 @@ class _Run:
         self.pictures[index] = LayerPictures(
             surfaces=meters[DOWN].surfaces,
             shape=(self.config.calib_seqlen, self.spec.intermediate),
-            learned=learned.scales if learned else None,
-            start=learned.start if learned else None,
+            learned=learned.scales.cpu() if learned else None,
+            start=learned.start.cpu() if learned and learned.start is not None else None,
         )
 
     def _choices(
@@ -186,7 +188,8 @@ class _Run:
     ) -> tuple[dict[Policy, SmoothingChoice], dict[str, torch.Tensor]]:
         """Scales by policy, max first, and those of the norms."""
         down = self.spec.architecture.down
-        statistics = InputStatistics(self.spec.intermediate, self.config.calib_samples * self.config.calib_seqlen)
+        tokens = self.config.calib_samples * self.config.calib_seqlen
+        statistics = InputStatistics(self.spec.intermediate, tokens, self.checkpoint.device)
         residual = random_rotation(self.spec.hidden, self.config.seed) if self.spec.architecture.rotates_residual else None
         norms = NormStatistics(self.spec, residual, layer)
         self._runner.run(index, folded, self._choosing, {down: statistics.update, **norms.observers()})

@@ -82,7 +82,7 @@ def _plain(weight: torch.Tensor) -> Transform:
 
 def _rotated(weight: torch.Tensor, rotation: Rotation, scales: torch.Tensor | None = None) -> Transform:
     """S, if ``scales`` are given, and then the rotation."""
-    divisor = torch.ones(weight.shape[1], dtype=torch.float64) if scales is None else scales
+    divisor = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device) if scales is None else scales
     return Transform(lambda x: rotation.rotate(x / divisor).float(), rotation.rotate(weight * divisor).float())
 
 

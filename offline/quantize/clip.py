@@ -54,16 +54,16 @@ def _best_shrink(unit_rows: torch.Tensor, top: int) -> torch.Tensor:
     """The element of ``SHRINKS`` with the least error for each row of values in [-1, 1]; the largest one on a tie."""
     half = 1024 if unit_rows.shape[1] >= _LONG_ROW else 256
     bins = unit_rows.add(1).mul_(half).long().clamp_(max=2 * half - 1)
-    counts = torch.zeros(unit_rows.shape[0], 2 * half)
-    counts.scatter_add_(1, bins, torch.ones(()).expand(bins.shape))
-    errors = counts @ _error_table(half, top)
-    return torch.tensor(SHRINKS)[errors.argmin(dim=1)]
+    counts = torch.zeros(unit_rows.shape[0], 2 * half, device=unit_rows.device)
+    counts.scatter_add_(1, bins, counts.new_ones(()).expand(bins.shape))
+    errors = counts @ _error_table(half, top, counts.device)
+    return torch.tensor(SHRINKS, device=counts.device)[errors.argmin(dim=1)]
 
 
 @lru_cache(maxsize=4)
-def _error_table(half: int, top: int) -> torch.Tensor:
+def _error_table(half: int, top: int, device: torch.device) -> torch.Tensor:
     """``|Q(c) - c|^2.4`` for each bin centre c in [-1, 1] and each shrink: float32 ``(2 * half, len(SHRINKS))``."""
     centres = (torch.arange(2 * half, dtype=torch.float64)[:, None] + 0.5) / half - 1
     scales = torch.tensor(SHRINKS, dtype=torch.float64) / top
     rounded = (centres / scales).round().clamp(-top - 1, top) * scales
-    return (rounded - centres).abs().pow(ERROR_NORM).float()
+    return (rounded - centres).abs().pow(ERROR_NORM).float().to(device)

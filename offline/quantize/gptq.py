@@ -54,7 +54,8 @@ def quantize_gptq(
     if not hessian.isfinite().all() or (cross is not None and not cross.isfinite().all()):
         raise CheckpointError(f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration text.")
     hessian = _with_inactive_channels(hessian)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(weight.shape[1])
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=weight.device)
     damped, inverse_root = _factorise(hessian[order][:, order], damping, name)
     if cross is not None:
         weight = _corrected(weight, cross, damped, order)
@@ -81,7 +82,7 @@ def _factorise(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.
     """
     mean = hessian.diagonal().mean()
     while True:
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype) * (damping * mean)
+        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)
@@ -94,7 +95,8 @@ def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
     """Inverse of an upper-triangular matrix by halves: a third of the work of solving for the dense identity."""
     half = len(upper) // 2
     if half < _BLOCK:
-        return torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=upper.dtype), upper=True)
+        identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
     first, last = _inverse_of_upper(upper[:half, :half]), _inverse_of_upper(upper[half:, half:])
     inverse = torch.zeros_like(upper)
     inverse[:half, :half], inverse[half:, half:] = first, last
@@ -115,7 +117,7 @@ def _round_in_order(weight: torch.Tensor, steps: torch.Tensor, inverse_root: tor
     Errors reach the rest of a block of channels at once and later blocks together, as one matrix product (GPTQ, section 3.3).
     """
     work, steps = weight.T.contiguous(), steps.T.contiguous()  # channels as contiguous rows
-    codes = torch.empty(work.shape, dtype=torch.int8)
+    codes = torch.empty_like(work, dtype=torch.int8)
     for start in range(0, len(work), _BLOCK):
         block = slice(start, min(start + _BLOCK, len(work)))
         errors = torch.empty_like(work[block])

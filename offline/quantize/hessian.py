@@ -15,11 +15,12 @@ class HessianAccumulator:
     Args:
         channels: inputs of the linear.
         asymmetric: accumulate C too; then every batch needs its full-precision counterpart.
+        device: that of the batches.
     """
 
-    def __init__(self, channels: int, asymmetric: bool = False) -> None:
+    def __init__(self, channels: int, asymmetric: bool = False, device: torch.device | None = None) -> None:
         self._tokens = 0
-        self._hessian = torch.zeros(channels, channels, dtype=torch.float64)
+        self._hessian = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._hessian) if asymmetric else None
 
     def add(self, x: torch.Tensor, full_precision: torch.Tensor | None = None) -> None:

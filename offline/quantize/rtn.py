@@ -41,7 +41,7 @@ def quantize_rtn(weight: torch.Tensor, scheme: WeightScheme, name: str = "weight
     check_weight(weight, scheme, name)
     scale = weight_scale(weight, scheme)
     top = quant_max(scheme.bits)
-    codes = torch.empty(weight.shape, dtype=torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     chunk = max(1, _CHUNK_VALUES // weight.shape[1])
     for start in range(0, weight.shape[0], chunk):
         rows = slice(start, start + chunk)

@@ -20,22 +20,20 @@ class Learned:
     after: float
 
 
-def learn_turn(
-    loss: Callable[[torch.Tensor, int], torch.Tensor], shape: torch.Size | tuple[int, ...], steps: int, angle: float
-) -> torch.Tensor:
+def learn_turn(loss: Callable[[torch.Tensor, int], torch.Tensor], start: torch.Tensor, steps: int, angle: float) -> torch.Tensor:
     """The orthogonal C found by Adam from the identity, its learning rate falling to zero along a cosine.
 
     Args:
         loss: of C, float32, at a step counted from 0; has a gradient in C.
-        shape: of C, ``(..., n, n)``.
+        start: what C will turn, ``(..., n, n)``: C has its shape and device.
         steps: how many, at least 1.
         angle: learning rate in units of ``n^-1/2``: the first steps turn by at most about twice this many radians, whatever n.
 
     Returns:
         Float64, orthogonal as far as float64 is.
     """
-    free = torch.zeros(shape, requires_grad=True)
-    optimizer = torch.optim.Adam([free], lr=angle * shape[-1] ** -0.5)
+    free = torch.zeros(start.shape, device=start.device, requires_grad=True)
+    optimizer = torch.optim.Adam([free], lr=angle * start.shape[-1] ** -0.5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         optimizer.zero_grad()
@@ -52,7 +50,8 @@ def keep_better(start: torch.Tensor, turn: torch.Tensor, held_out: Callable[[tor
         start, turn: orthogonal, float64 ``(..., n, n)``; ``turn`` is C.
         held_out: the error of a float32 C.
     """
-    before, after = held_out(torch.eye(start.shape[-1]).expand_as(start)), held_out(turn.float())
+    identity = torch.eye(start.shape[-1], device=start.device)
+    before, after = held_out(identity.expand_as(start)), held_out(turn.float())
     return Learned(start @ turn, before, after) if after < before else Learned(start, before, before)
 
 
@@ -62,5 +61,5 @@ def cayley(free: torch.Tensor) -> torch.Tensor:
     Near zero a pair of entries ``free_ij = -free_ji`` is the angle of a turn in the plane of i and j.
     """
     skew = (free - free.mT) / 4
-    identity = torch.eye(free.shape[-1], dtype=free.dtype)
+    identity = torch.eye(free.shape[-1], dtype=free.dtype, device=free.device)
     return torch.linalg.solve(identity - skew, identity + skew)

@@ -56,7 +56,7 @@ def learn_head_rotations(
         error = rounded_error(heads.rotate(held), heads.rotate(outputs), activations, weights)
         return error + float(_rounding(value, quantize_rtn(value, weights).dequantize()))
 
-    return keep_better(start, learn_turn(loss, start.shape, steps, ANGLE), held_out)
+    return keep_better(start, learn_turn(loss, start, steps, ANGLE), held_out)
 
 
 def _query_heads(matrices: torch.Tensor, group: int) -> DenseRotation:

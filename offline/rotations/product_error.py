@@ -39,5 +39,5 @@ def _relative(x: torch.Tensor, weight: torch.Tensor, quantized: torch.Tensor, ac
 
 def split_tokens(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens of ``inputs (tokens, n)`` to learn from, and those held out."""
-    held = torch.arange(len(inputs)) % HELD_TOKENS == HELD_TOKENS - 1
+    held = torch.arange(len(inputs), device=inputs.device) % HELD_TOKENS == HELD_TOKENS - 1
     return inputs[~held], inputs[held]

@@ -76,7 +76,7 @@ def learn_residual_rotation(
             errors.append(rounded_error(kept_back @ turn, sample.weight @ turn, activations, weights))
         return sum(errors) / len(errors)
 
-    return keep_better(start, learn_turn(loss, start.shape, steps, ANGLE), held_out)
+    return keep_better(start, learn_turn(loss, start, steps, ANGLE), held_out)
 
 
 def _visits(samples: int, steps: int, seed: int) -> list[list[int]]:

@@ -85,7 +85,7 @@ def learn_rotations(
         step("learning R1")
         residual = learn_residual_rotation(
             [reader for sample in samples for reader in sample.readers],
-            transform.residual.rotate(torch.eye(spec.hidden, dtype=torch.float64)),
+            transform.residual.rotate(torch.eye(spec.hidden, dtype=torch.float64, device=checkpoint.device)),
             activations=schema.activations,
             weights=schema.weights,
             steps=config.rotation_steps,
@@ -154,7 +154,7 @@ def _learn_heads(
         output_input,
         output.float(),
         layer[f"{table.value}.weight"][-spec.values :].float(),
-        head_matrices(spec.kv_heads, spec.head_dim),
+        head_matrices(spec.kv_heads, spec.head_dim).to(checkpoint.device),
         activations=schema.activations,
         weights=schema.weights,
         steps=config.rotation_steps,
@@ -167,4 +167,4 @@ def _keeping(parts: list[torch.Tensor], stride: int) -> Observer:
 
 
 def _some_rows(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return weight[torch.randperm(len(weight), generator=generator)[:SAMPLE_ROWS]]
+    return weight[torch.randperm(len(weight), generator=generator)[:SAMPLE_ROWS].to(weight.device)]

@@ -33,7 +33,7 @@ class NormStatistics:
         self._residual = residual
         offset = spec.architecture.norm_offset
         self._gammas = {norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.readers}
-        self._squares = dict.fromkeys(self._gammas, torch.zeros(spec.hidden, dtype=torch.float64))
+        self._squares = {norm: torch.zeros_like(gamma) for norm, gamma in self._gammas.items()}
 
     def observers(self) -> dict[str, Observer]:
         """What to call with each norm's input, by the norm's name."""

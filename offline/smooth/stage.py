@@ -51,9 +51,9 @@ def smooth_layer(
     tokens = hidden.shape[0] * hidden.shape[1]
     if spec.experts:
         tokens = tokens * spec.config.num_experts_per_tok // spec.experts
-    statistics = {down: InputStatistics(spec.intermediate, tokens) for _, down in spec.architecture.products}
+    statistics = {down: InputStatistics(spec.intermediate, tokens, hidden.device) for _, down in spec.architecture.products}
     runner.run(index, layer, hidden, {**{down: seen.update for down, seen in statistics.items()}, **observers})
-    scales = torch.ones(len(statistics), spec.intermediate, dtype=torch.float64)
+    scales = torch.ones(len(statistics), spec.intermediate, dtype=torch.float64, device=hidden.device)
     records: list[SmoothingRecord | None] = []
     for row, (down, seen) in zip(scales, statistics.items(), strict=True):
         if not seen.tokens:

@@ -18,14 +18,15 @@ class InputStatistics:
     Args:
         channels: width of the input.
         expected_tokens: how many tokens will be shown in all; some ``SAMPLE_TOKENS`` of them are kept.
+        device: that of the tokens.
     """
 
-    def __init__(self, channels: int, expected_tokens: int) -> None:
-        self.largest = torch.zeros(channels)
+    def __init__(self, channels: int, expected_tokens: int, device: torch.device | None = None) -> None:
+        self.largest = torch.zeros(channels, device=device)
         self.tokens = 0
         # An odd stride meets every position of sequences whose length is a power of two.
         self.stride = max(1, expected_tokens // SAMPLE_TOKENS) | 1
-        self._squares = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64, device=device)
         self._kept: list[torch.Tensor] = []
 
     def update(self, x: torch.Tensor) -> None:

@@ -320,16 +320,16 @@ def test_plan_and_inspect_show_what_the_server_rotates(make_model: MakeModel, tm
 def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from smoothrot_offline.evaluate import PerplexityResult
 
-    asked = []
+    asked: list[tuple[object, ...]] = []
 
     def evaluate(*arguments: object) -> PerplexityResult:
         asked.append(arguments)
         return PerplexityResult(8.0, math.log(8.0), 99, 3, 33, False, "bfloat16", "text.txt", 1.5)
 
     monkeypatch.setattr("smoothrot_offline.evaluate.evaluate_perplexity", evaluate)
-    facts = invoke_json("eval", tmp_path, "--text", "text.txt", "--seqlen", 33, "--limit-chunks", 3)
-    assert asked == [(tmp_path, Path("text.txt"), 33, 3, torch.float32)]
+    facts = invoke_json("eval", tmp_path, "--text", "text.txt", "--seqlen", 33, "--limit-chunks", 3, "--device", "cpu")
+    assert asked == [(tmp_path, Path("text.txt"), 33, 3, torch.float32, torch.device("cpu"))]
     assert (facts["perplexity"], facts["tokens"]) == (8.0, 99)
     assert "perplexity 8.0000 over 99 tokens in bfloat16" in invoke("eval", tmp_path, "--text", "text.txt").stdout
     invoke("eval", tmp_path, "--text", "text.txt", "--dtype", "auto")
-    assert asked[-1] == (tmp_path, Path("text.txt"), 2048, None, None)
+    assert asked[-1][:5] == (tmp_path, Path("text.txt"), 2048, None, None)

@@ -50,7 +50,7 @@ from smoothrot_offline.plan import plan_conversion
 
 torch.set_num_threads(1)
 smoothrot_offline.plan.seconds = lambda *_: 0.0
-smoothrot_offline.decide.load_calibration = lambda _text, _model, samples, seqlen, _seed: (
+smoothrot_offline.decide.load_calibration = lambda _text, _model, samples, seqlen, *_: (
     torch.arange(samples * seqlen).reshape(samples, seqlen) * 31 % 1024
 )
 first, *sources = map(Path, sys.argv[3:])
