@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "huge_pages.h"
 #include "rotations.h"
 #include "schemas.h"
 
@@ -241,7 +242,7 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
     refuse(op, "weight_scale", "expected a row for each of the ", weight.size(0), " outputs, got ",
            describe(weight_scale), ".");
   }
-  Tensor packed = empty({w.panels, w.panel_bytes}, ScalarType::Byte);
+  Tensor packed = empty_in_huge_pages(w.panels, w.panel_bytes);
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
   const void* codes = weight.const_data_ptr();
   const auto* scale = static_cast<const float*>(weight_scale.const_data_ptr());
