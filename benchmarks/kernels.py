@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLOCKS, RESULTS, Floors, Schedule, Timing, packages
+from common import CLOCKS, RESULTS, Schedule, Timing, packages
 from contenders import CLIP, SCHEMES, Device, floor_seconds, ours
 from producers import bench_producers
 from rich.console import Console
@@ -52,12 +52,16 @@ def copies_of(device: Device, columns: int, inputs: int) -> int:
     return -(-device.cache_bytes // (columns * inputs // 2))
 
 
-def bench_linear(args: argparse.Namespace, device: Device, floors: Floors, schedule: Schedule) -> Iterator[dict[str, Any]]:
-    """One result per model, shape, number of tokens and scheme."""
+def bench_linear(args: argparse.Namespace, device: Device, schedule: Schedule) -> Iterator[dict[str, Any]]:
+    """One result per model, shape, number of tokens and scheme.
+
+    Floors are measured anew for each shape: the bandwidth that a virtual machine finds can change within a run.
+    """
     for model, (columns, inputs) in ((name, shape) for name in args.models for shape in MODELS[name]):
         copies = copies_of(device, columns, inputs)
         layers = {scheme: ours(columns, inputs, scheme, copies) for scheme in args.schemes}
         layers |= device.peers.build(columns, inputs, copies)
+        floors = device.floors()
         for tokens in args.tokens:
             if not schedule.allows(f"linear {columns} x {inputs}, {tokens} tokens"):
                 continue
@@ -76,6 +80,7 @@ def bench_linear(args: argparse.Namespace, device: Device, floors: Floors, sched
                     "ours_us": microseconds(times[scheme]),
                     "ours_best_us": round(times[scheme].best * 1e6, 2),
                     "floor_us": round(floor * 1e6, 2),
+                    "read_gb_per_s": round(floors.read_bytes / 1e9, 1),
                     **{f"{peer}_us": microseconds(times.get(peer)) for peer in device.peers.makers},
                 }
 
@@ -182,7 +187,7 @@ def run(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     """The report, as it is written."""
     schedule = Schedule(args.minutes)
     floors = device.floors()
-    results = [*bench_linear(args, device, floors, schedule), *bench_rotation(args, device, schedule)]
+    results = [*bench_linear(args, device, schedule), *bench_rotation(args, device, schedule)]
     widths = sorted({inputs for inputs, _ in ROTATIONS}), sorted({shapes[0][1] for shapes in MODELS.values()})
     results += bench_producers(args, device, schedule, *widths)
     return {

@@ -6,8 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
+#include <mutex>
 #include <new>
 
 #ifdef __linux__
@@ -16,23 +19,62 @@
 
 namespace smoothrot {
 
-constexpr int64_t kHugePage = 2 * 1024 * 1024;
+constexpr size_t kHugePage = 2 * 1024 * 1024;
+constexpr size_t kSlab = 16 * kHugePage;
+constexpr size_t kLine = 64;
 
-// An uninitialised CPU tensor of bytes, (rows, row_bytes), whose whole huge pages are asked for as such. The rest stays
-// in small ones, so that no more memory is resident than is written.
-inline torch::stable::Tensor empty_in_huge_pages(int64_t rows, int64_t row_bytes) {
-  const int64_t bytes = rows * row_bytes;
-  const bool huge = bytes >= kHugePage;
-  const size_t alignment = huge ? size_t(kHugePage) : 64;
-  void* memory = std::aligned_alloc(alignment, (size_t(bytes) + alignment - 1) / alignment * alignment);
-  if (!memory) throw std::bad_alloc();
+// Bytes from the start of a huge page on, handed out from front to back and freed as one.
+class Slab {
+ public:
+  explicit Slab(size_t bytes) : size_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
+    memory_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
+    if (!memory_) throw std::bad_alloc();
 #ifdef __linux__
-  if (huge) madvise(memory, size_t(bytes / kHugePage * kHugePage), MADV_HUGEPAGE);
+    // Not a page that is used in part: all of it would be resident.
+    madvise(memory_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
+  }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+  ~Slab() { std::free(memory_); }
+
+  // Null where so much is not left.
+  void* take(size_t bytes) {
+    const size_t rounded = (bytes + kLine - 1) / kLine * kLine;
+    if (rounded > size_ - used_) return nullptr;
+    char* const taken = memory_ + used_;
+    used_ += rounded;
+    return taken;
+  }
+
+ private:
+  char* memory_;
+  size_t size_, used_ = 0;
+};
+
+// An uninitialised CPU tensor of bytes, (rows, row_bytes). Small ones share a slab, which lives as long as any of them.
+inline torch::stable::Tensor empty_in_huge_pages(int64_t rows, int64_t row_bytes) {
+  static std::mutex mutex;
+  static std::shared_ptr<Slab> open;
+  const size_t bytes = size_t(rows) * size_t(row_bytes);
+  std::shared_ptr<Slab> slab;
+  void* memory = nullptr;
+  if (bytes > kSlab / 4) {
+    slab = std::make_shared<Slab>(bytes);
+    memory = slab->take(bytes);
+  } else {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!open || !(memory = open->take(bytes))) {
+      open = std::make_shared<Slab>(kSlab);
+      memory = open->take(bytes);
+    }
+    slab = open;
+  }
   const int64_t sizes[] = {rows, row_bytes}, strides[] = {row_bytes, 1};
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  // The deleter owns a share of the slab: to destroy the deleter is to let go of it.
   return torch::stable::from_blob(memory, {sizes, 2}, {strides, 2}, cpu, torch::headeronly::ScalarType::Byte,
-                                  &std::free);
+                                  [slab](void*) {});
 }
 
 }  // namespace smoothrot
