@@ -2,7 +2,7 @@
 """What kernels.py times, and what it needs to know of the device: the same for CPUs and GPUs."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ class Rotating:
         self, layer: Callable[[torch.Tensor, Any], torch.Tensor], weights: Iterable[Any], dtype: torch.dtype = torch.bfloat16
     ) -> None:
         listed = list(weights)
-        self.layer, self.weights, self.copies, self.dtype = layer, itertools.cycle(listed), len(listed), dtype
+        self.layer, self.listed, self.copies, self.dtype = layer, listed, len(listed), dtype
+        self.weights = itertools.cycle(listed)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output with the next weight."""
@@ -96,6 +97,9 @@ class Device(Protocol):
 
     def floors(self) -> Floors:
         """What it reaches without doing our work."""
+
+    def reader(self, memory: Sequence[torch.Tensor]) -> Callable[[], object] | None:
+        """A call that only reads tensors of bytes, to be timed beside each layer; None where the bandwidth does not change."""
 
     def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
         """Time one call of each contender; the number beside it is that of calls after which it repeats itself."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU as kernels.py times it, with the int8 and int4 linears of vLLM and of zentorch beside it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,11 @@ class CpuDevice:
     def floors(self) -> Floors:
         """Read bandwidth and int8 dot products of the threads together."""
         return measure_floors(torch.get_num_threads(), CLOCKS[self.clock])
+
+    def reader(self, memory: Sequence[torch.Tensor]) -> Callable[[], object]:
+        """Sums, which reading bounds, by torch's threads: a virtual machine's bandwidth changes from one second to the next."""
+        words = [piece.flatten()[: piece.nbytes // 8 * 8].view(torch.int64) for piece in memory]
+        return lambda: [piece.sum() for piece in words]
 
     def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
         """Alternately, on the chosen clock."""

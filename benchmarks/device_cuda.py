@@ -6,7 +6,7 @@ Never run on a GPU yet: no CUDA device was at hand.
 
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -88,6 +88,9 @@ class CudaDevice:
             "architectures": list(ops.cuda_architectures()),
             "clock": "CUDA events around CUDA graphs",
         }
+
+    def reader(self, memory: Sequence[torch.Tensor]) -> None:
+        """None: a GPU's bandwidth is its own, so that of :meth:`floors` holds for the whole run."""
 
     def floors(self) -> Floors:
         """Bytes/s of a copy within device memory, read and written, and int8 multiply-adds/s of torch's own matmul.

@@ -4,7 +4,7 @@
 import importlib.util
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import contenders
@@ -47,6 +47,9 @@ class TimelessDevice:
 
     def floors(self) -> Floors:
         return FLOORS
+
+    def reader(self, memory: Sequence[torch.Tensor]) -> None:
+        """As on a GPU."""
 
     def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
         for call, _ in calls.values():
