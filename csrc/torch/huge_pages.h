@@ -3,19 +3,16 @@
 // costs far fewer address translations. A hint only: nothing depends on it but speed.
 #pragma once
 
+#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
-
-#ifdef __linux__
-  #include <sys/mman.h>
-#endif
+#include <stdexcept>
+#include <string>
 
 namespace smoothrot {
 
@@ -23,20 +20,27 @@ constexpr size_t kHugePage = 2 * 1024 * 1024;
 constexpr size_t kSlab = 16 * kHugePage;
 constexpr size_t kLine = 64;
 
-// Bytes from the start of a huge page on, handed out from front to back and freed as one.
+// Bytes from the start of a huge page on, handed out from front to back and given back to the system as one: by mmap,
+// so that it does not depend on how the process has set its allocator.
 class Slab {
  public:
   explicit Slab(size_t bytes) : size_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
-    memory_ = static_cast<char*>(std::aligned_alloc(kHugePage, size_));
-    if (!memory_) throw std::bad_alloc();
-#ifdef __linux__
+    // What alignment leaves over is never touched.
+    mapping_ = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping_ == MAP_FAILED) {
+      throw std::runtime_error("smoothrot::prepack_weight: weight: expected " + std::to_string(size_) +
+                               " bytes of memory for its packed codes, got none.");
+    }
+    const auto address = reinterpret_cast<uintptr_t>(mapping_);
+    memory_ = static_cast<char*>(mapping_) + (kHugePage - address % kHugePage) % kHugePage;
+#ifdef MADV_HUGEPAGE
     // Not a page that is used in part: all of it would be resident.
     madvise(memory_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   }
   Slab(const Slab&) = delete;
   Slab& operator=(const Slab&) = delete;
-  ~Slab() { std::free(memory_); }
+  ~Slab() { munmap(mapping_, size_ + kHugePage); }
 
   // Null where so much is not left.
   void* take(size_t bytes) {
@@ -48,8 +52,9 @@ class Slab {
   }
 
  private:
-  char* memory_;
   size_t size_, used_ = 0;
+  void* mapping_;
+  char* memory_;
 };
 
 // An uninitialised CPU tensor of bytes, (rows, row_bytes). Small ones share a slab, which lives as long as any of them.

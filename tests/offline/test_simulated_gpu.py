@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,7 @@ def test_a_device_that_is_not_there_is_refused(
     rest = {"run": [tmp_path / "out"], "plan": [], "eval": ["--text", SHORT_TEXT], "analyze": [tmp_path / "out"]}[command]
     result = invoke(command, tmp_path, *rest, "--device", option)
     assert result.exit_code == 1
-    with pytest.raises(AssertionError, match=f"--device {option}: {message}"):
-        raise AssertionError(result.stderr)
+    assert re.search(f"--device {option}: {message}", result.stderr)
 
 
 def test_commands_say_which_device_they_chose(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
