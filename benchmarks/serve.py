@@ -114,6 +114,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each cell and contender")
     parser.add_argument("--minutes", type=float, help=f"begin no cell after this long, no server after {STARTS_SHARE:.0%}% of it")
     parser.add_argument("--eager", action="store_true", help="serve with --enforce-eager: starts sooner, decodes slower")
+    parser.add_argument("--executor", help="--distributed-executor-backend of every server, instead of what each chooses")
     parser.add_argument("--folder", type=Path, default=default_folder(), help="where models are made and kept")
     parser.add_argument("--prepare", action="store_true", help="make the models and end")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -166,7 +167,7 @@ def open_report(args: argparse.Namespace, device: ServeDevice) -> dict[str, Any]
     Raises:
         ValueError: the file was written with other options or packages or on another machine, or is no report.
     """
-    options = {"rounds": args.rounds, "eager": args.eager, "device": args.device}
+    options = {"rounds": args.rounds, "eager": args.eager, "executor": args.executor, "device": args.device}
     facts = device.facts()
     here = {"options": options, "packages": packages()} | {name: facts[name] for name in ("cpu", "cores", "gpu") if name in facts}
     if args.output and args.output.exists():
@@ -259,6 +260,7 @@ def start(
     options = ["--max-model-len", str(max(c.prompt + c.output for c in cells) + 64), "--no-enable-prefix-caching"]
     options += ["--dtype", "bfloat16", "--max-num-seqs", str(max(c.batch for c in cells))]
     options += ["--enforce-eager"] if args.eager else []
+    options += ["--distributed-executor-backend", args.executor] if args.executor else []
     options += device.options(cache, len(args.schemes))
     gpu_memory = device.watch()
     began = time.perf_counter()

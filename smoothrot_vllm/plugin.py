@@ -43,7 +43,7 @@ def check_vllm_version() -> None:
 
 
 def register() -> None:
-    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``.
+    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our executor for it on CPUs.
 
     Raises:
         UnsupportedPlatformError: see :func:`check_vllm_version`.
@@ -51,8 +51,12 @@ def register() -> None:
     check_vllm_version()
 
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.platforms import current_platform
 
+    from smoothrot_vllm import executor_choice
     from smoothrot_vllm.format import QUANT_METHOD
     from smoothrot_vllm.quant_config import SmoothRotConfig
 
     register_quantization_config(QUANT_METHOD)(SmoothRotConfig)
+    if current_platform.is_cpu():
+        executor_choice.install()

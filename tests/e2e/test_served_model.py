@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real ``vllm serve`` processes, started as a user would, against the reference forward of the same checkpoint."""
 
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from reference_forward import SAFE_MARGIN, STARTS, Greedy, Reference
-from serving import VllmServer
+from serving import VllmServer, processes
 from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -67,6 +69,7 @@ class Served:
 
     server: VllmServer
     expected: list[tuple[list[int], Greedy]]
+    workers: int
 
 
 @pytest.fixture(scope="module", params=SETUPS.values(), ids=list(SETUPS))
@@ -84,7 +87,7 @@ def served(
     options += ["--enforce-eager"] if setup.eager else []
     log = tmp_path_factory.mktemp("server") / "server.log"
     with VllmServer(directory, log, *options, tensor_parallel=setup.ranks, pipeline_parallel=setup.stages) as server:
-        yield Served(server, expected)
+        yield Served(server, expected, setup.ranks * setup.stages)
 
 
 def complete(served: Served, prompt: list[int] | list[list[int]], **options: Any) -> Any:
@@ -112,6 +115,15 @@ def test_logprobs_equal_the_reference_but_for_rounding_ties(served: Served) -> N
         differences += [abs(got - expected) for got, expected in zip(logprobs, greedy.logprobs, strict=True)]
     assert statistics.median(differences) < 1e-5
     assert max(differences) < SAFE_MARGIN
+
+
+def test_a_single_worker_runs_in_the_process_of_the_engine(served: Served) -> None:
+    names = [psutil.Process(pid).name() for pid in processes(served.server.pid)]
+    assert sum(name.startswith("VLLM::Worker") for name in names) == (0 if served.workers == 1 else served.workers)
+    assert any(name.startswith("VLLM::EngineCor") for name in names)
+    cores = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
+    note = f"worker in the engine's process, {len(os.sched_getaffinity(0))} threads, on cores {cores}"
+    assert (note in served.server.log.read_text()) == (served.workers == 1)
 
 
 def test_streaming_gives_the_same_text(served: Served) -> None:

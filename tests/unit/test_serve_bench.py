@@ -76,7 +76,7 @@ def report(*results: dict[str, Any]) -> dict[str, Any]:
     return {
         "machine": machine(),
         "packages": packages(),
-        "options": {"rounds": 3, "eager": False, "device": "cpu"},
+        "options": {"rounds": 3, "eager": False, "executor": None, "device": "cpu"},
         "floors": {"read_bytes_per_s": 1e10, "multiply_adds_per_s": None},
         "prepack": [{"weight": "down_proj", "shape": [8, 8], "group_size": -1, "gb_per_s": 1.5, "peak_of_packed": 1.0}],
         "missing": {"llama.cpp": "not installed"},

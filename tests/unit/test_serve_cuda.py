@@ -143,7 +143,7 @@ def test_a_whole_run_names_the_peer_that_does_not_start_and_reports_the_others(
     assert {"cpu", "cores"} <= report["machine"].keys()
     assert "clock" not in report["machine"]
     assert report["packages"]["torch"]
-    assert report["options"] == {"rounds": 2, "eager": False, "device": "cuda"}
+    assert report["options"] == {"rounds": 2, "eager": False, "executor": None, "device": "cuda"}
     assert Floors.recorded(report["floors"]) == Floors(3e12, 5e14, None)
     assert (report["prepack"], report["left_out"]) == ([], [])
     assert "Int8 not supported for this architecture" in report["missing"][f"{MODEL} w8a8"]
