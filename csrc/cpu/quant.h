@@ -54,26 +54,29 @@ int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
 template <class S>
 float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
   const int64_t width = padded(q.inputs);
-  switch (q.source) {
-    case Source::silu_mul:
-      load_gated_row<S>(q.x, q.dtype, row * 2 * q.inputs, q.inputs, scratch.values);
-      break;
-    case Source::rms_norm:
-      load_normed_row<S>(q, row, scratch.values);
-      break;
-    default:
-      load_row<S>(q.x, q.dtype, row * q.inputs, q.inputs, scratch.values);
-  }
-  if (q.rotation) {
-    const int64_t block = q.rotation->base * q.rotation->power;
-    for (int64_t b = 0; b < q.inputs; b += block) {
-      rotate_block<S>(scratch.values + b, scratch.rotated + b, *q.rotation, scratch.rotation);
+  if (q.source == Source::rms_norm) load_normed_row<S>(q, row, scratch.values);
+  const auto load = [&](int64_t i, int64_t count) {
+    if (q.source == Source::silu_mul) {
+      const int64_t gate = row * 2 * q.inputs + i;
+      load_gated<S>(q.x, q.dtype, gate, gate + q.inputs, count, scratch.values + i);
+    } else if (q.source == Source::plain) {
+      load_row<S>(q.x, q.dtype, row * q.inputs + i, count, scratch.values + i);
+    }
+  };
+  typename S::I32 top = S::zero();
+  const int64_t block = q.rotation ? q.rotation->base * q.rotation->power : kChunkValues;
+  for (int64_t b = 0; b < q.inputs; b += block) {
+    if (q.rotation) {
+      top = rotate_block<S>(scratch.values + b, scratch.rotated + b, *q.rotation, scratch.rotation, top,
+                            [&](int64_t i, int64_t count) { load(b + i, count); });
+    } else {
+      const int64_t count = q.inputs - b < block ? q.inputs - b : block;
+      load(b, count);
+      top = max_abs_bits_of<S>(top, scratch.values + b, count);
     }
   }
   float* y = scratch.rotated;
   for (int64_t i = q.inputs; i < width; ++i) y[i] = 0.0f;
-  typename S::I32 top = S::zero();
-  for (int64_t i = 0; i < width; i += S::kLanes) top = S::max_abs_bits(top, S::load(y + i));
   const int32_t top_bits = S::reduce_max(top);
   if (top_bits >= kInfinityBits) {
     std::memset(codes, 0, size_t(width));

@@ -49,16 +49,16 @@ inline void silu_mul(Float dtype, int64_t count, float* gate, const float* up) {
   }
 }
 
-// silu(gate) * up of one row of `count` gates and `count` ups; `y` has room for whole vectors.
+// silu(gate) * up of `count` values, whose gates begin at `gate` and whose ups at `up`; `y` has room for whole vectors.
 template <class S>
-inline void load_gated_row(const void* x, Float dtype, int64_t first, int64_t count, float* y) {
+inline void load_gated(const void* x, Float dtype, int64_t gate, int64_t up, int64_t count, float* y) {
   constexpr int64_t kChunk = 256;
-  float up[kChunk] = {};
+  float ups[kChunk] = {};
   for (int64_t i = 0; i < count; i += kChunk) {
     const int64_t size = count - i < kChunk ? count - i : kChunk;
-    load_row<S>(x, dtype, first + i, size, y + i);
-    load_row<S>(x, dtype, first + count + i, size, up);
-    silu_mul<S>(dtype, size, y + i, up);
+    load_row<S>(x, dtype, gate + i, size, y + i);
+    load_row<S>(x, dtype, up + i, size, ups);
+    silu_mul<S>(dtype, size, y + i, ups);
   }
 }
 
