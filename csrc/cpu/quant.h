@@ -50,10 +50,42 @@ int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
   return padded(padded(q.inputs) * (floats * int64_t{sizeof(float)} + max_rows) + rotation);
 }
 
-// Row `row` to one signed code a byte; returns its scale.
-template <class S>
-float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
+// Codes of a row whose largest value is `top`, see S::max_abs_bits, one signed code a byte and zeros up to a multiple
+// of 64; values(i, left) is the vector at i, of which `left` exist. Returns the scale.
+template <class S, typename Values>
+SMOOTHROT_INLINE float encode_row(const QuantArgs& q, typename S::I32 top, int8_t* codes, const Values& values) {
   const int64_t width = padded(q.inputs);
+  const int32_t top_bits = S::reduce_max(top);
+  if (top_bits >= kInfinityBits) {
+    std::memset(codes, 0, size_t(width));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  float scale = f32_from_bits(uint32_t(top_bits)) * q.factor;
+  if (scale < f32_from_bits(kMinScaleBits)) scale = float(1.0 / double(q.norm));
+  const float high = q.bits == 4 ? 7.0f : 127.0f;
+  const typename S::F32 inverse = S::set1(1.0f / scale);
+  for_vectors<S>(q.inputs, [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA {
+    S::store_codes(codes + i, S::mul(values(i, left), inverse), -high - 1, high);
+  });
+  const int64_t written = round_up(q.inputs, S::kLanes);
+  std::memset(codes + written, 0, size_t(width - written));
+  return scale * q.norm;
+}
+
+// A row as it is: read twice, which is less than to write it as float in between.
+template <class S, Float D>
+float quant_plain_row(const QuantArgs& q, int64_t row, int8_t* codes) {
+  const auto load = [x = q.x, first = row * q.inputs](int64_t i, int64_t left)
+                        SMOOTHROT_INLINE_LAMBDA { return Elements<S, D>::load(x, first + i, left); };
+  typename S::I32 top = S::zero();
+  for_vectors<S>(q.inputs,
+                 [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA { top = S::max_abs_bits(top, load(i, left)); });
+  return encode_row<S>(q, top, codes, load);
+}
+
+// A row that is normed, gated or rotated before.
+template <class S>
+float quant_made_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
   if (q.source == Source::rms_norm) load_normed_row<S>(q, row, scratch.values);
   const auto load = [&](int64_t i, int64_t count) {
     if (q.source == Source::silu_mul) {
@@ -76,19 +108,22 @@ float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t*
     }
   }
   float* y = scratch.rotated;
-  for (int64_t i = q.inputs; i < width; ++i) y[i] = 0.0f;
-  const int32_t top_bits = S::reduce_max(top);
-  if (top_bits >= kInfinityBits) {
-    std::memset(codes, 0, size_t(width));
-    return std::numeric_limits<float>::quiet_NaN();
+  for (int64_t i = q.inputs; i < round_up(q.inputs, S::kLanes); ++i) y[i] = 0.0f;
+  return encode_row<S>(q, top, codes, [y](int64_t i, int64_t) SMOOTHROT_INLINE_LAMBDA { return S::load(y + i); });
+}
+
+// Row `row` to one signed code a byte; returns its scale.
+template <class S>
+float quant_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
+  if (q.source != Source::plain || q.rotation) return quant_made_row<S>(q, row, scratch, codes);
+  switch (q.dtype) {
+    case Float::f32:
+      return quant_plain_row<S, Float::f32>(q, row, codes);
+    case Float::bf16:
+      return quant_plain_row<S, Float::bf16>(q, row, codes);
+    default:
+      return quant_plain_row<S, Float::f16>(q, row, codes);
   }
-  float scale = f32_from_bits(uint32_t(top_bits)) * q.factor;
-  if (scale < f32_from_bits(kMinScaleBits)) scale = float(1.0 / double(q.norm));
-  const float high = q.bits == 4 ? 7.0f : 127.0f;
-  const typename S::F32 inverse = S::set1(1.0f / scale);
-  for (int64_t i = 0; i < width; i += S::kLanes)
-    S::store_codes(codes + i, S::mul(S::load(y + i), inverse), -high - 1, high);
-  return scale * q.norm;
 }
 
 inline void join_nibbles(const int8_t* codes, uint8_t* out, int64_t inputs) {
@@ -118,6 +153,40 @@ void quant_rows(const QuantArgs& q, void* codes, float* scale, int64_t begin, in
   }
 }
 
+template <class S>
+int32_t sum_of(const int8_t* codes, int64_t count) {
+  constexpr int64_t kWidth = S::kLanes * int64_t{sizeof(int32_t)};
+  const typename S::I32 ones = S::set1(0x01010101);
+  typename S::I32 sums = S::zero();
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) sums = S::template dot4<4>(sums, ones, S::load_bytes(codes + i));
+  int32_t sum = S::reduce_add(sums);
+  for (; i < count; ++i) sum += codes[i];
+  return sum;
+}
+
+// `steps` words of each of `rows` rows, one step of all rows after the other.
+template <class S>
+void interleave(const int8_t* codes, int64_t pitch, int64_t rows, int64_t steps, int32_t* words) {
+  if (rows == 1) {
+    std::memcpy(words, codes, size_t(steps * kStepInputs));
+    return;
+  }
+  int64_t s = 0;
+  if constexpr (S::kInterleavedSteps > 0) {
+    // Its last vectors reach up to 16 - rows words beyond, over steps that are written after them.
+    constexpr int64_t kBeyond = 4;
+    for (; rows * kBeyond >= S::kLanes && s + S::kInterleavedSteps + kBeyond <= steps; s += S::kInterleavedSteps) {
+      S::interleave(codes + s * kStepInputs, pitch, rows, words + s * rows);
+    }
+  }
+  for (; s < steps; ++s) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(words + s * rows + r, codes + r * pitch + s * kStepInputs, kStepInputs);
+    }
+  }
+}
+
 // Rows of codes into tile `tile`: words interleaved by row, and where each accumulator starts.
 template <class S>
 void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pitch) {
@@ -125,27 +194,20 @@ void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pit
   const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
   int32_t* words = t.words + first * w.groups * w.group_steps;
   int32_t* start = t.start + first * w.groups;
-  const int64_t whole = w.group_size / kStepInputs;
   for (int64_t g = 0; g < w.groups; ++g) {
-    const int8_t* group = codes + g * w.group_size;
     for (int64_t r = 0; r < rows; ++r) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < w.group_size; ++k) sum += group[r * pitch + k];
-      start[g * rows + r] = -w.offset * sum;
+      start[g * rows + r] = -w.offset * sum_of<S>(codes + r * pitch + g * w.group_size, w.group_size);
     }
-    for (int64_t s = 0; s < whole; ++s) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::memcpy(words + s * rows + r, group + r * pitch + s * kStepInputs, kStepInputs);
-      }
+  }
+  const int64_t whole = w.group_size / kStepInputs;
+  if (whole == w.group_steps) return interleave<S>(codes, pitch, rows, w.groups * whole, words);
+  for (int64_t g = 0; g < w.groups; ++g, codes += w.group_size, words += w.group_steps * rows) {
+    interleave<S>(codes, pitch, rows, whole, words);
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t word = 0;
+      std::memcpy(&word, codes + r * pitch + whole * kStepInputs, size_t(w.group_size - whole * kStepInputs));
+      words[whole * rows + r] = word;
     }
-    if (whole < w.group_steps) {
-      for (int64_t r = 0; r < rows; ++r) {
-        int32_t word = 0;
-        std::memcpy(&word, group + r * pitch + whole * kStepInputs, size_t(w.group_size - whole * kStepInputs));
-        words[whole * rows + r] = word;
-      }
-    }
-    words += w.group_steps * rows;
   }
 }
 

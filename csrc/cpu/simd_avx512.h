@@ -97,6 +97,35 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
 
+  static constexpr int kInterleavedSteps = 16;
+  // Word s of each of `rows` <= 16 rows, `pitch` bytes apart, at words[s * rows ...], s = 0 .. 15. Writes up to 16 -
+  // rows words beyond.
+  static void interleave(const void* first, int64_t pitch, int64_t rows, int32_t* words) {
+    const auto row = [&](int64_t r) { return static_cast<const char*>(first) + (r < rows ? r : rows - 1) * pitch; };
+    __m512i columns[4][4];  // [word of a lane][rows 4 * i ... of each lane]
+    for (int i = 0; i < 4; ++i) {
+      const __m512i a = _mm512_loadu_si512(row(4 * i)), b = _mm512_loadu_si512(row(4 * i + 1));
+      const __m512i c = _mm512_loadu_si512(row(4 * i + 2)), d = _mm512_loadu_si512(row(4 * i + 3));
+      const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+      const __m512i ab_high = _mm512_unpackhi_epi32(a, b), cd_high = _mm512_unpackhi_epi32(c, d);
+      columns[0][i] = _mm512_unpacklo_epi64(ab, cd);
+      columns[1][i] = _mm512_unpackhi_epi64(ab, cd);
+      columns[2][i] = _mm512_unpacklo_epi64(ab_high, cd_high);
+      columns[3][i] = _mm512_unpackhi_epi64(ab_high, cd_high);
+    }
+    __m512i steps[16];
+    for (int c = 0; c < 4; ++c) {
+      const __m512i* v = columns[c];
+      const __m512i even = _mm512_shuffle_i32x4(v[0], v[1], 0x88), even_high = _mm512_shuffle_i32x4(v[2], v[3], 0x88);
+      const __m512i odd = _mm512_shuffle_i32x4(v[0], v[1], 0xDD), odd_high = _mm512_shuffle_i32x4(v[2], v[3], 0xDD);
+      steps[c] = _mm512_shuffle_i32x4(even, even_high, 0x88);
+      steps[4 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
+      steps[8 + c] = _mm512_shuffle_i32x4(even, even_high, 0xDD);
+      steps[12 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0xDD);
+    }
+    for (int s = 0; s < 16; ++s) _mm512_storeu_si512(words + s * rows, steps[s]);
+  }
+
   static I32 load_bytes(const void* p) { return (I32)_mm512_loadu_si512(p); }
   // Two vectors of unsigned bytes out of one of nibbles.
   static void split_nibbles(I32 packed, I32& low, I32& high) {

@@ -88,6 +88,8 @@ struct Portable {
     for (int i = 0; i < kLanes; ++i) p[i] = int8_t(codes[i]);
   }
 
+  static constexpr int kInterleavedSteps = 0;  // tiles are too low to gain by it
+
   static I32 load_bytes(const void* p) { return load_as<I32>(p); }
   static void split_nibbles(I32 packed, I32& low, I32& high) {
     low = packed & 0x0F0F0F0F;

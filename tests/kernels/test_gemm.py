@@ -20,6 +20,8 @@ SHAPES = [
     (15, 48, 8),
     (29, 31, 258),
     (130, 40, 4096),
+    # Every height of a tile, with the fewest and with more steps after the last whole vector of them.
+    *((tokens, 3, inputs) for tokens in range(2, 15) for inputs in (80, 148)),
 ]
 GROUPED = [(1, 33, 128, 4), (7, 64, 256, 2), (8, 40, 2048, 64), (29, 17, 384, 3), (3, 5, 20, 2), (2, 6, 36, 6)]
 
