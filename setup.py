@@ -42,6 +42,7 @@ LINK_FLAGS = ["-Wl,--no-undefined"]
 
 PORTABLE_SOURCES = [
     "csrc/torch/ops.cpp",
+    "csrc/torch/experts_ops.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/prepack.cpp",
     "csrc/cpu/kernels_portable.cpp",

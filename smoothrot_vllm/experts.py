@@ -139,10 +139,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         for stack in _STACKS:
             codes = layer.get_parameter(f"{stack}_{WEIGHT_PACKED}").data
             scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
-            first = ops.prepack_weight(codes[0], scales[0], self.weights.bits)
-            packed = first.new_empty((len(codes), *first.shape))
-            for expert, (own, scale) in enumerate(zip(codes, scales, strict=True)):
-                packed[expert] = ops.prepack_weight(own, scale, self.weights.bits)
+            packed = ops.prepack_weight(codes, scales, self.weights.bits)
             # Plain parameters, without what only loading needed.
             layer.register_parameter(f"{stack}_{WEIGHT_PACKED}", torch.nn.Parameter(packed, requires_grad=False))
             layer.register_parameter(f"{stack}_{WEIGHT_SCALE}", torch.nn.Parameter(scales, requires_grad=False))

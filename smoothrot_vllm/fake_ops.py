@@ -37,11 +37,12 @@ def _rms_norm_quant_fake(
 def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
     if weight.device.type == "cuda":
         return torch.empty_like(weight)
-    inputs = weight.shape[1] * (2 if bits == 4 else 1)
-    groups = weight_scale.shape[1]
+    *experts, outputs, inputs = weight.shape
+    inputs *= 2 if bits == 4 else 1
+    groups = weight_scale.shape[-1]
     steps = (inputs // groups + 3) // 4
-    panels = (weight.shape[0] + PANEL_COLUMNS - 1) // PANEL_COLUMNS
-    return weight.new_empty((panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8)
+    panels = (outputs + PANEL_COLUMNS - 1) // PANEL_COLUMNS
+    return weight.new_empty((*experts, panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8)
 
 
 @torch.library.register_fake("smoothrot::gemm")

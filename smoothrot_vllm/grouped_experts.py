@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts of a mixture on a GPU: the tokens sorted by expert, then one launch a linear for all experts.
+"""The experts of a mixture: the tokens sorted by expert, then one op a linear for all experts.
 
 Every shape follows from those of the arguments and nothing waits for the device, so a CUDA graph may hold all of it.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 TILE_TOKENS = 64
-"""Tokens of one expert that a block of the kernel computes, csrc/cuda/launch.h."""
+"""Tokens of one expert that a tile holds at most, csrc/common/types.h."""
 
 
 def most_tiles(rows: int, experts: int) -> int:
@@ -66,7 +66,7 @@ def grouped_experts(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """:func:`reference.experts` by the CUDA ops: codes and integer sums bit for bit, sums over experts in its order.
+    """:func:`reference.experts` by the ops of the device: codes and integer sums bit for bit, sums over experts in its order.
 
     Args:
         library: the namespace of the ops.

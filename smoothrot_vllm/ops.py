@@ -206,13 +206,14 @@ def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) 
     """Stored codes and scales to the kernels' own layout, once at load.
 
     Args:
-        weight: ``(N, K/2)`` uint8 (4 bits, low nibble = even input) or ``(N, K)`` int8 (8 bits).
-        weight_scale: ``(N, G)`` float32; G = 1 per channel, else groups of K/G consecutive inputs.
+        weight: ``(N, K/2)`` uint8 (4 bits, low nibble = even input) or ``(N, K)`` int8 (8 bits), or those of several experts,
+            stacked.
+        weight_scale: ``(N, G)`` float32; G = 1 per channel, else groups of K/G consecutive inputs. Stacked where ``weight`` is.
         bits: 4 or 8.
 
     Returns:
-        One opaque tensor: on a CPU uint8, which holds codes and scales, N padded to a multiple of 32; on a GPU the codes
-        alone, as they are stored.
+        One opaque tensor, stacked where ``weight`` is: on a CPU uint8, which holds codes and scales, N padded to a multiple
+        of 32; on a GPU the codes alone, as they are stored.
 
     Raises:
         ConfigError: an argument has another dtype or shape; the message names it.
@@ -301,7 +302,7 @@ def silu_mul_linear(
     return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, *numbers)
 
 
-@torch.library.custom_op("smoothrot::experts", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("smoothrot::experts", mutates_args=())
 def experts(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -321,37 +322,16 @@ def experts(
 
     Args:
         x, weights, chosen, block, clip, act_bits, weight_bits: as there.
-        w13, w2: of each expert what :func:`prepack_weight` makes of its stored codes, stacked.
-        w13_scale, w2_scale: as given to :func:`prepack_weight`, stacked; only their shapes are read here.
+        w13, w2: what :func:`prepack_weight` makes of all experts' stored codes.
+        w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a CPU.
 
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
-    codes, scale = quant(x, clip, act_bits)
-    places = chosen.flatten()
-    order = places.argsort(stable=True)
-    token = order // chosen.shape[1]
-    codes, scale, share = codes[token], scale[token], weights.flatten()[order, None]
-    total = torch.zeros(x.shape[0], w2_scale.shape[1])
-    start, bits = 0, (act_bits, weight_bits)
-    for expert, count in enumerate(places.bincount(minlength=len(w13)).tolist()):
-        if not count:
-            continue
-        own = slice(start, start + count)
-        both = gemm(codes[own], scale[own], w13[expert], w13_scale[expert], None, x.dtype, *bits)
-        product = silu_mul_hadamard_quant(both, block, clip, act_bits)
-        down = gemm(*product, w2[expert], w2_scale[expert], None, torch.float32, *bits)
-        total.index_add_(0, token[own], down * share[own])
-        start += count
-    return total.to(x.dtype)
-
-
-@experts.register_kernel("cuda")
-def _experts_cuda(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    block: int = others[6]
     if block:
         prepare_rotation(block, x.device)
-    result: torch.Tensor = _call(grouped_experts, _OPS, x, *others)
+    numbers = (block, clip, act_bits, weight_bits)
+    result: torch.Tensor = _call(grouped_experts, _OPS, x, weights, chosen, w13, w13_scale, w2, w2_scale, *numbers)
     return result
 
 

@@ -211,6 +211,13 @@ class OpsContract:
                 assert got.dtype == dtype
                 assert_same(got, reference.experts(*given, gate_up, down, *numbers))
 
+    def test_a_stack_is_packed_as_its_members_are(self, target: Target) -> None:
+        weight, scale = torch.randint(0, 256, (3, 40, 32), dtype=torch.uint8), torch.rand(3, 40, 1)
+        members = [target.ops.prepack_weight(target.put(w), target.put(s), 4) for w, s in zip(weight, scale, strict=True)]
+        assert_same(target.ops.prepack_weight(target.put(weight), target.put(scale), 4), torch.stack(members).cpu())
+        with pytest.raises(RuntimeError, match=r"weight_scale: expected contiguous float32 \(3, any, any\), got"):
+            target.ops.prepack_weight(target.put(weight), target.put(scale[:2]), 4)
+
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
     def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:
         layer = random_layer(40, 64, 1, 4, 8, None)

@@ -123,7 +123,6 @@ struct ExpertsArgs {
 
 // gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and a tile computes up
 // to kExpertTileTokens of them. Tiles without tokens, of an unknown expert or past the last token compute nothing.
-constexpr int64_t kExpertTileTokens = 64;
 cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream);
 
 struct CombineArgs {

@@ -32,6 +32,21 @@ inline WeightLayout check_weight(const char* op, const Tensor& scale, int64_t in
   return weight_layout(scale.size(0), inputs, scale.size(1), weight_bits);
 }
 
+struct CodesShape {
+  int64_t rows;
+  int64_t inputs;
+};
+
+// Stored codes of activations and the scale of each row.
+inline CodesShape check_codes(const char* op, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
+  check_tensor(op, "codes", codes, act_bits == 4 ? ScalarType::Byte : ScalarType::Char, {kAnySize, kAnySize});
+  const CodesShape shape{codes.size(0), codes.size(1) * (act_bits == 4 ? 2 : 1)};
+  if (shape.inputs < 2 || shape.inputs % 2)
+    refuse(op, "codes", "expected an even number of inputs, got ", describe(codes), ".");
+  check_tensor(op, "scale", scale, ScalarType::Float, {shape.rows});
+  return shape;
+}
+
 inline void check_packed(const char* op, const Tensor& packed, const WeightLayout& w) {
   check_tensor(op, "packed", packed, ScalarType::Byte, {w.panels, w.panel_bytes});
 }

@@ -228,12 +228,19 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
   constexpr const char* op = "prepack_weight";
   check_bits(op, "bits", bits);
   const Device device(op, "weight", weight);
-  check_tensor(op, "weight", weight, stored_dtype(bits), {kAnySize, kAnySize}, device.place);
-  const int64_t width = weight.size(1);
-  const GemmArgs g =
-      gemm_args(op, device, width * (bits == 4 ? 2 : 1), "weight", weight, weight_scale, std::nullopt, 4, bits);
+  const bool stacked = weight.dim() == 3 && weight.size(0) > 0;
+  if (stacked) {
+    check_tensor(op, "weight", weight, stored_dtype(bits), {kAnySize, kAnySize, kAnySize}, device.place);
+    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {weight.size(0), kAnySize, kAnySize},
+                 device.place);
+  }
+  // All experts have the shapes of the first.
+  const Tensor own = stacked ? torch::stable::select(weight, 0, 0) : weight;
+  check_tensor(op, "weight", own, stored_dtype(bits), {kAnySize, kAnySize}, device.place);
+  gemm_args(op, device, own.size(1) * (bits == 4 ? 2 : 1), "weight", own,
+            stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale, std::nullopt, 4, bits);
   // The kernels read the checkpoint's layout; a copy, because an op's result must not alias its argument.
-  Tensor packed = torch::stable::new_empty(weight, {g.outputs, width}, stored_dtype(bits));
+  Tensor packed = torch::stable::empty_like(weight);
   torch::stable::copy_(packed, weight);
   return packed;
 }

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -57,11 +58,15 @@ class Slab {
   char* memory_;
 };
 
-// An uninitialised CPU tensor of bytes, (rows, row_bytes). Small ones share a slab, which lives as long as any of them.
-inline torch::stable::Tensor empty_in_huge_pages(int64_t rows, int64_t row_bytes) {
+// An uninitialised CPU tensor of bytes. Small ones share a slab, which lives as long as any of them.
+inline torch::stable::Tensor empty_in_huge_pages(std::initializer_list<int64_t> sizes) {
   static std::mutex mutex;
   static std::shared_ptr<Slab> open;
-  const size_t bytes = size_t(rows) * size_t(row_bytes);
+  constexpr size_t kMostSizes = 3;
+  int64_t strides[kMostSizes];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  const auto bytes = size_t(stride);
   std::shared_ptr<Slab> slab;
   void* memory = nullptr;
   if (bytes > kSlab / 4) {
@@ -75,11 +80,10 @@ inline torch::stable::Tensor empty_in_huge_pages(int64_t rows, int64_t row_bytes
     }
     slab = open;
   }
-  const int64_t sizes[] = {rows, row_bytes}, strides[] = {row_bytes, 1};
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   // The deleter owns a share of the slab: to destroy the deleter is to let go of it.
-  return torch::stable::from_blob(memory, {sizes, 2}, {strides, 2}, cpu, torch::headeronly::ScalarType::Byte,
-                                  [slab](void*) {});
+  return torch::stable::from_blob(memory, {sizes.begin(), sizes.size()}, {strides, sizes.size()}, cpu,
+                                  torch::headeronly::ScalarType::Byte, [slab](void*) {});
 }
 
 }  // namespace smoothrot

@@ -1,131 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops as torch sees them: schemas, argument checks, memory and threads. Bound through torch's stable ABI, so
+// The CPU ops as torch sees them, but for those of experts. Bound through torch's stable ABI, so
 // that one library serves every torch from TORCH_TARGET_VERSION on.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <optional>
 #include <tuple>
 
-#include "checks.h"
 #include "huge_pages.h"
+#include "multiplication.h"
 #include "rotations.h"
 #include "schemas.h"
 
 namespace smoothrot {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-constexpr int64_t kMostDims = 8;
 constexpr int64_t kNormVectorInputs = 8;  // reference.NORM_VECTOR
-// Activation tiles that the panels are multiplied with while they stay in the second-level cache.
-constexpr int64_t kActivationBlockBytes = 256 * 1024;
-// Work below these is not worth waking a thread for.
-constexpr int64_t kGrainValues = 32 * 1024;
-constexpr int64_t kGrainProducts = 1024 * 1024;
-
-std::atomic<const Kernels*> chosen_kernels{nullptr};
-
-const Kernels& kernels() {
-  const Kernels* chosen = chosen_kernels.load(std::memory_order_acquire);
-  if (!chosen) {
-    const char* forced = std::getenv("SMOOTHROT_CPU_ISA");
-    chosen = &select_kernels(forced ? forced : "");
-    chosen_kernels.store(chosen, std::memory_order_release);
-  }
-  return *chosen;
-}
 
 Rotations& rotations() {
   static Rotations known;
   return known;
-}
-
-// An uninitialised CPU tensor; far cheaper than a dispatcher call, which counts at one token.
-Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
-  int64_t strides[kMostDims];
-  int64_t stride = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes[i];
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty(sizes.begin(), int64_t(sizes.size()), dtype);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs work(begin, end) over [0, tasks) on torch's threads. Each takes half of its share of what is left, at least
-// `grain` tasks, and comes back for more: a thread that the machine holds up is not waited for with half of the work.
-template <typename Work>
-void share(int64_t tasks, int64_t grain, const Work& work) {
-  const int64_t wanted = ceil_div(tasks, grain), available = int64_t(torch::stable::get_num_threads());
-  const int64_t threads = wanted < available ? wanted : available;
-  if (threads <= 1) return work(0, tasks);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    int64_t begin = next.load(std::memory_order_relaxed);
-    while (begin < tasks) {
-      const int64_t left = tasks - begin, part = left / (2 * threads);
-      const int64_t end = begin + std::min(left, std::max(grain, part));
-      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      work(begin, end);
-      begin = next.load(std::memory_order_relaxed);
-    }
-  });
-}
-
-// Cuts one allocation into aligned parts.
-class Arena {
- public:
-  template <typename T>
-  size_t reserve(int64_t count) {
-    const int64_t at = bytes_;
-    bytes_ += ceil_div(count * int64_t{sizeof(T)}, kAlignment) * kAlignment;
-    return size_t(at);
-  }
-  void allocate() {
-    memory_ = empty({bytes_ + kAlignment}, ScalarType::Byte);
-    const auto address = reinterpret_cast<uintptr_t>(memory_->mutable_data_ptr());
-    base_ = reinterpret_cast<uint8_t*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  }
-  template <typename T>
-  T* at(size_t offset) const {
-    return reinterpret_cast<T*>(base_ + offset);
-  }
-
- private:
-  int64_t bytes_ = 0;
-  std::optional<Tensor> memory_;
-  uint8_t* base_ = nullptr;
-};
-
-// Scratch for one thread or, of a parallel range, for each.
-struct ThreadScratch {
-  int64_t bytes;
-  size_t offset;
-  ThreadScratch(Arena& arena, int64_t bytes_each, bool parallel) : bytes(bytes_each) {
-    offset = arena.reserve<uint8_t>(bytes * (parallel ? torch::stable::get_num_threads() : 1));
-  }
-};
-
-uint32_t thread_index() {
-  uint32_t index = 0;
-  torch_get_thread_idx(&index);
-  return index;
 }
 
 QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block, double clip, int64_t bits,
@@ -234,102 +127,46 @@ void prepare_rotation(const Tensor& base_matrix, int64_t power) {
 Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits) {
   constexpr const char* op = "prepack_weight";
   check_bits(op, "bits", bits);
-  check_tensor(op, "weight", weight, bits == 4 ? ScalarType::Byte : ScalarType::Char, {kAnySize, kAnySize});
-  const int64_t inputs = weight.size(1) * (bits == 4 ? 2 : 1);
-  if (inputs < 2 || inputs % 2) refuse(op, "weight", "expected an even number of inputs, got ", describe(weight), ".");
-  const WeightLayout w = check_weight(op, weight_scale, inputs, bits, 4);
-  if (w.columns != weight.size(0)) {
-    refuse(op, "weight_scale", "expected a row for each of the ", weight.size(0), " outputs, got ",
-           describe(weight_scale), ".");
+  const ScalarType dtype = bits == 4 ? ScalarType::Byte : ScalarType::Char;
+  const bool stacked = weight.dim() == 3 && weight.size(0) > 0;
+  const int64_t experts = stacked ? weight.size(0) : 1;
+  if (stacked) {
+    check_tensor(op, "weight", weight, dtype, {experts, kAnySize, kAnySize});
+    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize});
   }
-  Tensor packed = empty_in_huge_pages(w.panels, w.panel_bytes);
+  // All experts have the shapes of the first.
+  const Tensor own = stacked ? torch::stable::select(weight, 0, 0) : weight;
+  const Tensor own_scale = stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale;
+  check_tensor(op, "weight", own, dtype, {kAnySize, kAnySize});
+  const int64_t inputs = own.size(1) * (bits == 4 ? 2 : 1);
+  if (inputs < 2 || inputs % 2) refuse(op, "weight", "expected an even number of inputs, got ", describe(weight), ".");
+  const WeightLayout w = check_weight(op, own_scale, inputs, bits, 4);
+  if (w.columns != own.size(0)) {
+    refuse(op, "weight_scale", "expected a row for each of the ", own.size(0), " outputs, got ", describe(own_scale),
+           ".");
+  }
+  Tensor packed = stacked ? empty_in_huge_pages({experts, w.panels, w.panel_bytes})
+                          : empty_in_huge_pages({w.panels, w.panel_bytes});
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  const void* codes = weight.const_data_ptr();
+  const auto* codes = static_cast<const uint8_t*>(weight.const_data_ptr());
   const auto* scale = static_cast<const float*>(weight_scale.const_data_ptr());
-  share(w.panels, ceil_div(kGrainValues, w.panel_bytes),
-        [&](int64_t begin, int64_t end) { prepack(codes, scale, int(bits), w, out, begin, end); });
+  share(experts * w.panels, ceil_div(kGrainValues, w.panel_bytes), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t expert = begin / w.panels, first = expert * w.panels, stop = std::min(end, first + w.panels);
+      prepack(codes + expert * w.columns * w.inputs * bits / 8, scale + expert * w.columns * w.groups, int(bits), w,
+              out + first * w.panel_bytes, begin - first, stop - first);
+      begin = stop;
+    }
+  });
   return packed;
 }
-
-// What gemm and linear share: the tiles' memory and the multiplication itself.
-class Multiplication {
- public:
-  Multiplication(const char* op, const Kernels& k, int64_t tokens, const WeightLayout& w, int64_t weight_bits,
-                 const Tensor& packed, const std::optional<Tensor>& bias, Float out_dtype)
-      : kernels_(k) {
-    check_packed(op, packed, w);
-    GemmArgs& g = args;
-    g.act.weight = w;
-    g.act.tiles = tile_layout(tokens, w.groups == 1 ? k.max_rows : k.max_rows_grouped);
-    g.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
-    g.weight_bits = int(weight_bits);
-    if (bias) {
-      g.bias_dtype = float_type(op, "bias", bias->scalar_type());
-      check_tensor(op, "bias", *bias, bias->scalar_type(), {w.columns});
-      g.bias = bias->const_data_ptr();
-    }
-    g.out_dtype = out_dtype;
-    const int64_t tile_bytes = (g.act.tiles.rows + 1) * w.groups * w.group_steps * kStepInputs;
-    const int64_t tiles_at_once = tile_bytes < kActivationBlockBytes ? kActivationBlockBytes / tile_bytes : 1;
-    g.blocks = ceil_div(g.act.tiles.tiles, tiles_at_once);
-  }
-
-  // Memory for the tiles and for each thread's scratch; `scale` is null where the arena shall hold it.
-  void allocate(int64_t scratch_bytes, const float* scale) {
-    const WeightLayout& w = args.act.weight;
-    const int64_t tokens = args.act.tiles.tokens;
-    const size_t words = arena_.reserve<int32_t>(tokens * w.groups * w.group_steps);
-    const size_t start = arena_.reserve<int32_t>(tokens * w.groups);
-    const size_t scales = arena_.reserve<float>(scale ? 0 : tokens);
-    scratch_.emplace(arena_, scratch_bytes, args.act.tiles.tiles > 1);
-    arena_.allocate();
-    args.act.words = arena_.at<int32_t>(words);
-    args.act.start = arena_.at<int32_t>(start);
-    args.act.scale = scale ? const_cast<float*>(scale) : arena_.at<float>(scales);
-  }
-
-  // Multiplies codes that are quantised already.
-  void run_stored(void* out, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
-    QuantArgs sizes{};
-    sizes.inputs = args.act.weight.inputs;
-    allocate(kernels_.scratch_bytes(sizes, args.act.tiles.rows + 1), static_cast<const float*>(scale.const_data_ptr()));
-    const void* stored = codes.const_data_ptr();
-    run(out, [&](int64_t begin, int64_t end, void* scratch) {
-      kernels_.decode_tiles(stored, int(act_bits), args.act, begin, end, scratch);
-    });
-  }
-
-  // Runs `fill(begin, end, scratch)` over the tiles, then multiplies into `out`.
-  template <typename Fill>
-  void run(void* out, const Fill& fill) {
-    args.out = out;
-    const WeightLayout& w = args.act.weight;
-    const int64_t tile_values = (args.act.tiles.rows + 1) * w.inputs;
-    share(args.act.tiles.tiles, ceil_div(kGrainValues, tile_values), [&](int64_t begin, int64_t end) {
-      fill(begin, end, arena_.at<void>(scratch_->offset + thread_index() * scratch_->bytes));
-    });
-    const int64_t task_products = ceil_div(args.act.tiles.tokens, args.blocks) * w.inputs * kPanelColumns;
-    share(gemm_tasks(args), ceil_div(kGrainProducts, task_products),
-          [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
-  }
-
-  GemmArgs args{};
-
- private:
-  const Kernels& kernels_;
-  Arena arena_;
-  std::optional<ThreadScratch> scratch_;
-};
 
 Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
             std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "gemm";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  check_tensor(op, "codes", codes, act_bits == 4 ? ScalarType::Byte : ScalarType::Char, {kAnySize, kAnySize});
-  const int64_t tokens = codes.size(0), inputs = codes.size(1) * (act_bits == 4 ? 2 : 1);
-  if (inputs < 2 || inputs % 2) refuse(op, "codes", "expected an even number of inputs, got ", describe(codes), ".");
-  check_tensor(op, "scale", scale, ScalarType::Float, {tokens});
+  const auto [tokens, inputs] = check_codes(op, codes, scale, act_bits);
   const WeightLayout w = check_weight(op, weight_scale, inputs, weight_bits, act_bits);
   const Kernels& k = kernels();
   Multiplication m(op, k, tokens, w, weight_bits, packed, bias, float_type(op, "out_dtype", out_dtype));

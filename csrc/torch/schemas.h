@@ -22,14 +22,14 @@ void define_ops(Library& m) {
   m.def(
       "silu_mul_linear(Tensor gate_up, Tensor packed, Tensor weight_scale, Tensor? bias, int block, float clip, "
       "int act_bits, int weight_bits) -> Tensor");
-}
-
-template <typename Library>
-void define_cuda_ops(Library& m) {
   m.def(
       "gemm_experts(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor tiles, "
       "ScalarType out_dtype, int act_bits, int weight_bits) -> Tensor");
   m.def("combine_experts(Tensor rows, Tensor sources, Tensor weights, ScalarType out_dtype) -> Tensor");
+}
+
+template <typename Library>
+void define_cuda_ops(Library& m) {
   m.def("prepare_cuda_rotation(Tensor base_matrix, int power, int device) -> ()");
   m.def("cuda_architectures() -> str");
 }

@@ -31,14 +31,15 @@ def random_experts(
         encoded = reference.encode(codes, weight_bits)
         scale = (torch.rand(EXPERTS, rows, groups, generator=generator) + 0.5) / (top * inputs**0.5)
         stored += [encoded, scale]
-        packed += [torch.stack([ops.prepack_weight(*one, weight_bits) for one in zip(encoded, scale, strict=True)]), scale]
+        packed += [ops.prepack_weight(encoded, scale, weight_bits), scale]
     numbers = (block, 0.9, act_bits, weight_bits)
     chosen = chosen.to(torch.int32)
     return (x, weights, chosen, tuple(stored[:2]), tuple(stored[2:]), *numbers), (x, weights, chosen, *packed, *numbers)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 13])
+@pytest.mark.parametrize("tokens", [1, 13, 200])
 @pytest.mark.parametrize(
     ("act_bits", "weight_bits", "groups", "block"), [(4, 4, 1, 96), (8, 4, 2, 48), (8, 8, 1, 0), (4, 4, 2, 0)]
 )
@@ -87,14 +88,125 @@ def test_experts_stay_one_call_in_a_compiled_graph() -> None:
     assert torch.equal(compiled(*given), ops.experts(*given) + 1)
 
 
-def test_on_a_gpu_the_op_prepares_the_rotation_and_runs_the_grouped_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel that torch has for CUDA, called without one; tests/cuda executes the route on emulated ops."""
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("smoothrot::experts", "CUDA")
+def test_a_stack_is_packed_as_its_members_are() -> None:
+    for outputs, inputs, groups, bits in ((64, 96, 1, 4), (40, 20, 2, 4), (33, 64, 4, 8)):
+        dtype, width = (torch.uint8, inputs // 2) if bits == 4 else (torch.int8, inputs)
+        weight = torch.randint(0, 100, (3, outputs, width), dtype=dtype)
+        scale = torch.rand(3, outputs, groups)
+        members = [ops.prepack_weight(*one, bits) for one in zip(weight, scale, strict=True)]
+        assert torch.equal(ops.prepack_weight(weight, scale, bits), torch.stack(members))
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "message"),
+    [
+        (torch.zeros(0, 4, 8, dtype=torch.uint8), torch.ones(0, 4, 1), r"weight: expected contiguous uint8 \(any, any\), got"),
+        (torch.zeros(2, 4, 8, dtype=torch.int8), torch.ones(2, 4, 1), r"weight: expected contiguous uint8 \(2, any, any\), got"),
+        (torch.zeros(2, 4, 8, dtype=torch.uint8), torch.ones(4, 1), r"weight_scale: expected contiguous float32 \(2, any, any\)"),
+        (torch.zeros(2, 4, 8, dtype=torch.uint8), torch.ones(3, 4, 1), r"weight_scale: expected contiguous float32 \(2, any"),
+        (torch.zeros(2, 4, 8, dtype=torch.uint8), torch.ones(2, 5, 1), r"weight_scale: expected a row for each of the 4 outputs"),
+    ],
+)
+def test_a_stack_that_cannot_be_packed_is_refused(weight: torch.Tensor, scale: torch.Tensor, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ops.prepack_weight(weight, scale, 4)
+
+
+def test_rows_of_no_tile_are_not_a_number_and_tiles_that_make_no_sense_compute_nothing() -> None:
+    weight, scale = torch.full((2, 32, 32), 0x11, dtype=torch.uint8), torch.ones(2, 32, 1)
+    packed, codes = ops.prepack_weight(weight, scale, 4), torch.ones(5, 64, dtype=torch.int8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+
+        def multiply(*tiles: tuple[int, int, int], dtype: torch.dtype = dtype) -> torch.Tensor:
+            table = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).T.contiguous()
+            return torch.ops.smoothrot.gemm_experts(codes, torch.ones(5), packed, scale, table, dtype, 8, 4)
+
+        y = multiply((1, 3, 5), (0, 1, 2))
+        assert (y[[1, 3, 4]] == 64).all()
+        assert y[[0, 2]].isnan().all()
+        assert multiply((-1, 0, 5), (2, 0, 5), (0, -1, 2), (0, 0, 6), (1, 2, 2), (1, 3, 2)).isnan().all()
+        assert multiply().isnan().all()
+
+
+def test_a_tile_holds_so_many_tokens_at_most() -> None:
+    weight, scale = torch.full((1, 32, 32), 0x11, dtype=torch.uint8), torch.ones(1, 32, 1)
+    tokens = TILE_TOKENS + 1
+    arguments = (torch.ones(tokens, 64, dtype=torch.int8), torch.ones(tokens), ops.prepack_weight(weight, scale, 4), scale)
+    y = torch.ops.smoothrot.gemm_experts(*arguments, torch.tensor([[0], [0], [tokens]]).int(), torch.float32, 8, 4)
+    assert (y[:-1] == 64).all()
+    assert y[-1].isnan().all()
+
+
+def test_rows_are_weighed_and_added_in_the_order_of_the_sources() -> None:
+    rows = torch.tensor([[1e8, 1.0], [1.0, 2.0], [-1e8, 4.0]]).repeat(1, 300)
+    sources, weights = torch.tensor([[0, 1, 2], [0, 2, 1]]).int(), torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 3.0]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got = torch.ops.smoothrot.combine_experts(rows, sources, weights, dtype)
+        assert got.dtype == dtype
+        # 1e8 + 1 is 1e8 in float32.
+        assert torch.equal(got.float(), torch.tensor([[0.0, 7.0], [3.0, 11.0]]).repeat(1, 300))
+    lost = torch.ops.smoothrot.combine_experts(
+        rows, torch.tensor([[0, 3], [-1, 1], [1, 2]]).int(), torch.ones(3, 2), torch.float32
+    )
+    assert lost[:2].isnan().all()
+    assert lost[2].isfinite().all()
+
+
+GEMM_EXPERTS: dict[str, Any] = {
+    "codes": torch.zeros(2, 64, dtype=torch.int8),
+    "scale": torch.ones(2),
+    "packed": torch.zeros(3, 2, 32 * (4 + 32), dtype=torch.uint8),
+    "weight_scale": torch.ones(3, 40, 1),
+    "tiles": torch.zeros(3, 1, dtype=torch.int32),
+    "out_dtype": torch.float16,
+    "act_bits": 8,
+    "weight_bits": 4,
+}
+COMBINE_EXPERTS: dict[str, Any] = {
+    "rows": torch.ones(4, 8),
+    "sources": torch.zeros(2, 2, dtype=torch.int32),
+    "weights": torch.ones(2, 2),
+    "out_dtype": torch.float32,
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "changes", "message"),
+    [
+        ("gemm_experts", GEMM_EXPERTS, {"codes": torch.zeros(2, 64)}, r"codes: expected contiguous int8"),
+        ("gemm_experts", GEMM_EXPERTS, {"scale": torch.ones(3)}, r"scale: expected contiguous float32 \(2\)"),
+        ("gemm_experts", GEMM_EXPERTS, {"packed": torch.zeros(0, 2, 4)}, r"packed: expected \(experts, panels, bytes\), got"),
+        ("gemm_experts", GEMM_EXPERTS, {"packed": torch.zeros(3, 2, 1, dtype=torch.uint8)}, r"packed: expected .*\(2, 1152\)"),
+        ("gemm_experts", GEMM_EXPERTS, {"weight_scale": torch.ones(2, 40, 1)}, r"weight_scale: expected .*\(3, any, any\)"),
+        ("gemm_experts", GEMM_EXPERTS, {"tiles": torch.zeros(3, 1)}, r"tiles: expected contiguous int32 \(3, any\)"),
+        ("gemm_experts", GEMM_EXPERTS, {"out_dtype": torch.int32}, r"out_dtype: expected float32, bfloat16 or float16"),
+        ("gemm_experts", GEMM_EXPERTS, {"act_bits": 2}, r"act_bits: expected 4 or 8, got 2"),
+        ("gemm_experts", GEMM_EXPERTS, {"weight_bits": 3}, r"weight_bits: expected 4 or 8, got 3"),
+        ("combine_experts", COMBINE_EXPERTS, {"rows": torch.ones(4, 8).half()}, r"rows: expected contiguous float32"),
+        ("combine_experts", COMBINE_EXPERTS, {"rows": torch.ones(4, 0)}, r"rows: expected at least one output"),
+        ("combine_experts", COMBINE_EXPERTS, {"sources": torch.zeros(2, 2)}, r"sources: expected contiguous int32"),
+        (
+            "combine_experts",
+            COMBINE_EXPERTS,
+            {"sources": torch.zeros(2, 0).int(), "weights": torch.ones(2, 0)},
+            r"sources: expected at least one source",
+        ),
+        ("combine_experts", COMBINE_EXPERTS, {"weights": torch.ones(2, 3)}, r"weights: expected contiguous float32 \(2, 2\)"),
+    ],
+)
+def test_a_wrong_argument_of_what_the_op_calls_is_named(
+    op: str, given: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"smoothrot::{op}: {message}"):
+        getattr(torch.ops.smoothrot, op)(*(given | changes).values())
+
+
+def test_the_op_prepares_the_rotation_and_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     _, given = random_experts(3, 8, 4, 1, 96, torch.float32)
     monkeypatch.setattr(ops, "prepare_rotation", lambda *arguments: asked.append(arguments))
-    monkeypatch.setattr(ops, "grouped_experts", lambda library, *arguments: arguments[0])
-    assert ops._experts_cuda(*given) is given[0]
+    monkeypatch.setattr(ops, "grouped_experts", lambda library, x, *arguments: x + 1)
+    assert torch.equal(ops.experts(*given), given[0] + 1)
     assert asked == [(96, torch.device("cpu"))]
 
     def refuse(*_: Any) -> None:
@@ -102,7 +214,7 @@ def test_on_a_gpu_the_op_prepares_the_rotation_and_runs_the_grouped_route(monkey
 
     monkeypatch.setattr(ops, "grouped_experts", refuse)
     with pytest.raises(ConfigError, match="gemm_experts: tiles"):
-        ops._experts_cuda(*given)
+        ops.experts(*given)
 
 
 def test_a_graph_of_a_gpu_learns_the_shape_without_one() -> None:
