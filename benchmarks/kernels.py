@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from common import CLOCKS, RESULTS, Floors, Schedule, Timing, packages
 from contenders import CLIP, SCHEMES, Device, floor_seconds, ours
+from expert_layers import bench_experts
 from producers import bench_producers
 from rich.console import Console
 from rich.table import Table
@@ -119,11 +120,16 @@ def show(report: dict[str, Any], console: Console) -> None:
     ratios = [f"{peer} / ours" for peer in peers]
     linear = Table("op", "model", "N x K", "M", "ours µs", "of floor", *ratios, title="Linear layers")
     rotation = Table("K", "M", "hadamard_quant µs", "share of down_proj", title="Rotation")
+    experts = Table("model", "M", "ours µs", "of floor", "bf16 / ours", title="Experts of a layer, W4A8")
     producers = Table("op", "K", "M", "ours µs", "separate / ours", title="Fused producers")
     for r in report["results"]:
         if "separate_us" in r:
             ratio = f"{r['separate_us'] / r['ours_us']:.2f}"
             producers.add_row(r["op"], str(r["inputs"]), str(r["M"]), f"{r['ours_us']:.1f}", ratio)
+            continue
+        if r["op"].startswith("experts"):
+            ratio = "-" if r["bf16_us"] is None else f"{r['bf16_us'] / r['ours_us']:.2f}"
+            experts.add_row(r["model"], str(r["M"]), f"{r['ours_us']:.1f}", f"{r['floor_us'] / r['ours_us']:.0%}", ratio)
             continue
         columns, inputs = r["shape"]
         if r["op"] == "hadamard_quant":
@@ -140,7 +146,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             *("-" if other is None else f"{other / r['ours_us']:.2f}" for other in taken),
         )
     console.print(report["machine"], report["packages"], report["floors"], sep="\n")
-    console.print(linear, rotation, producers, sep="\n")
+    console.print(linear, rotation, producers, experts, sep="\n")
     for peer, reason in report["missing_peers"].items():
         console.print(f"not measured: {peer}: {reason}", markup=False)
     for case in report["left_out"]:
@@ -196,6 +202,7 @@ def run(args: argparse.Namespace, device: Device) -> dict[str, Any]:
     results = [*bench_linear(args, device, floors, schedule), *bench_rotation(args, device, schedule)]
     widths = sorted({inputs for inputs, _ in ROTATIONS}), sorted({shapes[0][1] for shapes in MODELS.values()})
     results += bench_producers(args, device, schedule, *widths)
+    results += bench_experts(args, device, floors, schedule)
     return {
         "machine": device.facts(),
         "packages": packages(),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU ops of a mixture's experts: one call multiplies the tokens of all of them, so that threads share all the work.
+// The CPU ops of a mixture's experts: one call multiplies the tokens of all of them, so that threads share all the
+// work.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -22,7 +23,7 @@ struct Part {
 
 // Calls work(part, begin, end) for what [begin, end) means to each part; `first` is Part::first_tile or first_task.
 template <typename Work>
-void for_parts(const std::vector<Part>& parts, int64_t Part::*first, int64_t begin, int64_t end, const Work& work) {
+void for_parts(const std::vector<Part>& parts, int64_t Part::* first, int64_t begin, int64_t end, const Work& work) {
   auto part = std::upper_bound(parts.begin(), parts.end(), begin,
                                [&](int64_t index, const Part& p) { return index < p.*first; }) -
               1;

