@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts of one layer of a mixture for kernels.py: ours beside vLLM's 16-bit ones, rotation and sum over experts included."""
+"""The experts of one layer of a mixture for kernels.py, rotation and sum over experts included, beside vLLM's 16-bit ones."""
 
 import argparse
 import itertools
