@@ -59,6 +59,7 @@ def vllm_bf16(mixture: Mixture) -> Experts:
     Raises:
         ImportError: vLLM is not installed.
         RuntimeError: it is a build for another device.
+        AttributeError: it has no such op.
     """
     from vllm import _custom_ops as vllm_ops
     from vllm.platforms import current_platform
@@ -87,7 +88,7 @@ def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, sche
         if device.name == "cpu":
             try:
                 contenders["bf16"] = vllm_bf16(mixture)
-            except (ImportError, RuntimeError) as error:
+            except (ImportError, RuntimeError, AttributeError) as error:
                 device.peers.missing["bf16 experts"] = str(error)
         for tokens in args.tokens:
             if not schedule.allows(f"experts of {name}, {tokens} tokens"):

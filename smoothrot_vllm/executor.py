@@ -19,17 +19,19 @@ from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
 from smoothrot_vllm.plugin import logger
 
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
 
 class InEngineExecutor(UniProcExecutor):
     """Runs the worker in the process that makes it, on the cores that ``VLLM_CPU_OMP_THREADS_BIND`` names.
 
-    ``auto``, vLLM's default, takes every physical core of the first memory node, where vLLM leaves one to its engine; ``nobind``
-    leaves cores and number of threads as they are.
+    ``auto``, vLLM's default, takes the physical cores of the first memory node but for the last
+    ``VLLM_CPU_NUM_OF_RESERVED_CPU``, of which vLLM wants one for its engine and this none; ``nobind`` leaves cores and number of
+    threads as they are.
 
     Raises:
         UnsupportedPlatformError: vLLM does not run on CPUs here.
-        ConfigError: more than one worker is asked for, or the variable names cores that this process may not use.
+        ConfigError: more than one worker is asked for, or the variables leave no cores that this process may use.
     """
 
     def _init_executor(self) -> None:
@@ -45,43 +47,57 @@ class InEngineExecutor(UniProcExecutor):
                 "InEngineExecutor: expected one worker, got tensor, pipeline and data parallel sizes of "
                 f"{', '.join(map(str, sizes))}. Leave --distributed-executor-backend out."
             )
-        self._take_cores(cores_of(envs.VLLM_CPU_OMP_THREADS_BIND))
+        take_cores(cores_of(envs.VLLM_CPU_OMP_THREADS_BIND, envs.VLLM_CPU_NUM_OF_RESERVED_CPU or 0))
         super()._init_executor()
 
-    def _take_cores(self, cores: list[int] | None) -> None:
-        if cores is not None:
-            # Of this thread; OpenMP's are started by it and inherit. Those that talk to the front end may run anywhere.
-            os.sched_setaffinity(0, cores)
-            torch.set_num_threads(len(cores))
-        where = "not bound to cores" if cores is None else f"on cores {', '.join(map(str, cores))}"
-        logger.info(
-            "SmoothRot: worker in the engine's process, %d threads, %s (--distributed-executor-backend mp: in one of its own)",
-            torch.get_num_threads(),
-            where,
-        )
+
+def take_cores(cores: list[int] | None) -> None:
+    """Have this thread, and those that torch starts from it, run on ``cores``, one thread each; None leaves all as it is.
+
+    Threads that are there already, such as those that talk to the front end, stay where they were.
+    """
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
+    where = "not bound to cores" if cores is None else f"on cores {', '.join(map(str, cores))}"
+    logger.info(
+        "SmoothRot: worker in the engine's process, %d threads, %s (--distributed-executor-backend mp: in one of its own)",
+        torch.get_num_threads(),
+        where,
+    )
 
 
-def cores_of(binding: str) -> list[int] | None:
-    """Logical CPUs that a value of ``VLLM_CPU_OMP_THREADS_BIND`` stands for, None for ``nobind``.
+def cores_of(binding: str, reserved: int) -> list[int] | None:
+    """Logical CPUs that the worker gets, None for all that there are.
+
+    Args:
+        binding: value of ``VLLM_CPU_OMP_THREADS_BIND``.
+        reserved: how many of the cores that ``auto`` finds are left to others.
 
     Raises:
-        ConfigError: it is no list of CPUs, or names some that this process may not use.
+        ConfigError: ``binding`` is no list of CPUs or names some that this process may not use, or ``auto`` finds too few.
     """
     if binding == "nobind":
         return None
     allowed = cpu_resources.get_allowed_cpu_list()
-    if binding == "auto":
-        node = min(cpu.numa_node for cpu in allowed)
-        # The last logical CPU of each physical core, as vLLM chooses on x86.
-        return sorted({cpu.physical_core: cpu.id for cpu in allowed if cpu.numa_node == node}.values())
     available = sorted(cpu.id for cpu in allowed)
+    listed = ", ".join(map(str, available))
+    if binding == "auto":
+        nodes = [node for node in cpu_resources.get_visible_memory_node() if any(cpu.numa_node == node for cpu in allowed)]
+        # The last logical CPU of each physical core, as vLLM chooses on x86.
+        cores = sorted({cpu.physical_core: cpu.id for cpu in allowed if cpu.numa_node in nodes[:1]}.values())
+        if len(cores) <= reserved:
+            raise ConfigError(
+                f"{BINDING}=auto: expected more than the {reserved} cores of {RESERVED} on the first memory node, got "
+                f"{len(cores)} among CPUs {listed}. Name the CPUs in {BINDING}, as in 0-1."
+            )
+        return cores[: len(cores) - reserved]
     try:
         cores = cpu_resources.parse_id_list(binding)
     except ValueError:
         cores = []
     if not cores or not set(cores) <= set(available):
         raise ConfigError(
-            f"{BINDING}: expected auto, nobind or CPUs of one rank among {', '.join(map(str, available))}, as in 0-1 or 0,2; "
-            f"got {binding!r}."
+            f"{BINDING}: expected auto, nobind or CPUs of one rank among {listed}, as in 0-1 or 0,2; got {binding!r}."
         )
-    return sorted(set(cores))
+    return cores

@@ -72,29 +72,62 @@ def test_another_device_is_refused(converted: str, monkeypatch: pytest.MonkeyPat
         InEngineExecutor(config)
 
 
+@pytest.fixture
+def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_resources, "get_allowed_cpu_list", lambda: [LogicalCPUInfo(*cpu) for cpu in CPUS])
+    monkeypatch.setattr(cpu_resources, "get_visible_memory_node", lambda: [0, 1])
+
+
+@pytest.mark.usefixtures("cpus")
 @pytest.mark.parametrize(
-    ("binding", "cores"),
-    [("auto", [4, 5]), ("nobind", None), ("1,3", [1, 3]), ("2-4,6,3", [2, 3, 4, 6])],
+    ("binding", "reserved", "cores"),
+    [
+        ("auto", 0, [4, 5]),
+        ("auto", 1, [4]),
+        ("nobind", 1, None),
+        ("1,3", 1, [1, 3]),
+        ("2-4,6,3", 0, [2, 3, 4, 6]),
+    ],
 )
-def test_cores_of_a_binding(monkeypatch: pytest.MonkeyPatch, binding: str, cores: list[int] | None) -> None:
-    monkeypatch.setattr(cpu_resources, "get_allowed_cpu_list", lambda: [LogicalCPUInfo(*cpu) for cpu in CPUS])
-    assert cores_of(binding) == cores
+def test_cores_of_a_binding(binding: str, reserved: int, cores: list[int] | None) -> None:
+    assert cores_of(binding, reserved) == cores
 
 
+@pytest.mark.usefixtures("cpus")
+@pytest.mark.parametrize(("nodes", "cores"), [([1], [6, 7]), ([2, 1, 0], [6, 7])])
+def test_automatic_cores_are_of_the_first_visible_node_with_any(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[int], cores: list[int]
+) -> None:
+    monkeypatch.setattr(cpu_resources, "get_visible_memory_node", lambda: nodes)
+    assert cores_of("auto", 0) == cores
+
+
+@pytest.mark.usefixtures("cpus")
 @pytest.mark.parametrize("binding", ["0-1", "8", "", "1|2", "all", "3-"])
-def test_cores_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
-    monkeypatch.setattr(cpu_resources, "get_allowed_cpu_list", lambda: [LogicalCPUInfo(*cpu) for cpu in CPUS])
+def test_cores_that_cannot_be_had_are_refused(binding: str) -> None:
     with pytest.raises(ConfigError, match=r"VLLM_CPU_OMP_THREADS_BIND: expected .* among 1, 2, 3, 4, 5, 6, 7.*; got"):
-        cores_of(binding)
+        cores_of(binding, 0)
+
+
+@pytest.mark.usefixtures("cpus")
+@pytest.mark.parametrize(("nodes", "reserved", "found"), [([0, 1], 2, 2), ([2], 0, 0)])
+def test_too_few_automatic_cores_are_refused(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[int], reserved: int, found: int
+) -> None:
+    monkeypatch.setattr(cpu_resources, "get_visible_memory_node", lambda: nodes)
+    with pytest.raises(
+        ConfigError, match=f"more than the {reserved} cores of VLLM_CPU_NUM_OF_RESERVED_CPU .*, got {found} among"
+    ):
+        cores_of("auto", reserved)
 
 
 def test_threads_that_openmp_starts_inherit_the_cores() -> None:
     core = min(os.sched_getaffinity(0))
     code = f"""
 import os, torch
-from smoothrot_vllm.executor import InEngineExecutor
+from smoothrot_vllm.executor import take_cores
 before = set(os.listdir("/proc/self/task"))
-InEngineExecutor._take_cores(None, [{core}])
+take_cores([{core}])
 assert torch.get_num_threads() == 1
 torch.set_num_threads(3)
 torch.rand(1 << 20).exp()

@@ -110,6 +110,17 @@ def test_no_case_is_begun_when_the_time_is_up() -> None:
     ]
 
 
+@pytest.mark.usefixtures("small")
+def test_experts_are_timed_beside_those_of_vllm_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = TimelessDevice()
+    monkeypatch.setattr(device, "name", "cpu")
+    args = kernels.parse(["--tokens", "1", "5"])
+    rows = list(expert_layers.bench_experts(args, device, FLOORS, kernels.Schedule(None)))
+    assert [(row["M"], row["ours_us"], row["bf16_us"]) for row in rows] == [(1, 4.0, 4.0), (5, 4.0, 4.0)]
+    # At 1e12 bytes/s: two of four experts of 3 * 64 * 96 half bytes, read once.
+    assert rows[0]["floor_us"] == 0.02
+
+
 def test_each_device_has_its_own_defaults() -> None:
     assert kernels.parse([]).schemes == ["w4a8", "w4a8_g128"]
     cuda = kernels.parse(["--device", "cuda"])
