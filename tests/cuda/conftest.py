@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY / "csrc" / "emulator"))
 
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-attributes"]
 DEFINITIONS = [
-    *("-DTORCH_TARGET_VERSION=0x020d000000000000", "-DSMOOTHROT_EMULATED", "-DSMOOTHROT_EMULATED_INT4=1"),
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DSMOOTHROT_EMULATED", "-DSMOOTHROT_EMULATED_INT4=1"),
     *("-DSMOOTHROT_SM80", "-DSMOOTHROT_SM90"),
 ]
 SOURCES = ["csrc/torch/cuda_ops.cpp", "csrc/cuda/dispatch.cpp", "csrc/emulator/library.cpp", "tests/cuda/cpu_device.cpp"]
