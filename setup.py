@@ -7,8 +7,7 @@ flags, and the library picks one at run time, so a build serves every CPU of its
 
 ``csrc/build_plan.py`` decides what it is built with. The CUDA kernels are part of it if ``SMOOTHROT_CUDA`` is ``1``, not if
 it is ``0``, and otherwise if torch is a CUDA build and the machine has nvcc or a GPU. A build without them has ``+cpu`` in its
-version, which pip shows. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed. ``SMOOTHROT_MANYLINUX=1``
-(``make wheel``) builds for older systems than this one.
+version, which pip shows. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
 """
 
 import os
@@ -46,6 +45,7 @@ COMPILE_FLAGS = [
 LINK_FLAGS = ["-Wl,--no-undefined"]
 
 PORTABLE_SOURCES = [
+    "csrc/common/single_threaded.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/experts_ops.cpp",
     "csrc/cpu/dispatch.cpp",
@@ -71,7 +71,6 @@ try:
     PLAN = build_plan.plan(os.environ, build_plan.search_path())
 except (build_plan.BuildError, nvcc.NvccError) as error:
     sys.exit(str(error))
-MANYLINUX = os.environ.get("SMOOTHROT_MANYLINUX") == "1"
 
 
 class BuildOps(build_ext):
@@ -95,17 +94,15 @@ class BuildOps(build_ext):
         extra = X86_SOURCES if platform.machine() in ("x86_64", "AMD64") else {}
         flags: dict[str, list[str]] = {source: [] for source in ext.sources} | extra
         objects: list[str] = []
-        libraries, library_dirs = ["torch_cpu", "c10"], [str(PLAN.torch.lib)]
+        link_flags = LINK_FLAGS.copy()
         if PLAN.nvcc is not None:
             archs = nvcc.architectures(PLAN.nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST") or None)
             host = [f"-I{nvcc.toolkit(PLAN.nvcc) / 'include'}", *nvcc.definitions(archs)]
             flags |= dict.fromkeys(CUDA_HOST_SOURCES, host)
             # Not in build_temp, which pip makes anew each time: these take minutes.
             objects += map(str, nvcc.compile_units(PLAN.nvcc, nvcc.units(archs), ROOT / "build" / "cuda"))
-            runtime = nvcc.static_runtime(PLAN.nvcc)
-            libraries += ["dl", "rt", "pthread"]
-            objects.append(str(glibc.bind_to_old(runtime, Path(self.build_temp)) if MANYLINUX else runtime))
-
+            objects.append(str(glibc.bind_to_old(nvcc.static_runtime(PLAN.nvcc), Path(self.build_temp))))
+            link_flags += glibc.LIBRARIES
         include_dirs = [str(PLAN.torch.include)]
 
         def compile_one(source: str) -> list[str]:
@@ -121,9 +118,9 @@ class BuildOps(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=libraries,
-            library_dirs=library_dirs,
-            extra_postargs=LINK_FLAGS,
+            libraries=["torch_cpu", "c10"],
+            library_dirs=[str(PLAN.torch.lib)],
+            extra_postargs=link_flags,
             target_lang="c++",
         )
 

@@ -19,7 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
-import nvcc  # noqa: E402
+import nvcc
 
 OLDEST_TORCH = (2, 11)
 """Its stable ABI has all that csrc/torch calls."""
@@ -146,6 +146,6 @@ def _check_same_cuda(torch: Torch, compiler: str | None, insisted: bool) -> None
     if version[0] > int(torch.cuda.partition(".")[0]) and not (insisted and compiler):
         raise BuildError(
             f"nvcc: expected one of CUDA {torch.cuda}, as torch {torch.version} is built for, got {version[0]}.{version[1]} "
-            f"({compiler or 'the one on PyPI'}), whose kernels need a newer driver. Name the nvcc of such a toolkit with CUDACXX; "
-            "SMOOTHROT_CUDA=1 builds with the newer one on PATH all the same, SMOOTHROT_CUDA=0 leaves the CUDA kernels out."
+            f"({compiler or 'from PyPI'}), whose kernels need a newer driver. Name the right nvcc with CUDACXX; SMOOTHROT_CUDA=1 "
+            "builds with the newer one that is installed, SMOOTHROT_CUDA=0 leaves the CUDA kernels out."
         )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 NEWEST = (2, 28)
 """glibc of manylinux_2_28, which torch's own wheels need."""
+LIBRARIES = ["-Wl,--no-as-needed", "-l:libpthread.so.0", "-l:libdl.so.2", "-l:librt.so.1"]
+"""Link flags: where the functions are before 2.34."""
 
 
 def _symbols(dump: str) -> dict[str, set[tuple[int, ...]]]:

@@ -77,7 +77,7 @@ class Unit:
 
 
 def find_nvcc(folders: Sequence[str] = sys.path) -> str | None:
-    """``$CUDACXX``, ``$CUDA_HOME/bin/nvcc``, ``nvcc`` on PATH, that of /usr/local/cuda, or a whole one from PyPI in ``folders``."""
+    """``$CUDACXX``, ``$CUDA_HOME/bin/nvcc``, ``nvcc`` on PATH or in /usr/local/cuda, or PyPI's in ``folders``."""
     named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
     if named or home:
         return named or shutil.which("nvcc", path=f"{home}/bin")
