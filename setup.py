@@ -88,7 +88,7 @@ class BuildOps(build_ext):
                 "the build alone, without --no-build-isolation."
             )
         assert PLAN.torch is not None
-        print(f"building with torch {PLAN.torch.version} of {PLAN.torch.folder}", flush=True)
+        print(f"building with torch {PLAN.torch.version} of {PLAN.torch.folder}, nvcc {PLAN.nvcc}", flush=True)
         if PLAN.without_cuda:
             print(f"WARNING: no CUDA kernels, because {PLAN.without_cuda}: this build cannot serve on a GPU", file=sys.stderr)
         extra = X86_SOURCES if platform.machine() in ("x86_64", "AMD64") else {}

@@ -77,11 +77,10 @@ class Unit:
 
 
 def find_nvcc(folders: Sequence[str] = sys.path) -> str | None:
-    """``$CUDACXX``, ``$CUDA_HOME/bin/nvcc``, ``nvcc`` on PATH or in /usr/local/cuda, or PyPI's in ``folders``."""
+    """``$CUDACXX``; else nvcc in ``$CUDA_HOME``, where that is not set on PATH or in /usr/local/cuda; else PyPI's in ``folders``."""
     named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
-    if named or home:
-        return named or shutil.which("nvcc", path=f"{home}/bin")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=SYSTEM_FOLDER) or _packaged_nvcc(folders)
+    toolkits = f"{home}/bin" if home else os.pathsep.join((os.environ.get("PATH", os.defpath), SYSTEM_FOLDER))
+    return named or shutil.which("nvcc", path=toolkits) or _packaged_nvcc(folders)
 
 
 def _packaged_nvcc(folders: Sequence[str]) -> str | None:
