@@ -77,7 +77,7 @@ class Unit:
 
 
 def find_nvcc(folders: Sequence[str] = sys.path) -> str | None:
-    """``$CUDACXX``; else nvcc in ``$CUDA_HOME``, or if that is not set on PATH or in /usr/local/cuda; else PyPI's in ``folders``."""
+    """``$CUDACXX``; else nvcc in ``$CUDA_HOME``, or if not set on PATH or in /usr/local/cuda; else PyPI's in ``folders``."""
     named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
     toolkits = f"{home}/bin" if home else os.pathsep.join((os.environ.get("PATH", os.defpath), SYSTEM_FOLDER))
     return named or shutil.which("nvcc", path=toolkits) or _packaged_nvcc(folders)

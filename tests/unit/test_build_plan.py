@@ -184,7 +184,7 @@ def test_the_build_hook_asks_for_what_the_environment_lacks(has_torch: bool, tmp
 
     overlay = tmp_path / "overlay"
     overlay.mkdir()
-    for package in ("setuptools", "_distutils_hack"):
+    for package in ("setuptools", "_distutils_hack", f"setuptools-{setuptools.__version__}.dist-info"):
         (overlay / package).symlink_to(Path(setuptools.__file__).parents[1] / package)
     hide = "import sys; sys.path = [p for p in sys.path if not p.endswith(('site-packages', 'dist-packages'))]"
     (overlay / "sitecustomize.py").write_text(hide)
