@@ -14,7 +14,7 @@ demo: env  ## convert a real model, serve it, talk to it
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL))
 
 wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2.28 on; needs nvcc, no GPU, takes minutes
-	rm -rf build/lib* build/wheel dist
+	rm -rf dist
 	SMOOTHROT_CUDA=1 $(BIN)/python requirements/make_wheel.py dist
 
 test: env  ## every test

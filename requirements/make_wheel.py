@@ -7,6 +7,7 @@ usage: make_wheel.py FOLDER        (SMOOTHROT_CUDA=0 leaves the CUDA kernels out
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ LARGEST = 10e6
 """Bytes."""
 FROM_TORCH = ("libtorch_cpu.so", "libc10.so")
 
+for stale in (ROOT / "build").glob("lib*"):  # setuptools would pack modules that are no more
+    shutil.rmtree(stale)
 with tempfile.TemporaryDirectory() as scratch:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", scratch, str(ROOT)]
     subprocess.run(pip, check=True)
