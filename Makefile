@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: env demo test check check-cuda sass bench test-gpu bench-gpu clean
+.PHONY: env demo wheel test check check-cuda sass bench test-gpu bench-gpu clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -12,6 +12,10 @@ $(VENV)/.ready: requirements/make_env.sh requirements/lock.txt pyproject.toml se
 
 demo: env  ## convert a real model, serve it, talk to it
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL))
+
+wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2.28 on; needs nvcc, no GPU, takes minutes
+	rm -rf dist
+	SMOOTHROT_CUDA=1 $(BIN)/python requirements/make_wheel.py dist
 
 test: env  ## every test
 	$(BIN)/pytest
@@ -39,4 +43,4 @@ bench-gpu:  ## kernels, then served models, on a GPU against their peers there; 
 	$(BIN)/python benchmarks/serve.py --device cuda --models Llama-3.2-1B --quick --rounds 1 --minutes 5
 
 clean:
-	rm -rf build demo-output *.egg-info smoothrot_vllm/*.so
+	rm -rf build dist demo-output *.egg-info smoothrot_vllm/*.so

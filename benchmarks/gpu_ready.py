@@ -9,8 +9,8 @@ import torch
 NEEDS = """They need, in the environment that VENV names (make test-gpu VENV=DIR):
   an NVIDIA GPU of sm_80 or later and its driver;
   a CUDA build of torch 2.13 or 2.14: pip install 'torch===2.13.0' from PyPI is one, a '+cpu' version is not;
-  this package built with nvcc on PATH: SMOOTHROT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation -e .
-    (with the package nvidia-cutlass==4.2.0.0, and the capability of the GPU at hand in place of 9.0);
+  this package with its CUDA kernels: SMOOTHROT_CUDA=1 pip install -e . (README, On a GPU; TORCH_CUDA_ARCH_LIST with the
+    capability of the GPU at hand, such as 9.0, makes that faster);
   for the serving test, the serving benchmark and vLLM's kernels as peers, the CUDA wheel of vLLM: pip install 'vllm==0.32.0';
   for Humming as a peer: pip install 'humming-kernels[cu13]'."""
 
