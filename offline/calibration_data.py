@@ -6,19 +6,13 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.device import CPU
+from smoothrot_offline.foreign_models import foreign_errors, load_config, load_tokenizer
 from smoothrot_offline.model import load_model
-from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.errors import ConfigError
 
 GENERATED = "generated"
 _GENERATION_BATCH = 32
@@ -95,33 +89,22 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory.
-
-    Raises:
-        CheckpointError: it has none that loads.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model_dir}: cannot load a tokenizer: {error}. Fetch tokenizer.json beside the weights."
-        ) from error
-
-
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> torch.Tensor:
     """Int64 tokens ``(n,)`` of the whole text at once, with what the tokenizer puts around a text if asked."""
-    return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
+    with foreign_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the text", "Fetch the tokenizer again."):
+        return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself begins a text with ``<bos>``."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer.bos_token_id is not None and tokenize(tokenizer, "a", special_tokens=True)[:1].tolist() == [
+        tokenizer.bos_token_id
+    ]
 
 
 def family_needs_bos(model_dir: str | Path) -> bool:
     """Whether the model is of a family that must see ``<bos>`` before every text, whatever its tokenizer does."""
-    return AutoConfig.from_pretrained(model_dir, local_files_only=True).model_type.startswith(_BOS_FAMILIES)
+    return load_config(model_dir).model_type.startswith(_BOS_FAMILIES)
 
 
 def _draw_windows(tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None) -> torch.Tensor:

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, side_files
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.device import device_kind
 from smoothrot_offline.manifest import LayerRecord, TensorRecord, package_versions
 from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, write_tensors, writing
-from smoothrot_vllm.errors import ResumeError
+from smoothrot_vllm.errors import CheckpointError, ResumeError
+from smoothrot_vllm.foreign_files import parse_json, read_tensors
 
 KeptFile = dict[str, str]
 """A file of finished work: its name under ``file``, its SHA-256 under ``sha256``."""
@@ -178,7 +177,7 @@ class Journal:
             if whole != data:
                 os.truncate(self._path, len(whole))
         try:
-            entries = [json.loads(line) for line in whole.splitlines()]
+            entries = [parse_json(line) for line in whole.splitlines()]
         except ValueError as error:
             raise ResumeError(f"{self._path}: expected one JSON object a line: {error}. {self._advice()}") from error
         if not all(isinstance(entry, dict) for entry in entries):
@@ -222,9 +221,9 @@ class Journal:
         self._check_file(entry)
         path = self._directory.path / entry["file"]
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(f"{path}: cannot be read: {error}. {self._advice()}") from error
+            return read_tensors(path, self._advice())
+        except CheckpointError as error:
+            raise ResumeError(str(error)) from error
 
     def _check_file(self, entry: Mapping[str, Any]) -> None:
         path = self._directory.path / entry["file"]

@@ -10,17 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from smoothrot_offline.architectures import resolve
-from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, read_json
+from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest
 from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.smooth import LayerScales
 from smoothrot_offline.study import LayerStudy
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.foreign_files import read_json, read_tensors
 from smoothrot_vllm.format import TRANSFORM_NAME
 
 RESIDUAL = "residual"
@@ -69,17 +68,14 @@ def read_transform(directory: Path) -> RecordedTransform:
     path = directory / TRANSFORM_NAME
     if not path.exists():
         raise CheckpointError(f"{path}: expected the transform of a converted model, found none. Convert the model again.")
-    manifest, config_file = read_manifest(directory), read_json(directory / CONFIG_NAME)
+    manifest, config_file = read_manifest(directory), read_json(directory / CONFIG_NAME, "Copy the directory again.")
     quantization = config_file.pop("quantization_config", None)
     named = quantization.get("transform_sha256") if isinstance(quantization, dict) else None
     if (found := file_digest(path)) != named:
         raise CheckpointError(
             f"{path}: expected SHA-256 {named} (quantization_config.transform_sha256), got {found}. Copy the directory again."
         )
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read: {error}. Convert the model again.") from error
+    tensors = read_tensors(path, "Convert the model again.")
     config = manifest.config
     if manifest.rotations is not None:
         config = config.model_copy(update={"seed": manifest.rotations.seed})

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smoothrot_offline.architectures.base import Architecture, Experts, ModelSpec
@@ -17,6 +17,7 @@ from smoothrot_offline.architectures.qwen2 import QWEN2
 from smoothrot_offline.architectures.qwen3 import QWEN3
 from smoothrot_offline.architectures.qwen3_moe import QWEN3_MOE
 from smoothrot_offline.architectures.smollm3 import SMOLLM3
+from smoothrot_offline.foreign_models import parse_config
 from smoothrot_vllm.errors import UnsupportedModelError
 
 __all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
@@ -36,11 +37,7 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
     """
     table = _supported_table(config)
-    try:
-        parsed = CONFIG_MAPPING[table.model_type].from_dict(config)
-    except Exception as error:
-        # transformers validates with several libraries and raises whatever each of them raises.
-        raise UnsupportedModelError(f"config.json: transformers refuses it as {table.model_type}: {_one_line(error)}") from error
+    parsed = parse_config(config, table.model_type)
     experts = 0 if table.experts is None else _count_experts(table.experts, parsed)
     spec = ModelSpec(
         architecture=table.with_experts(experts),
@@ -145,7 +142,3 @@ def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
         return None
     code = str(own.get("AutoModelForCausalLM", own) if isinstance(own, dict) else own)
     return None if table is not None and code in table.replaced_code else code
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

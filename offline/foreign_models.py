@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one door to what transformers and tokenizers make of a directory of others: configurations, tokenizers, models.
+
+Python code that a directory brings is never run and never asked about, pickles are never opened, and a directory is never a
+reason to use the network. Whatever these libraries raise becomes an error that names the file and what to do.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as TokenizerBase
+
+from smoothrot_offline.checkpoint import CONFIG_NAME, TensorInfo, read_headers, side_files
+from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
+from smoothrot_vllm.foreign_files import read_json, refuse_pointer
+
+LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Goes with every ``from_pretrained``: left out, transformers asks on the terminal whether to run a directory's code."""
+MAX_COUNT = 1 << 16
+"""Of anything that a configuration makes many of: transformers makes a list or modules of as many before it looks at weights."""
+_COUNTS = re.compile(r"num_.*|n_(layer|head|routed_expert|shared_expert)s?|.*_(layers|heads|experts)")
+_SIZES = re.compile(r".*(_size|_dim)|n_embd|n_inner|d_model|d_ff")
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_TOKENIZER_NAME = "tokenizer.json"
+_TOKENIZER_JSON = (_TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_SENTENCEPIECE = ("*.model", "*.spm")
+_PACKAGES = {
+    "sentencepiece": "sentencepiece",
+    "tiktoken": "tiktoken",
+    "protobuf": "protobuf",
+    "mistral_common": "mistral-common",
+    "mistral-common": "mistral-common",
+}
+_METHOD_PACKAGES = {
+    "gptq": "gptqmodel optimum",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "bitsandbytes",
+    "quanto": "optimum-quanto",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "aqlm": "aqlm",
+    "eetq": "eetq",
+    "auto-round": "auto-round",
+}
+
+
+@contextmanager
+def foreign_errors(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a library raises over a foreign file, panics of Rust included, into an error about ``what``.
+
+    Raises:
+        CheckpointError: the library raised something that is no error of ours.
+    """
+    try:
+        yield
+    except (SmoothRotError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {one_line(error)}. {advice}") from error
+    except BaseException as error:
+        # A panic of a Rust library is no Exception, and pyo3 does not let its class be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {one_line(error)}. {advice}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and text in one line, which a library's whole report of a failure may not be."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:400] + ' …'}".rstrip()
+
+
+def parse_config(config: Mapping[str, Any], model_type: str) -> PreTrainedConfig:
+    """A configuration as transformers' own class of the family reads it.
+
+    Raises:
+        UnsupportedModelError: it makes too many of something, or the class refuses it.
+    """
+    _check_counts(config)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    except MemoryError:
+        raise
+    except Exception as error:
+        # transformers validates with several libraries and raises whatever each of them raises.
+        raise UnsupportedModelError(
+            f"config.json: transformers refuses it as {model_type}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def load_config(directory: str | Path) -> PreTrainedConfig:
+    """The configuration of a model directory of any family.
+
+    Raises:
+        CheckpointError: there is no config.json, or transformers does not read it.
+        UnsupportedModelError: only Python code that the directory brings would read it.
+    """
+    path = Path(directory) / CONFIG_NAME
+    found = read_json(path, "Fetch the checkpoint again.")
+    _check_counts(found)
+    _refuse_indirections(path, found)
+    if "auto_map" in found and found.get("model_type") not in set(CONFIG_MAPPING):
+        raise UnsupportedModelError(
+            f"{path}: model_type {found.get('model_type')!r} needs its own Python code (auto_map: {found['auto_map']}), which is "
+            "never run. Use a model whose architecture transformers itself implements."
+        )
+    with foreign_errors(
+        f"{path}: transformers {version('transformers')} does not read it", "Check model_type, or fetch it again."
+    ):
+        return AutoConfig.from_pretrained(directory, **LOCAL_ONLY)
+
+
+def load_tokenizer(directory: str | Path) -> TokenizerBase:
+    """The tokenizer of a model directory; of one that brings its own code, the class that transformers has for it.
+
+    Raises:
+        CheckpointError: it has none that loads; the message names the file, and the package that is missing if one is.
+        UnsupportedModelError: only Python code that the directory brings would read it.
+    """
+    directory = Path(directory)
+    for file in side_files(directory):
+        refuse_pointer(file)
+    if (directory / CONFIG_NAME).exists():
+        load_config(directory)
+    try:
+        with foreign_errors("", ""):
+            return AutoTokenizer.from_pretrained(directory, **LOCAL_ONLY)
+    except CheckpointError as error:
+        assert error.__cause__ is not None
+        raise _tokenizer_error(directory, error.__cause__) from error.__cause__
+
+
+def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of any family with the weights of a directory, and what transformers says of the loading.
+
+    Args:
+        directory: with config.json and safetensors.
+        config: of the model, from :func:`load_config`.
+        options: of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: weights are missing, damaged or only there as pickles, or do not fit the configuration.
+        ConfigError: the model is quantised by a method whose package is not installed.
+    """
+    headers = read_headers(directory)
+    _check_sizes(directory / CONFIG_NAME, headers)
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory}: holds a LoRA adapter (adapter_config.json) beside the model, which is loaded or not by what is "
+            "installed. Move one of them to a directory of its own."
+        )
+    try:
+        with foreign_errors(f"{directory}: cannot load the model", "Fetch or convert the model again."):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, config=config, output_loading_info=True, use_safetensors=True, **LOCAL_ONLY, **options
+            )
+    except CheckpointError as error:
+        method = _quantization_method(directory)
+        if method is None or error.__cause__ is None or method == "smoothrot":
+            raise
+        packages = _METHOD_PACKAGES.get(method)
+        raise ConfigError(
+            f"{directory}: quantised by another method, quant_method {method!r}, which transformers does not run here: "
+            f"{one_line(error.__cause__)}. "
+            + (f"Install what it needs (pip install {packages}), or " if packages else "Install what it needs, or ")
+            + "give the 16-bit model."
+        ) from error.__cause__
+    model, info = loaded
+    return model, info
+
+
+def _quantization_method(directory: Path) -> str | None:
+    found = read_json(directory / CONFIG_NAME).get("quantization_config")
+    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else None
+
+
+def _refuse_indirections(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse keys by which a configuration has transformers fetch code or weights from elsewhere."""
+    for key, value in _items(config):
+        if _IMPLEMENTATION.fullmatch(key) and "/" in str(value):
+            raise UnsupportedModelError(
+                f"{path}: {key}: expected a name of transformers' own such as sdpa, got {value!r}, code of a hub repository, "
+                "which is never run. Remove the key."
+            )
+        if key == "transformers_weights" and value is not None:
+            raise UnsupportedModelError(
+                f"{path}: {key}: expected the weights in model.safetensors or its index, got {value!r}. Rename the file, and "
+                "remove the key."
+            )
+
+
+def _check_counts(config: Mapping[str, Any]) -> None:
+    for key, value in _items(config):
+        if _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > MAX_COUNT:
+            raise UnsupportedModelError(f"config.json: {key}: expected at most {MAX_COUNT}, got {value}. Fetch it again.")
+
+
+def _check_sizes(path: Path, headers: Mapping[str, TensorInfo]) -> None:
+    """Refuse a configuration of more layers or wider ones than the weights can be of: they would be allocated first."""
+    longest = max((max(info.shape, default=0) for info in headers.values()), default=0)
+    for key, value in _items(read_json(path)):
+        limit = len(headers) if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key) else None
+        # Packed weights are up to eight times as wide as they are stored; fused ones hold several linears.
+        if _SIZES.fullmatch(key):
+            limit = max(64 * longest, MAX_COUNT)
+        if limit is not None and isinstance(value, int | float) and value > limit:
+            raise CheckpointError(
+                f"{path}: {key}: expected at most {limit} for the {len(headers)} tensors of the checkpoint, got {value}. Fetch "
+                "configuration and weights of the same model."
+            )
+
+
+def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every key and value of a configuration and of those inside it."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _items(value)
+
+
+def _tokenizer_error(directory: Path, cause: BaseException) -> SmoothRotError:
+    """What is wrong with a tokenizer that did not load."""
+    contents = {}
+    for name in _TOKENIZER_JSON:
+        if (directory / name).exists():
+            try:
+                contents[name] = read_json(directory / name, "Fetch the tokenizer again.")
+            except CheckpointError as error:
+                return error
+    said = f"{directory}: cannot load a tokenizer"
+    own = contents.get("tokenizer_config.json", {}).get("auto_map")
+    if own and "trust_remote_code" in str(cause):
+        return UnsupportedModelError(
+            f"{said}: tokenizer_config.json needs its own Python code (auto_map: {own}), which is never run. Use a model with a "
+            f"{_TOKENIZER_NAME} that transformers reads."
+        )
+    if _TOKENIZER_NAME in contents:
+        try:
+            with foreign_errors("", ""):
+                Tokenizer.from_file(str(directory / _TOKENIZER_NAME))
+        except CheckpointError as error:
+            reason = one_line(error.__cause__ or error)
+            return CheckpointError(
+                f"{directory / _TOKENIZER_NAME}: the installed tokenizers {version('tokenizers')} does not read it: {reason}. "
+                "Fetch it again, or install the versions of tokenizers and transformers that wrote it."
+            )
+    stored = [file.name for pattern in _SENTENCEPIECE for file in directory.glob(pattern)]
+    missing = next((package for word, package in _PACKAGES.items() if word in str(cause)), None)
+    if missing is not None and not _installed(missing):
+        return CheckpointError(
+            f"{said}: {', '.join(stored) or 'it'} needs the package {missing}, which is not installed: pip install {missing}, or "
+            f"fetch {_TOKENIZER_NAME} beside the weights. ({one_line(cause)})"
+        )
+    if not contents and not stored:
+        return CheckpointError(
+            f"{said}: expected {_TOKENIZER_NAME} or tokenizer.model, found neither. Fetch it beside the weights."
+        )
+    return CheckpointError(f"{said}: {one_line(cause)}. Fetch {_TOKENIZER_NAME} beside the weights.")
+
+
+def _installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec({"protobuf": "google.protobuf"}.get(package, package.replace("-", "_"))) is not None
+    except (ImportError, ValueError):
+        return False
