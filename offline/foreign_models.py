@@ -6,19 +6,27 @@ reason to use the network. Whatever these libraries raise becomes an error that 
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as TokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, TensorInfo, read_headers, side_files
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_json, refuse_pointer
+from smoothrot_vllm.format import QUANT_METHOD
 
 LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Goes with every ``from_pretrained``: left out, transformers asks on the terminal whether to run a directory's code."""
@@ -52,23 +60,24 @@ _METHOD_PACKAGES = {
 
 
 @contextmanager
-def foreign_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a library raises over a foreign file, panics of Rust included, into an error about ``what``.
-
-    Raises:
-        CheckpointError: the library raised something that is no error of ours.
-    """
+def explained(explain: Callable[[BaseException], SmoothRotError]) -> Iterator[None]:
+    """Turn whatever a library raises over a foreign file, panics of Rust included, into the error that ``explain`` makes of it."""
     try:
         yield
     except (SmoothRotError, MemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{what}: {one_line(error)}. {advice}") from error
+        raise explain(error) from error
     except BaseException as error:
         # A panic of a Rust library is no Exception, and pyo3 does not let its class be imported.
         if type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{what}: {one_line(error)}. {advice}") from error
+        raise explain(error) from error
+
+
+def foreign_errors(what: str, advice: str) -> AbstractContextManager[None]:
+    """:func:`explained` by a :class:`CheckpointError` that begins with ``what`` and ends with ``advice``."""
+    return explained(lambda error: CheckpointError(f"{what}: {one_line(error)}. {advice}"))
 
 
 def one_line(error: BaseException) -> str:
@@ -117,7 +126,7 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(directory, **LOCAL_ONLY)
 
 
-def load_tokenizer(directory: str | Path) -> TokenizerBase:
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; of one that brings its own code, the class that transformers has for it.
 
     Raises:
@@ -129,12 +138,8 @@ def load_tokenizer(directory: str | Path) -> TokenizerBase:
         refuse_pointer(file)
     if (directory / CONFIG_NAME).exists():
         load_config(directory)
-    try:
-        with foreign_errors("", ""):
-            return AutoTokenizer.from_pretrained(directory, **LOCAL_ONLY)
-    except CheckpointError as error:
-        assert error.__cause__ is not None
-        raise _tokenizer_error(directory, error.__cause__) from error.__cause__
+    with explained(lambda error: _tokenizer_error(directory, error)):
+        return AutoTokenizer.from_pretrained(directory, **LOCAL_ONLY)
 
 
 def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -156,29 +161,25 @@ def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) ->
             f"{directory}: holds a LoRA adapter (adapter_config.json) beside the model, which is loaded or not by what is "
             "installed. Move one of them to a directory of its own."
         )
-    try:
-        with foreign_errors(f"{directory}: cannot load the model", "Fetch or convert the model again."):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, config=config, output_loading_info=True, use_safetensors=True, **LOCAL_ONLY, **options
-            )
-    except CheckpointError as error:
-        method = _quantization_method(directory)
-        if method is None or error.__cause__ is None or method == "smoothrot":
-            raise
-        packages = _METHOD_PACKAGES.get(method)
-        raise ConfigError(
-            f"{directory}: quantised by another method, quant_method {method!r}, which transformers does not run here: "
-            f"{one_line(error.__cause__)}. "
-            + (f"Install what it needs (pip install {packages}), or " if packages else "Install what it needs, or ")
-            + "give the 16-bit model."
-        ) from error.__cause__
+    with explained(lambda error: _model_error(directory, error)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, output_loading_info=True, use_safetensors=True, **LOCAL_ONLY, **options
+        )
     model, info = loaded
     return model, info
 
 
-def _quantization_method(directory: Path) -> str | None:
-    found = read_json(directory / CONFIG_NAME).get("quantization_config")
-    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else None
+def _model_error(directory: Path, cause: BaseException) -> SmoothRotError:
+    """What is wrong with a model that did not load."""
+    quantization = read_json(directory / CONFIG_NAME).get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is None or method == QUANT_METHOD:
+        return CheckpointError(f"{directory}: cannot load the model: {one_line(cause)}. Fetch or convert the model again.")
+    packages = _METHOD_PACKAGES.get(str(method))
+    return ConfigError(
+        f"{directory}: quantised by another method, quant_method {method!r}, which transformers does not run here: "
+        f"{one_line(cause)}. Install what it needs{f' (pip install {packages})' if packages else ''}, or give the 16-bit model."
+    )
 
 
 def _refuse_indirections(path: Path, config: Mapping[str, Any]) -> None:
@@ -242,15 +243,15 @@ def _tokenizer_error(directory: Path, cause: BaseException) -> SmoothRotError:
             f"{_TOKENIZER_NAME} that transformers reads."
         )
     if _TOKENIZER_NAME in contents:
+        path = directory / _TOKENIZER_NAME
         try:
-            with foreign_errors("", ""):
-                Tokenizer.from_file(str(directory / _TOKENIZER_NAME))
+            with foreign_errors(
+                f"{path}: the installed tokenizers {version('tokenizers')} does not read it",
+                "Fetch it again, or install the versions of tokenizers and transformers that wrote it.",
+            ):
+                Tokenizer.from_file(str(path))
         except CheckpointError as error:
-            reason = one_line(error.__cause__ or error)
-            return CheckpointError(
-                f"{directory / _TOKENIZER_NAME}: the installed tokenizers {version('tokenizers')} does not read it: {reason}. "
-                "Fetch it again, or install the versions of tokenizers and transformers that wrote it."
-            )
+            return error
     stored = [file.name for pattern in _SENTENCEPIECE for file in directory.glob(pattern)]
     missing = next((package for word, package in _PACKAGES.items() if word in str(cause)), None)
     if missing is not None and not _installed(missing):

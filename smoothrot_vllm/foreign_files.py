@@ -54,8 +54,8 @@ def refuse_pointer(path: Path, advice: str = "") -> None:
         raise CheckpointError(f"{path}: cannot be read: {error}. {advice}".rstrip()) from error
     if start == _LFS_SPEC:
         raise CheckpointError(
-            f"{path}: expected the file itself, got a Git LFS pointer to it. Run `git lfs pull` in the repository, or download the "
-            "model from the hub."
+            f"{path}: expected the file itself, got a Git LFS pointer to it. Run `git lfs pull` in the repository, or download "
+            "the model from the hub."
         )
 
 
