@@ -97,9 +97,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself begins a text with ``<bos>``."""
-    return tokenizer.bos_token_id is not None and tokenize(tokenizer, "a", special_tokens=True)[:1].tolist() == [
-        tokenizer.bos_token_id
-    ]
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenize(tokenizer, "a", special_tokens=True)[:1].tolist() == [bos]
 
 
 def family_needs_bos(model_dir: str | Path) -> bool:

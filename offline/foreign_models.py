@@ -221,7 +221,7 @@ def _check_sizes(path: Path, headers: Mapping[str, TensorInfo]) -> None:
 def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every key and value of a configuration and of those inside it."""
     for key, value in config.items():
-        yield key, value
+        yield str(key), value
         if isinstance(value, dict):
             yield from _items(value)
 
