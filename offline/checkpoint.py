@@ -182,7 +182,7 @@ def read_headers(path: Path) -> dict[str, TensorInfo]:
             )
         raise CheckpointError(f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.")
     weight_map = read_json(path / INDEX_NAME, _ADVICE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX_NAME}: expected an object weight_map from tensor names to file names.")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, side_files
 from smoothrot_offline.config import ConvertConfig
@@ -98,7 +97,7 @@ class Journal:
         try:
             for entry in entries[1:]:
                 self._replay(entry)
-        except (KeyError, TypeError, ValidationError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # ValidationError is a ValueError
             reason = " ".join(repr(error).split())
             raise ResumeError(f"{self._path}: expected finished pieces of work: {reason}. {self._advice()}") from error
 
@@ -135,6 +134,8 @@ class Journal:
         if self._in_shards(entry):
             return {}
         stored = self._load(entry)
+        if stored.keys() != set(entry["tensors"]):
+            raise ResumeError(f"{self._path}: layer {index}: expected the tensors of {entry['file']}. {self._advice()}")
         # A file's tensors come in another order, which would move the limits of shards.
         return {name: stored[name] for name in entry["tensors"]}
 
@@ -203,9 +204,15 @@ class Journal:
                     )
 
     def _replay(self, entry: dict[str, Any]) -> None:
+        for kept in () if "done" in entry else (entry, entry.get("hidden")):
+            # Files are renamed and removed by these names.
+            if kept is not None and (Path(kept["file"]).name != kept["file"] or not isinstance(kept["sha256"], str)):
+                raise ValueError(f"expected a plain file name and a SHA-256, got {kept['file']!r}, {kept['sha256']!r}")
         if "decisions" in entry:
             self.decisions = entry
         elif "layer" in entry:
+            if not isinstance(entry["tensors"], list) or not all(isinstance(name, str) for name in entry["tensors"]):
+                raise ValueError(f"expected names of tensors, got {entry['tensors']!r}")
             self.layers.append(LayerRecord.model_validate(entry["layer"]))
             self._layer_entries.append(entry)
         elif "shard" in entry and not self.done:

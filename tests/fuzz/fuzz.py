@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,6 +31,7 @@ ADDRESS_BYTES = 512 << 20
 BATCH = 200
 """Inputs of a target before it is the next one's turn, at a share of one tenth."""
 MAX_DEFECTS = 20
+CASE_SHOWN = 2500
 
 
 def main() -> int:
@@ -88,7 +90,8 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
                 if code:
                     kind = "hang" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
                     where = f"{target}: {kind} {code} in round {rounds}"
-                    defects[where] = {"where": where, "target": target, "error": said.read()[-3000:], "times": 1}
+                    text = said.read()[-3000:]
+                    defects[where] = {"where": where, "target": target, "error": text, "times": 1, "case": _changed(root)}
                     if target == "start":
                         break
             rounds += 1
@@ -106,12 +109,23 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _changed(root: Path) -> dict[str, str]:
+    """The files of the case that a child died of."""
+    found = {}
+    for file in sorted((root / "pristine").rglob("*")):
+        now = root / "work" / file.relative_to(root / "pristine")
+        if file.is_file() and now.is_file() and now.read_bytes() != file.read_bytes():
+            found[str(file.relative_to(root / "pristine"))] = repr(now.read_bytes()[:CASE_SHOWN])
+    return found
+
+
 class Child:
     """One process: the targets in turn, a batch each; a line of JSON for each batch."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._root: Path = arguments.child
+        self._pristine: Path = arguments.child / "pristine"
+        self._root: Path = arguments.child / "work"
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._events: list[str] = []
@@ -120,11 +134,16 @@ class Child:
         """Work until the time is over."""
         ends = time.monotonic() + 60 * self._arguments.minutes
         faulthandler.enable()
+        for number in (signal.SIGPROF, signal.SIGALRM):
+            # Shows where it hangs, then lets the signal end the process.
+            faulthandler.register(number, chain=True)
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from targets import TARGETS, prepare
 
-        if not (self._root / "out.partial").exists():
-            prepare(self._root)
+        if not self._pristine.exists():
+            prepare(self._pristine)
+        shutil.rmtree(self._root, ignore_errors=True)
+        shutil.copytree(self._pristine, self._root)
         only = self._arguments.targets.split(",") if self._arguments.targets else None
         chosen = [target for target in TARGETS if only is None or target.name in only]
         self._watch()
@@ -174,24 +193,21 @@ class Child:
             problem = self._run(target, folder)
             done += 1
             if isinstance(problem, dict):
-                defects.append(problem | {"case": {name: repr(data[:1500]) for name, data in case.items()}})
+                defects.append(problem | {"case": {name: repr(data[:CASE_SHOWN]) for name, data in case.items()}})
             refused += problem is not None
-            for name in case:
-                (folder / name).write_bytes(target.originals[name])
-            if target.name == "journal":
-                self._restore(target, folder)
+            self._restore(target, folder, case)
         growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         return {"inputs": done, "refused": refused, "defects": defects, "resident_growth": growth}
 
     @staticmethod
-    def _restore(target: Any, folder: Path) -> None:
-        """What a conversion removes that goes on or is refused."""
+    def _restore(target: Any, folder: Path, case: dict[str, bytes]) -> None:
+        """Put a folder back as it was; a conversion that goes on or is refused may have removed some or all of it."""
         folder.mkdir(exist_ok=True)
-        for file in folder.iterdir():
-            if file.name not in target.originals:
-                file.unlink()
-        for name, data in target.originals.items():
-            (folder / name).write_bytes(data)
+        there = {file.name for file in folder.iterdir()}
+        for name in there - target.originals.keys():
+            (folder / name).unlink()
+        for name in target.originals.keys() - (there - case.keys()):
+            (folder / name).write_bytes(target.originals[name])
 
     @staticmethod
     def _limit_memory() -> None:

@@ -14,9 +14,48 @@ from typing import Any
 Path = tuple[Any, ...]
 
 SCALARS: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2, 3, 7, 64, 1000, 2**16, 10**6, 10**9, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63), 10**4000),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        3,
+        7,
+        64,
+        1000,
+        2**16,
+        10**6,
+        10**9,
+        2**31,
+        2**53,
+        2**63,
+        2**64,
+        10**30,
+        -(2**63),
+        10**4000,
+    ),
     *(0.0, -0.5, 0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf),
-    *("", "x", "é", "\0", "..", "../../x", "/dev/zero", "a/b", "x" * 5000, "\ud800", "\U0001f600", "{}", "null", "1", "{e}", "%s"),
+    *(
+        "",
+        "x",
+        "é",
+        "\0",
+        "..",
+        "../../x",
+        "/dev/zero",
+        "a/b",
+        "x" * 5000,
+        "\ud800",
+        "\U0001f600",
+        "{}",
+        "null",
+        "1",
+        "{e}",
+        "%s",
+    ),
 )
 CANARY = "canary.Canary"
 HOSTILE: tuple[tuple[str, Any], ...] = (
@@ -89,8 +128,8 @@ def _edit(content: Any, rng: random.Random, hostile: bool) -> Any:
         return _without(content, place)
     if kind == 2:
         return _put(content, place, _get(content, rng.choice(places)))
-    if kind == 3 and isinstance(found, int | float) and not isinstance(found, bool):
-        return _put(content, place, rng.choice((found + 1, found - 1, -found, 2 * found, found * 1e6, str(found), found * 2**40)))
+    if kind == 3 and isinstance(found, int | float) and abs(found) < 1e9:
+        return _put(content, place, rng.choice((found + 1, found - 1, -found, 2 * found, found / 2, str(found), found * 2**20)))
     if kind == 4:
         return _put(content, place, rng.choice(([found], {"a": found}, [found] * 3, [], {})))
     if kind == 5 and isinstance(found, dict):
@@ -113,7 +152,9 @@ def edited_safetensors(data: bytes, rng: random.Random) -> bytes:
         # A tensor of other dtype or shape that still fits its bytes.
         content = json.loads(header)
         name = rng.choice([key for key in content if key != "__metadata__"])
-        dtype, width = rng.choice((("F64", 8), ("F32", 4), ("U16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("I8", 1), ("U64", 8), ("C64", 8)))
+        dtype, width = rng.choice(
+            (("F64", 8), ("F32", 4), ("U16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("I8", 1), ("U64", 8), ("C64", 8))
+        )
         begin, end = content[name]["data_offsets"]
         content[name] |= {"dtype": dtype, "shape": rng.choice(([(end - begin) // width], [1, (end - begin) // width, 1]))}
         header = json.dumps(content).encode()
@@ -139,9 +180,15 @@ def edited_bytes(data: bytes, rng: random.Random) -> bytes:
     if kind == 2:
         return data[:at] + data[at : at + rng.randrange(1, 64)] * rng.choice((2, 3, 100)) + data[at:]
     if kind == 3:
-        return data[:at] + rng.choice((b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"\\", b"{", b"\n", b"\r", b"\xef\xbb\xbf")) + data[at:]
+        return (
+            data[:at]
+            + rng.choice((b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"\\", b"{", b"\n", b"\r", b"\xef\xbb\xbf"))
+            + data[at:]
+        )
     if kind == 4:
-        return rng.choice((b"", b"\n", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>"))
+        return rng.choice(
+            (b"", b"\n", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>")
+        )
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         if changed:

@@ -61,6 +61,7 @@ class BugReported(Exception):
 def prepare(root: Path) -> None:
     """Make the files that every target starts from: a source, its conversion, an adapter, a journal, texts."""
     torch.manual_seed(0)
+    root.mkdir()
     source = root / "source"
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"](**SIZES))
     model.bfloat16().save_pretrained(source, max_shard_size="9KB")
