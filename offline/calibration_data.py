@@ -10,7 +10,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.device import CPU
-from smoothrot_offline.foreign_models import foreign_errors, load_config, load_tokenizer
+from smoothrot_offline.foreign_models import foreign_errors, load_config
+from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
 from smoothrot_vllm.errors import ConfigError
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to what transformers and tokenizers make of a directory of others: configurations, tokenizers, models.
+"""The one door to what transformers makes of a directory of others: configurations and models.
 
 Python code that a directory brings is never run and never asked about, pickles are never opened, and a directory is never a
-reason to use the network. Whatever these libraries raise becomes an error that names the file and what to do.
+reason to use the network. foreign_tokenizers.py is the same door's other half. Whatever transformers raises becomes an error that names the file and what to do.
 """
 
 import re
@@ -12,20 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from smoothrot_offline.checkpoint import CONFIG_NAME, TensorInfo, read_headers, side_files
+from smoothrot_offline.checkpoint import CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
-from smoothrot_vllm.foreign_files import read_json, refuse_pointer
+from smoothrot_vllm.foreign_files import read_json
 from smoothrot_vllm.format import QUANT_METHOD
 
 LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -35,16 +32,6 @@ MAX_COUNT = 1 << 16
 _COUNTS = re.compile(r"num_.*|n_(layer|head|routed_expert|shared_expert)s?|.*_(layers|heads|experts)")
 _SIZES = re.compile(r".*(_size|_dim)|n_embd|n_inner|d_model|d_ff")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-_TOKENIZER_NAME = "tokenizer.json"
-_TOKENIZER_JSON = (_TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-_SENTENCEPIECE = ("*.model", "*.spm")
-_PACKAGES = {
-    "sentencepiece": "sentencepiece",
-    "tiktoken": "tiktoken",
-    "protobuf": "protobuf",
-    "mistral_common": "mistral-common",
-    "mistral-common": "mistral-common",
-}
 _METHOD_PACKAGES = {
     "gptq": "gptqmodel optimum",
     "awq": "gptqmodel",
@@ -61,7 +48,7 @@ _METHOD_PACKAGES = {
 
 @contextmanager
 def explained(explain: Callable[[BaseException], SmoothRotError]) -> Iterator[None]:
-    """Turn whatever a library raises over a foreign file, panics of Rust included, into the error that ``explain`` makes of it."""
+    """Turn whatever a library raises over a foreign file, panics of Rust included, into what ``explain`` makes of it."""
     try:
         yield
     except (SmoothRotError, MemoryError):
@@ -124,22 +111,6 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         f"{path}: transformers {version('transformers')} does not read it", "Check model_type, or fetch it again."
     ):
         return AutoConfig.from_pretrained(directory, **LOCAL_ONLY)
-
-
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory; of one that brings its own code, the class that transformers has for it.
-
-    Raises:
-        CheckpointError: it has none that loads; the message names the file, and the package that is missing if one is.
-        UnsupportedModelError: only Python code that the directory brings would read it.
-    """
-    directory = Path(directory)
-    for file in side_files(directory):
-        refuse_pointer(file)
-    if (directory / CONFIG_NAME).exists():
-        load_config(directory)
-    with explained(lambda error: _tokenizer_error(directory, error)):
-        return AutoTokenizer.from_pretrained(directory, **LOCAL_ONLY)
 
 
 def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -224,52 +195,3 @@ def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield str(key), value
         if isinstance(value, dict):
             yield from _items(value)
-
-
-def _tokenizer_error(directory: Path, cause: BaseException) -> SmoothRotError:
-    """What is wrong with a tokenizer that did not load."""
-    contents = {}
-    for name in _TOKENIZER_JSON:
-        if (directory / name).exists():
-            try:
-                contents[name] = read_json(directory / name, "Fetch the tokenizer again.")
-            except CheckpointError as error:
-                return error
-    said = f"{directory}: cannot load a tokenizer"
-    own = contents.get("tokenizer_config.json", {}).get("auto_map")
-    if own and "trust_remote_code" in str(cause):
-        return UnsupportedModelError(
-            f"{said}: tokenizer_config.json needs its own Python code (auto_map: {own}), which is never run. Use a model with a "
-            f"{_TOKENIZER_NAME} that transformers reads."
-        )
-    if _TOKENIZER_NAME in contents:
-        path = directory / _TOKENIZER_NAME
-        try:
-            with foreign_errors(
-                f"{path}: the installed tokenizers {version('tokenizers')} does not read it",
-                "Fetch it again, or install the versions of tokenizers and transformers that wrote it.",
-            ):
-                Tokenizer.from_file(str(path))
-        except CheckpointError as error:
-            return error
-    stored = [file.name for pattern in _SENTENCEPIECE for file in directory.glob(pattern)]
-    missing = next((package for word, package in _PACKAGES.items() if word in str(cause)), None)
-    if missing is not None and not _installed(missing):
-        return CheckpointError(
-            f"{said}: {', '.join(stored) or 'it'} needs the package {missing}, which is not installed: pip install {missing}, or "
-            f"fetch {_TOKENIZER_NAME} beside the weights. ({one_line(cause)})"
-        )
-    if not contents and not stored:
-        return CheckpointError(
-            f"{said}: expected {_TOKENIZER_NAME} or tokenizer.model, found neither. Fetch it beside the weights."
-        )
-    return CheckpointError(f"{said}: {one_line(cause)}. Fetch {_TOKENIZER_NAME} beside the weights.")
-
-
-def _installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    try:
-        return find_spec({"protobuf": "google.protobuf"}.get(package, package.replace("-", "_"))) is not None
-    except (ImportError, ValueError):
-        return False

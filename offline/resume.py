@@ -7,6 +7,7 @@ name a finished piece of work with the file that holds it and its SHA-256. A tor
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, 
 from smoothrot_vllm.errors import CheckpointError, ResumeError
 from smoothrot_vllm.foreign_files import parse_json, read_tensors
 
+_FILE = re.compile(r"[\w-]{1,64}\.safetensors")
 KeptFile = dict[str, str]
 """A file of finished work: its name under ``file``, its SHA-256 under ``sha256``."""
 
@@ -204,9 +206,9 @@ class Journal:
                     )
 
     def _replay(self, entry: dict[str, Any]) -> None:
-        for kept in () if "done" in entry else (entry, entry.get("hidden")):
+        for kept in () if "done" in entry else (entry, entry["hidden"] if "layer" in entry else None):
             # Files are renamed and removed by these names.
-            if kept is not None and (Path(kept["file"]).name != kept["file"] or not isinstance(kept["sha256"], str)):
+            if kept is not None and not (_FILE.fullmatch(kept["file"]) and isinstance(kept["sha256"], str)):
                 raise ValueError(f"expected a plain file name and a SHA-256, got {kept['file']!r}, {kept['sha256']!r}")
         if "decisions" in entry:
             self.decisions = entry

@@ -22,7 +22,8 @@ MAX_JSON_BYTES = 256 << 20
 """Of one JSON document: several times the manifest of the largest mixture of experts."""
 MAX_DEPTH = 64
 """Objects and lists inside each other in a JSON document; what works on it later may recurse."""
-MAX_INTEGER_BITS = 64
+MAX_INTEGER_BITS = 128
+"""Tokenizers without a limit write 10**30 as their longest text."""
 _LFS_SPEC = b"version https://git-lfs.github.com/spec/v"
 _LFS_POINTER_BYTES = 1024
 """Git LFS keeps its pointers below this."""

@@ -89,7 +89,7 @@ def _count_experts(experts: Experts, parsed: PreTrainedConfig, layers: int) -> i
     count, chosen = _size(parsed, experts.count), parsed.num_experts_per_tok
     if layers * count > MAX_EXPERTS:
         raise UnsupportedModelError(
-            f"config.json: {experts.count}: expected at most {MAX_EXPERTS} experts in all layers, got {count} in each of {layers}."
+            f"config.json: {experts.count}: expected at most {MAX_EXPERTS} in all layers, got {count} in each of {layers}."
         )
     if type(chosen) is not int or not 1 <= chosen <= count:
         raise UnsupportedModelError(

@@ -90,7 +90,7 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
                 if code:
                     kind = "hang" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
                     where = f"{target}: {kind} {code} in round {rounds}"
-                    text = said.read()[-3000:]
+                    text = said.read().partition("Extension modules:")[0][-3000:]
                     defects[where] = {"where": where, "target": target, "error": text, "times": 1, "case": _changed(root)}
                     if target == "start":
                         break

@@ -87,6 +87,9 @@ HOSTILE: tuple[tuple[str, Any], ...] = (
     ("chat_template", "{% for i in range(10 ** 9) %}{{ ''.__class__.__mro__ }}{% endfor %}"),
     ("custom_generate", "canary"),
 )
+DTYPES = (("F64", 8), ("F32", 4), ("U16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("I8", 1), ("U64", 8), ("C64", 8))
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+_PIECES = (b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"\\", b"{", b"\n", b"\r", b"\xef\xbb\xbf")
 _NUMBERS = (b"0", b"-1", b"1e999", b"99999999999999999999", b"NaN")
 
 
@@ -180,11 +183,7 @@ def edited_bytes(data: bytes, rng: random.Random) -> bytes:
     if kind == 2:
         return data[:at] + data[at : at + rng.randrange(1, 64)] * rng.choice((2, 3, 100)) + data[at:]
     if kind == 3:
-        return (
-            data[:at]
-            + rng.choice((b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"\\", b"{", b"\n", b"\r", b"\xef\xbb\xbf"))
-            + data[at:]
-        )
+        return data[:at] + rng.choice(_PIECES) + data[at:]
     if kind == 4:
         return rng.choice(
             (b"", b"\n", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>")

@@ -23,7 +23,7 @@ from smoothrot_offline.cli import app
 from smoothrot_offline.config import make_config, make_schema
 from smoothrot_offline.convert import convert
 from smoothrot_offline.decide import unpack_decisions
-from smoothrot_offline.foreign_models import load_tokenizer
+from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.inspect import inspect
 from smoothrot_offline.lora import convert_adapter
 from smoothrot_offline.model import SmoothRotHfConfig, load_model
