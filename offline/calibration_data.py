@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.checkpoint import Checkpoint, fetch_side_files
 from smoothrot_offline.device import CPU
 from smoothrot_offline.foreign_models import foreign_errors, load_config
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
@@ -23,11 +23,14 @@ _BOS_FAMILIES = ("gemma",)
 
 
 def check_text(checkpoint: Checkpoint, calib: str) -> None:
-    """Refuse to let a model generate its own text that cannot be run as it is stored.
+    """Refuse a text that the model cannot read, and one that it is to write but cannot be run for as it is stored.
 
     Raises:
         ConfigError: its weights are FP8.
+        CheckpointError: its tokenizer, which a text needs, does not load.
     """
+    if calib != GENERATED:
+        load_tokenizer(checkpoint.path if checkpoint.path.is_dir() else fetch_side_files(str(checkpoint.path)))
     if calib == GENERATED and checkpoint.scales:
         raise ConfigError(
             f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8 weights, which are only read a "

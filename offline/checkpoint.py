@@ -133,6 +133,18 @@ def resolve_source(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
 
 
+def fetch_side_files(model: str) -> Path:
+    """Directory of what a hub model has beside its weights: tokenizer, settings, templates.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(model):
+        return Path(snapshot_download(model, allow_patterns=list(SIDE_FILES)))
+
+
 def open_headers(model: str) -> Checkpoint:
     """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight is fetched.
 

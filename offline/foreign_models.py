@@ -2,7 +2,8 @@
 """The one door to what transformers makes of a directory of others: configurations and models.
 
 Python code that a directory brings is never run and never asked about, pickles are never opened, and a directory is never a
-reason to use the network. foreign_tokenizers.py is the same door's other half. Whatever transformers raises becomes an error that names the file and what to do.
+reason to use the network. Whatever transformers raises becomes an error that names the file and what to do.
+foreign_tokenizers.py is the same door's other half.
 """
 
 import re
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
@@ -102,7 +105,7 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
     found = read_json(path, "Fetch the checkpoint again.")
     _check_counts(found)
     _refuse_indirections(path, found)
-    if "auto_map" in found and found.get("model_type") not in set(CONFIG_MAPPING):
+    if "auto_map" in found and str(found.get("model_type")) not in set(CONFIG_MAPPING):
         raise UnsupportedModelError(
             f"{path}: model_type {found.get('model_type')!r} needs its own Python code (auto_map: {found['auto_map']}), which is "
             "never run. Use a model whose architecture transformers itself implements."
@@ -125,6 +128,13 @@ def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) ->
         CheckpointError: weights are missing, damaged or only there as pickles, or do not fit the configuration.
         ConfigError: the model is quantised by a method whose package is not installed.
     """
+    method = quantization_method(directory)
+    # bitsandbytes is there once for 4 and once for 8 bits.
+    if method is not None and method not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+        raise ConfigError(
+            f"{directory}: quantization_config: quant_method: expected a method that transformers has, got {method!r}, whose "
+            "weights it would take for plain ones. Give the 16-bit model."
+        )
     headers = read_headers(directory)
     _check_sizes(directory / CONFIG_NAME, headers)
     if (directory / "adapter_config.json").exists():
@@ -140,16 +150,46 @@ def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) ->
     return model, info
 
 
+def quantization_method(directory: Path) -> str | None:
+    """``quant_method`` of a directory's ``config.json``, None for one that is not quantised.
+
+    Raises:
+        CheckpointError: ``config.json`` cannot be read, or has a ``quantization_config`` without a method.
+    """
+    found = read_json(directory / CONFIG_NAME, "Fetch the checkpoint again.").get("quantization_config")
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(method, str):
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: quantization_config: expected an object with a quant_method, got {found!r}. "
+            "Fetch it again."
+        )
+    return method
+
+
+def sixteen_bit_bytes(directory: Path) -> int:
+    """Bytes of a model of any family with 16 bits for each parameter, however its weights are stored; none is read.
+
+    Raises:
+        CheckpointError: see :func:`load_config`.
+    """
+    config = load_config(directory)
+    with foreign_errors(f"{directory}: cannot make the model", "Fetch the model again."), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # A head that is the embedding comes once.
+    return 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
 def _model_error(directory: Path, cause: BaseException) -> SmoothRotError:
     """What is wrong with a model that did not load."""
-    quantization = read_json(directory / CONFIG_NAME).get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method is None or method == QUANT_METHOD:
+    method = quantization_method(directory)
+    if method is None or method == QUANT_METHOD or not isinstance(cause, ImportError):
         return CheckpointError(f"{directory}: cannot load the model: {one_line(cause)}. Fetch or convert the model again.")
-    packages = _METHOD_PACKAGES.get(str(method))
+    packages = _METHOD_PACKAGES.get(method, "")
     return ConfigError(
         f"{directory}: quantised by another method, quant_method {method!r}, which transformers does not run here: "
-        f"{one_line(cause)}. Install what it needs{f' (pip install {packages})' if packages else ''}, or give the 16-bit model."
+        f"{one_line(cause)} Install what it needs{packages and f' (pip install {packages})'}, or give the 16-bit model."
     )
 
 
@@ -170,8 +210,8 @@ def _refuse_indirections(path: Path, config: Mapping[str, Any]) -> None:
 
 def _check_counts(config: Mapping[str, Any]) -> None:
     for key, value in _items(config):
-        if _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > MAX_COUNT:
-            raise UnsupportedModelError(f"config.json: {key}: expected at most {MAX_COUNT}, got {value}. Fetch it again.")
+        if _COUNTS.fullmatch(key) and isinstance(value, int | float) and not 0 <= value <= MAX_COUNT:
+            raise UnsupportedModelError(f"config.json: {key}: expected 0 to {MAX_COUNT}, got {value}. Fetch it again.")
 
 
 def _check_sizes(path: Path, headers: Mapping[str, TensorInfo]) -> None:

@@ -156,6 +156,12 @@ def load_model(
             f"{directory}: expected a tensor for each parameter of {type(model).__name__}, "
             f"missing {sorted(info['missing_keys'])}. Fetch or convert the model again."
         )
+    # Old checkpoints carry the rotary tables, which every loader recomputes.
+    if unused := sorted(name for name in info["unexpected_keys"] if not name.endswith(".rotary_emb.inv_freq")):
+        raise CheckpointError(
+            f"{directory}: tensor {unused[0]} (one of {len(unused)}) has no place in {type(model).__name__} as config.json "
+            "describes it: it would be another model without. Fetch configuration and weights of the same model."
+        )
     return model.to(device).eval()
 
 

@@ -154,7 +154,7 @@ class Child:
                 # Whole shares over many rounds: the slowest targets get an input in some rounds only.
                 rng = random.Random(f"{self._arguments.seed}/{number}/{target.name}")
                 size = share * BATCH * 10
-                size = min(left, int(size) + (rng.random() < size % 1), 20 if number < 2 else BATCH * 10)
+                size = min(left, int(size) + (rng.random() < size % 1), 20 if number < 1 else BATCH * 10)
                 self._say({"target": target.name, "round": number})
                 self._say({"target": target.name, "round": number, **self._batch(target, rng, size, ends)})
                 left -= size

@@ -65,7 +65,7 @@ HOSTILE: tuple[tuple[str, Any], ...] = (
     ("auto_map", CANARY),
     ("auto_map", {"AutoConfig": "some-org/some-model--canary.Canary"}),
     ("trust_remote_code", True),
-    ("model_type", "canary"),
+    ("model_type", "own_model"),
     ("tokenizer_class", "Canary"),
     ("tokenizer_class", "LlamaTokenizer"),
     ("attn_implementation", "some-org/some-kernel"),

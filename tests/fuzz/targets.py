@@ -88,7 +88,7 @@ def _journal(folder: Path, manifest: bytes) -> None:
     folder.mkdir()
     save_file({"a": torch.ones(2)}, folder / "resume-layer-00000.safetensors")
     kept = {"file": "resume-layer-00000.safetensors", "sha256": file_digest(folder / "resume-layer-00000.safetensors")}
-    study = {"smoothing": None, "clips": {}, "sensitivity": {}, "experts": []}
+    study: dict[str, Any] = {"smoothing": None, "clips": {}, "sensitivity": {}, "experts": []}
     facts = {"seed": 0, "studies": [study], "learned": None, "schema": parse_schema({"format_version": 1}).model_dump()}
     entries = [
         {"identity": IDENTITY},
@@ -258,7 +258,7 @@ def run_journal(folder: Path) -> None:
 
 
 def run_texts(folder: Path) -> None:
-    _quietly(*(lambda file=file: read_text(file) for file in sorted(folder.iterdir())))  # type: ignore[misc]
+    _quietly(*(lambda file=file: read_text(file) for file in sorted(folder.iterdir())))
 
 
 def run_tokenizer(folder: Path) -> None:
@@ -295,18 +295,18 @@ def _restore(target: Target, folder: Path, name: str) -> None:
 SOURCE_FILES = ("config.json", "*.index.json", "*.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
 CONVERTED_FILES = ("config.json", "*.index.json", "*.safetensors", "smoothrot_manifest.json")
-TRANSFORM = Target("transform", 0.02, "converted", _one_of("*.st"), run_transform)
+TRANSFORM = Target("transform", 0.01, "converted", _one_of("*.st"), run_transform)
 TARGETS = (
-    Target("quantization_config", 0.30, "converted", _one_of("config.json", hostile=False), run_schema),
-    Target("plugin", 0.05, "converted", _one_of("config.json", hostile=False), run_plugin),
+    Target("quantization_config", 0.42, "converted", _one_of("config.json", hostile=False), run_schema),
+    Target("plugin", 0.03, "converted", _one_of("config.json", hostile=False), run_plugin),
     Target("model_config", 0.16, "source", _one_of("config.json"), run_model_config),
-    Target("source", 0.20, "source", _one_of(*SOURCE_FILES), run_source),
-    Target("converted", 0.04, "converted", _one_of(*CONVERTED_FILES), run_converted),
+    Target("source", 0.12, "source", _one_of(*SOURCE_FILES), run_source),
+    Target("converted", 0.02, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,
-    Target("adapter", 0.03, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
-    Target("journal", 0.05, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal),
-    Target("calibration_text", 0.14, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
-    Target("tokenizer", 0.006, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
+    Target("adapter", 0.015, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
+    Target("journal", 0.025, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal),
+    Target("calibration_text", 0.1965, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
+    Target("tokenizer", 0.004, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
     Target("load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load),
     Target("load_converted", 0.001, "converted", _one_of(*CONVERTED_FILES), run_load),
     Target("commands_source", 0.0005, "source", _one_of(*SOURCE_FILES, *TOKENIZER_FILES), run_commands),
