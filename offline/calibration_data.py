@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens: from a text file, from text the model writes itself, or from a hub data set."""
 
-import json
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from smoothrot_offline.foreign_models import foreign_errors, load_config
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
 from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.foreign_files import parse_json
 
 GENERATED = "generated"
 _GENERATION_BATCH = 32
@@ -85,7 +85,7 @@ def read_text(path: str | Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
         if path.suffix == ".jsonl":
-            return " ".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
+            return " ".join(parse_json(line.encode())["text"] for line in text.split("\n") if line.strip())
         return text
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -60,6 +60,7 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     counts: Counter[str] = Counter()
     refused: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
     defects: dict[str, dict[str, Any]] = {}
     rounds, growth = 0, 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
@@ -81,6 +82,7 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
                     target, rounds = found["target"], found["round"]
                     counts[target] += found.get("inputs", 0)
                     refused[target] += found.get("refused", 0)
+                    seconds[target] += found.get("processor_seconds", 0)
                     growth = max(growth, found.get("resident_growth", 0))
                     for defect in found.get("defects", []):
                         known = defects.setdefault(defect["where"], {**defect, "times": 0})
@@ -105,6 +107,7 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
         "resident_growth_bytes": growth,
         "inputs_by_target": dict(counts),
         "refused_by_target": dict(refused),
+        "processor_seconds_by_target": {name: round(spent, 1) for name, spent in seconds.items()},
         "defects": list(defects.values()),
     }
 
@@ -183,6 +186,7 @@ class Child:
     def _batch(self, target: Any, rng: random.Random, size: int, ends: float) -> dict[str, Any]:
         folder = target.load(self._root)
         self._limit_memory()
+        started = time.process_time()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         done = refused = 0
         defects = []
@@ -197,7 +201,8 @@ class Child:
             refused += problem is not None
             self._restore(target, folder, case)
         growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-        return {"inputs": done, "refused": refused, "defects": defects, "resident_growth": growth}
+        spent = time.process_time() - started
+        return {"inputs": done, "refused": refused, "defects": defects, "resident_growth": growth, "processor_seconds": spent}
 
     @staticmethod
     def _restore(target: Any, folder: Path, case: dict[str, bytes]) -> None:
