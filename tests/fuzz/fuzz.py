@@ -142,7 +142,9 @@ class Child:
             faulthandler.register(number, chain=True)
         sys.path.insert(0, str(Path(__file__).parents[1]))
         from targets import TARGETS, prepare
+        from transformers.utils import logging
 
+        logging.set_verbosity(logging.CRITICAL)
         if not self._pristine.exists():
             prepare(self._pristine)
         shutil.rmtree(self._root, ignore_errors=True)

@@ -297,15 +297,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 CONVERTED_FILES = ("config.json", "*.index.json", "*.safetensors", "smoothrot_manifest.json")
 TRANSFORM = Target("transform", 0.01, "converted", _one_of("*.st"), run_transform)
 TARGETS = (
-    Target("quantization_config", 0.42, "converted", _one_of("config.json", hostile=False), run_schema),
+    Target("quantization_config", 0.48, "converted", _one_of("config.json", hostile=False), run_schema),
     Target("plugin", 0.03, "converted", _one_of("config.json", hostile=False), run_plugin),
-    Target("model_config", 0.16, "source", _one_of("config.json"), run_model_config),
-    Target("source", 0.12, "source", _one_of(*SOURCE_FILES), run_source),
+    Target("model_config", 0.12, "source", _one_of("config.json"), run_model_config),
+    Target("source", 0.08, "source", _one_of(*SOURCE_FILES), run_source),
     Target("converted", 0.02, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,
     Target("adapter", 0.015, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
     Target("journal", 0.025, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal),
-    Target("calibration_text", 0.1965, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
+    Target("calibration_text", 0.2165, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
     Target("tokenizer", 0.004, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
     Target("load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load),
     Target("load_converted", 0.001, "converted", _one_of(*CONVERTED_FILES), run_load),

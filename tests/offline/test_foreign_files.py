@@ -99,6 +99,16 @@ def test_code_of_a_model_is_never_run_nor_asked_about(source: Path, command: str
         assert result.exit_code == 0, result.output
 
 
+def test_code_of_a_family_that_transformers_has_too_is_never_run(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "model", "phi3")
+    (source / "canary.py").write_text(CANARY_CODE)
+    edit(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM", "AutoModel": CANARY})
+    result = invoke(*commands(source)["run"], "--scales", "max")
+    assert not (source / "ran").exists()
+    assert "Do you wish to run" not in result.output
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
 def test_kernels_of_a_hub_are_refused(source: Path, key: str) -> None:
     edit(source / "config.json", **{key: "some-org/some-kernel"})
@@ -318,8 +328,12 @@ def test_an_endless_text_of_a_tokenizer_is_no_reason_to_refuse(source: Path) -> 
     assert load_config(source).model_type == "llama"
 
 
-EXPECTED_LOADS = [("offline/resume.py", "json.loads"), ("offline/workers.py", "pickle.loads")]
-"""What the same process has just written: the journal's identity, and a worker's job."""
+EXPECTED_LOADS = [
+    ("offline/calibrate.py", "AutoModel.from_config"),
+    ("offline/resume.py", "json.loads"),
+    ("offline/workers.py", "pickle.loads"),
+]
+"""A layer of a configuration that went through the door, and what the same process has just written."""
 DOORS = ("foreign_files.py", "foreign_models.py", "foreign_tokenizers.py")
 
 
@@ -343,6 +357,6 @@ def test_every_load_goes_through_the_door() -> None:
 def test_no_load_leaves_code_of_others_to_a_question(folder: str) -> None:
     for file in (REPOSITORY / folder).rglob("*.py"):
         for call in called(file):
-            if ast.unparse(call.func).endswith(".from_pretrained"):
+            if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(call.func)):
                 options = [ast.unparse(option) for option in call.keywords]
                 assert {"trust_remote_code=False", "**LOCAL_ONLY"} & set(options), f"{file}:{call.lineno}"
