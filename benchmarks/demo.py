@@ -96,7 +96,7 @@ def main() -> int:
 def run(model: str | None) -> None:
     """The steps of the demo, in order."""
     source = locate(model)
-    context = min(CONTEXT, AutoConfig.from_pretrained(source).max_position_embeddings)
+    context = min(CONTEXT, AutoConfig.from_pretrained(source, trust_remote_code=False).max_position_embeddings)
     serve = ["--max-model-len", str(context)]
     OUTPUT.mkdir(exist_ok=True)
     converted = OUTPUT / f"{source.name}-w4a8"

@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 @torch.inference_mode()
 def reference_answers(directory: Path, count: int) -> dict[tuple[int, ...], list[int]]:
     """Greedy continuations by prompt, each as far as no call is close."""
-    model, tokenizer = load_model(directory, torch.float32), AutoTokenizer.from_pretrained(directory)
+    model, tokenizer = load_model(directory, torch.float32), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     noise = torch.Generator().manual_seed(0)
     answers, largest_change = {}, 0.0
     for number in range(count):

@@ -93,7 +93,11 @@ class LayerRunner:
                 setattr(config, setting, [getattr(config, setting)[index]])
         with torch.device("meta"):
             model: PreTrainedModel = AutoModel.from_config(
-                config, attn_implementation=self._spec.architecture.attention, dtype=torch.float32
+                config,
+                attn_implementation=self._spec.architecture.attention,
+                dtype=torch.float32,
+                # The configuration may name code of the directory's own, in place of which this is.
+                trust_remote_code=False,
             )
         separate_experts(model.get_submodule("layers"), self._spec.architecture, config)
         return model

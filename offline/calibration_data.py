@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration tokens: from a text file, from text the model writes itself, or from a hub data set."""
 
-import json
 import re
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from smoothrot_offline.checkpoint import Checkpoint
+from smoothrot_offline.checkpoint import Checkpoint, fetch_side_files
 from smoothrot_offline.device import CPU
+from smoothrot_offline.foreign_models import foreign_errors, load_config
+from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
-from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.foreign_files import parse_json
 
 GENERATED = "generated"
 _GENERATION_BATCH = 32
@@ -28,11 +23,14 @@ _BOS_FAMILIES = ("gemma",)
 
 
 def check_text(checkpoint: Checkpoint, calib: str) -> None:
-    """Refuse to let a model generate its own text that cannot be run as it is stored.
+    """Refuse a text that the model cannot read, and one that it is to write but cannot be run for as it is stored.
 
     Raises:
         ConfigError: its weights are FP8.
+        CheckpointError: its tokenizer, which a text needs, does not load.
     """
+    if calib != GENERATED:
+        load_tokenizer(checkpoint.path if checkpoint.path.is_dir() else fetch_side_files(str(checkpoint.path)))
     if calib == GENERATED and checkpoint.scales:
         raise ConfigError(
             f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8 weights, which are only read a "
@@ -87,7 +85,7 @@ def read_text(path: str | Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8")
         if path.suffix == ".jsonl":
-            return " ".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
+            return " ".join(parse_json(line.encode())["text"] for line in text.split("\n") if line.strip())
         return text
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -95,33 +93,21 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
-def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory.
-
-    Raises:
-        CheckpointError: it has none that loads.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{model_dir}: cannot load a tokenizer: {error}. Fetch tokenizer.json beside the weights."
-        ) from error
-
-
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> torch.Tensor:
     """Int64 tokens ``(n,)`` of the whole text at once, with what the tokenizer puts around a text if asked."""
-    return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
+    with foreign_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the text", "Fetch the tokenizer again."):
+        return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself begins a text with ``<bos>``."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenize(tokenizer, "a", special_tokens=True)[:1].tolist() == [bos]
 
 
 def family_needs_bos(model_dir: str | Path) -> bool:
     """Whether the model is of a family that must see ``<bos>`` before every text, whatever its tokenizer does."""
-    return AutoConfig.from_pretrained(model_dir, local_files_only=True).model_type.startswith(_BOS_FAMILIES)
+    return load_config(model_dir).model_type.startswith(_BOS_FAMILIES)
 
 
 def _draw_windows(tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None) -> torch.Tensor:

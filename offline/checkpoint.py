@@ -2,7 +2,6 @@
 """Open a Hugging Face checkpoint, check it from its headers, and read it a few tensors at a time."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from smoothrot_offline.device import CPU
 from smoothrot_offline.fp8 import FP8, SCALE_SUFFIX, block_shape, check_scale, dequantize, is_fp8
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.foreign_files import read_header, read_json, read_tensors, refuse_pointer
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -34,6 +33,7 @@ DTYPES = {
 }
 _SOURCE_DTYPES = ("BF16", "F16", "F32")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADVICE = "Fetch the checkpoint again."
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -93,13 +93,7 @@ class Checkpoint:
             by_file.setdefault((self.scales.get(name) or self.info(name)).file, []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
-            try:
-                with safe_open(self.path / file, framework="pt") as handle:
-                    loaded |= {name: handle.get_tensor(name) for name in members}
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{self.path / file}: reading {', '.join(members)}: {error}. Fetch the file again."
-                ) from error
+            loaded |= read_tensors(self.path / file, _ADVICE, members)
         for name, tensor in loaded.items():
             if count := _count_not_finite(tensor):
                 file = (self.scales.get(name) or self.info(name)).file
@@ -139,6 +133,18 @@ def resolve_source(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
 
 
+def fetch_side_files(model: str) -> Path:
+    """Directory of what a hub model has beside its weights: tokenizer, settings, templates.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(model):
+        return Path(snapshot_download(model, allow_patterns=list(SIDE_FILES)))
+
+
 def open_headers(model: str) -> Checkpoint:
     """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight is fetched.
 
@@ -150,7 +156,7 @@ def open_headers(model: str) -> Checkpoint:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
     with _hub_errors(model):
-        config = read_json(Path(hf_hub_download(model, CONFIG_NAME)))
+        config = read_json(Path(hf_hub_download(model, CONFIG_NAME)), _ADVICE)
         files = get_safetensors_metadata(model).files_metadata
     headers = {
         name: TensorInfo(file, info.dtype, tuple(info.shape))
@@ -166,9 +172,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, truncated or malformed, or the weights are not safetensors.
     """
-    config = read_json(path / CONFIG_NAME)
+    return _with_scales(Checkpoint(path, read_json(path / CONFIG_NAME, _ADVICE), read_headers(path)))
+
+
+def read_headers(path: Path) -> dict[str, TensorInfo]:
+    """What the headers of a directory's safetensors files, single or with an index, say; no weight is read.
+
+    Raises:
+        CheckpointError: as :func:`open_checkpoint`; or a file beside the weights is a Git LFS pointer.
+    """
+    for file in side_files(path):
+        refuse_pointer(file)
     if (path / SINGLE_NAME).is_file():
-        return _with_scales(Checkpoint(path, config, _read_header(path, SINGLE_NAME)))
+        return _read_header(path, SINGLE_NAME)
     if not (path / INDEX_NAME).is_file():
         pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
         if pickles:
@@ -177,10 +193,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 "Save the model as safetensors first (transformers: save_pretrained)."
             )
         raise CheckpointError(f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.")
-    weight_map = read_json(path / INDEX_NAME).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    weight_map = read_json(path / INDEX_NAME, _ADVICE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX_NAME}: expected an object weight_map from tensor names to file names.")
-    headers = {}
+    headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{path / INDEX_NAME}: weight_map: expected plain file names, got {file!r}.")
@@ -188,7 +204,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, file in weight_map.items():
         if name not in headers[file]:
             raise CheckpointError(f"{path / INDEX_NAME}: tensor {name} should be in {file}, whose header does not list it.")
-    return _with_scales(Checkpoint(path, config, {name: headers[file][name] for name, file in weight_map.items()}))
+    return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()) -> None:
@@ -220,23 +236,6 @@ def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
             f"{checkpoint.path / info.file}: tensor {unknown[0]} (one of {len(unknown)}) has no place in this "
             "architecture: converting without it would change the model. Check model_type and the bias flags in config.json."
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: the file is missing.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def side_files(path: Path) -> list[Path]:
@@ -309,11 +308,4 @@ def _hub_errors(model: str) -> Iterator[None]:
 
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(path / file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path / file}: the file is missing. Fetch the checkpoint again.") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path / file}: not a whole safetensors file: {error}. Fetch it again.") from error
+    return {name: TensorInfo(file, found.dtype, found.shape) for name, found in read_header(path / file, _ADVICE).items()}

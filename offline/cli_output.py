@@ -48,6 +48,10 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         if debug:
             raise
         refuse([str(error)])
+    except MemoryError as error:
+        if debug:
+            raise
+        refuse([f"expected more memory than this process can get: {error}. Free some, or use a machine with more."])
     except Exception as error:
         if debug:
             raise

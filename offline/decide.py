@@ -23,6 +23,8 @@ from smoothrot_offline.smooth import LayerScales
 from smoothrot_offline.smooth.norms import smooth_norms
 from smoothrot_offline.study import LayerStudy, Study
 from smoothrot_offline.transform import ModelTransform
+from smoothrot_offline.write import JOURNAL_NAME
+from smoothrot_vllm.errors import ResumeError
 from smoothrot_vllm.format import QuantizationSchema
 
 _log = logging.getLogger(__name__)
@@ -174,7 +176,22 @@ def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Te
 def unpack_decisions(
     facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
 ) -> Decisions:
-    """The decisions that :func:`pack_decisions` packed."""
+    """The decisions that :func:`pack_decisions` packed.
+
+    Raises:
+        ResumeError: they are not of that form.
+    """
+    try:
+        return _unpacked(facts, tensors, spec, config)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # pydantic's is a ValueError
+        reason = " ".join(repr(error).split())
+        raise ResumeError(
+            f"{JOURNAL_NAME}: decisions: expected what an interrupted conversion wrote: {reason}. Remove the partial output to "
+            "start over."
+        ) from error
+
+
+def _unpacked(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig) -> Decisions:
     transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
     if "residual" in tensors:
         transform = replace(transform, residual=DenseRotation(tensors["residual"]))

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from smoothrot_offline.calibration_data import family_needs_bos, load_tokenizer, read_text, tokenize
+from smoothrot_offline.calibration_data import family_needs_bos, read_text, tokenize
 from smoothrot_offline.device import CPU, computing_on
+from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
 from smoothrot_offline.progress import ProgressCallback, no_progress, progress_bar
 from smoothrot_vllm.errors import ConfigError

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from smoothrot_offline.checkpoint import file_digest, read_json
+from smoothrot_offline.checkpoint import file_digest
 from smoothrot_offline.rotate import head_rotations, on_last_rows, random_signs
 from smoothrot_offline.transform_record import RecordedTransform, read_transform
 from smoothrot_offline.write import OutputDirectory
 from smoothrot_vllm.adapters import BASE_KEY, CONFIG_NAME
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from smoothrot_vllm.foreign_files import read_json, read_tensors
 from smoothrot_vllm.format import TRANSFORM_NAME
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+_ADVICE = "Save or download the adapter again."
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -133,7 +133,7 @@ def transform_factors(
 
 
 def _plain_config(adapter: Path) -> dict[str, Any]:
-    config = read_json(adapter / CONFIG_NAME)
+    config = read_json(adapter / CONFIG_NAME, _ADVICE)
     if BASE_KEY in config:
         raise ConfigError(f"{adapter}: already transformed ({BASE_KEY} in {CONFIG_NAME}). Give the adapter it was made from.")
     for key, plain in _PLAIN.items():
@@ -157,10 +157,7 @@ def _read_factors(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: expected the adapter's tensors, found no such file. Save the adapter with safe_serialization; pickles are "
             "never read."
         )
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read: {error}. Save or download the adapter again.") from error
+    return read_tensors(path, _ADVICE)
 
 
 def _modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:

@@ -11,9 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from smoothrot_offline.checkpoint import DTYPES, read_json
+from smoothrot_offline.checkpoint import DTYPES
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.foreign_files import read_json
 from smoothrot_vllm.format import MANIFEST_NAME
 
 PACKAGES = ("smoothrot-vllm", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -152,7 +153,7 @@ def read_manifest(directory: Path) -> Manifest:
         CheckpointError: there is none, or it is not valid.
     """
     path = directory / MANIFEST_NAME
-    content = read_json(path)
+    content = read_json(path, "Copy the directory again, or convert the model again.")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:

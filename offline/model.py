@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,8 +19,10 @@ from smoothrot_offline.architectures import SUPPORTED
 from smoothrot_offline.checkpoint import DTYPES
 from smoothrot_offline.device import CPU
 from smoothrot_offline.experts import separate_experts
+from smoothrot_offline.foreign_models import load_causal_lm, load_config
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.foreign_files import read_header
 from smoothrot_vllm.format import QUANT_METHOD, WEIGHT_SCALE, LinearScheme, parse_schema, weight_tensors
 
 Kernels = Literal["compiled", "reference"]
@@ -140,31 +141,26 @@ def load_model(
     Raises:
         CheckpointError: config.json or a tensor is missing, unexpected, of the wrong shape or dtype, or holds
             unusable values.
-        ConfigError: ``quantization_config`` is not valid.
+        ConfigError: ``quantization_config`` is not valid, or names a method whose package is not installed.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: expected a model directory, which holds a config.json; there is none.")
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        quantization = getattr(config, "quantization_config", {})
-        if quantization.get("quant_method") == QUANT_METHOD:
-            config.quantization_config = {**quantization, "kernels": kernels if device.type == "cpu" else "reference"}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype or "auto",
-            attn_implementation=_attention(config),
-            output_loading_info=True,
-            local_files_only=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot load the model: {error}") from error
-    model, info = loaded
+    config = load_config(directory)
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        config.quantization_config = {**quantization, "kernels": kernels if device.type == "cpu" else "reference"}
+    model, info = load_causal_lm(directory, config, dtype=dtype or "auto", attn_implementation=_attention(config))
     if info["missing_keys"]:
         raise CheckpointError(
             f"{directory}: expected a tensor for each parameter of {type(model).__name__}, "
             f"missing {sorted(info['missing_keys'])}. Fetch or convert the model again."
+        )
+    # Old checkpoints carry the rotary tables, which every loader recomputes.
+    if unused := sorted(name for name in info["unexpected_keys"] if not name.endswith(".rotary_emb.inv_freq")):
+        raise CheckpointError(
+            f"{directory}: tensor {unused[0]} (one of {len(unused)}) has no place in {type(model).__name__} as config.json "
+            "describes it: it would be another model without. Fetch configuration and weights of the same model."
         )
     return model.to(device).eval()
 
@@ -203,13 +199,8 @@ def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     """Compare the files' headers with the model: names, shapes, and the dtypes of codes and scales."""
     found: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    piece = tensors.get_slice(name)
-                    found[name] = (tuple(piece.get_shape()), DTYPES.get(piece.get_dtype()))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: cannot read the safetensors header: {error}. Convert the model again.") from error
+        for name, stored in read_header(Path(file), "Convert the model again.").items():
+            found[name] = (stored.shape, DTYPES.get(stored.dtype))
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:

@@ -7,22 +7,22 @@ name a finished piece of work with the file that holds it and its SHA-256. A tor
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, side_files
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.device import device_kind
 from smoothrot_offline.manifest import LayerRecord, TensorRecord, package_versions
 from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, write_tensors, writing
-from smoothrot_vllm.errors import ResumeError
+from smoothrot_vllm.errors import CheckpointError, ResumeError
+from smoothrot_vllm.foreign_files import parse_json, read_tensors
 
+_FILE = re.compile(r"[\w-]{1,64}\.safetensors")
 KeptFile = dict[str, str]
 """A file of finished work: its name under ``file``, its SHA-256 under ``sha256``."""
 
@@ -99,7 +99,7 @@ class Journal:
         try:
             for entry in entries[1:]:
                 self._replay(entry)
-        except (KeyError, TypeError, ValidationError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # ValidationError is a ValueError
             reason = " ".join(repr(error).split())
             raise ResumeError(f"{self._path}: expected finished pieces of work: {reason}. {self._advice()}") from error
 
@@ -136,6 +136,8 @@ class Journal:
         if self._in_shards(entry):
             return {}
         stored = self._load(entry)
+        if stored.keys() != set(entry["tensors"]):
+            raise ResumeError(f"{self._path}: layer {index}: expected the tensors of {entry['file']}. {self._advice()}")
         # A file's tensors come in another order, which would move the limits of shards.
         return {name: stored[name] for name in entry["tensors"]}
 
@@ -178,7 +180,7 @@ class Journal:
             if whole != data:
                 os.truncate(self._path, len(whole))
         try:
-            entries = [json.loads(line) for line in whole.splitlines()]
+            entries = [parse_json(line) for line in whole.splitlines()]
         except ValueError as error:
             raise ResumeError(f"{self._path}: expected one JSON object a line: {error}. {self._advice()}") from error
         if not all(isinstance(entry, dict) for entry in entries):
@@ -204,9 +206,15 @@ class Journal:
                     )
 
     def _replay(self, entry: dict[str, Any]) -> None:
+        for kept in () if "done" in entry else (entry, entry["hidden"] if "layer" in entry else None):
+            # Files are renamed and removed by these names.
+            if kept is not None and not (_FILE.fullmatch(kept["file"]) and isinstance(kept["sha256"], str)):
+                raise ValueError(f"expected a plain file name and a SHA-256, got {kept['file']!r}, {kept['sha256']!r}")
         if "decisions" in entry:
             self.decisions = entry
         elif "layer" in entry:
+            if not isinstance(entry["tensors"], list) or not all(isinstance(name, str) for name in entry["tensors"]):
+                raise ValueError(f"expected names of tensors, got {entry['tensors']!r}")
             self.layers.append(LayerRecord.model_validate(entry["layer"]))
             self._layer_entries.append(entry)
         elif "shard" in entry and not self.done:
@@ -222,9 +230,9 @@ class Journal:
         self._check_file(entry)
         path = self._directory.path / entry["file"]
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(f"{path}: cannot be read: {error}. {self._advice()}") from error
+            return read_tensors(path, self._advice())
+        except CheckpointError as error:
+            raise ResumeError(str(error)) from error
 
     def _check_file(self, entry: Mapping[str, Any]) -> None:
         path = self._directory.path / entry["file"]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.checkpoint import DTYPES, Checkpoint
 from smoothrot_offline.config import ConvertConfig, make_schema, stays_tied
+from smoothrot_vllm.errors import CheckpointError
 
 TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype by tensor name."""
@@ -51,7 +52,16 @@ def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
 
 def header_table(checkpoint: Checkpoint, names: Iterable[str]) -> TensorTable:
     """Shapes and dtypes of tensors as a checkpoint's headers give them."""
-    return {name: (checkpoint.info(name).shape, DTYPES[checkpoint.info(name).dtype]) for name in names}
+    table = {}
+    for name in names:
+        info = checkpoint.info(name)
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.path / info.file}: tensor {name}: expected dtype {', '.join(DTYPES)}, got {info.dtype}. Fetch or "
+                "convert the model again."
+            )
+        table[name] = (info.shape, DTYPES[info.dtype])
+    return table
 
 
 def output_sizes(spec: ModelSpec, config: ConvertConfig, dtype: torch.dtype) -> Sizes:

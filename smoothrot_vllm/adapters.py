@@ -5,11 +5,11 @@ vLLM would load an adapter of the original model and add it to weights in anothe
 An adapter made by ``smoothrot-convert lora`` names in its configuration the transform it was given.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.foreign_files import read_json
 
 CONFIG_NAME = "adapter_config.json"
 BASE_KEY = "smoothrot_transform_sha256"
@@ -43,12 +43,9 @@ def check_adapter(adapter: Path, transform_sha256: str | None) -> None:
 
 def _base_of(config: Path) -> Any:
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"LoRA adapter: {config}: expected JSON: {error}. Save or download the adapter again.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"LoRA adapter: {config}: expected an object, got {type(content).__name__}. Save the adapter again.")
-    return content.get(BASE_KEY)
+        return read_json(config, "Save or download the adapter again.").get(BASE_KEY)
+    except CheckpointError as error:
+        raise ConfigError(f"LoRA adapter: {error}") from error
 
 
 class AdapterGuard:

@@ -85,9 +85,11 @@ def choose_block(size: int, shards: int = 1) -> HadamardFactors:
             "Choose a --max-tp that divides the dimension."
         )
     shard = size // shards
-    for order in range(shard, 1, -1):
-        if shard % order == 0 and (factors := factorize(order)) is not None:
-            return factors
+    # Each base with as many factors of two as the shard has beside it: quick whatever size a configuration claims.
+    bases = [base for base in range(1, MAX_BASE + 1) if shard % base == 0 and (base == 1 or _constructor(base) is not None)]
+    order = max(base * (shard // base & -(shard // base)) for base in bases)
+    if order > 1 and (factors := factorize(order)) is not None:
+        return factors
     raise UnsupportedModelError(
         f"Hadamard rotation of size {size} over {shards} shard(s): no Hadamard order divides {shard}. "
         "Lower --max-tp or convert with --no-rotate."

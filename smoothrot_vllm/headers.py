@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a checkpoint's safetensors files by their headers, before anything large is read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.foreign_files import read_header, read_json
 from smoothrot_vllm.format import MANIFEST_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -33,11 +31,7 @@ def check_shards(directory: Path) -> None:
             raise CheckpointError(f"{directory / INDEX_NAME}: tensor {name}: expected a plain file name, got {shard!r}. {advice}")
     files = {directory / name for name in weight_map.values()} or set(directory.glob("*.safetensors"))
     for file in sorted(files):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                stored = set(tensors.keys())
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: expected a whole safetensors file: {error}. {advice}") from error
+        stored = read_header(file, advice)
         missing = [name for name, shard in weight_map.items() if shard == file.name and name not in stored]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -50,10 +44,10 @@ def _entry(file: Path, key: str, advice: str) -> dict[str, Any]:
     """The object under ``key`` of a JSON file; empty if there is no such file."""
     if not file.exists():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: expected a JSON object with a {key}, got {error!r}. {advice}") from error
+    content = read_json(file, advice)
+    if key not in content:
+        raise CheckpointError(f"{file}: expected a JSON object with a {key}, got {', '.join(content) or 'nothing'}. {advice}")
+    found = content[key]
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: {key}: expected an object, got {type(found).__name__}. {advice}")
     return found

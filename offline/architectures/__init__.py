@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from smoothrot_offline.architectures.base import Architecture, Experts, ModelSpec
@@ -17,12 +17,17 @@ from smoothrot_offline.architectures.qwen2 import QWEN2
 from smoothrot_offline.architectures.qwen3 import QWEN3
 from smoothrot_offline.architectures.qwen3_moe import QWEN3_MOE
 from smoothrot_offline.architectures.smollm3 import SMOLLM3
+from smoothrot_offline.foreign_models import parse_config
 from smoothrot_vllm.errors import UnsupportedModelError
 
 __all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
 
 _TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 SUPPORTED = {table.model_type: table for table in _TABLES}
+MAX_SIZE = (1 << 31) - 1
+"""Of a width or a count in a configuration."""
+MAX_EXPERTS = 1 << 17
+"""Of all layers: several times the largest model's, and what names of tensors can be written out for."""
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -36,23 +41,20 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
     """
     table = _supported_table(config)
-    try:
-        parsed = CONFIG_MAPPING[table.model_type].from_dict(config)
-    except Exception as error:
-        # transformers validates with several libraries and raises whatever each of them raises.
-        raise UnsupportedModelError(f"config.json: transformers refuses it as {table.model_type}: {_one_line(error)}") from error
-    experts = 0 if table.experts is None else _count_experts(table.experts, parsed)
+    parsed = parse_config(config, table.model_type)
+    layers, hidden, heads = (_size(parsed, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
     spec = ModelSpec(
         architecture=table.with_experts(experts),
         config=parsed,
-        layers=parsed.num_hidden_layers,
-        hidden=parsed.hidden_size,
-        intermediate=getattr(parsed, table.experts.intermediate if table.experts else "intermediate_size"),
-        heads=parsed.num_attention_heads,
-        kv_heads=parsed.num_key_value_heads,
+        layers=layers,
+        hidden=hidden,
+        intermediate=_size(parsed, table.experts.intermediate if table.experts else "intermediate_size"),
+        heads=heads,
+        kv_heads=_size(parsed, "num_key_value_heads"),
         # Qwen2's configuration class has no default for it.
-        head_dim=getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads,
-        vocab=parsed.vocab_size,
+        head_dim=_size(parsed, "head_dim") if getattr(parsed, "head_dim", None) is not None else hidden // heads,
+        vocab=_size(parsed, "vocab_size"),
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
     )
@@ -60,7 +62,7 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModelError(
             f"config.json: expected {spec.heads} attention heads to be a multiple of {spec.kv_heads} key-value heads."
         )
-    for rope in _rope_types(parsed.rope_parameters or {}):
+    for rope in _rope_types(parsed.rope_parameters):
         if rope not in ("default", *ROPE_INIT_FUNCTIONS):
             raise UnsupportedModelError(
                 f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {rope!r}."
@@ -74,9 +76,22 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
     return spec
 
 
-def _count_experts(experts: Experts, parsed: PreTrainedConfig) -> int:
-    count, chosen = getattr(parsed, experts.count), parsed.num_experts_per_tok
-    if not 1 <= chosen <= count:
+def _size(parsed: PreTrainedConfig, key: str) -> int:
+    found = getattr(parsed, key)
+    if type(found) is not int or not 1 <= found <= MAX_SIZE:
+        raise UnsupportedModelError(
+            f"config.json: {key}: expected a whole number from 1 to {MAX_SIZE}, got {found!r}. Fetch config.json again."
+        )
+    return found
+
+
+def _count_experts(experts: Experts, parsed: PreTrainedConfig, layers: int) -> int:
+    count, chosen = _size(parsed, experts.count), parsed.num_experts_per_tok
+    if layers * count > MAX_EXPERTS:
+        raise UnsupportedModelError(
+            f"config.json: {experts.count}: expected at most {MAX_EXPERTS} in all layers, got {count} in each of {layers}."
+        )
+    if type(chosen) is not int or not 1 <= chosen <= count:
         raise UnsupportedModelError(
             f"config.json: num_experts_per_tok: expected 1 to {experts.count} = {count} experts for each token, got {chosen}."
         )
@@ -89,8 +104,10 @@ def _count_experts(experts: Experts, parsed: PreTrainedConfig) -> int:
     return int(count)
 
 
-def _rope_types(parameters: dict[str, Any]) -> list[str]:
+def _rope_types(parameters: Any) -> list[Any]:
     """The rope type, or that of each kind of layer where the parameters differ by kind."""
+    if not isinstance(parameters, dict):
+        return [parameters or "default"]
     by_kind = [nested for nested in parameters.values() if isinstance(nested, dict)]
     return [found.get("rope_type", "default") for found in by_kind or [parameters]]
 
@@ -145,7 +162,3 @@ def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
         return None
     code = str(own.get("AutoModelForCausalLM", own) if isinstance(own, dict) else own)
     return None if table is not None and code in table.replaced_code else code
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -121,7 +121,7 @@ def _disk(record: DirectoryRecord) -> str:
 
 
 def _ratio(record: DirectoryRecord) -> str:
-    return f"{record.size.ratio:.2f}x smaller" if record.conversion is not None else ""
+    return f"{record.size.ratio:.2f}x smaller" if record.kind != "plain" else ""
 
 
 def _linears(record: DirectoryRecord) -> str:
@@ -131,7 +131,9 @@ def _linears(record: DirectoryRecord) -> str:
 def _recipe(record: DirectoryRecord) -> str:
     """The conversion in a line; the record holds every option."""
     options = record.conversion
-    return "none" if options is None else f"{ConvertConfig.model_validate(options).described()}, seed {options['seed']}"
+    if options is None:
+        return "none" if record.kind == "plain" else f"not ours: {record.kind}"
+    return f"{ConvertConfig.model_validate(options).described()}, seed {options['seed']}"
 
 
 def _perplexity(text: str) -> Cell:

@@ -78,10 +78,12 @@ class SpeedConditions(_Record):
 
 
 class DirectoryRecord(_Record):
-    """One directory; ``conversion`` are the options in its manifest, None for a plain one."""
+    """One directory; ``kind`` is plain, SmoothRot or the name of another quantisation method, ``conversion`` the options in the
+    manifest of a SmoothRot one.
+    """
 
     directory: str
-    kind: Literal["plain", "SmoothRot"]
+    kind: str
     architecture: str
     dtype: str
     size: SizeRecord

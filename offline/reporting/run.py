@@ -8,6 +8,7 @@ from typing import Any
 
 from smoothrot_offline.checkpoint import Checkpoint, open_checkpoint
 from smoothrot_offline.evaluate import TextWindows, measure_perplexity, run_dtype, text_windows
+from smoothrot_offline.foreign_models import quantization_method, sixteen_bit_bytes
 from smoothrot_offline.inspect import inspect
 from smoothrot_offline.manifest import package_versions
 from smoothrot_offline.model import load_model
@@ -15,7 +16,7 @@ from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.reporting.record import DirectoryRecord, PerplexityRecord, Report, ReportConfig, SizeRecord, SpeedRecord
 from smoothrot_offline.reporting.speed import check_context, measure_speed, speed_conditions
 from smoothrot_offline.reporting.tasks import Tasks
-from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
+from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import QUANT_METHOD
 
 
@@ -28,7 +29,7 @@ def compare(directories: Sequence[Path], config: ReportConfig, progress: Progres
     Raises:
         ConfigError: a directory or a text's name given twice, an unreadable text, an unknown task, more tokens than a context.
         CheckpointError: a directory is damaged.
-        UnsupportedModelError: a directory is quantised by another method.
+        ConfigError: a directory is quantised by a method whose package is not installed.
     """
     paths = list(directories)
     _refuse_repeated("directories", [str(path.resolve()) for path in paths])
@@ -91,7 +92,7 @@ def _measure(
         )
     return DirectoryRecord(
         directory=str(path),
-        kind="plain" if size[1] is None else "SmoothRot",
+        kind="SmoothRot" if size[1] is not None else quantization_method(path) or "plain",
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         size=size[0],
@@ -109,9 +110,10 @@ def _size(checkpoint: Checkpoint) -> tuple[SizeRecord, dict[str, Any] | None]:
     if quantization is None:
         sixteen = 2 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
         return SizeRecord(disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None), None
-    if quantization.get("quant_method") != QUANT_METHOD:
-        method = quantization.get("quant_method")
-        raise UnsupportedModelError(f"{checkpoint.path}: expected a plain or a SmoothRot directory, got quant_method {method!r}.")
+    if quantization_method(checkpoint.path) != QUANT_METHOD:
+        # Its tensors are packed in a way of its own.
+        sixteen = sixteen_bit_bytes(checkpoint.path)
+        return SizeRecord(disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None), None
     found = inspect(checkpoint.path)
     sixteen = found.sixteen_bit_bytes.total
     size = SizeRecord(disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=found.ratio_linears)

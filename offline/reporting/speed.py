@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from smoothrot_offline.foreign_models import load_config
 from smoothrot_offline.progress import ProgressCallback
 from smoothrot_offline.reporting.record import SpeedConditions, SpeedRecord
 from smoothrot_vllm import ops
@@ -28,8 +29,7 @@ def check_context(directory: Path, prompt_tokens: int, new_tokens: int) -> None:
     Raises:
         ConfigError: ``prompt_tokens + new_tokens`` exceeds ``max_position_embeddings``.
     """
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    context = config.get_text_config().max_position_embeddings
+    context = load_config(directory).get_text_config().max_position_embeddings
     if prompt_tokens + new_tokens > context:
         raise ConfigError(
             f"{directory}: --prompt-tokens {prompt_tokens} and --new-tokens {new_tokens}: expected at most the model's context "

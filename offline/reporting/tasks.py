@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from smoothrot_offline.calibration_data import family_needs_bos, load_tokenizer
+from smoothrot_offline.calibration_data import family_needs_bos
+from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.reporting.record import TaskScore
 from smoothrot_vllm.errors import ConfigError
 

@@ -159,7 +159,7 @@ FACTOR = f"base_model.model.{QUERY}.lora_A.weight"
     ("damage", "kind", "message"),
     [
         (no_weights, CheckpointError, "pickles are never read"),
-        (lambda adapter: (adapter / WEIGHTS_NAME).write_bytes(b"x" * 40), CheckpointError, "cannot read"),
+        (lambda adapter: (adapter / WEIGHTS_NAME).write_bytes(b"x" * 40), CheckpointError, "expected a whole safetensors file"),
         (edit(lambda tensors: tensors.pop(FACTOR)), CheckpointError, f"{QUERY}: expected lora_A and lora_B, missing lora_A"),
         (edit(lambda tensors: tensors[FACTOR].fill_(torch.inf)), CheckpointError, "expected finite floats"),
         (edit(lambda tensors: tensors.update({FACTOR: torch.zeros(RANK, 70)})), CheckpointError, r"lora_A \(rank, 72\)"),

@@ -166,8 +166,8 @@ def _bias_without_flag(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_truncate, [WEIGHTS, "not a whole safetensors file"]),
-        (_header_only, [WEIGHTS, "not a whole safetensors file"]),
+        (_truncate, [WEIGHTS, "expected a whole safetensors file"]),
+        (_header_only, [WEIGHTS, "expected a whole safetensors file"]),
         (_pickle_only, ["pytorch_model.bin", "can run code"]),
         (lambda directory: (directory / WEIGHTS).unlink(), [WEIGHTS, "neither"]),
         (_index_to_nowhere, ["model-00001-of-00001.safetensors", "the file is missing"]),

@@ -32,7 +32,7 @@ def test_adapters_of_another_basis_are_refused(tmp_path: Path, served: str | Non
         check_adapter(adapter(tmp_path, **config), served)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "expected JSON"), ("[1]", "expected an object, got list")])
+@pytest.mark.parametrize(("text", "message"), [("{", "expected JSON"), ("[1]", "expected a JSON object, got list")])
 def test_a_damaged_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / CONFIG_NAME).write_text(text)
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: {message}"):
