@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from smoothrot_offline.checkpoint import file_digest, read_json
+from smoothrot_offline.checkpoint import file_digest
+from smoothrot_offline.headers import read_json
 from smoothrot_offline.rotate import head_rotations, on_last_rows, random_signs
 from smoothrot_offline.transform_record import RecordedTransform, read_transform
 from smoothrot_offline.write import OutputDirectory

@@ -11,8 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from smoothrot_offline.checkpoint import DTYPES, read_json
+from smoothrot_offline.checkpoint import DTYPES
 from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.headers import read_json
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import MANIFEST_NAME
 

@@ -7,7 +7,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, open_checkpoint
+from smoothrot_offline.checkpoint import Checkpoint, file_digest, open_checkpoint
+from smoothrot_offline.headers import CONFIG_NAME
 from smoothrot_offline.manifest import Manifest, read_manifest
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.transform_record import read_transform

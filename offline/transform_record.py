@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from smoothrot_offline.architectures import resolve
-from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, read_json
+from smoothrot_offline.checkpoint import Checkpoint, file_digest
+from smoothrot_offline.headers import CONFIG_NAME, read_json
 from smoothrot_offline.manifest import read_manifest
 from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.smooth import LayerScales

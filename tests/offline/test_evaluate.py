@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smoothrot_offline.calibration_data import load_calibration, read_text
+from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.evaluate import evaluate_perplexity, windows
+from smoothrot_offline.texts import read_text
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 WORDS = [f"w{i}" for i in range(60)]
