@@ -6,7 +6,7 @@ is enough for ``AutoModelForCausalLM.from_pretrained(DIR)``, and whatever is bui
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,12 +14,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothrot_offline.architectures import SUPPORTED
-from smoothrot_offline.checkpoint import DTYPES
+from smoothrot_offline.checkpoint import DTYPES, open_checkpoint
 from smoothrot_offline.device import CPU
 from smoothrot_offline.experts import separate_experts
+from smoothrot_offline.headers import INDEX_NAME, SINGLE_NAME
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import QUANT_METHOD, WEIGHT_SCALE, LinearScheme, parse_schema, weight_tensors
@@ -145,14 +147,17 @@ def load_model(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: expected a model directory, which holds a config.json; there is none.")
+    transformers_logging.disable_progress_bar()  # this command has its own
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         quantization = getattr(config, "quantization_config", {})
         if quantization.get("quant_method") == QUANT_METHOD:
             config.quantization_config = {**quantization, "kernels": kernels if device.type == "cpu" else "reference"}
+        tensors = None if quantization else _tensors_under_other_names(directory)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
+            directory if tensors is None else cast(Any, None),
             config=config,
+            state_dict=tensors,
             dtype=dtype or "auto",
             attn_implementation=_attention(config),
             output_loading_info=True,
@@ -167,6 +172,14 @@ def load_model(
             f"missing {sorted(info['missing_keys'])}. Fetch or convert the model again."
         )
     return model.to(device).eval()
+
+
+def _tensors_under_other_names(directory: Path) -> dict[str, torch.Tensor] | None:
+    """All tensors of a plain directory whose files or names are not those that transformers looks for; else None."""
+    found = open_checkpoint(directory)
+    if found.renamed is None and any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return None
+    return found.load(found.tensors)
 
 
 def _attention(config: PreTrainedConfig) -> str | None:

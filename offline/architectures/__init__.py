@@ -26,7 +26,7 @@ __all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve", "supported_table
 _TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 SUPPORTED = {table.model_type: table for table in _TABLES}
 _MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-"""Keys of ``auto_map`` that name code which says what the model computes. A tokenizer's is not run either, but is none of these."""
+"""Keys of ``auto_map`` that name code which says what the model computes. No other code that it names is run either."""
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -130,8 +130,8 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         )
     if classes == [table.class_name.replace("ForCausalLM", "Model")]:
         raise UnsupportedModelError(
-            f"config.json: architectures: {names} is an embedding model, a base model without a head: expected {table.class_name}. "
-            "Its hidden states would come out rotated. Convert a causal language model."
+            f"config.json: architectures: {names} is an embedding model, a base model without a head: expected "
+            f"{table.class_name}. Its hidden states would come out rotated. Convert a causal language model."
         )
     if classes and classes != [table.class_name]:
         raise UnsupportedModelError(

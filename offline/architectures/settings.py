@@ -44,11 +44,12 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
     parsed, table = spec.config, spec.architecture
     for rope in _rope_parameters(parsed.rope_parameters or {}):
         _check_rope(rope, table.partial_rotary)
+    # What is no setting of transformers' class may still be in the file, where the server finds it.
+    found = {key: config.get(key, values[0]) for key, values in SERVER_WIDE.items()}
+    found |= {key: getattr(parsed, key, config.get(key, values[0])) for key, values in table.settings.items()}
     for key, values in (SERVER_WIDE | dict(table.settings)).items():
-        # What is no setting of transformers' class may still be in the file, where the server finds it.
-        found = getattr(parsed, key, config.get(key, values[0]))
-        if not any(found is value or (type(found) is type(value) and found == value) for value in values):
-            raise _refused(spec, key, f"one of {', '.join(map(str, values))}", found)
+        if not any(type(found[key]) is type(value) and found[key] == value for value in values):
+            raise _refused(spec, key, f"one of {', '.join(map(str, values))}", found[key])
     for key, other in table.same.items():
         if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
             raise _refused(spec, key, f"the value of {other}, {getattr(parsed, other, False)}", config[key])
@@ -70,8 +71,8 @@ def _check_rope(parameters: dict[str, Any], partial: bool) -> None:
     for key, value in neutral.items():
         if parameters.get(key) not in (None, False, value):
             raise UnsupportedModelError(
-                f"config.json: rope_parameters: {key}: expected {value or 'none'} (the server and transformers do not compute the "
-                f"same by it), got {parameters[key]!r}."
+                f"config.json: rope_parameters: {key}: expected {value or 'none'} (the server and transformers do not compute "
+                f"the same by it), got {parameters[key]!r}."
             )
 
 
