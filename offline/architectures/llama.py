@@ -29,6 +29,6 @@ LLAMA = Architecture(
     up="mlp.up_proj",
     down="mlp.down_proj",
     # vLLM's class reads these beside the flags of transformers' class.
-    settings={"hidden_act": ("silu",), "bias": (False, None), "logit_scale": (1.0,)},
+    settings={"hidden_act": ("silu",), "bias": (False, None), "logit_scale": (1.0,), "sliding_window": (None, 0)},
     same={"qkv_bias": "attention_bias"},
 )

@@ -6,7 +6,11 @@ from dataclasses import replace
 from smoothrot_offline.architectures.llama import LLAMA
 
 # What vLLM's class reads for the biases of a Llama, which transformers' classes of these families never have.
-WITHOUT_BIASES = {**LLAMA.settings, "attention_bias": (False, None), "mlp_bias": (False, None)}
+WITHOUT_BIASES = {
+    **{key: values for key, values in LLAMA.settings.items() if key != "sliding_window"},
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+}
 
 MISTRAL = replace(
     LLAMA,

@@ -19,4 +19,5 @@ QWEN3_MOE = QWEN3.with_sparse_feed_forward(
     class_name="Qwen3MoeForCausalLM",
     layer_types=False,
     one_window=False,
+    settings={**QWEN3.settings, "shared_expert_intermediate_size": (0, None)},
 )
