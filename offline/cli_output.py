@@ -50,6 +50,10 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         if debug:
             raise
         refuse([str(error)])
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        refuse([f"{error or type(error).__name__}. Check that path, its disk and permissions, and the memory that is free."])
     except Exception as error:
         if debug:
             raise

@@ -6,9 +6,10 @@ is enough for ``AutoModelForCausalLM.from_pretrained(DIR)``, and whatever is bui
 """
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -153,9 +154,11 @@ def load_model(
         quantization = getattr(config, "quantization_config", {})
         if quantization.get("quant_method") == QUANT_METHOD:
             config.quantization_config = {**quantization, "kernels": kernels if device.type == "cpu" else "reference"}
-        tensors = None if quantization else _tensors_under_other_names(directory)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory if tensors is None else cast(Any, None),
+        tensors = None if quantization else _tensors_under_other_names(directory, config)
+        # The automatic class wants a directory to look in.
+        kind: Any = AutoModelForCausalLM if tensors is None else getattr(transformers, SUPPORTED[config.model_type].class_name)
+        loaded: Any = kind.from_pretrained(
+            directory if tensors is None else None,
             config=config,
             state_dict=tensors,
             dtype=dtype or "auto",
@@ -174,8 +177,10 @@ def load_model(
     return model.to(device).eval()
 
 
-def _tensors_under_other_names(directory: Path) -> dict[str, torch.Tensor] | None:
-    """All tensors of a plain directory whose files or names are not those that transformers looks for; else None."""
+def _tensors_under_other_names(directory: Path, config: PreTrainedConfig) -> dict[str, torch.Tensor] | None:
+    """All tensors of a plain directory of a supported family whose files or names are not those that transformers looks for."""
+    if config.model_type not in SUPPORTED:
+        return None
     found = open_checkpoint(directory)
     if found.renamed is None and any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
         return None

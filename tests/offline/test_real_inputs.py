@@ -266,9 +266,8 @@ def test_start_token_outside_the_vocabulary_is_refused_by_plan(make_model: MakeM
 @pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptaq"])
 def test_linears_of_zeros_convert_and_verify(make_model: MakeModel, tmp_path: Path, rounding: str) -> None:
     source = make_model()
-    zeros = [
-        f"model.layers.1.{linear}.weight" for linear in ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj", "self_attn.v_proj")
-    ]
+    linears = ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj", "self_attn.v_proj")
+    zeros = [f"model.layers.1.{linear}.weight" for linear in linears]
     row = "model.layers.0.mlp.gate_proj.weight"
 
     def zero(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -376,9 +375,7 @@ def test_plan_of_a_refused_model_is_the_reason_alone(make_model: MakeModel) -> N
     result = invoke("plan", source)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert [
-        line for line in result.stderr.splitlines() if line and "Writing" not in line and not line.startswith("error: ")
-    ] == []
+    assert all(line.startswith("error: ") for line in result.stderr.splitlines() if line)
     facts = json.loads(invoke("plan", source, "--json").stdout)
     assert "hidden_act" in facts["refusals"][0]
     assert "preset" not in facts
@@ -462,9 +459,8 @@ def test_refusal_in_a_log_leaves_no_bar(tmp_path: Path, chatty: Path) -> None:
     command = [sys.executable, "-m", "smoothrot_offline.cli", "eval", str(chatty), "--text", str(text), "--device", "cpu"]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[1:] == [
-        f"error: {text}: expected at least 2 tokens, one to predict from another. Use a longer text."
-    ]
+    (error,) = failed.stderr.splitlines()[1:]
+    assert error.startswith(f"error: {text}: expected at least 2 tokens")
 
 
 def test_evaluation_counts_each_window_up_to_the_last(tmp_path: Path, chatty: Path) -> None:
