@@ -2,18 +2,26 @@
 """Calibration tokens: from a text file, from text the model writes itself, or from a hub data set."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from smoothrot_offline.checkpoint import Checkpoint, fetch_side_files
+from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.device import CPU
 from smoothrot_offline.foreign_models import foreign_errors, load_config
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
-from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.foreign_files import parse_json
+from smoothrot_offline.texts import read_text
+from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 GENERATED = "generated"
 _GENERATION_BATCH = 32
@@ -22,20 +30,42 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _BOS_FAMILIES = ("gemma",)
 
 
-def check_text(checkpoint: Checkpoint, calib: str) -> None:
-    """Refuse a text that the model cannot read, and one that it is to write but cannot be run for as it is stored.
+def check_calibration(checkpoint: Checkpoint, config: PreTrainedConfig, calib: str, seqlen: int) -> None:
+    """Refuse what :func:`load_calibration` would refuse, without running the model.
+
+    What needs the tokenizer is left out for a checkpoint that is only known by its hub id.
 
     Raises:
-        ConfigError: its weights are FP8.
-        CheckpointError: its tokenizer, which a text needs, does not load.
+        ConfigError: as :func:`load_calibration`; a token of the text, or the one that generation starts from, is outside the
+            vocabulary; or a model that generates its text has FP8 weights.
+        CheckpointError: the model directory has no usable tokenizer.
     """
-    if calib != GENERATED:
-        load_tokenizer(checkpoint.path if checkpoint.path.is_dir() else fetch_side_files(str(checkpoint.path)))
-    if calib == GENERATED and checkpoint.scales:
-        raise ConfigError(
-            f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8 weights, which are only read a "
-            "layer at a time. Give a text file."
-        )
+    local = checkpoint.path.is_dir()
+    if calib == GENERATED:
+        if checkpoint.scales:
+            raise ConfigError(
+                f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8 weights, which are only read a "
+                "layer at a time. Give a text file."
+            )
+        if local:
+            start_token(config, checkpoint.path)
+    elif Path(calib).is_file():
+        if local:
+            tokenizer = load_tokenizer(checkpoint.path)
+            text = read_text(calib, tokenizer)
+            # The beginning nearly always has enough tokens.
+            beginning = tokenize(tokenizer, text[: 64 * seqlen])
+            tokens = beginning if len(beginning) >= seqlen else tokenize(tokenizer, text)
+            _check_window(tokens, calib, seqlen - (_bos(tokenizer, checkpoint.path) is not None))
+            if int(tokens.max()) >= config.vocab_size:
+                raise ConfigError(
+                    f"--calib {calib}: expected tokens of a vocabulary of {config.vocab_size}, got token {int(tokens.max())}. "
+                    "Use the tokenizer of this model."
+                )
+    elif not _HUB_ID.fullmatch(calib):
+        raise ConfigError(f"--calib {calib}: expected a text file, a hub data set id or {GENERATED!r}; there is no such file.")
+    elif find_spec("datasets") is None:
+        raise ConfigError(_without_datasets(calib))
 
 
 def load_calibration(
@@ -48,8 +78,8 @@ def load_calibration(
     document after each end-of-text as in its training data.
 
     Args:
-        spec: path of a UTF-8 text or of a ``.jsonl`` with a ``text`` field; ``generated``; or ``ID`` or ``ID:CONFIG`` of a
-            hub data set with a ``text`` column, of whose train split the first documents are read.
+        spec: path of a text as :func:`~smoothrot_offline.texts.read_text` takes it; ``generated``; or ``ID`` or ``ID:CONFIG`` of
+            a hub data set with a ``text`` column, of whose train split the first documents are read.
         model_dir: directory of the model that is calibrated: its tokenizer, and for ``generated`` its weights.
         samples: number of windows.
         seqlen: tokens in each.
@@ -66,31 +96,12 @@ def load_calibration(
         return _generate(model_dir, samples, seqlen, seed, device)
     tokenizer = load_tokenizer(model_dir)
     if Path(spec).is_file():
-        tokens = tokenize(tokenizer, read_text(spec))
+        tokens = tokenize(tokenizer, read_text(spec, tokenizer))
     elif _HUB_ID.fullmatch(spec):
         tokens = _tokenize_dataset(tokenizer, spec, 2 * samples * seqlen)
     else:
         raise ConfigError(f"--calib {spec}: expected a text file, a hub data set id or {GENERATED!r}; there is no such file.")
-    bos = tokenizer.bos_token_id if adds_bos(tokenizer) or family_needs_bos(model_dir) else None
-    return _draw_windows(tokens, spec, samples, seqlen, seed, bos)
-
-
-def read_text(path: str | Path) -> str:
-    """A whole text, line ends untouched, or the ``text`` fields of a ``.jsonl`` joined with spaces.
-
-    Raises:
-        ConfigError: the file cannot be read, is not UTF-8, or a line of a ``.jsonl`` has no ``text``.
-    """
-    path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8")
-        if path.suffix == ".jsonl":
-            return " ".join(parse_json(line.encode())["text"] for line in text.split("\n") if line.strip())
-        return text
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path}: expected a readable UTF-8 text, or a .jsonl of objects with a 'text' field; got {error!r}."
-        ) from error
+    return _draw_windows(tokens, spec, samples, seqlen, seed, _bos(tokenizer, model_dir))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> torch.Tensor:
@@ -110,17 +121,72 @@ def family_needs_bos(model_dir: str | Path) -> bool:
     return load_config(model_dir).model_type.startswith(_BOS_FAMILIES)
 
 
-def _draw_windows(tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None) -> torch.Tensor:
-    width = seqlen if bos is None else seqlen - 1
+def start_token(config: PreTrainedConfig, model_dir: Path) -> int:
+    """What a model that writes its own text begins with: ``<bos>``, or else end-of-text, or else what its tokenizer begins with.
+
+    Raises:
+        ConfigError: there is none, or it is outside the vocabulary.
+    """
+    for key in ("bos_token_id", "eos_token_id"):
+        named = getattr(config, key, None)
+        for token in named if isinstance(named, list) else [named]:
+            if token is not None:
+                return _in_vocabulary(token, config, f"{model_dir}/config.json: {key}")
+    try:
+        tokenizer = load_tokenizer(model_dir)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"--calib {GENERATED}: {model_dir}/config.json names neither a bos_token_id nor an eos_token_id to start from, and "
+            "there is no tokenizer that does. Give a text file."
+        ) from error
+    named = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    if not named and tokenizer.chat_template is not None:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+        named = tokenize(tokenizer, str(chat)).tolist()
+    if not named:
+        raise ConfigError(
+            f"--calib {GENERATED}: neither {model_dir}/config.json nor the tokenizer names a token that begins or ends a text, "
+            "and there is no chat template. Give a text file."
+        )
+    return _in_vocabulary(named[0], config, f"{model_dir}: the tokenizer's first token")
+
+
+def _in_vocabulary(token: Any, config: PreTrainedConfig, where: str) -> int:
+    if type(token) is not int or not 0 <= token < config.vocab_size:
+        raise ConfigError(
+            f"--calib {GENERATED}: {where}: expected a token of a vocabulary of {config.vocab_size}, got {token!r}. Correct it, "
+            "or give a text file."
+        )
+    return token
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> int | None:
+    """The token that begins each window, if one does."""
+    return tokenizer.bos_token_id if adds_bos(tokenizer) or family_needs_bos(model_dir) else None
+
+
+def _check_window(tokens: torch.Tensor, spec: str, width: int) -> None:
     if len(tokens) < width:
         raise ConfigError(
             f"--calib {spec}: expected at least {width} tokens for one window, got {len(tokens)}. "
             "Give a longer text or a smaller --calib-seqlen."
         )
+
+
+def _draw_windows(tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None) -> torch.Tensor:
+    width = seqlen if bos is None else seqlen - 1
+    _check_window(tokens, spec, width)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - width + 1, (samples, 1), generator=generator)
     drawn = tokens[starts + torch.arange(width)]
     return drawn if bos is None else torch.cat((torch.full((samples, 1), bos), drawn), dim=1)
+
+
+def _without_datasets(spec: str) -> str:
+    return (
+        f"--calib {spec}: there is no such file, and reading a hub data set needs the 'datasets' package: "
+        f"pip install datasets, or use a text file or {GENERATED!r}."
+    )
 
 
 def _tokenize_dataset(tokenizer: PreTrainedTokenizerBase, spec: str, enough: int) -> torch.Tensor:
@@ -128,10 +194,7 @@ def _tokenize_dataset(tokenizer: PreTrainedTokenizerBase, spec: str, enough: int
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(
-            f"--calib {spec}: there is no such file, and reading a hub data set needs the 'datasets' package: "
-            f"pip install datasets, or use a text file or {GENERATED!r}."
-        ) from error
+        raise ConfigError(_without_datasets(spec)) from error
     name, _, config = spec.partition(":")
     found: list[torch.Tensor] = []
     try:
@@ -150,12 +213,7 @@ def _tokenize_dataset(tokenizer: PreTrainedTokenizerBase, spec: str, enough: int
 @torch.inference_mode()
 def _generate(model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device) -> torch.Tensor:
     model = load_model(model_dir, device=device)
-    start = model.config.bos_token_id if model.config.bos_token_id is not None else model.config.eos_token_id
-    if not isinstance(start, int):
-        raise ConfigError(
-            f"--calib {GENERATED}: {model_dir}/config.json names neither a bos_token_id nor one eos_token_id to start from. "
-            "Give a text file."
-        )
+    start = start_token(model.config, Path(model_dir))
     # No eos_token_id: generation runs through end-of-text into the next document.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=seqlen - 1, pad_token_id=start)
     model.generation_config = greedy

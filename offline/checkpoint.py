@@ -2,9 +2,7 @@
 """Open a Hugging Face checkpoint, check it from its headers, and read it a few tensors at a time."""
 
 import hashlib
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,14 +11,9 @@ import torch
 
 from smoothrot_offline.device import CPU
 from smoothrot_offline.fp8 import FP8, SCALE_SUFFIX, block_shape, check_scale, dequantize, is_fp8
+from smoothrot_offline.headers import ADVICE, CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.foreign_files import read_header, read_json, read_tensors, refuse_pointer
-
-CONFIG_NAME = "config.json"
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""What is fetched and copied beside the weights: tokenizer, generation settings, chat template, licence."""
+from smoothrot_vllm.foreign_files import read_tensors
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -31,19 +24,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-_SOURCE_DTYPES = ("BF16", "F16", "F32")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_ADVICE = "Fetch the checkpoint again."
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor; ``dtype`` in safetensors' spelling."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
+_SOURCE_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -51,7 +32,8 @@ class Checkpoint:
     """A directory of safetensors: its configuration and its headers. Weights are read only by :meth:`load`.
 
     ``scales`` are the scales of FP8 weights, in blocks of ``block``; they are no tensors of the model, and its ``config`` says
-    nothing of them. ``device`` is where :meth:`load` puts what it has read.
+    nothing of them. ``device`` is where :meth:`load` puts what it has read. ``renamed`` says in words how the names of tensors
+    differ from the stored ones, if they do.
     """
 
     path: Path
@@ -60,6 +42,7 @@ class Checkpoint:
     scales: Mapping[str, TensorInfo] = field(default_factory=dict)
     block: tuple[int, int] = (1, 1)
     device: torch.device = CPU
+    renamed: str | None = None
 
     def on(self, device: torch.device) -> Self:
         """The same checkpoint, to be loaded to a device."""
@@ -90,18 +73,22 @@ class Checkpoint:
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         by_file: dict[str, list[str]] = {}
         for name in names:
-            by_file.setdefault((self.scales.get(name) or self.info(name)).file, []).append(name)
+            by_file.setdefault(self._entry(name).file, []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
-            loaded |= read_tensors(self.path / file, _ADVICE, members)
+            stored = read_tensors(self.path / file, ADVICE, [self._entry(name).stored for name in members])
+            loaded |= {name: stored[self._entry(name).stored] for name in members}
         for name, tensor in loaded.items():
             if count := _count_not_finite(tensor):
-                file = (self.scales.get(name) or self.info(name)).file
+                file = self._entry(name).file
                 raise CheckpointError(
                     f"{self.path / file}: tensor {name}: expected finite values, got {count} NaN or infinite ones. The "
                     "checkpoint is damaged: fetch it again."
                 )
         return loaded
+
+    def _entry(self, name: str) -> TensorInfo:
+        return self.scales.get(name) or self.info(name)
 
     def load_relative(self, prefix: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """:meth:`load` of tensors named relative to ``prefix``, under their relative names."""
@@ -119,51 +106,14 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def resolve_source(model: str) -> Path:
-    """Directory of a model given as a path or as a Hugging Face hub id (fetched only if no such path exists).
-
-    Raises:
-        CheckpointError: there is no such directory, and the hub has or gives no such model.
-    """
-    if _is_local(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    with _hub_errors(model):
-        return Path(snapshot_download(model, allow_patterns=[*SIDE_FILES, "*.safetensors"]))
-
-
-def fetch_side_files(model: str) -> Path:
-    """Directory of what a hub model has beside its weights: tokenizer, settings, templates.
-
-    Raises:
-        CheckpointError: the hub does not give it.
-    """
-    from huggingface_hub import snapshot_download
-
-    with _hub_errors(model):
-        return Path(snapshot_download(model, allow_patterns=list(SIDE_FILES)))
-
-
 def open_headers(model: str) -> Checkpoint:
     """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight is fetched.
 
     Raises:
-        CheckpointError: as :func:`resolve_source` and :func:`open_checkpoint`.
+        CheckpointError: as :func:`~smoothrot_offline.headers.read_headers`.
     """
-    if _is_local(model):
-        return open_checkpoint(Path(model))
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
-
-    with _hub_errors(model):
-        config = read_json(Path(hf_hub_download(model, CONFIG_NAME)), _ADVICE)
-        files = get_safetensors_metadata(model).files_metadata
-    headers = {
-        name: TensorInfo(file, info.dtype, tuple(info.shape))
-        for file, metadata in files.items()
-        for name, info in metadata.tensors.items()
-    }
-    return _with_scales(Checkpoint(Path(model), config, headers))
+    found = read_headers(model)
+    return _with_scales(Checkpoint(found.path, found.config, found.tensors, renamed=found.renamed))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -172,39 +122,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing, truncated or malformed, or the weights are not safetensors.
     """
-    return _with_scales(Checkpoint(path, read_json(path / CONFIG_NAME, _ADVICE), read_headers(path)))
-
-
-def read_headers(path: Path) -> dict[str, TensorInfo]:
-    """What the headers of a directory's safetensors files, single or with an index, say; no weight is read.
-
-    Raises:
-        CheckpointError: as :func:`open_checkpoint`; or a file beside the weights is a Git LFS pointer.
-    """
-    for file in side_files(path):
-        refuse_pointer(file)
-    if (path / SINGLE_NAME).is_file():
-        return _read_header(path, SINGLE_NAME)
-    if not (path / INDEX_NAME).is_file():
-        pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{path}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. "
-                "Save the model as safetensors first (transformers: save_pretrained)."
-            )
-        raise CheckpointError(f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.")
-    weight_map = read_json(path / INDEX_NAME, _ADVICE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path / INDEX_NAME}: expected an object weight_map from tensor names to file names.")
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX_NAME}: weight_map: expected plain file names, got {file!r}.")
-        headers[file] = _read_header(path, file)
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise CheckpointError(f"{path / INDEX_NAME}: tensor {name} should be in {file}, whose header does not list it.")
-    return {name: headers[file][name] for name, file in weight_map.items()}
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a directory with {CONFIG_NAME} and safetensors; there is none.")
+    return open_headers(str(path))
 
 
 def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()) -> None:
@@ -216,7 +136,7 @@ def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
         ignorable: tensors that may be there and are not used.
 
     Raises:
-        CheckpointError: a tensor is missing or unexpected, or has another shape or no float dtype of 16 or 32 bits.
+        CheckpointError: a tensor is missing or unexpected, or has another shape or no float dtype of 16 to 64 bits.
     """
     for name, shape in expected.items():
         info = checkpoint.info(name)
@@ -238,12 +158,6 @@ def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
         )
 
 
-def side_files(path: Path) -> list[Path]:
-    """Files that are copied to the output as they are, sorted by name."""
-    found = {file for pattern in SIDE_FILES for file in path.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name != CONFIG_NAME and not file.name.endswith(".index.json"))
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
@@ -263,9 +177,9 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def source_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16 for a float32 source."""
+    """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16 for a wider one."""
     dtype = DTYPES[checkpoint.info(name).dtype]
-    return torch.bfloat16 if dtype == torch.float32 else dtype
+    return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
 
 
 def _with_scales(found: Checkpoint) -> Checkpoint:
@@ -280,7 +194,7 @@ def _with_scales(found: Checkpoint) -> Checkpoint:
     scales = {name + SCALE_SUFFIX: found.tensors[name + SCALE_SUFFIX] for name in weights}
     config = {key: value for key, value in found.config.items() if key != "quantization_config"}
     tensors = {name: info for name, info in found.tensors.items() if name not in scales}
-    return Checkpoint(found.path, config, tensors, scales, block)
+    return replace(found, config=config, tensors=tensors, scales=scales, block=block)
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:
@@ -289,23 +203,3 @@ def _count_not_finite(tensor: torch.Tensor) -> int:
     # isfinite does not know FP8, whose only value that is not finite is NaN: all bits set but the sign.
     finite = (tensor.view(torch.uint8) & 0x7F) != 0x7F if tensor.dtype == DTYPES[FP8] else tensor.isfinite()
     return int((~finite).sum())
-
-
-def _is_local(model: str) -> bool:
-    path = Path(model)
-    if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(model)):
-        raise CheckpointError(f"{model}: expected a directory with {CONFIG_NAME} and safetensors, or a hub id like org/name.")
-    return path.is_dir()
-
-
-@contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # The hub client raises its own errors, its HTTP library's and the system's.
-        raise CheckpointError(f"{model}: not a local directory, and the hub did not give it: {error}") from error
-
-
-def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(file, found.dtype, found.shape) for name, found in read_header(path / file, _ADVICE).items()}

@@ -19,6 +19,7 @@ from smoothrot_offline.cli_output import (
     Json,
     RunDtype,
     refuse,
+    refuse_unsupported,
     reporting,
     telling_how_to_go_on,
     unwind_when_killed,
@@ -141,18 +142,25 @@ def run(
     options = _explicit(context, locals())
     unwind_when_killed()
     with reporting(as_json, debug) as show:
-        from smoothrot_offline.checkpoint import open_checkpoint, resolve_source
+        refuse_unsupported(model)
+        from smoothrot_offline.checkpoint import open_checkpoint
         from smoothrot_offline.convert import convert
         from smoothrot_offline.device import choose_device
         from smoothrot_offline.display import show_conversion
+        from smoothrot_offline.headers import resolve_source
+        from smoothrot_offline.preflight import admit
         from smoothrot_offline.presets import choose_preset
         from smoothrot_offline.progress import progress_bar
 
         chosen_device = choose_device(device, workers)
         source = resolve_source(model)
-        choice = choose_preset(preset, options, open_checkpoint(source))
+        checkpoint = open_checkpoint(source)
+        choice = choose_preset(preset, options, checkpoint)
+        notes = admit(checkpoint, choice.config, workers, chosen_device.device).notes
         print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
         print(f"device: {chosen_device.described}", file=sys.stderr)
+        for note in (*choice.notes, *notes):
+            print(f"note: {note}", file=sys.stderr)
         with telling_how_to_go_on(out), progress_bar() as progress:
             done = convert(source, out, choice.config, progress, workers, chosen_device.device)
         if done.resumed_layers is not None:
@@ -197,6 +205,7 @@ def plan(
     """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
     options = _explicit(context, locals())
     with reporting(as_json, debug) as show:
+        refuse_unsupported(model)
         from smoothrot_offline.checkpoint import open_headers
         from smoothrot_offline.device import choose_device
         from smoothrot_offline.display import show_plan
@@ -207,8 +216,10 @@ def plan(
         headers = open_headers(model)
         choice = choose_preset(preset, options, headers)
         found = plan_conversion(headers, choice.config, chosen_device.device)
-        chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
-        show(found.model_dump(mode="json") | chosen, show_plan(found, choice))
+        facts = found.model_dump(mode="json") | {"notes": [*choice.notes, *found.notes]}
+        if found.architecture is not None:
+            facts |= {"preset": choice.reason, "config": choice.config.model_dump()}
+        show(facts, show_plan(found, choice))
         refuse(found.refusals)
 
 
@@ -223,7 +234,7 @@ def verify(
 ) -> None:
     """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
     with reporting(as_json, debug) as show:
-        from smoothrot_offline.checkpoint import resolve_source
+        from smoothrot_offline.headers import resolve_source
         from smoothrot_offline.progress import progress_bar
         from smoothrot_offline.source_check import compare_with_source
         from smoothrot_offline.verify import verify as verify_directory
@@ -285,9 +296,9 @@ def evaluate(
 ) -> None:
     """Perplexity of DIRECTORY on a text, in windows that do not overlap, tail included."""
     with reporting(as_json, debug) as show:
-        from smoothrot_offline.checkpoint import resolve_source
         from smoothrot_offline.device import choose_device
         from smoothrot_offline.evaluate import evaluate_perplexity, run_dtype
+        from smoothrot_offline.headers import resolve_source
 
         chosen = choose_device(device)
         print(f"device: {chosen.described}", file=sys.stderr)

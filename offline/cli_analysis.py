@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smoothrot_offline.cli_output import Debug, Device, Json, RunDtype, reporting, unwind_when_killed
+from smoothrot_offline.cli_output import Debug, Device, Json, RunDtype, refuse_unsupported, reporting, unwind_when_killed
 from smoothrot_vllm.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Directory of the 16-bit model, or its hub id.", show_default=False)]
@@ -43,11 +43,12 @@ def analyze(
     """Measure how hard each layer of MODEL is to quantise, before and after each transform, into the new directory OUT."""
     unwind_when_killed()
     with reporting(as_json, debug) as show:
+        refuse_unsupported(model)
         from smoothrot_offline.analysis import AnalysisConfig
         from smoothrot_offline.analysis import analyze as analyze_model
         from smoothrot_offline.analysis.display import show_analysis
-        from smoothrot_offline.checkpoint import resolve_source
         from smoothrot_offline.device import choose_device
+        from smoothrot_offline.headers import resolve_source
         from smoothrot_offline.options import make_options
         from smoothrot_offline.progress import progress_bar
 

@@ -37,7 +37,9 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         if as_json:
             print(json.dumps(facts, ensure_ascii=False), file=stdout)
         else:
-            Console(file=stdout, markup=False, highlight=False).print(display)
+            # In a pipe or a file, lines are as long as what they say: nothing is wrapped, no path is split.
+            width = None if stdout.isatty() else 10_000
+            Console(file=stdout, markup=False, highlight=False, width=width).print(display)
 
     try:
         with redirect_stdout(sys.stderr):
@@ -48,10 +50,10 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         if debug:
             raise
         refuse([str(error)])
-    except MemoryError as error:
+    except (OSError, MemoryError) as error:
         if debug:
             raise
-        refuse([f"expected more memory than this process can get: {error}. Free some, or use a machine with more."])
+        refuse([f"{error or type(error).__name__}. Check that path, its disk and permissions, and the memory that is free."])
     except Exception as error:
         if debug:
             raise
@@ -66,6 +68,18 @@ def refuse(problems: list[str]) -> None:
         raise typer.Exit(1)
 
 
+def refuse_unsupported(model: str) -> None:
+    """Refuse at once, before torch is imported, what ``config.json`` and the state of the files do not allow.
+
+    Raises:
+        SmoothRotError: a file is missing or damaged, or the family is not one that converts.
+    """
+    from smoothrot_offline.architectures import supported_table
+    from smoothrot_offline.headers import is_local, read_config, read_headers
+
+    supported_table(read_headers(model).config if is_local(model) else read_config(model), fp8=True)
+
+
 def unwind_when_killed() -> None:
     """A polite kill unwinds like Ctrl-C, so that a partial output is removed, or left so that it can be gone on with."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -77,8 +91,9 @@ def telling_how_to_go_on(out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        kept = out.absolute().with_name(f"{out.name}.partial")
-        if kept.exists():
+        from smoothrot_offline.write import unfinished_output
+
+        if (kept := unfinished_output(out)) is not None:
             print(f"interrupted: run the same command again to go on; what is finished is in {kept}", file=sys.stderr)
         else:
             print("interrupted before anything was finished: nothing was kept", file=sys.stderr)

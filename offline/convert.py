@@ -16,22 +16,13 @@ from typing import Any
 
 import torch
 
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
-from smoothrot_offline.calibration_data import check_text
-from smoothrot_offline.checkpoint import (
-    CONFIG_NAME,
-    DTYPES,
-    Checkpoint,
-    check_source,
-    file_digest,
-    open_checkpoint,
-    side_files,
-    source_dtype,
-)
-from smoothrot_offline.config import MEBIBYTE, ConvertConfig, make_schema, stays_tied
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.calibrate import LayerRunner, embed, tokens_digest
+from smoothrot_offline.checkpoint import DTYPES, Checkpoint, file_digest, open_checkpoint, source_dtype
+from smoothrot_offline.config import MEBIBYTE, ConvertConfig, stays_tied
 from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
 from smoothrot_offline.device import CPU, computing_on, device_kind
+from smoothrot_offline.headers import CONFIG_NAME
 from smoothrot_offline.layer import LayerConverter, cast, cast_rows, store
 from smoothrot_offline.manifest import (
     CalibrationRecord,
@@ -41,6 +32,7 @@ from smoothrot_offline.manifest import (
     package_versions,
     read_manifest,
 )
+from smoothrot_offline.preflight import admit
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.read_ahead import LayerTensors, layers_ahead
@@ -50,7 +42,6 @@ from smoothrot_offline.sizes import Sizes, header_table, measure
 from smoothrot_offline.transform_record import transform_tensors
 from smoothrot_offline.workers import convert_layers
 from smoothrot_offline.write import ResumableDirectory, ShardWriter
-from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, QuantizationSchema
 from smoothrot_vllm.hadamard import choose_block
 
@@ -109,32 +100,19 @@ def convert(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(source).on(device)
-    spec = resolve(checkpoint.config)
-    schema = make_schema(spec, config)
-    head = f"{spec.architecture.lm_head}.weight"
-    check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
-    if workers > 1 and config.rounding != "rtn":
-        raise ConfigError(
-            f"--workers {workers}: expected 1 with --rounding {config.rounding}, which rounds each layer for what the layers "
-            "before it give out. Leave the option out, or use --rounding rtn."
-        )
-    if workers > 1 and device.type != "cpu":
-        raise ConfigError(
-            f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy. Leave the option out, or use "
-            "--device cpu."
-        )
-    if config.needs_calibration:
-        check_seqlen(spec, config.calib_seqlen)
-        check_text(checkpoint, config.calib)
+    admitted = admit(checkpoint, config, workers, device)
+    spec, beside = admitted.spec, admitted.side_files.copied
     with ResumableDirectory(out) as directory, computing_on(device):
         steps = count_steps(spec, config) + spec.layers + 3
         progress("source digests", 0, steps)
-        identity = conversion_identity(checkpoint, config, workers)
+        identity = conversion_identity(checkpoint, beside, config, workers)
         journal = Journal(directory, identity)
         resumed = len(journal.layers) if directory.resumed else None
         if not journal.done:
             shards = ShardWriter(directory, config.shard_mib * MEBIBYTE, journal.shards, journal.finish_shard)
-            run = _Run(checkpoint, spec, config, schema, identity["source"], journal, shards, progress, steps, workers)
+            run = _Run(
+                checkpoint, spec, config, admitted.schema, beside, identity["source"], journal, shards, progress, steps, workers
+            )
             run.everything()
             run.finish(directory)
             directory.flush()
@@ -161,6 +139,7 @@ class _Run:
     spec: ModelSpec
     config: ConvertConfig
     schema: QuantizationSchema
+    side_files: list[Path]
     source_digests: dict[str, str]
     journal: Journal
     shards: ShardWriter
@@ -175,7 +154,6 @@ class _Run:
 
     def everything(self) -> None:
         """From the embedding to the head, in the order the model computes."""
-        self._check_shared_head()
         steps = iter(range(1, self.steps))  # the first was the digests
 
         def step(message: str) -> None:
@@ -210,10 +188,12 @@ class _Run:
     def finish(self, directory: ResumableDirectory) -> None:
         """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
         self.shards.finish()
-        for file in side_files(self.checkpoint.path):
-            directory.copy(file)
+        for file in self.side_files:
+            directory.copy(self.checkpoint.path, file)
         config = {key: value for key, value in self.checkpoint.config.items() if key != "auto_map"}
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
+        # transformers writes dtype today and torch_dtype in former years; readers of either must find the same.
+        for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+            config[key] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
         directory.write_tensors(TRANSFORM_NAME, transform_tensors(self.checkpoint, self.transform, self.decisions.studies))
         digest = file_digest(directory.path / TRANSFORM_NAME)
@@ -238,16 +218,6 @@ class _Run:
             files=directory.digests(),
         )
         directory.write_json(MANIFEST_NAME, manifest.model_dump(mode="json"))
-
-    def _check_shared_head(self) -> None:
-        head = f"{self.spec.architecture.lm_head}.weight"
-        if not self.spec.tied or head not in self.checkpoint.tensors:
-            return
-        if not torch.equal(*self.checkpoint.load([head, self.embedding]).values()):
-            raise CheckpointError(
-                f"{self.checkpoint.path}: config.json says tie_word_embeddings, but {head} differs from {self.embedding}. "
-                "Correct tie_word_embeddings, or remove the head from the checkpoint."
-            )
 
     def _calibration(self) -> CalibrationRecord | None:
         tokens = self.decisions.tokens

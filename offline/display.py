@@ -17,7 +17,12 @@ from smoothrot_vllm.format import Online
 
 
 def show_plan(plan: Plan, choice: Choice) -> RenderableType:
-    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time; or the refusal."""
+    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time, and what to know of it.
+
+    Only of a conversion that is not refused: then there is nothing to show but the reason.
+    """
+    if plan.refusals:
+        return Group()
     parts: list[RenderableType] = [f"{plan.model}: {plan.architecture}, {plan.layers} layers"]
     parts.append(f"recipe: {choice.config.described()} ({choice.reason})")
     if plan.source_bytes is not None and plan.output_bytes is not None:
@@ -35,8 +40,8 @@ def show_plan(plan: Plan, choice: Choice) -> RenderableType:
     if plan.seconds is not None and plan.memory_bytes is not None:
         on_cpu = "" if plan.device == "cpu" else "; memory and time below are those of the CPU"
         parts.append(f"device: {plan.device}{on_cpu}")
-        parts.append(f"memory: about {decimal(plan.memory_bytes)} ({plan.memory_method})")
-        parts.append(f"time: about {plan.seconds:.0f} s ({plan.time_method})")
+        parts.append(f"memory: about {decimal(plan.memory_bytes)}; time: about {plan.seconds:.0f} s (estimates; --json says how)")
+    parts += [f"note: {note}" for note in (*choice.notes, *plan.notes)]
     return Group(*parts)
 
 

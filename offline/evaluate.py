@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from smoothrot_offline.calibration_data import family_needs_bos, read_text, tokenize
+from smoothrot_offline.calibration_data import family_needs_bos, tokenize
 from smoothrot_offline.device import CPU, computing_on
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
 from smoothrot_offline.progress import ProgressCallback, no_progress, progress_bar
+from smoothrot_offline.texts import read_text
 from smoothrot_vllm.errors import ConfigError
 
 _LOGIT_ROWS = 512
@@ -82,7 +83,7 @@ def text_windows(
 
     Args:
         directory: model directory, plain or SmoothRot.
-        text_file: UTF-8 text, used as is, or ``.jsonl`` with a ``text`` field, joined with spaces.
+        text_file: a text as :func:`~smoothrot_offline.texts.read_text` takes it.
         seqlen: window length in tokens, at least 2.
         limit_chunks: only the first so many windows.
 
@@ -92,7 +93,8 @@ def text_windows(
     """
     if seqlen < 2 or (limit_chunks is not None and limit_chunks < 1):
         raise ConfigError(f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, got {seqlen} and {limit_chunks}.")
-    text, tokenizer = read_text(text_file), load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
+    text = read_text(text_file, tokenizer)
     bos = tokenizer.bos_token_id if family_needs_bos(directory) else None
     chunks = windows(tokenize(tokenizer, text, special_tokens=bos is None), seqlen, bos)[:limit_chunks]
     if not chunks:
@@ -107,6 +109,7 @@ def measure_perplexity(model: PreTrainedModel, text: TextWindows, progress: Prog
         for number, chunk in enumerate(text.chunks):
             progress(f"perplexity on {Path(text.text).name}", number, len(text.chunks))
             yield chunk
+        progress(f"perplexity on {Path(text.text).name}", len(text.chunks), len(text.chunks))
 
     started = time.perf_counter()
     nll, tokens = total_nll(model, reported())

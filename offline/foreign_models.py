@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from smoothrot_offline.checkpoint import CONFIG_NAME, TensorInfo, read_headers
+from smoothrot_offline.headers import CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_json
 from smoothrot_vllm.format import QUANT_METHOD
@@ -116,12 +117,15 @@ def load_config(directory: str | Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(directory, **LOCAL_ONLY)
 
 
-def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_causal_lm(
+    directory: Path, config: PreTrainedConfig, tensors: dict[str, torch.Tensor] | None = None, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model of any family with the weights of a directory, and what transformers says of the loading.
 
     Args:
         directory: with config.json and safetensors.
         config: of the model, from :func:`load_config`.
+        tensors: all weights, where their files or names are not those that transformers looks for.
         options: of ``from_pretrained``.
 
     Raises:
@@ -135,16 +139,18 @@ def load_causal_lm(directory: Path, config: PreTrainedConfig, **options: Any) ->
             f"{directory}: quantization_config: quant_method: expected a method that transformers has, got {method!r}, whose "
             "weights it would take for plain ones. Give the 16-bit model."
         )
-    headers = read_headers(directory)
-    _check_sizes(directory / CONFIG_NAME, headers)
+    _check_sizes(directory / CONFIG_NAME, read_headers(directory).tensors)
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
             f"{directory}: holds a LoRA adapter (adapter_config.json) beside the model, which is loaded or not by what is "
             "installed. Move one of them to a directory of its own."
         )
     with explained(lambda error: _model_error(directory, error)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, output_loading_info=True, use_safetensors=True, **LOCAL_ONLY, **options
+        # The automatic class wants a directory to look in.
+        kind: Any = AutoModelForCausalLM if tensors is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        place = directory if tensors is None else None
+        loaded: Any = kind.from_pretrained(
+            place, config=config, state_dict=tensors, output_loading_info=True, use_safetensors=True, **LOCAL_ONLY, **options
         )
     model, info = loaded
     return model, info

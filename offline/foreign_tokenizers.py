@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from smoothrot_offline.checkpoint import CONFIG_NAME, side_files
 from smoothrot_offline.foreign_models import LOCAL_ONLY, explained, foreign_errors, load_config, one_line
+from smoothrot_offline.headers import CONFIG_NAME, side_files
 from smoothrot_vllm.errors import CheckpointError, SmoothRotError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_json, refuse_pointer
 
@@ -33,8 +33,8 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
         UnsupportedModelError: only Python code that the directory brings would read it.
     """
     directory = Path(directory)
-    for file in side_files(directory):
-        refuse_pointer(file)
+    for file in side_files(directory).copied:
+        refuse_pointer(directory / file)
     contents = {name: read_json(directory / name, "Fetch the tokenizer again.") for name in _JSON if (directory / name).exists()}
     for name, content in contents.items():
         _check_ids(directory / name, content)

@@ -5,12 +5,15 @@
 ``P.weight`` the files hold ``P.weight_scale_inv``, one scale for each block.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from smoothrot_vllm.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:  # a refusal by configuration must not wait for it
+    import torch
 
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"

@@ -94,7 +94,12 @@ def store(
         norm += float(weight.square().sum())
         rows = slice(row, row := row + len(weight))
         packed[rows], scales[rows] = encode(quantized.codes, scheme.bits), quantized.scale
-    return stored, (error / norm) ** 0.5 if norm else 0.0
+    return stored, relative_error(error, norm)
+
+
+def relative_error(error: float, norm: float) -> float:
+    """``|W - Q(W)| / |W|`` from the squares of both; 0 for a linear that is all zeros, which its codes are too."""
+    return (error / norm) ** 0.5 if norm else 0.0
 
 
 def cast_rows(parts: Iterable[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:

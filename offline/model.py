@@ -13,13 +13,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothrot_offline.architectures import SUPPORTED
-from smoothrot_offline.checkpoint import DTYPES
+from smoothrot_offline.checkpoint import DTYPES, open_checkpoint
 from smoothrot_offline.device import CPU
 from smoothrot_offline.experts import separate_experts
 from smoothrot_offline.foreign_models import load_causal_lm, load_config
+from smoothrot_offline.headers import INDEX_NAME, SINGLE_NAME
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.foreign_files import read_header
@@ -146,11 +148,13 @@ def load_model(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: expected a model directory, which holds a config.json; there is none.")
+    transformers_logging.disable_progress_bar()  # this command has its own
     config = load_config(directory)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         config.quantization_config = {**quantization, "kernels": kernels if device.type == "cpu" else "reference"}
-    model, info = load_causal_lm(directory, config, dtype=dtype or "auto", attn_implementation=_attention(config))
+    tensors = None if quantization else _tensors_under_other_names(directory, config)
+    model, info = load_causal_lm(directory, config, tensors, dtype=dtype or "auto", attn_implementation=_attention(config))
     if info["missing_keys"]:
         raise CheckpointError(
             f"{directory}: expected a tensor for each parameter of {type(model).__name__}, "
@@ -163,6 +167,16 @@ def load_model(
             "describes it: it would be another model without. Fetch configuration and weights of the same model."
         )
     return model.to(device).eval()
+
+
+def _tensors_under_other_names(directory: Path, config: PreTrainedConfig) -> dict[str, torch.Tensor] | None:
+    """All tensors of a plain directory of a supported family whose files or names are not those that transformers looks for."""
+    if config.model_type not in SUPPORTED:
+        return None
+    found = open_checkpoint(directory)
+    if found.renamed is None and any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
+        return None
+    return found.load(found.tensors)
 
 
 def _attention(config: PreTrainedConfig) -> str | None:

@@ -4,17 +4,15 @@
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.calibrate import check_seqlen
-from smoothrot_offline.calibration_data import check_text
-from smoothrot_offline.checkpoint import Checkpoint, check_source, source_dtype
-from smoothrot_offline.config import ConvertConfig, check_shards, make_schema
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.checkpoint import Checkpoint, source_dtype
+from smoothrot_offline.config import ConvertConfig, check_shards
 from smoothrot_offline.device import CPU, device_name
 from smoothrot_offline.estimate import MEMORY_METHOD, TIME_METHOD, memory_bytes, seconds
+from smoothrot_offline.preflight import admit_model, admit_options, rotation_blocks
 from smoothrot_offline.sizes import Sizes, header_table, measure, output_sizes
 from smoothrot_vllm.errors import SmoothRotError
 from smoothrot_vllm.format import QuantizationSchema, check_tensor_parallel
-from smoothrot_vllm.hadamard import choose_block
 
 TP_SIZES = (1, 2, 4, 8, 16)
 
@@ -44,6 +42,7 @@ class Plan(_Record):
     model: str
     device: str
     refusals: list[str]
+    notes: list[str] = []
     architecture: str | None = None
     layers: int | None = None
     source_bytes: Sizes | None = None
@@ -59,46 +58,41 @@ class Plan(_Record):
 
 
 def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig, device: torch.device = CPU) -> Plan:
-    """Plan a conversion of what :func:`~smoothrot_offline.checkpoint.open_headers` found; no weight is read.
+    """Plan a conversion of what :func:`~smoothrot_offline.checkpoint.open_headers` found.
 
-    ``device`` is what ``run`` would compute on. Whatever makes ``run`` refuse before it reads a weight is in ``refusals``.
+    ``device`` is what ``run`` would compute on. Whatever makes ``run`` refuse before it begins is in ``refusals``, for a
+    directory (see :func:`~smoothrot_offline.preflight.admit_model`); what it would say is in ``notes``.
     """
     asked = {"model": str(checkpoint.path), "device": device_name(device)}
     try:
-        spec = resolve(checkpoint.config)
-        head = [f"{spec.architecture.lm_head}.weight"] if spec.tied else []
-        check_source(checkpoint, spec.source_tensors(), ignorable=head)
+        spec = admit_model(checkpoint)
     except SmoothRotError as error:
         return Plan(**asked, refusals=[str(error)])
     before = measure(spec, header_table(checkpoint, spec.source_tensors()))
     known = asked | {"architecture": spec.architecture.class_name, "layers": spec.layers, "source_bytes": before}
     try:
-        schema = make_schema(spec, config)
-        if config.needs_calibration:
-            check_seqlen(spec, config.calib_seqlen)
-            check_text(checkpoint, config.calib)
+        admitted = admit_options(checkpoint, spec, config)
     except SmoothRotError as error:
         return Plan(**known, refusals=[str(error)])
     after = output_sizes(spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight"))
     return Plan(
         **known,
         refusals=[],
+        notes=admitted.notes,
         output_bytes=after,
         ratio_total=before.total / after.total,
         ratio_linears=before.linears / after.linears,
         hadamard=_hadamards(spec, config) if config.rotate else {},
-        tensor_parallel=[TensorParallelPlan(size=size, refused=_tp_refusal(spec, schema, size)) for size in TP_SIZES],
+        tensor_parallel=[TensorParallelPlan(size=size, refused=_tp_refusal(spec, admitted.schema, size)) for size in TP_SIZES],
         memory_bytes=memory_bytes(spec, config, before, after),
         seconds=seconds(spec, config, before, after),
     )
 
 
 def _hadamards(spec: ModelSpec, config: ConvertConfig) -> dict[str, HadamardPlan]:
-    r1 = "R1" if spec.architecture.rotates_residual else "R1 online"
-    widths = {r1: (spec.hidden, 1), "R2": (spec.head_dim, 1), "R4": (spec.intermediate, config.max_tp)}
-    blocks = {name: choose_block(size, shards) for name, (size, shards) in widths.items()}
     return {
-        name: HadamardPlan(size=widths[name][0], block=factors.size, factors=str(factors)) for name, factors in blocks.items()
+        name: HadamardPlan(size=size, block=factors.size, factors=str(factors))
+        for name, (size, factors) in rotation_blocks(spec, config).items()
     }
 
 

@@ -52,10 +52,11 @@ PAPER = Preset((-1,), {"scales": "max", "alpha": 0.5, "rounding": "gptq", "act_o
 
 @dataclass(frozen=True)
 class Choice:
-    """A preset's configuration for one model, and why it was chosen."""
+    """A preset's configuration for one model, why it was chosen, and what in it is not the preset's first choice."""
 
     config: ConvertConfig
     reason: str
+    notes: tuple[str, ...] = ()
 
 
 def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) -> Choice:
@@ -78,19 +79,22 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
         # What is wrong with the model is for the conversion to say, or for the plan.
         return Choice(make_config(**explicit), "no preset: the model cannot be converted")
     if name != "auto":
-        return Choice(_configured(name, explicit, spec), f"preset {name}, as asked for")
+        config, notes = _configured(name, explicit, spec)
+        return Choice(config, f"preset {name}, as asked for", notes)
     for candidate in reversed(PRESETS):
-        config = _configured(candidate, explicit, spec)
+        config, notes = _configured(candidate, explicit, spec)
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
     return Choice(
-        config, f"preset {candidate}, about {max(1, round(seconds / 60))} min on the CPU here; --preset chooses another"
+        config, f"preset {candidate}, about {max(1, round(seconds / 60))} min on the CPU here; --preset chooses another", notes
     )
 
 
-def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
-    """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
+def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> tuple[ConvertConfig, tuple[str, ...]]:
+    """The preset's configuration with the first of its group sizes that fits the model, the last one if none does; and a note if
+    it is not the first.
+    """
     preset = PAPER if name == "paper-compat" else PRESETS[name]
     head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
     # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it would only harm those.
@@ -98,12 +102,18 @@ def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> Convert
     options = preset.options | head | norms | {"preset": name} | explicit
     sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
     configs = [make_config(**options | {"group_size": size}) for size in sizes]
-    return next((config for config in configs if _fits(spec, config)), configs[-1])
+    problems = [_misfit(spec, config) for config in configs]
+    chosen = next((config for config, problem in zip(configs, problems, strict=True) if problem is None), configs[-1])
+    if problems[0] is None or chosen is configs[0]:
+        return chosen, ()
+    fallen = "to one scale for each output channel" if chosen.group_size == -1 else f"to groups of {chosen.group_size}"
+    return chosen, (f"preset {name}: weights fall from groups of {sizes[0]} {fallen}: {problems[0]}",)
 
 
-def _fits(spec: ModelSpec, config: ConvertConfig) -> bool:
+def _misfit(spec: ModelSpec, config: ConvertConfig) -> str | None:
+    """Why the configuration does not fit the model, or None."""
     try:
         make_schema(spec, config)
-    except SmoothRotError:
-        return False
-    return True
+    except SmoothRotError as error:
+        return str(error)
+    return None

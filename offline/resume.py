@@ -8,17 +8,18 @@ name a finished piece of work with the file that holds it and its SHA-256. A tor
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, side_files
+from smoothrot_offline.checkpoint import Checkpoint, file_digest
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.device import device_kind
+from smoothrot_offline.headers import CONFIG_NAME, WORK_PREFIX
 from smoothrot_offline.manifest import LayerRecord, TensorRecord, package_versions
-from smoothrot_offline.write import JOURNAL_NAME, WORK_PREFIX, OutputDirectory, write_tensors, writing
+from smoothrot_offline.write import JOURNAL_NAME, OutputDirectory, write_tensors, writing
 from smoothrot_vllm.errors import CheckpointError, ResumeError
 from smoothrot_vllm.foreign_files import parse_json, read_tensors
 
@@ -43,13 +44,15 @@ def _keep(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> KeptFile
     return {"file": path.name, "sha256": file_digest(path)}
 
 
-def conversion_identity(checkpoint: Checkpoint, config: ConvertConfig, workers: int) -> dict[str, dict[str, Any]]:
+def conversion_identity(
+    checkpoint: Checkpoint, side_files: Iterable[Path], config: ConvertConfig, workers: int
+) -> dict[str, dict[str, Any]]:
     """Everything that the bytes of a conversion follow from, by field: a conversion goes on only if all of it is the same.
 
     Raises:
         CheckpointError: a file of the source cannot be read.
     """
-    names = [CONFIG_NAME, *checkpoint.files, *(file.name for file in side_files(checkpoint.path))]
+    names = [CONFIG_NAME, *checkpoint.files, *map(str, side_files)]
     text = Path(config.calib)
     return {
         "source": {name: file_digest(checkpoint.path / name) for name in names},

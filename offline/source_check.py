@@ -7,7 +7,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.checkpoint import CONFIG_NAME, Checkpoint, file_digest, open_checkpoint
+from smoothrot_offline.checkpoint import Checkpoint, file_digest, open_checkpoint
+from smoothrot_offline.headers import CONFIG_NAME
+from smoothrot_offline.layer import relative_error
 from smoothrot_offline.manifest import Manifest, read_manifest
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.transform_record import read_transform
@@ -96,7 +98,7 @@ def _linear_problems(
         differ = int((encode(again.codes, scheme.weights.bits) != packed).sum()) + int((again.scale != scale).sum())
         return [f"tensor {name}: {differ} bytes of codes or scales are not those that the source leads to"] if differ else []
     stored = dequantize_weight(packed, scale, scheme.weights.bits)
-    error = float((weight - stored).norm() / weight.norm())
+    error = relative_error(float((weight - stored).square().sum()), float(weight.square().sum()))
     recorded = manifest.layers[index].weight_error[linear]
     if abs(error - recorded) <= ERROR_TOLERANCE * recorded:
         return []

@@ -50,7 +50,7 @@ def model_dtype(config: dict[str, Any]) -> torch.dtype:
     Raises:
         ConfigError: it names none.
     """
-    name = config.get("dtype", config.get("torch_dtype"))
+    name = config.get("dtype") or config.get("torch_dtype")
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name))
     if dtype is None:
         raise ConfigError(f"config.json: dtype: expected bfloat16 or float16, got {name!r}.")

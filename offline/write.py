@@ -3,7 +3,9 @@
 
 Everything goes into a sibling directory, ``OUT.partial``, or ``OUT.partial-XXXXXXXX`` where nothing can be resumed: shards
 as they fill up, then index, side files and configuration, the manifest last; each file is flushed to disk, then the directory
-is renamed to OUT. The writer locks its partial directory, so a later run knows a dead run's leftovers from a live run.
+is renamed to OUT. An empty directory OUT may be a mount point, which nothing can be renamed to: it is filled itself, and has its
+``config.json`` under another name until it is whole. The writer locks what it writes into, so a later run knows a dead run's
+leftovers from a live run.
 """
 
 import errno
@@ -24,18 +26,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from smoothrot_offline.checkpoint import CONFIG_NAME, DTYPES, INDEX_NAME, file_digest, tensor_digest
+from smoothrot_offline.checkpoint import DTYPES, file_digest, tensor_digest
+from smoothrot_offline.headers import CONFIG_NAME, INDEX_NAME, WORK_PREFIX
 from smoothrot_offline.manifest import TensorRecord
 from smoothrot_vllm.errors import ConfigError, DeviceMemoryError, OutputError, SmoothRotError
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WORK_PREFIX = "resume-"
-"""Of the files that only serve to go on with an interrupted conversion."""
 JOURNAL_NAME = f"{WORK_PREFIX}journal.jsonl"
 _HOLDER = f"{WORK_PREFIX}holder.txt"
 _INCOMPLETE = ".incomplete"
 _SHARD = "shard-{:05d}.safetensors"
 _FINAL_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+_OF_FILE_SYSTEM = "lost+found"
+"""A folder that the root of a file system has, empty or not."""
 
 
 class OutputDirectory:
@@ -48,18 +51,23 @@ class OutputDirectory:
         OutputError: the file system refuses (no space, no permission); what was written is removed.
     """
 
+    _tolerated: tuple[str, ...] = (_OF_FILE_SYSTEM,)
+    """Names that OUT may hold and count as empty."""
+
     def __init__(self, out: Path) -> None:
-        self._out = out.absolute()
-        self.path = self._out.with_name(f"{self._out.name}.partial-{secrets.token_hex(4)}")
+        self._out = out.resolve()
+        self.path = self._out
         self.removed: list[Path] = []
         self._lock: int | None = None
         self._committed = False
 
     def __enter__(self) -> Self:
         self._refuse_existing()
+        parent = self._out if self._out.is_dir() else self._out.parent
+        self.path = parent / f"{self._out.name}.partial-{secrets.token_hex(4)}"
         with writing(self.path):
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            self._clean_leftovers()
+            parent.mkdir(parents=True, exist_ok=True)
+            self._clean_leftovers(parent)
             self.path.mkdir()
             self._lock = _try_lock(self.path)
         return self
@@ -84,35 +92,56 @@ class OutputDirectory:
         with writing(self.path / name):
             write_tensors(self.path / name, tensors)
 
-    def copy(self, file: Path) -> None:
-        """Copy the content of a file, under its name."""
-        with writing(self.path / file.name):
-            shutil.copyfile(file, self.path / file.name)
+    def copy(self, source: Path, file: Path) -> None:
+        """Copy the content of ``file``, a path relative to the directory ``source``, to the same place in this one."""
+        with writing(self.path / file):
+            (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, self.path / file)
 
     def commit(self) -> None:
         """Flush every file to disk and give the directory its final name."""
         self._refuse_existing()
         with writing(self.path):
             self._sync_all()
-            self.path.rename(self._out)
+            if self.path.parent == self._out:
+                for file in sorted(self.path.iterdir()):
+                    file.rename(self._out / file.name)
+                self.path.rmdir()
+            else:
+                self.path.rename(self._out)
             self._committed = True
+            _sync(self._out)
             _sync(self._out.parent)
 
     def _sync_all(self) -> None:
-        for file in sorted(self.path.iterdir()):
+        for file in self._files():
             _sync(file)
         _sync(self.path)
 
+    def _files(self) -> list[Path]:
+        """Every file that was written, sorted."""
+        return sorted(path for entry in self._entries() for path in (entry, *entry.rglob("*")) if path.is_file())
+
+    def _entries(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if entry.name != _OF_FILE_SYSTEM]
+
     def _refuse_existing(self) -> None:
-        if self._out.exists() and not (self._out.is_dir() and not any(self._out.iterdir())):
+        if not self._out.exists():
+            return
+        if not self._out.is_dir() or any(
+            entry.name not in self._tolerated and not self._leftover.fullmatch(entry.name) for entry in self._out.iterdir()
+        ):
             raise ConfigError(
                 f"{self._out}: expected no such path or an empty directory. Choose another output, or remove it first."
             )
 
-    def _clean_leftovers(self) -> None:
-        pattern = re.compile(re.escape(self._out.name) + r"\.partial-[0-9a-f]{8}")
-        for path in sorted(self._out.parent.iterdir()):
-            if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+    @property
+    def _leftover(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self._out.name) + r"\.partial-[0-9a-f]{8}")
+
+    def _clean_leftovers(self, parent: Path) -> None:
+        for path in sorted(parent.iterdir()):
+            if not self._leftover.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
                 continue
             lock = _try_lock(path)
             if lock is None:
@@ -126,35 +155,34 @@ class OutputDirectory:
 
 
 class ResumableDirectory(OutputDirectory):
-    """An output that an interrupted run leaves as ``OUT.partial`` and that the next run into OUT goes on with.
+    """An output that an interrupted run leaves as ``OUT.partial``, or in OUT if that was there, and that the next goes on with.
 
     Its ``config.json``, without which nothing opens it, has another name until the directory has its own. ``resumable`` is to be
     set when there is something worth keeping, ``resumed`` when it was there before. A refusal of a source that was begun in
     this run leaves nothing.
     """
 
+    _tolerated = (_OF_FILE_SYSTEM, JOURNAL_NAME, _HOLDER)
+
     def __init__(self, out: Path) -> None:
         super().__init__(out)
-        self._partial = self._out.with_name(f"{self._out.name}.partial")
-        self.path = self._partial
         self.resumable = False
         self.resumed = False
 
     def __enter__(self) -> Self:
-        with writing(self._partial):
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            # A journal in OUT itself: the run was killed while it gave the files their final names.
-            if (self._out / JOURNAL_NAME).is_file():
-                self.path = self._out
-            else:
-                self._refuse_existing()
-                self._partial.mkdir(exist_ok=True)
-                strangers = [file.name for file in self._partial.iterdir() if file.name not in (JOURNAL_NAME, _HOLDER)]
-                if strangers and not (self._partial / JOURNAL_NAME).is_file():
-                    raise ConfigError(
-                        f"{self._partial}: expected the work of an interrupted conversion, got {strangers[0]} and "
-                        f"no {JOURNAL_NAME}. Choose another output, or remove it first."
-                    )
+        begun = unfinished_output(self._out)
+        # A journal in OUT itself may also be that of a run that was killed while it gave the files their final names.
+        if begun != self._out:
+            self._refuse_existing()
+        self.path = begun or (self._out if self._out.is_dir() else _partial(self._out))
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            strangers = [entry.name for entry in self._entries() if entry.name not in (JOURNAL_NAME, _HOLDER)]
+            if strangers and begun is None:
+                raise ConfigError(
+                    f"{self.path}: expected the work of an interrupted conversion, got {strangers[0]} and "
+                    f"no {JOURNAL_NAME}. Choose another output, or remove it first."
+                )
             self._lock = _try_lock(self.path)
             if self._lock is None:
                 holder = self.path / _HOLDER
@@ -172,11 +200,18 @@ class ResumableDirectory(OutputDirectory):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         refused = isinstance(error, SmoothRotError) and not isinstance(error, OutputError | DeviceMemoryError)
         keep = self.resumed or (self.resumable and not refused)
-        if not self._committed and not keep and self.path == self._partial:
-            shutil.rmtree(self.path, ignore_errors=True)
+        if not self._committed and not keep:
+            self._remove()
         if self._lock is not None:
             (self.path / _HOLDER).unlink(missing_ok=True)
             os.close(self._lock)
+
+    def _remove(self) -> None:
+        if self.path != self._out:
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for entry in self._entries():
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file, keys in the order given; ``config.json`` under a name that nothing opens."""
@@ -184,8 +219,8 @@ class ResumableDirectory(OutputDirectory):
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that is no shard, by its final name."""
-        files = [file for file in self.path.iterdir() if file.suffix != ".safetensors" and not file.name.startswith(WORK_PREFIX)]
-        return {file.name.removesuffix(_INCOMPLETE): file_digest(file) for file in sorted(files)}
+        files = [file for file in self._files() if file.suffix != ".safetensors" and not file.name.startswith(WORK_PREFIX)]
+        return {str(file.relative_to(self.path)).removesuffix(_INCOMPLETE): file_digest(file) for file in files}
 
     def flush(self) -> None:
         """Flush every file to disk."""
@@ -195,7 +230,7 @@ class ResumableDirectory(OutputDirectory):
     def commit(self) -> None:
         """Give the directory its name, then its configuration, which makes it a model; then drop the journal."""
         with writing(self.path):
-            if self.path == self._partial:
+            if self.path != self._out:
                 self._refuse_existing()
                 self.path.rename(self._out)
                 self.path = self._out
@@ -208,6 +243,17 @@ class ResumableDirectory(OutputDirectory):
             (self._out / _HOLDER).unlink(missing_ok=True)
             (self._out / JOURNAL_NAME).unlink()
             _sync(self._out)
+
+
+def unfinished_output(out: Path) -> Path | None:
+    """Where an interrupted conversion into ``out`` has left its work, or None."""
+    out = out.resolve()
+    places = (out, _partial(out)) if out.name else (out,)
+    return next((place for place in places if (place / JOURNAL_NAME).is_file()), None)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
 
 class ShardWriter:

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from smoothrot_vllm.errors import CheckpointError
+
+if TYPE_CHECKING:  # a refusal by a header must not wait for it
+    import torch
 
 MAX_JSON_BYTES = 256 << 20
 """Of one JSON document: several times the manifest of the largest mixture of experts."""
@@ -136,15 +138,15 @@ def read_json(path: Path, advice: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def opened_safetensors(path: Path, advice: str) -> Iterator[Any]:
-    """A safetensors file, as ``safe_open`` gives it, for as long as the context lasts.
+def opened_safetensors(path: Path, advice: str, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
+    """A safetensors file, as ``safe_open`` gives it to torch or to NumPy, for as long as the context lasts.
 
     Raises:
         CheckpointError: it is missing or not whole, or a tensor cannot be read.
     """
     refuse_pointer(path, advice)
     try:
-        with safe_open(path, framework="pt") as tensors:
+        with safe_open(path, framework=framework) as tensors:
             yield tensors
     except CheckpointError:
         raise
@@ -159,12 +161,12 @@ def read_header(path: Path, advice: str) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: see :func:`opened_safetensors`.
     """
-    with opened_safetensors(path, advice) as tensors:
+    with opened_safetensors(path, advice, "np") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
         return {name: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
-def read_tensors(path: Path, advice: str, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, advice: str, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
     """Tensors of a safetensors file, all of them or those of ``names``, in their stored dtype.
 
     Raises:

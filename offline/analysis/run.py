@@ -26,13 +26,14 @@ from smoothrot_offline.analysis.record import (
     TransformRecord,
 )
 from smoothrot_offline.analysis.transforms import DOWN, KINDS, TRANSFORMS, converted, layer_transforms
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.calibrate import LayerRunner, check_seqlen, embed, tokens_digest
-from smoothrot_offline.calibration_data import check_text, load_calibration
-from smoothrot_offline.checkpoint import Checkpoint, check_source, open_checkpoint
+from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.calibrate import LayerRunner, embed, tokens_digest
+from smoothrot_offline.calibration_data import load_calibration
+from smoothrot_offline.checkpoint import Checkpoint, open_checkpoint
 from smoothrot_offline.config import ACTIVATION_CLIP
 from smoothrot_offline.device import CPU, computing_on
 from smoothrot_offline.manifest import CalibrationRecord, package_versions
+from smoothrot_offline.preflight import admit_calibration, admit_model
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.rotate import fold_norms, random_rotation
 from smoothrot_offline.smooth import InputStatistics, LayerError, PolicyOptions, SmoothingChoice, choose_scales
@@ -65,16 +66,13 @@ def analyze(
         DeviceMemoryError: a GPU, if that is the ``device``, has too little memory.
     """
     checkpoint = open_checkpoint(source).on(device)
-    spec = resolve(checkpoint.config)
+    spec = admit_model(checkpoint)
     if spec.experts:
         raise UnsupportedModelError(
             f"{source}: {spec.architecture.class_name} has experts; analyze measures dense models only. "
             "Convert the model as it is: the manifest records what the calibration found of each expert."
         )
-    head = f"{spec.architecture.lm_head}.weight"
-    check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
-    check_seqlen(spec, config.calib_seqlen)
-    check_text(checkpoint, config.calib)
+    admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
     chosen = _chosen_layers(spec, config)
     with OutputDirectory(out) as directory, computing_on(device):
         run = _Run(checkpoint, spec, config, chosen, progress)

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which model families can be converted: one table each, and the refusal of everything else by name."""
 
-from typing import Any
-
-from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from typing import TYPE_CHECKING, Any
 
 from smoothrot_offline.architectures.base import Architecture, Experts, ModelSpec
 from smoothrot_offline.architectures.gemma2 import GEMMA2
@@ -16,11 +13,15 @@ from smoothrot_offline.architectures.phi3 import PHI3
 from smoothrot_offline.architectures.qwen2 import QWEN2
 from smoothrot_offline.architectures.qwen3 import QWEN3
 from smoothrot_offline.architectures.qwen3_moe import QWEN3_MOE
+from smoothrot_offline.architectures.settings import check_settings
 from smoothrot_offline.architectures.smollm3 import SMOLLM3
-from smoothrot_offline.foreign_models import parse_config
+from smoothrot_offline.fp8 import is_fp8
 from smoothrot_vllm.errors import UnsupportedModelError
 
-__all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve"]
+if TYPE_CHECKING:  # a refusal by name must not wait for it
+    from transformers import PreTrainedConfig
+
+__all__ = ["SUPPORTED", "Architecture", "ModelSpec", "resolve", "supported_table"]
 
 _TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
 SUPPORTED = {table.model_type: table for table in _TABLES}
@@ -28,6 +29,8 @@ MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
 MAX_EXPERTS = 1 << 17
 """Of all layers: several times the largest model's, and what names of tensors can be written out for."""
+_MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+"""Keys of ``auto_map`` that name code which says what the model computes. No other code that it names is run either."""
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -40,9 +43,14 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
     Raises:
         UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
     """
-    table = _supported_table(config)
+    # It imports torch and transformers, which a refusal by name must not wait for.
+    from smoothrot_offline.foreign_models import parse_config
+
+    table = supported_table(config)
     parsed = parse_config(config, table.model_type)
     layers, hidden, heads = (_size(parsed, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if getattr(parsed, "head_dim", 0) is None:  # which some of transformers' classes take for a number
+        parsed.head_dim = hidden // heads
     experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
     spec = ModelSpec(
         architecture=table.with_experts(experts),
@@ -62,21 +70,11 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModelError(
             f"config.json: expected {spec.heads} attention heads to be a multiple of {spec.kv_heads} key-value heads."
         )
-    for rope in _rope_types(parsed.rope_parameters):
-        if rope not in ("default", *ROPE_INIT_FUNCTIONS):
-            raise UnsupportedModelError(
-                f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)}, got {rope!r}."
-            )
-    for key, values in table.settings.items():
-        if (found := getattr(parsed, key)) not in values:
-            raise UnsupportedModelError(
-                f"config.json: {key}: expected one of {', '.join(map(str, values))} (what the server runs for "
-                f"{table.class_name}), got {found!r}."
-            )
+    check_settings(spec, config)
     return spec
 
 
-def _size(parsed: PreTrainedConfig, key: str) -> int:
+def _size(parsed: "PreTrainedConfig", key: str) -> int:
     found = getattr(parsed, key)
     if type(found) is not int or not 1 <= found <= MAX_SIZE:
         raise UnsupportedModelError(
@@ -85,7 +83,7 @@ def _size(parsed: PreTrainedConfig, key: str) -> int:
     return found
 
 
-def _count_experts(experts: Experts, parsed: PreTrainedConfig, layers: int) -> int:
+def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) -> int:
     count, chosen = _size(parsed, experts.count), parsed.num_experts_per_tok
     if layers * count > MAX_EXPERTS:
         raise UnsupportedModelError(
@@ -104,15 +102,16 @@ def _count_experts(experts: Experts, parsed: PreTrainedConfig, layers: int) -> i
     return int(count)
 
 
-def _rope_types(parameters: Any) -> list[Any]:
-    """The rope type, or that of each kind of layer where the parameters differ by kind."""
-    if not isinstance(parameters, dict):
-        return [parameters or "default"]
-    by_kind = [nested for nested in parameters.values() if isinstance(nested, dict)]
-    return [found.get("rope_type", "default") for found in by_kind or [parameters]]
+def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
+    """The table of a model's family. Imports neither torch nor transformers.
 
+    Args:
+        config: ``config.json`` as read.
+        fp8: whether block-scaled FP8 weights are let pass, which are dequantised as they are read.
 
-def _supported_table(config: dict[str, Any]) -> Architecture:
+    Raises:
+        UnsupportedModelError: there is none, or the weights are quantised, or the model needs code of its own.
+    """
     model_type = config.get("model_type")
     classes = config.get("architectures") or []
     if not isinstance(model_type, str | None) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
@@ -121,7 +120,7 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
         )
     names = ", ".join(classes or [str(model_type)])
     quantization = config.get("quantization_config")
-    if quantization is not None:
+    if quantization is not None and not (fp8 and is_fp8(config)):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise UnsupportedModelError(
             f"{names} is already quantised (quantization_config, quant_method {method!r}). "
@@ -144,6 +143,11 @@ def _supported_table(config: dict[str, Any]) -> Architecture:
             f"{names} (model_type {model_type!r}) is not supported: no table says where its transforms are folded "
             f"(docs/architectures.md). Supported model types: {', '.join(SUPPORTED)}."
         )
+    if classes == [table.class_name.replace("ForCausalLM", "Model")]:
+        raise UnsupportedModelError(
+            f"config.json: architectures: {names} is an embedding model, a base model without a head: expected "
+            f"{table.class_name}. Its hidden states would come out rotated. Convert a causal language model."
+        )
     if classes and classes != [table.class_name]:
         raise UnsupportedModelError(
             f"config.json: architectures: expected {table.class_name} for model_type {model_type!r}, got {', '.join(classes)}."
@@ -160,5 +164,11 @@ def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
     own = config.get("auto_map")
     if not own:
         return None
-    code = str(own.get("AutoModelForCausalLM", own) if isinstance(own, dict) else own)
-    return None if table is not None and code in table.replaced_code else code
+    # Where it names another repository, the class comes after two dashes.
+    named = [own.get(key) for key in _MODEL_CODE] if isinstance(own, dict) else [own]
+    allowed = () if table is None else table.replaced_code
+    return next((str(code) for code in named if code is not None and str(code).rpartition("--")[2] not in allowed), None)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

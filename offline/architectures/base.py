@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model family must say about itself, and the sizes of one model of it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from transformers import PreTrainedConfig
+if TYPE_CHECKING:  # the tables must be there without the seconds that these take
+    import torch
+    from transformers import PreTrainedConfig
 
-from smoothrot_vllm.format import QuantizationSchema, weight_tensors
+    from smoothrot_vllm.format import QuantizationSchema
 
 Shape = tuple[int, ...]
 
@@ -47,10 +50,13 @@ class Architecture:
     ``value`` produces, in its last rows, the heads that ``output`` consumes; ``up`` produces, in its last rows, the factor of
     the gated product ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
     ``products`` are the pairs of an ``up`` and its ``down`` in a layer: one, or that of each expert.
-    ``settings`` gives the values of a configuration key that transformers and the server both compute;
+    ``settings`` gives the values of a configuration key that transformers and the server both compute, the one of a key that is
+    not there first; ``same`` are keys of the server's alone that must say what another says; ``partial_rotary``, ``one_window``
+    and ``head_dim_from_hidden`` that both rotate a part of each head if told so, and that the server has the same window in all
+    layers and no other width of heads than ``hidden_size / num_attention_heads`` (see settings.py);
     ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden size, ``layer_types``
     that the configuration chooses each layer's kind of attention. ``attention`` is the implementation that transformers
-    computes all settings with. ``replaced_code`` are the model classes by which ``auto_map`` names Python code that
+    computes all settings with. ``replaced_code`` are the classes by which ``auto_map`` names Python code that
     transformers has its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
     In a family with ``experts``, names that hold ``{e}`` are those of each expert; :meth:`with_experts` writes them out.
     """
@@ -66,6 +72,10 @@ class Architecture:
     up: str
     down: str
     settings: Mapping[str, tuple[Any, ...]]
+    same: Mapping[str, str] = field(default_factory=dict)
+    partial_rotary: bool = False
+    one_window: bool = False
+    head_dim_from_hidden: bool = False
     post_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
     norm_offset: float = 0.0
@@ -181,6 +191,8 @@ class ModelSpec:
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)`` if it caps them."""
+        import torch
+
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -248,6 +260,8 @@ class ModelSpec:
         Raises:
             ConfigError: a linear does not fit its scheme.
         """
+        from smoothrot_vllm.format import weight_tensors
+
         tensors = {name: (shape, dtype) for name, shape in self.source_tensors().items()}
         for name, out, inputs in self.output_linears(tied):
             scheme = schema.scheme(name)

@@ -19,6 +19,7 @@ GEMMA3 = replace(
     norm_offset=1.0,
     scaled_embedding=True,
     layer_types=True,
+    same={},
     settings={
         "hidden_activation": ("gelu_pytorch_tanh",),
         # transformers and vLLM both ignore a cap on attention's logits.

@@ -28,5 +28,7 @@ LLAMA = Architecture(
     output="self_attn.o_proj",
     up="mlp.up_proj",
     down="mlp.down_proj",
-    settings={"hidden_act": ("silu",)},
+    # vLLM's class reads these beside the flags of transformers' class.
+    settings={"hidden_act": ("silu",), "bias": (False, None), "logit_scale": (1.0,), "sliding_window": (None, 0)},
+    same={"qkv_bias": "attention_bias"},
 )

@@ -7,6 +7,8 @@ from smoothrot_offline.architectures.mistral import MISTRAL
 MIXTRAL = MISTRAL.with_sparse_feed_forward(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
+    settings={"hidden_act": ("silu",)},
+    same={},
     up="block_sparse_moe.experts.{e}.w3",
     down="block_sparse_moe.experts.{e}.w2",
     experts=Experts(

@@ -4,6 +4,7 @@
 from dataclasses import replace
 
 from smoothrot_offline.architectures.llama import LLAMA
+from smoothrot_offline.architectures.mistral import WITHOUT_BIASES
 
 PHI3 = replace(
     LLAMA,
@@ -21,5 +22,7 @@ PHI3 = replace(
     },
     value="self_attn.qkv_proj",
     up="mlp.gate_up_proj",
-    replaced_code=("modeling_phi3.Phi3ForCausalLM",),
+    settings=WITHOUT_BIASES,
+    partial_rotary=True,
+    replaced_code=("modeling_phi3.Phi3ForCausalLM", "modeling_phi3.Phi3Model", "configuration_phi3.Phi3Config"),
 )

@@ -18,5 +18,8 @@ QWEN3 = replace(
         "attention_bias": (False,),
         # vLLM has one window for all layers.
         "use_sliding_window": (False,),
+        "dual_chunk_attention_config": (None,),
     },
+    same={},
+    one_window=True,
 )

@@ -18,4 +18,6 @@ QWEN3_MOE = QWEN3.with_sparse_feed_forward(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     layer_types=False,
+    one_window=False,
+    settings={**QWEN3.settings, "shared_expert_intermediate_size": (0, None)},
 )

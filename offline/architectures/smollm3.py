@@ -5,4 +5,12 @@ from dataclasses import replace
 
 from smoothrot_offline.architectures.llama import LLAMA
 
-SMOLLM3 = replace(LLAMA, model_type="smollm3", class_name="SmolLM3ForCausalLM", layer_types=True)
+# vLLM serves it with transformers' own class: both read the same keys.
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    class_name="SmolLM3ForCausalLM",
+    layer_types=True,
+    settings={"hidden_act": ("silu",)},
+    same={},
+)

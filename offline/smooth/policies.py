@@ -73,8 +73,9 @@ def choose_scales(policy: Policy, statistics: InputStatistics, error: LayerError
     least, statistic, alpha, quantile = min(tried, key=lambda candidate: candidate[0])
     scales = _scales(statistic, statistics, error.weight, alpha, quantile)
     start = None
-    if policy == "learned" and least > 0:
-        start, (scales, least) = scales, learn_scales(scales, least, error)
+    if policy == "learned":
+        # Without an error, as of a linear of zeros, there is nothing to learn from.
+        start, (scales, least) = scales, learn_scales(scales, least, error) if least > 0 else (scales, least)
     relative = least / reference if reference else 1.0
     return SmoothingChoice(scales, statistic, alpha, quantile, relative, start)
 

@@ -264,7 +264,7 @@ def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Pat
     [
         {"family": "llama", "attention_bias": True},
         {"family": "mistral", "sliding_window": 5},
-        {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
         {"family": "qwen3"},
         {"family": "phi3", "sliding_window": 5},
         {"family": "smollm3"},

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smoothrot_offline.calibration_data import load_calibration, read_text
+from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.evaluate import evaluate_perplexity, windows
+from smoothrot_offline.texts import read_text
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 WORDS = [f"w{i}" for i in range(60)]
@@ -121,11 +122,19 @@ def test_jsonl_documents_are_joined_and_line_ends_kept(tmp_path: Path) -> None:
     assert read_text(tmp_path / "crlf.txt") == "one\r\ntwo\n"
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"body": "x"}', b"[1]", b"not json"])
-def test_unreadable_text_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe", "expected UTF-8, got byte 0xff at position 0"),
+        (b'{"body": "x"}', "line 1: .*'text'.*got keys body"),
+        (b"[1]", "line 1: .*'text'.*got list"),
+        (b"not json", "line 1: expected a JSON object"),
+    ],
+)
+def test_unreadable_text_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"bad\.jsonl.*'text' field"):
+    with pytest.raises(ConfigError, match=rf"bad\.jsonl: {words}"):
         read_text(file)
 
 

@@ -101,8 +101,8 @@ def test_code_of_a_model_is_never_run_nor_asked_about(source: Path, command: str
 
 def test_code_of_a_family_that_transformers_has_too_is_never_run(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "model", "phi3")
-    (source / "canary.py").write_text(CANARY_CODE)
-    edit(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM", "AutoModel": CANARY})
+    (source / "modeling_phi3.py").write_text(CANARY_CODE)
+    edit(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
     result = invoke(*commands(source)["run"], "--scales", "max")
     assert not (source / "ran").exists()
     assert "Do you wish to run" not in result.output
@@ -128,7 +128,7 @@ def test_pickles_are_never_opened(source: Path) -> None:
 
 
 def test_a_local_directory_is_read_without_the_network(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> Any:
         asked.append(arguments)
@@ -137,8 +137,8 @@ def test_a_local_directory_is_read_without_the_network(source: Path, monkeypatch
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(builtins, "input", refuse)
-    for command in commands(source).values():
-        assert invoke(*command).exit_code == 0
+    for words in commands(source).values():
+        assert invoke(*words).exit_code == 0
     out = source.parent / "out"
     check_shards(out)
     for command in ("verify", "inspect"):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from smoothrot_offline.architectures import resolve
 from smoothrot_offline.calibrate import embed
-from smoothrot_offline.checkpoint import resolve_source
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.headers import resolve_source
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
 
 MakeModel = Callable[..., Path]

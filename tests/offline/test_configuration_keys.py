@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A setting that only one of vLLM's and transformers' classes reads is refused unless both then compute the same model."""
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from smoothrot_offline.architectures import SUPPORTED, resolve
+from smoothrot_offline.architectures.settings import SERVER_WIDE
+from smoothrot_vllm.errors import UnsupportedModelError
+
+# Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it is derived from.
+SERVERS = {
+    "llama": ["llama"],
+    "mistral": ["mistral", "llama"],
+    "phi3": ["phi3", "llama"],
+    "qwen2": ["qwen2"],
+    "qwen3": ["qwen3", "qwen2"],
+    "qwen3_moe": ["qwen3_moe"],
+    "mixtral": ["mixtral"],
+    "gemma2": ["gemma2"],
+    "gemma3_text": ["gemma3"],
+}
+# Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods of the configuration.
+SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
+# vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
+HARMLESS = {"qwen3": {"qk_norm"}}
+STRAY: list[tuple[str, str, Any]] = [
+    ("llama", "bias", True),
+    ("llama", "qkv_bias", True),
+    ("llama", "logit_scale", 0.5),
+    ("llama", "is_causal", False),
+    ("llama", "sliding_window", 8),
+    ("qwen3_moe", "shared_expert_intermediate_size", 16),
+    ("llama", "layer_types", ["sliding_attention", "full_attention", "full_attention"]),
+    ("mistral", "attention_bias", True),
+    ("mistral", "mlp_bias", True),
+    ("mistral", "qkv_bias", True),
+    ("mistral", "llama_4_scaling", {"beta": 0.1, "original_max_position_embeddings": 8}),
+    ("mistral", "ada_rms_norm_t_cond", True),
+    ("phi3", "attention_bias", True),
+    ("phi3", "bias", True),
+    ("phi3", "mlp_bias", True),
+    ("qwen2", "head_dim", 16),
+    ("qwen2", "qk_norm", True),
+    ("qwen2", "dual_chunk_attention_config", {"chunk_size": 8}),
+    ("qwen3", "attention_bias", True),
+    ("qwen3", "dual_chunk_attention_config", {"chunk_size": 8}),
+    ("qwen3_moe", "dual_chunk_attention_config", {"chunk_size": 8}),
+    ("gemma3", "is_causal", False),
+]
+
+
+def read_keys(source: str) -> set[str]:
+    """Keys that a module reads from a configuration: ``config.key`` and ``getattr(config, "key", …)``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and _is_config(node.value):
+            found.add(node.attr)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            target, key = node.args[:2]
+            if _is_config(target) and isinstance(key, ast.Constant):
+                found.add(str(key.value))
+    return found
+
+
+def _is_config(node: ast.expr) -> bool:
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name in ("config", "hf_config")
+
+
+def server_keys(model_type: str) -> set[str]:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    models = Path(spec.submodule_search_locations[0]) / "model_executor" / "models"
+    return set().union(*(read_keys((models / f"{module}.py").read_text()) for module in SERVERS[model_type])) - SILENT
+
+
+def reference_keys(model_type: str) -> set[str]:
+    """What transformers' class for a family reads, or has as a setting."""
+    kind = CONFIG_MAPPING[model_type]
+    package = Path(str(transformers.__file__)).parent / "models" / kind.__module__.split(".")[-2]
+    modeling = read_keys((package / f"modeling_{package.name}.py").read_text())
+    return modeling | {key for key in kind().to_dict() if key in (package / f"configuration_{package.name}.py").read_text()}
+
+
+@pytest.mark.parametrize("model_type", SERVERS)
+def test_each_key_that_only_the_server_reads_has_a_rule(model_type: str) -> None:
+    table = SUPPORTED[model_type]
+    ruled = {*table.settings, *table.same, *SERVER_WIDE}
+    ruled |= {"head_dim"} if table.head_dim_from_hidden else set()
+    # Refused where transformers has no kinds of layers.
+    ruled |= set() if table.layer_types else {"layer_types"}
+    unruled = server_keys(model_type) - reference_keys(model_type) - ruled - HARMLESS.get(model_type, set())
+    assert unruled == set()
+
+
+def test_what_the_rules_are_held_against_is_read_at_all() -> None:
+    assert {"qkv_bias", "bias", "mlp_bias", "logit_scale"} <= server_keys("llama")
+    assert {"attention_bias", "mlp_bias", "rope_parameters"} <= reference_keys("llama")
+    assert "qkv_bias" not in reference_keys("llama")
+
+
+def test_every_family_is_compared_or_served_by_transformers_own_class() -> None:
+    assert set(SUPPORTED) - set(SERVERS) == {"smollm3"}
+
+
+@pytest.mark.parametrize(("family", "key", "value"), STRAY)
+def test_stray_key_is_refused_by_its_name(
+    build_model: Callable[..., PreTrainedModel], family: str, key: str, value: object
+) -> None:
+    config = build_model(family).config.to_dict() | {"architectures": None}
+    resolve(config)
+    with pytest.raises(UnsupportedModelError, match=rf"\b{key}\b"):
+        resolve(config | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "served"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, True),
+        ({"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1}, True),
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, False),
+        # transformers then has a window in no layer, the server in all.
+        ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}, False),
+    ],
+)
+def test_qwen2_converts_with_a_window_in_all_layers_or_in_none(
+    build_model: Callable[..., PreTrainedModel], changes: dict[str, Any], served: bool
+) -> None:
+    config = build_model("qwen2").config.to_dict() | {"architectures": None, "layer_types": None} | changes
+    if served:
+        resolve(config)
+        return
+    with pytest.raises(UnsupportedModelError, match="use_sliding_window, max_window_layers"):
+        resolve(config)
+
+
+@pytest.mark.parametrize("rope", [{"partial_rotary_factor": 0.5}, {"mrope_section": [1, 1, 2]}, {"use_fope": True}])
+def test_rotary_settings_that_transformers_does_not_compute_are_refused(
+    build_model: Callable[..., PreTrainedModel], rope: dict[str, Any]
+) -> None:
+    config = build_model("llama").config.to_dict() | {"architectures": None}
+    with pytest.raises(UnsupportedModelError, match=next(iter(rope))):
+        resolve(config | {"rope_parameters": config["rope_parameters"] | rope})
+
+
+def test_flags_that_change_nothing_are_let_pass(build_model: Callable[..., PreTrainedModel]) -> None:
+    neutral = {"bias": False, "qkv_bias": False, "logit_scale": 1.0, "is_causal": True, "quantization_config": None}
+    assert resolve(build_model("llama").config.to_dict() | {"architectures": None} | neutral).layers == 3
