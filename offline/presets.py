@@ -78,9 +78,9 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
         # What is wrong with the model is for the conversion to say, or for the plan.
         return Choice(make_config(**explicit), "no preset: the model cannot be converted")
     if name != "auto":
-        return Choice(_configured(name, explicit, spec), f"preset {name}, as asked for")
+        return Choice(configure(name, explicit, spec), f"preset {name}, as asked for")
     for candidate in reversed(PRESETS):
-        config = _configured(candidate, explicit, spec)
+        config = configure(candidate, explicit, spec)
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
@@ -89,8 +89,17 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
     )
 
 
-def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
-    """The preset's configuration with the first of its group sizes that fits the model; the last one if none does."""
+def configure(name: str, explicit: dict[str, Any], spec: ModelSpec) -> ConvertConfig:
+    """A preset's configuration, with the first of its group sizes that fits the model; the last one if none does.
+
+    Args:
+        name: one of :data:`PRESETS`, or ``paper-compat``.
+        explicit: options that win over the preset's.
+        spec: of the model.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
     preset = PAPER if name == "paper-compat" else PRESETS[name]
     head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
     # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it would only harm those.
