@@ -128,7 +128,7 @@ def ours(columns: int, inputs: int, scheme: LinearScheme, cache_bytes: int, bloc
     # On a CPU the packed codes hold the scales as well.
     nbytes = packed.nbytes + (scale.nbytes if scale.is_cuda else 0)
     return Rotating(
-        lambda x, weight: ops.linear(x, *weight, None, *numbers),
+        lambda x, weight: ops.linear(x, weight[0], weight[1], None, *numbers),
         lambda: (packed.clone(), scale.clone()),
         nbytes,
         cache_bytes,

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from decode_model import FP8, LayerLinears, Linear, Pieces, quantize_rows
+from decode_model import LayerLinears, Linear, Pieces, quantize_rows
 from schemes import preset_schema
-from smoothrot_offline.architectures import ModelSpec
 
+from smoothrot_offline.architectures import ModelSpec
 from smoothrot_vllm import ops
 from smoothrot_vllm.format import LinearScheme, QuantizationSchema
 from smoothrot_vllm.hadamard import base_matrix, factorize
-from smoothrot_vllm.reference import decode, hadamard_transform
+from smoothrot_vllm.reference import decode, encode, hadamard_transform, quant_max
 
 OURS = {f"{preset}_w4a{bits}": (preset, bits) for bits in (8, 4) for preset in ("balanced", "best")}
 """Preset and bits of the activations by contender."""
@@ -126,13 +126,14 @@ class StoredWeight:
 
     @classmethod
     def random(cls, outputs: int, inputs: int, scheme: LinearScheme, block: int = 0) -> "StoredWeight":
-        """Codes of all values alike, and scales that differ threefold from each other."""
+        """Codes that are as often positive as negative, and scales that differ up to threefold from each other.
+
+        A mean other than zero would be a direction of its own that every layer stretches, errors included.
+        """
         bits, group = scheme.weights.bits, scheme.weights.group_size
-        if bits == 4:
-            codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-        else:
-            codes = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
-        deviation = math.sqrt((4**bits - 1) / 12)
+        top = quant_max(bits)
+        codes = encode(torch.randint(-top, top + 1, (outputs, inputs), dtype=torch.int8), bits)
+        deviation = math.sqrt(top * (top + 1) / 3)
         scale = 0.5 + torch.rand(outputs, 1 if group == -1 else inputs // group)
         return cls(codes, scale / (deviation * math.sqrt(inputs)), scheme, block)
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+
 from smoothrot_offline.architectures import ModelSpec
 
 FP8 = torch.float8_e4m3fn

@@ -134,7 +134,7 @@ def bench_linear(
 def bench_activations(
     args: argparse.Namespace, device: Device, floors: Floors, schedule: Schedule, tokens_of_wave: list[int]
 ) -> Iterator[dict[str, Any]]:
-    """Per size of down_proj, quantising its input plain and rotated, and the layer that it feeds without and with that rotation."""
+    """Per size of down_proj: quantising its input plain and rotated, and the layer it feeds without and with the rotation."""
     by_bits = {SCHEMES[scheme].activations.bits: scheme for scheme in reversed(args.schemes)}
     for columns, inputs in args.rotations:
         block = choose_block(inputs).size

@@ -5,18 +5,17 @@ import random
 import sys
 from collections.abc import Iterable
 
-from convert import COMMON, SHAPES
-
 # transformers looks for an optional package of this name, and would run the script beside this file instead.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
-from smoothrot_offline.allocate import allocate
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.config import make_schema
-from smoothrot_offline.presets import PRESETS, configure
-from smoothrot_offline.study import LayerStudy
+from convert import COMMON, SHAPES  # noqa: E402
 
-from smoothrot_vllm.format import LinearScheme, QuantizationSchema
+from smoothrot_offline.allocate import allocate  # noqa: E402
+from smoothrot_offline.architectures import ModelSpec, resolve  # noqa: E402
+from smoothrot_offline.config import make_schema  # noqa: E402
+from smoothrot_offline.presets import PRESETS, configure  # noqa: E402
+from smoothrot_offline.study import LayerStudy  # noqa: E402
+from smoothrot_vllm.format import LinearScheme, QuantizationSchema  # noqa: E402
 
 CONFIGS = {"Llama-3.2-1B": COMMON | SHAPES["1b"], "Llama-3-8B": COMMON | SHAPES["8b"]}
 """``config.json`` of the models, as far as shapes go."""
@@ -57,7 +56,7 @@ def scheme_name(scheme: LinearScheme) -> str:
 def written_by(presets: Iterable[str]) -> dict[str, LinearScheme]:
     """Every scheme, by name, that these presets give a linear of Llama-3-8B, with 8-bit and with 4-bit activations."""
     spec = resolve(CONFIGS["Llama-3-8B"])
-    found = {}
+    found: dict[str, LinearScheme] = {}
     for preset in presets:
         for act_bits in (8, 4):
             schema = preset_schema(spec, preset, act_bits)
