@@ -52,7 +52,7 @@ REHEARSAL = COMMON | {
 }
 MODELS = {**CONFIGS, "rehearsal": REHEARSAL}
 LEAST_COSINES = {8: {"linears": 0.999, "logits": 0.99}, 4: {"linears": 0.96, "logits": 0.95}}
-"""By bits of the activations: 4 of them cost about an eighth of a linear's output. Scales of other rows leave 0.92 of a linear's."""
+"""By bits of the activations: 4 of them cost an eighth of a linear's output. With another row's scales a linear's is at 0.92."""
 CHECKED_LAYERS, CHECKED_BATCH, CHECKED_CONTEXT = 2, 16, 64
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from common import CLOCKS, RESULTS, Floors, Schedule, Timing, packages
-from contenders import Device, FloorSeconds, floor_seconds, ours
+from contenders import Device, FloorSeconds, Rotating, floor_seconds, ours
 from expert_layers import bench_experts
 from producers import bench_producers
 from rich.box import MARKDOWN
@@ -87,8 +87,28 @@ def of_floor(timing: Timing, floor: FloorSeconds) -> dict[str, float]:
     }
 
 
+def build_ours(
+    args: argparse.Namespace, device: Device, columns: int, inputs: int, failed: dict[str, str]
+) -> dict[str, Rotating]:
+    """Our layer of one shape in each scheme, called once; one that cannot be called is put into ``failed``."""
+    built = {}
+    for scheme in args.schemes:
+        try:
+            layer = ours(columns, inputs, SCHEMES[scheme], device.cache_bytes)
+            layer(torch.randn(1, inputs, dtype=torch.bfloat16))
+            built[scheme] = layer
+        except Exception as error:
+            failed[f"{scheme}, {columns} x {inputs}"] = f"{type(error).__name__}: {error}"
+    return built
+
+
 def bench_linear(
-    args: argparse.Namespace, device: Device, floors: Floors, schedule: Schedule, tokens_of_wave: list[int]
+    args: argparse.Namespace,
+    device: Device,
+    floors: Floors,
+    schedule: Schedule,
+    failed: dict[str, str],
+    tokens_of_wave: list[int],
 ) -> Iterator[dict[str, Any]]:
     """One result per model, shape, number of tokens and scheme, without the rotation of down_proj.
 
@@ -98,21 +118,22 @@ def bench_linear(
         waiting = [m for m in tokens_of_wave if schedule.allows(f"linear {columns} x {inputs}, {m} tokens")]
         if not waiting:
             continue
-        layers = {scheme: ours(columns, inputs, SCHEMES[scheme], device.cache_bytes) for scheme in args.schemes}
+        layers = build_ours(args, device, columns, inputs, failed)
+        schemes = list(layers)
+        packed = {scheme: [weight[0] for weight in layers[scheme].listed] for scheme in schemes}
+        readers = {scheme: read for scheme in schemes if (read := device.reader(packed[scheme]))}
         layers |= device.peers.build(columns, inputs, device.cache_bytes)
-        packed = {scheme: [weight[0] for weight in layers[scheme].listed] for scheme in args.schemes}
-        readers = {scheme: read for scheme in args.schemes if (read := device.reader(packed[scheme]))}
         for tokens in waiting:
             if not schedule.allows(f"linear {columns} x {inputs}, {tokens} tokens"):
                 continue
             x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-            running = [*args.schemes, *sorted(device.peers.call_once(layers, x))]
+            running = [*schemes, *sorted(device.peers.call_once(layers, x))]
             chosen = {name: layers[name] for name in running}
             calls = {name: (partial(layer, layer.prepare(x)), layer.copies) for name, layer in chosen.items()}
             calls |= {f"{scheme} read": (read, 1) for scheme, read in readers.items()}
             times = device.time(calls, args.rounds, args.seconds)
             peers = {peer: times.get(peer) for peer in device.peers.makers}
-            for scheme in args.schemes:
+            for scheme in schemes:
                 found = floors
                 if scheme in readers:
                     memory = sum(weight.nbytes for weight in packed[scheme])
@@ -265,19 +286,19 @@ def open_device(args: argparse.Namespace) -> Device:
 
 
 def run(args: argparse.Namespace, device: Device) -> dict[str, Any]:
-    """The report, as it is written; a section that fails is named in it with what it said, and the others go on."""
+    """The report, as it is written; a scheme or section that fails is named in it with what it said, and the others go on."""
     schedule = Schedule(args.minutes)
     floors = device.floors()
     waves = [[m for m in args.tokens if m in WORTH], [m for m in args.tokens if m not in WORTH]]
     widths = sorted({inputs for _, inputs in args.rotations}), sorted({MODELS[name][0][1] for name in args.models})
+    failed: dict[str, str] = {}
     sections = {}
     for number, wave in enumerate(waves, 1):
-        sections[f"linear layers, wave {number}"] = bench_linear(args, device, floors, schedule, wave)
+        sections[f"linear layers, wave {number}"] = bench_linear(args, device, floors, schedule, failed, wave)
         sections[f"activations, wave {number}"] = bench_activations(args, device, floors, schedule, wave)
     sections["producers"] = bench_producers(args, device, schedule, *widths)
     sections["experts"] = bench_experts(args, device, floors, schedule)
     results: list[dict[str, Any]] = []
-    failed = {}
     for name, rows in sections.items():
         try:
             results.extend(rows)
@@ -297,7 +318,7 @@ def run(args: argparse.Namespace, device: Device) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Parse the options, run, and print a table or JSON; 1 if a section failed."""
+    """Parse the options, run, and print a table or JSON; 1 if anything of ours failed."""
     args = parse()
     device = open_device(args)
     report = run(args, device)
