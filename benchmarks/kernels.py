@@ -22,7 +22,7 @@ from producers import bench_producers
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
-from schemes import PER_CHANNEL, SCHEMES, written_by
+from schemes import PER_CHANNEL, every_scheme, written_by
 
 from smoothrot_vllm import ops
 from smoothrot_vllm.hadamard import choose_block
@@ -39,7 +39,8 @@ MODELS = {
 ROTATIONS = [(576, 1536), (896, 4864), (2048, 8192), (4096, 11008), (4096, 14336), (3584, 18944)]
 WORTH = (1, 16, 256, 4096)
 """Numbers of tokens that are timed before any other: a request alone, a batch, the edge of the compute bound, a long prompt."""
-GPU_SCHEMES = list(written_by((PER_CHANNEL, "balanced", "best")))
+GPU_PRESETS = (PER_CHANNEL, "balanced", "best")
+"""Whose schemes a GPU's run times."""
 # Unless the command line says otherwise.
 CPU_DEFAULTS: dict[str, Any] = {
     "models": ["SmolLM2-135M", "Llama-3.2-1B", "Llama-3-8B"],
@@ -53,7 +54,6 @@ CPU_DEFAULTS: dict[str, Any] = {
 }
 CUDA_DEFAULTS: dict[str, Any] = {
     "models": ["Llama-3-8B"],
-    "schemes": GPU_SCHEMES,
     "tokens": [1, 4, 16, 64, 256, 1024, 4096],
     "rotations": [(4096, 14336)],
     "mixtures": ["Qwen3-30B-A3B, half of its experts"],
@@ -94,7 +94,7 @@ def build_ours(
     built = {}
     for scheme in args.schemes:
         try:
-            layer = ours(columns, inputs, SCHEMES[scheme], device.cache_bytes)
+            layer = ours(columns, inputs, every_scheme()[scheme], device.cache_bytes)
             layer(torch.randn(1, inputs, dtype=torch.bfloat16))
             built[scheme] = layer
         except Exception as error:
@@ -138,7 +138,7 @@ def bench_linear(
                 if scheme in readers:
                     memory = sum(weight.nbytes for weight in packed[scheme])
                     found = replace(floors, read_bytes=memory / times[f"{scheme} read"].median)
-                floor = floor_seconds(tokens, columns, inputs, SCHEMES[scheme], found, device.activation_bytes)
+                floor = floor_seconds(tokens, columns, inputs, every_scheme()[scheme], found, device.activation_bytes)
                 yield {
                     "op": f"linear_{scheme}",
                     "model": model,
@@ -156,13 +156,13 @@ def bench_activations(
     args: argparse.Namespace, device: Device, floors: Floors, schedule: Schedule, tokens_of_wave: list[int]
 ) -> Iterator[dict[str, Any]]:
     """Per size of down_proj: quantising its input plain and rotated, and the layer it feeds without and with the rotation."""
-    by_bits = {SCHEMES[scheme].activations.bits: scheme for scheme in reversed(args.schemes)}
+    by_bits = {every_scheme()[scheme].activations.bits: scheme for scheme in reversed(args.schemes)}
     for columns, inputs in args.rotations:
         block = choose_block(inputs).size
         for act_bits, scheme in by_bits.items():
-            clip = SCHEMES[scheme].activations.clip
-            down_proj = ours(columns, inputs, SCHEMES[scheme], device.cache_bytes)
-            rotated = ours(columns, inputs, SCHEMES[scheme], device.cache_bytes, block)
+            clip = every_scheme()[scheme].activations.clip
+            down_proj = ours(columns, inputs, every_scheme()[scheme], device.cache_bytes)
+            rotated = ours(columns, inputs, every_scheme()[scheme], device.cache_bytes, block)
             for tokens in tokens_of_wave:
                 if not schedule.allows(f"hadamard_quant of {inputs} to {act_bits} bits, {tokens} tokens"):
                     continue
@@ -242,7 +242,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dry-run", action="store_true", help="of --device cuda: its code on the CPU, in tiny shapes")
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
-    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=list(every_scheme()))
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, help="measurements of each contender")
     parser.add_argument("--seconds", type=float, help="least length of one measurement")
@@ -269,6 +269,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.schemes is None:
+        args.schemes = list(written_by(GPU_PRESETS))
     return args
 
 

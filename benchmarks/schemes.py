@@ -2,27 +2,26 @@
 """The schemes that the converter's presets write, taken from the presets: the benchmarks time these and no others."""
 
 import random
-import sys
 from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING
 
-# transformers looks for an optional package of this name, and would run the script beside this file instead.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+from convert import COMMON, SHAPES
 
-from convert import COMMON, SHAPES  # noqa: E402
+from smoothrot_vllm.format import LinearScheme, QuantizationSchema
 
-from smoothrot_offline.allocate import allocate  # noqa: E402
-from smoothrot_offline.architectures import ModelSpec, resolve  # noqa: E402
-from smoothrot_offline.config import make_schema  # noqa: E402
-from smoothrot_offline.presets import PRESETS, configure  # noqa: E402
-from smoothrot_offline.study import LayerStudy  # noqa: E402
-from smoothrot_vllm.format import LinearScheme, QuantizationSchema  # noqa: E402
+if TYPE_CHECKING:
+    from smoothrot_offline.architectures import ModelSpec
+
+# The converter is imported where it is used: it imports transformers, which looks for an optional package called kernels, finds
+# the script of that name in this folder and imports it, so that the script itself cannot import transformers.
 
 CONFIGS = {"Llama-3.2-1B": COMMON | SHAPES["1b"], "Llama-3-8B": COMMON | SHAPES["8b"]}
 """``config.json`` of the models, as far as shapes go."""
 PER_CHANNEL = "paper-compat"
 
 
-def preset_schema(spec: ModelSpec, preset: str, act_bits: int) -> QuantizationSchema:
+def preset_schema(spec: "ModelSpec", preset: str, act_bits: int) -> QuantizationSchema:
     """What a preset writes for a model, the linears that it keeps at 8 bits among its ``overrides``.
 
     Which linears those are takes a calibrated model to find out. Here the costs that decide it are drawn at random, so that the
@@ -36,6 +35,11 @@ def preset_schema(spec: ModelSpec, preset: str, act_bits: int) -> QuantizationSc
     Raises:
         ConfigError: the preset's schemes do not fit the model's sizes.
     """
+    from smoothrot_offline.allocate import allocate
+    from smoothrot_offline.config import make_schema
+    from smoothrot_offline.presets import configure
+    from smoothrot_offline.study import LayerStudy
+
     config = configure(preset, {"activation_bits": act_bits}, spec)
     draw = random.Random(0)
     groups = [tuple(linear for group in one for linear in group) for one in spec.architecture.scheme_groups()]
@@ -55,6 +59,8 @@ def scheme_name(scheme: LinearScheme) -> str:
 
 def written_by(presets: Iterable[str]) -> dict[str, LinearScheme]:
     """Every scheme, by name, that these presets give a linear of Llama-3-8B, with 8-bit and with 4-bit activations."""
+    from smoothrot_offline.architectures import resolve
+
     spec = resolve(CONFIGS["Llama-3-8B"])
     found: dict[str, LinearScheme] = {}
     for preset in presets:
@@ -66,5 +72,9 @@ def written_by(presets: Iterable[str]) -> dict[str, LinearScheme]:
     return found
 
 
-SCHEMES = written_by((PER_CHANNEL, *PRESETS))
-"""By name: weights of 4 and 8 bits, activations of 4 and 8, one scale per output or one per group."""
+@cache
+def every_scheme() -> dict[str, LinearScheme]:
+    """Those of all presets, by name: weights of 4 and 8 bits, activations of 4 and 8, one scale per output or per group."""
+    from smoothrot_offline.presets import PRESETS
+
+    return written_by((PER_CHANNEL, *PRESETS))
