@@ -37,9 +37,10 @@ bench: env  ## kernels, then served models, against their peers and the machine'
 test-gpu:  ## the kernels, graphs, streams, the converter and a served model on a GPU, with the python of VENV
 	$(BIN)/python -m pytest tests/gpu
 
-# Meant to take 8 minutes together, the models that a first run makes included: what the time does not last for is named.
-bench-gpu:  ## kernels, then served models, on a GPU against their peers there; results/<GPU>/{kernels,serve}.json
-	$(BIN)/python benchmarks/kernels.py --device cuda --minutes 1.5
+# Meant to take 10 minutes together, the models that a first run makes included: what the time does not last for is named.
+bench-gpu:  ## kernels, decode steps, served models, on a GPU against their peers there; results/<GPU>/*.json
+	$(BIN)/python benchmarks/kernels.py --device cuda --minutes 2
+	$(BIN)/python benchmarks/decode.py --device cuda --minutes 1.5
 	$(BIN)/python benchmarks/serve.py --device cuda --models Llama-3.2-1B --quick --rounds 1 --minutes 5
 
 clean:

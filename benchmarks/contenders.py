@@ -2,7 +2,7 @@
 """What kernels.py times, and what it needs to know of the device: the same for CPUs and GPUs."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,9 +10,8 @@ import torch
 from common import Floors, Timing
 
 from smoothrot_vllm import ops
+from smoothrot_vllm.format import LinearScheme
 
-SCHEMES = {"w4a8": (4, 8, -1), "w4a4": (4, 4, -1), "w4a8_g128": (4, 8, 128), "w8a8": (8, 8, -1)}
-"""Bits of weights and activations, and group size, -1 for one scale per output."""
 CLIP = 0.9
 
 
@@ -20,25 +19,33 @@ class Rotating:
     """Calls a layer with one weight after the other, round and round.
 
     Args:
-        layer: of an input ``(tokens, inputs)`` and a weight.
-        weights: more of them than the last-level cache holds, because a served model never finds a layer's weights there.
-        dtype: of the input.
+        layer: of a prepared input and a weight.
+        make: a weight, new at each call.
+        nbytes: that a call reads of a weight, its scales included.
+        cache_bytes: that all weights together must exceed, because a served model never finds a layer's weights in cache.
+        prepare: what the layer takes, of bfloat16 ``(tokens, inputs)``; not timed.
     """
 
     def __init__(
-        self, layer: Callable[[torch.Tensor, Any], torch.Tensor], weights: Iterable[Any], dtype: torch.dtype = torch.bfloat16
+        self,
+        layer: Callable[[Any, Any], torch.Tensor],
+        make: Callable[[], Any],
+        nbytes: int,
+        cache_bytes: int,
+        prepare: Callable[[torch.Tensor], Any] = lambda x: x,
     ) -> None:
-        listed = list(weights)
-        self.layer, self.listed, self.copies, self.dtype = layer, listed, len(listed), dtype
-        self.weights = itertools.cycle(listed)
+        self.layer, self.nbytes, self.prepare = layer, nbytes, prepare
+        self.copies = max(2, cache_bytes // nbytes + 1)
+        self.listed = [make() for _ in range(self.copies)]
+        self.weights = itertools.cycle(self.listed)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Any) -> torch.Tensor:
         """The layer's output with the next weight."""
         return self.layer(x, next(self.weights))
 
 
 Maker = Callable[[int, int, int], Rotating]
-"""Of outputs, inputs and how many int4 weights are more than the cache holds: a layer on random weights."""
+"""Of outputs, inputs and the bytes that its weights must exceed: a layer on random weights."""
 
 
 @dataclass
@@ -55,12 +62,12 @@ class Peers:
         except (ImportError, RuntimeError) as error:
             self.missing[name] = str(error)
 
-    def build(self, outputs: int, inputs: int, copies: int) -> dict[str, Rotating]:
+    def build(self, outputs: int, inputs: int, cache_bytes: int) -> dict[str, Rotating]:
         """The peers' layers of one shape; one that fails is noted and left out, because its code is not ours to fix."""
         built = {}
         for name, maker in self.makers.items():
             try:
-                built[name] = maker(outputs, inputs, copies)
+                built[name] = maker(outputs, inputs, cache_bytes)
             except Exception as error:
                 self.note(name, f"{outputs} x {inputs}", error)
         return built
@@ -70,7 +77,7 @@ class Peers:
         working = set()
         for name in self.makers.keys() & layers.keys():
             try:
-                layers[name](x.to(layers[name].dtype))
+                layers[name](layers[name].prepare(x))
                 working.add(name)
             except Exception as error:
                 self.note(name, f"{x.shape[0]} tokens of {x.shape[1]} inputs", error)
@@ -88,7 +95,7 @@ class Device(Protocol):
     name: str
     peers: Peers
     cache_bytes: int
-    """Weights of a layer rotate through this many bytes."""
+    """Weights of a layer rotate through more than this many bytes."""
     activation_bytes: int
     """Of an activation that the floor counts; 0 where activations stay in cache."""
 
@@ -102,41 +109,65 @@ class Device(Protocol):
         """A call that only reads tensors of bytes, to be timed beside each layer; None where the bandwidth does not change."""
 
     def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
-        """Time one call of each contender; the number beside it is that of calls after which it repeats itself."""
+        """Time one call of each contender; the number beside it is that of calls after which it repeats itself.
+
+        A peer that cannot be timed is noted and left out.
+        """
 
 
-def ours(columns: int, inputs: int, scheme: str, copies: int) -> Rotating:
-    """``ops.linear`` of a scheme on random codes, over ``copies`` weights."""
-    weight_bits, act_bits, group = SCHEMES[scheme]
-    scale = torch.rand(columns, 1 if group == -1 or inputs % group else inputs // group)
+def ours(columns: int, inputs: int, scheme: LinearScheme, cache_bytes: int, block: int = 0) -> Rotating:
+    """``ops.linear`` of a scheme on random codes; ``block`` is that of the online Hadamard, 0 for none."""
+    weight_bits, group = scheme.weights.bits, scheme.weights.group_size
+    numbers = (block, scheme.activations.clip, scheme.activations.bits, weight_bits)
     if weight_bits == 4:
-        weight = torch.randint(0, 256, (columns, inputs // 2), dtype=torch.uint8)
+        codes = torch.randint(0, 256, (columns, inputs // 2), dtype=torch.uint8)
     else:
-        weight = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
+        codes = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
+    scale = torch.rand(columns, 1 if group == -1 or inputs % group else inputs // group)
+    packed = ops.prepack_weight(codes, scale, weight_bits)
+    # On a CPU the packed codes hold the scales as well.
+    nbytes = packed.nbytes + (scale.nbytes if scale.is_cuda else 0)
     return Rotating(
-        lambda x, packed: ops.linear(x, packed, scale, None, 0, CLIP, act_bits, weight_bits),
-        [ops.prepack_weight(weight, scale, weight_bits) for _ in range(copies)],
+        lambda x, weight: ops.linear(x, weight[0], weight[1], None, *numbers),
+        lambda: (packed.clone(), scale.clone()),
+        nbytes,
+        cache_bytes,
     )
 
 
-def torch_linear(columns: int, inputs: int, copies: int, dtype: torch.dtype = torch.bfloat16) -> Rotating:
-    """``torch.nn.functional.linear`` in a 16-bit dtype."""
-    weight = torch.randn(columns, inputs, dtype=dtype)
-    return Rotating(torch.nn.functional.linear, [weight.clone() for _ in range(max(2, copies // 4))], dtype)
+def torch_linear(columns: int, inputs: int, cache_bytes: int) -> Rotating:
+    """``torch.nn.functional.linear`` in bfloat16."""
+    weight = torch.randn(columns, inputs, dtype=torch.bfloat16)
+    return Rotating(torch.nn.functional.linear, weight.clone, weight.nbytes, cache_bytes)
 
 
-def floor_seconds(tokens: int, columns: int, inputs: int, scheme: str, floors: Floors, activation_bytes: int = 0) -> float:
-    """The longer of moving weights, inputs and outputs once and multiplying at the peak rate.
+@dataclass(frozen=True)
+class FloorSeconds:
+    """What a layer cannot take less than: to move its bytes once, and to multiply at the peak rate."""
+
+    moving: float
+    multiplying: float
+
+    @property
+    def longer(self) -> float:
+        """The floor."""
+        return max(self.moving, self.multiplying)
+
+
+def floor_seconds(
+    tokens: int, columns: int, inputs: int, scheme: LinearScheme, floors: Floors, activation_bytes: int = 0
+) -> FloorSeconds:
+    """The floor of one layer.
 
     Args:
         tokens, columns, inputs: of the layer.
-        scheme: one of :data:`SCHEMES`.
+        scheme: of the layer; its codes and 32-bit scales are read once.
         floors: of the device.
         activation_bytes: of each input and output value; 0 counts the weights alone.
     """
-    weight_bits, act_bits, _ = SCHEMES[scheme]
-    moved = columns * inputs * weight_bits / 8 + tokens * (columns + inputs) * activation_bytes
+    weight_bits, act_bits, group = scheme.weights.bits, scheme.activations.bits, scheme.weights.group_size
+    scales = columns * (1 if group == -1 or inputs % group else inputs // group)
+    moved = columns * inputs * weight_bits / 8 + 4 * scales + tokens * (columns + inputs) * activation_bytes
     both_int4 = weight_bits == act_bits == 4
     rate = floors.int4_multiply_adds if both_int4 and floors.int4_multiply_adds else floors.multiply_adds
-    multiply = tokens * columns * inputs / rate if rate else 0.0
-    return max(moved / floors.read_bytes, multiply)
+    return FloorSeconds(moved / floors.read_bytes, tokens * columns * inputs / rate if rate else 0.0)

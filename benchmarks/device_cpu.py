@@ -66,12 +66,10 @@ def vllm_w8a8() -> Maker:
         out = torch.empty((x.shape[0], handler.n), dtype=x.dtype)
         return vllm_ops.onednn_scaled_mm(handler, codes, out, scale, None, None, None)
 
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
+    def make(columns: int, inputs: int, cache_bytes: int) -> Rotating:
         weight = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
-        scale = torch.rand(columns, 1)
-        create = vllm_ops.create_onednn_scaled_mm
-        count = max(2, copies // 2)
-        return Rotating(linear, [create(weight.t(), scale, torch.bfloat16, True, False, 32) for _ in range(count)])
+        create = partial(vllm_ops.create_onednn_scaled_mm, weight.t(), torch.rand(columns, 1), torch.bfloat16, True, False, 32)
+        return Rotating(linear, create, weight.nbytes, cache_bytes)
 
     return make
 
@@ -91,13 +89,12 @@ def zentorch_linear(weight_bits: int) -> Maker:
         raise ImportError(f"{error}: pip install zentorch, the version of this torch ({torch.__version__})") from error
     linear = torch.ops.zentorch.zentorch_dynamic_qlinear
 
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
+    def make(columns: int, inputs: int, cache_bytes: int) -> Rotating:
         top = 1 << (weight_bits - 1)
         weight = torch.randint(-top, top, (columns, inputs), dtype=torch.int8)
         scale = torch.rand(columns, dtype=torch.bfloat16)
         if weight_bits == 4:
             weight, scale = torch.ops.zentorch.zentorch_woq_repack_weight(weight).view(torch.int8), scale[None]
-        count = max(2, copies * 4 // weight_bits)
-        return Rotating(lambda x, codes: linear(x, codes, scale), [weight.clone() for _ in range(count)])
+        return Rotating(lambda x, codes: linear(x, codes, scale), weight.clone, weight.nbytes, cache_bytes)
 
     return make

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU as kernels.py times it, with the 16-bit, 8-bit and 4-bit linears that vLLM would run there.
+"""A GPU as kernels.py and decode.py time it, and the CPU in its place for a rehearsal of either."""
 
-Never run on a GPU yet: no CUDA device was at hand.
-"""
-
-import importlib.util
+import math
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from common import Floors, Timing, time_alternately
-from contenders import Maker, Peers, Rotating, torch_linear
+from common import Clock, Floors, Timing, machine, time_alternately
+from gpu_ready import require
+from peers_cuda import find_peers
 
 from smoothrot_vllm import ops
 
-LEAST_CALLS = 16
-"""Calls that one CUDA graph holds at least, so that its launch is not what is timed."""
-PROBE_BYTES = 1 << 30
-PROBE_SIZE = 8192
-MARLIN_GROUP = 128
+LEAST_CALLS, LEAST_SECONDS = 16, 1e-3
+"""A CUDA graph holds calls until there are as many or they take as long, so that its launch is not what is timed."""
 
 
 class CudaClock:
@@ -59,15 +55,24 @@ def capture(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_calls(period: int) -> int:
-    """Calls of a graph: whole rounds through the weights, at least :data:`LEAST_CALLS`."""
-    return period * -(-LEAST_CALLS // period)
+def graph_calls(period: int, seconds: float) -> int:
+    """Calls of a graph: whole rounds through the weights, until :data:`LEAST_CALLS` or :data:`LEAST_SECONDS`.
+
+    Args:
+        period: calls of a round.
+        seconds: of a call.
+    """
+    wanted = min(LEAST_CALLS, math.ceil(LEAST_SECONDS / max(seconds, 1e-7)))
+    return period * -(-wanted // period)
 
 
 class CudaDevice:
     """The current GPU."""
 
     activation_bytes = 2
+    probe_bytes = 1 << 30
+    probe_size = 8192
+    new_clock: Callable[[], Clock] = CudaClock
 
     def __init__(self) -> None:
         self.properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -92,133 +97,83 @@ class CudaDevice:
     def reader(self, memory: Sequence[torch.Tensor]) -> None:
         """None: a GPU's bandwidth is its own, so that of :meth:`floors` holds for the whole run."""
 
+    def graph(self, call: Callable[[], object], times: int) -> Callable[[], object]:
+        """``times`` calls as one."""
+        return capture(call, times).replay
+
     def floors(self) -> Floors:
         """Bytes/s of a copy within device memory, read and written, and int8 multiply-adds/s of torch's own matmul.
 
         Twice the int8 rate stands for int4 where the GPU multiplies it natively: nothing in torch measures that.
         """
-        source = torch.empty(PROBE_BYTES, dtype=torch.uint8)
+        source = torch.empty(self.probe_bytes, dtype=torch.uint8)
         target = torch.empty_like(source)
-        left, right = (torch.randint(-128, 128, (PROBE_SIZE, PROBE_SIZE), dtype=torch.int8) for _ in range(2))
+        left, right = (torch.randint(-128, 128, (self.probe_size, self.probe_size), dtype=torch.int8) for _ in range(2))
         probes: dict[str, Callable[[], object]] = {
             "copy": partial(target.copy_, source),
             "multiply": partial(torch._int_mm, left, right.t()),
         }
-        times = time_alternately(probes, 15, 0.02, CudaClock())
-        rate = PROBE_SIZE**3 / times["multiply"].best
-        return Floors(2 * PROBE_BYTES / times["copy"].best, rate, 2 * rate if self.capability < 90 else None)
+        times = time_alternately(probes, 15, 0.02, self.new_clock())
+        rate = self.probe_size**3 / times["multiply"].best
+        return Floors(2 * self.probe_bytes / times["copy"].best, rate, 2 * rate if self.capability < 90 else None)
 
     def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
-        """Alternately, each as a CUDA graph of whole rounds through its weights."""
-        counts = {name: graph_calls(period) for name, (_, period) in calls.items()}
-        graphs = {name: capture(call, counts[name]) for name, (call, _) in calls.items()}
-        times = time_alternately({name: graph.replay for name, graph in graphs.items()}, rounds, seconds, CudaClock())
+        """Alternately, each as a CUDA graph of whole rounds through its weights; peers that cannot be captured are noted."""
+        clock = self.new_clock()
+        graphs, counts = {}, {}
+        for name, (call, period) in calls.items():
+            call()  # compiles or allocates what it has to
+            start = clock()
+            call()
+            counts[name] = graph_calls(period, clock() - start)
+            try:
+                graphs[name] = self.graph(call, counts[name])
+            except Exception as error:
+                if name not in self.peers.makers:
+                    raise
+                self.peers.note(name, "as a CUDA graph", error)
+        times = time_alternately(graphs, rounds, seconds, clock)
         return {name: Timing(time.median / counts[name], time.best / counts[name]) for name, time in times.items()}
 
 
-def find_peers() -> Peers:
-    """torch's 16-bit linears and whichever of vLLM's and Humming's kernels are installed."""
-    peers = Peers()
-    peers.makers["bf16"] = torch_linear
-    peers.makers["fp16"] = partial(torch_linear, dtype=torch.float16)
-    peers.find("w8a8", cutlass_w8a8)
-    peers.find("marlin_w4a16", marlin_w4a16)
-    for bits in (4, 8):
-        peers.find(f"humming_w4a{bits}", partial(humming, bits))
-    return peers
+class Rehearsal(CudaDevice):
+    """The CPU in a GPU's place: the same code on a wall clock, calls one after the other instead of graphs.
 
-
-def _vllm_for_cuda(op: str) -> Any:
-    """vLLM's ``_custom_ops``, once its compiled op is there.
-
-    Raises:
-        ImportError: vLLM is not installed.
-        RuntimeError: it is a build for another device, or has no such op.
+    What it finds says nothing of any GPU.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError("vllm is not installed: pip install 'vllm==0.32.0'")
-    from vllm import _custom_ops as vllm_ops
-    from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
-        raise RuntimeError("vllm is installed for another device: expected its CUDA wheel, pip install 'vllm==0.32.0'")
-    current_platform.import_kernels()
-    if not hasattr(torch.ops._C, op):
-        raise RuntimeError(f"this build of vllm has no {op}")
-    return vllm_ops
+    name = "rehearsal"
+    cache_bytes = 1 << 16
+    probe_bytes = 1 << 16
+    probe_size = 64
+    capability = 90
+    new_clock = staticmethod(lambda: time.perf_counter)
 
+    def __init__(self) -> None:
+        self.peers = find_peers()
 
-def cutlass_w8a8() -> Maker:
-    """vLLM's int8 linear: dynamic per-token quantisation, then CUTLASS; raises what ``_vllm_for_cuda`` does."""
-    vllm_ops = _vllm_for_cuda("cutlass_scaled_mm")
+    def facts(self) -> dict[str, Any]:
+        """Those of the CPU."""
+        return machine() | {"rehearsal": "on the CPU, in tiny shapes unless others are named: no figure here is of a GPU"}
 
-    def linear(x: torch.Tensor, weight: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        codes, scale, _ = vllm_ops.scaled_int8_quant(x)
-        return vllm_ops.cutlass_scaled_mm(codes, weight[0].t(), scale, weight[1], x.dtype)
+    def graph(self, call: Callable[[], object], times: int) -> Callable[[], object]:
+        """``times`` calls, one after the other."""
 
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
-        weight, scale = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8), torch.rand(columns, 1)
-        return Rotating(linear, [(weight.clone(), scale) for _ in range(max(2, copies // 2))])
+        def replay() -> None:
+            for _ in range(times):
+                call()
 
-    return make
+        return replay
 
 
-def marlin_w4a16() -> Maker:
-    """vLLM's 4-bit weights with 16-bit activations, in groups of 128; raises what ``_vllm_for_cuda`` does."""
-    vllm_ops = _vllm_for_cuda("marlin_gemm")
-    from vllm.model_executor.layers.quantization.utils import marlin_utils
-    from vllm.scalar_type import scalar_types
-
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
-        # Eight 4-bit inputs of a column in each int32, as GPTQ stores them.
-        packed = torch.randint(-(2**31), 2**31, (inputs // 8, columns), dtype=torch.int32)
-        weight = vllm_ops.gptq_marlin_repack(packed, inputs, columns, 4)
-        scale = torch.rand(inputs // MARLIN_GROUP, columns, dtype=torch.bfloat16)
-        scale = marlin_utils.marlin_permute_scales(scale, size_k=inputs, size_n=columns, group_size=MARLIN_GROUP)
-        zero_points = marlin_utils.marlin_make_empty(weight.device)
-
-        def linear(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-            return marlin_utils.apply_gptq_marlin_linear(
-                input=x,
-                weight=own,
-                weight_scale=scale,
-                weight_zp=zero_points,
-                workspace=None,
-                wtype=scalar_types.uint4b8,
-                output_size_per_partition=columns,
-                input_size_per_partition=inputs,
-            )
-
-        return Rotating(linear, [weight.clone() for _ in range(copies)])
-
-    return make
+def open_rehearsal() -> Rehearsal:
+    """The CPU, on one thread: what is tiny is only held up by more."""
+    torch.set_num_threads(1)
+    return Rehearsal()
 
 
-def humming(act_bits: int) -> Maker:
-    """Humming's 4-bit weights with per-token int4 or int8 activations, compiled at the first call.
-
-    Raises:
-        ImportError: Humming is not installed.
-    """
-    if importlib.util.find_spec("humming") is None:
-        raise ImportError("humming is not installed: pip install 'humming-kernels[cu13]'")
-    from humming.layer import HummingLayer
-
-    def make(columns: int, inputs: int, copies: int) -> Rotating:
-        weight = torch.randn(columns, inputs, dtype=torch.bfloat16)
-
-        def layer() -> Any:
-            one = HummingLayer(
-                shape_n=columns,
-                shape_k=inputs,
-                weight_config={"dtype": "int4"},
-                input_config={"dtype": f"int{act_bits}"},
-                torch_dtype=torch.bfloat16,
-            ).cuda()
-            one.load_from_unquantized(weight)
-            one.transform()
-            return one
-
-        return Rotating(lambda x, one: one(x), [layer() for _ in range(copies)])
-
-    return make
+def open_cuda(what: str) -> CudaDevice:
+    """The current GPU, made torch's default device; exits with 2 and the reason where ``what`` cannot run on one."""
+    require(what)
+    torch.set_default_device("cuda")
+    return CudaDevice()

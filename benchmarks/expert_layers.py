@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from common import Floors
-from contenders import CLIP, SCHEMES, Device
+from contenders import CLIP, Device
 from producers import Allowance
 
 from smoothrot_vllm import ops
 
-SCHEME = "w4a8"
+WEIGHT_BITS, ACT_BITS = 4, 8
+SCHEME = f"w{WEIGHT_BITS}a{ACT_BITS}"
 CHOICES = 64
 """Different batches, by turns, so that a token seldom finds its experts in cache."""
 
@@ -35,7 +36,10 @@ class Mixture:
         return 3 * self.hidden * self.intermediate
 
 
-MIXTURES = {"Qwen3-30B-A3B, half of its experts": Mixture(64, 8, 2048, 768)}
+MIXTURES = {
+    "Qwen3-30B-A3B, half of its experts": Mixture(64, 8, 2048, 768),
+    "rehearsal": Mixture(4, 2, 64, 96),
+}
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Of hidden states, and of the weights and numbers of each token's experts."""
@@ -43,13 +47,12 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def ours(mixture: Mixture) -> Experts:
     """``ops.experts`` on random codes."""
-    weight_bits, act_bits, _ = SCHEMES[SCHEME]
     stacks = []
     for outputs, inputs in ((2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate)):
         codes = torch.randint(0, 256, (mixture.experts, outputs, inputs // 2), dtype=torch.uint8)
         scale = torch.rand(mixture.experts, outputs, 1) / inputs
-        stacks += [ops.prepack_weight(codes, scale, weight_bits), scale]
-    numbers = (mixture.intermediate, CLIP, act_bits, weight_bits)
+        stacks += [ops.prepack_weight(codes, scale, WEIGHT_BITS), scale]
+    numbers = (mixture.intermediate, CLIP, ACT_BITS, WEIGHT_BITS)
     return lambda x, weights, chosen: ops.experts(x, weights, chosen, *stacks, *numbers)
 
 
@@ -79,11 +82,12 @@ def vllm_bf16(mixture: Mixture) -> Experts:
 
 
 def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, schedule: Allowance) -> Iterator[dict[str, Any]]:
-    """One result for each mixture and number of tokens, which choose their experts at random.
+    """One result for each mixture that ``args.mixtures`` names and number of tokens, which choose their experts at random.
 
     The floor is that of reading the weights of the chosen experts once and of multiplying at the peak rate.
     """
-    for name, mixture in MIXTURES.items():
+    for name in args.mixtures:
+        mixture = MIXTURES[name]
         contenders: dict[str, Experts] = {"ours": ours(mixture)}
         if device.name == "cpu":
             try:
@@ -103,7 +107,7 @@ def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, sche
                 experts(x, weights, batches[0])  # prepares the rotation, which allocates
             times = device.time(calls, args.rounds, args.seconds)
             used = sum(len(chosen.unique()) for chosen in batches) / CHOICES
-            read = used * mixture.values * SCHEMES[SCHEME][0] / 8 / floors.read_bytes
+            read = used * mixture.values * WEIGHT_BITS / 8 / floors.read_bytes
             multiply = tokens * mixture.top_k * mixture.values / floors.multiply_adds if floors.multiply_adds else 0.0
             yield {
                 "op": f"experts_{SCHEME}",

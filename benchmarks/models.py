@@ -24,13 +24,7 @@ from safetensors.torch import load_file, save_file
 
 # Random models by name, as changes to convert.COMMON. A few layers of the large one take the time of a few layers.
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    },
+    "Llama-3.2-1B": SHAPES["1b"],
     "Llama-3-8B-4-layers": SHAPES["8b"] | {"num_hidden_layers": 4},
 }
 MODELS = ("SmolLM2-135M", *RANDOM_MODELS)

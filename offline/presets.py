@@ -79,10 +79,10 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
         # What is wrong with the model is for the conversion to say, or for the plan.
         return Choice(make_config(**explicit), "no preset: the model cannot be converted")
     if name != "auto":
-        config, notes = _configured(name, explicit, spec)
+        config, notes = configure(name, explicit, spec)
         return Choice(config, f"preset {name}, as asked for", notes)
     for candidate in reversed(PRESETS):
-        config, notes = _configured(candidate, explicit, spec)
+        config, notes = configure(candidate, explicit, spec)
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
@@ -91,9 +91,17 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
     )
 
 
-def _configured(name: str, explicit: dict[str, Any], spec: ModelSpec) -> tuple[ConvertConfig, tuple[str, ...]]:
-    """The preset's configuration with the first of its group sizes that fits the model, the last one if none does; and a note if
+def configure(name: str, explicit: dict[str, Any], spec: ModelSpec) -> tuple[ConvertConfig, tuple[str, ...]]:
+    """A preset's configuration, with the first of its group sizes that fits the model, the last one if none does; and a note if
     it is not the first.
+
+    Args:
+        name: one of :data:`PRESETS`, or ``paper-compat``.
+        explicit: options that win over the preset's.
+        spec: of the model.
+
+    Raises:
+        ConfigError: an option is out of range.
     """
     preset = PAPER if name == "paper-compat" else PRESETS[name]
     head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
