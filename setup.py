@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import nvcc  # noqa: E402
 
-TORCH_TARGET_VERSION = "0x020d000000000000"
-"""Oldest torch whose stable ABI is used: 2.13."""
+TORCH_TARGET_VERSION = "0x020b000000000000"
+"""Oldest torch whose stable ABI is used: 2.11."""
 
 COMPILE_FLAGS = [
     "-std=c++17",

@@ -38,9 +38,7 @@ def emulated_library() -> Any:
 
         def compile_one(source: str) -> str:
             target = f"{folder}/{Path(source).stem}.o"
-            subprocess.run(
-                ["g++", *FLAGS, *definitions, *includes, "-c", str(REPOSITORY / source), "-o", target], check=True
-            )
+            subprocess.run(["g++", *FLAGS, *definitions, *includes, "-c", str(REPOSITORY / source), "-o", target], check=True)
             return target
 
         with ThreadPoolExecutor(2) as pool:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of the CUDA library against smoothrot_vllm/reference.py: on a GPU, and on the make-believe one of tests/cuda."""
+"""Every op of the CUDA library against smoothrot_vllm/reference.py: on a GPU, and on the make-believe one of tests/cuda.
+
+The reference computes on the target's device, too: on a GPU it takes a fraction of the time, and its float64 sums are exact.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,20 +29,56 @@ class Target:
     prepare: Callable[[int], int]
     """Makes a Hadamard block known to the device and returns it."""
 
+    @property
+    def index(self) -> int:
+        """Number of the device, as prepared rotations know it."""
+        return -1 if self.device.index is None else self.device.index
+
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device)
 
     def linear(self, layer: "Layer", x: torch.Tensor, block: int = 0) -> torch.Tensor:
-        """``linear`` of ``x`` on the device."""
-        packed = self.ops.prepack_weight(self.put(layer.stored), self.put(layer.scale), layer.weight_bits)
-        bias = None if layer.bias is None else self.put(layer.bias)
+        """``linear`` of ``x``."""
+        packed = self.ops.prepack_weight(layer.stored, layer.scale, layer.weight_bits)
         prepared = self.prepare(block) if block else 0
-        return self.ops.linear(x, packed, self.put(layer.scale), bias, prepared, CLIP, layer.act_bits, layer.weight_bits)
+        return self.ops.linear(x, packed, layer.scale, layer.bias, prepared, CLIP, layer.act_bits, layer.weight_bits)
+
+    def layer(self, outputs: int, inputs: int, groups: int, weight_bits: int, act_bits: int, bias: torch.dtype | None) -> "Layer":
+        """A random layer: codes over the whole range and scales that keep outputs near one."""
+        top = reference.quant_max(weight_bits)
+        codes = torch.randint(-top - 1, top + 1, (outputs, inputs), dtype=torch.int8, device=self.device)
+        return Layer(
+            reference.encode(codes, weight_bits),
+            torch.rand(outputs, groups, device=self.device) * (0.1 / top),
+            None if bias is None else self.randn(outputs, dtype=bias),
+            weight_bits,
+            act_bits,
+        )
+
+    def randn(self, *sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Normal values, drawn in float32."""
+        return torch.randn(sizes, device=self.device).to(dtype)
+
+    def experts(
+        self, tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, weight_bits: int, dtype: torch.dtype
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], "Pair", "Pair"]:
+        """``x``, weights and numbers of its experts, the last left out if it can be; codes and scales of both linears."""
+
+        def stack(outputs: int, inputs: int) -> Pair:
+            layers = [self.layer(outputs, inputs, 1, weight_bits, 8, None) for _ in range(experts)]
+            return torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
+
+        logits = self.randn(tokens, experts)
+        if top_k < experts:
+            logits[:, -1] = -torch.inf
+        weights, chosen = logits.softmax(-1).topk(top_k)
+        given = (self.randn(tokens, hidden, dtype=dtype), weights, chosen.int())
+        return given, stack(2 * intermediate, hidden), stack(hidden, intermediate)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A random layer, on the CPU."""
+    """A layer on the target's device."""
 
     stored: torch.Tensor
     scale: torch.Tensor
@@ -54,43 +93,12 @@ class Layer:
         return reference.gemm(*quantised, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits)
 
 
-def random_layer(outputs: int, inputs: int, groups: int, weight_bits: int, act_bits: int, bias: torch.dtype | None) -> Layer:
-    """Codes over the whole range and scales that keep outputs near one."""
-    top = reference.quant_max(weight_bits)
-    codes = torch.randint(-top - 1, top + 1, (outputs, inputs), dtype=torch.int8)
-    scale = torch.rand(outputs, groups) * (0.1 / top)
-    return Layer(
-        reference.encode(codes, weight_bits),
-        scale,
-        None if bias is None else torch.randn(outputs).to(bias),
-        weight_bits,
-        act_bits,
-    )
-
-
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-def random_experts(
-    tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, weight_bits: int, dtype: torch.dtype
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Pair, Pair]:
-    """``x``, weights and numbers of each token's experts, the last left out if it can be; codes and scales of both linears."""
-
-    def stack(outputs: int, inputs: int) -> Pair:
-        layers = [random_layer(outputs, inputs, 1, weight_bits, 8, None) for _ in range(experts)]
-        return torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
-
-    logits = torch.randn(tokens, experts)
-    if top_k < experts:
-        logits[:, -1] = -torch.inf
-    weights, chosen = logits.softmax(-1).topk(top_k)
-    given = (torch.randn(tokens, hidden).to(dtype), weights, chosen.int())
-    return given, stack(2 * intermediate, hidden), stack(hidden, intermediate)
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Bit for bit, save the bits of a NaN."""
-    torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_same_codes(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -121,37 +129,36 @@ class OpsContract:
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_quant(self, target: Target, dtype: torch.dtype, bits: int) -> None:
         for inputs in self.inputs:
-            x = awkward_rows(inputs, dtype)
-            assert_same_codes(target.ops.quant(target.put(x), CLIP, bits), reference.quant(x, CLIP, bits))
+            x = target.put(awkward_rows(inputs, dtype))
+            assert_same_codes(target.ops.quant(x, CLIP, bits), reference.quant(x, CLIP, bits))
 
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_hadamard_quant(self, target: Target, dtype: torch.dtype, bits: int) -> None:
         for inputs, block in self.rotations:
-            x = torch.randn(5, inputs).to(dtype)
-            got = target.ops.hadamard_quant(target.put(x), target.prepare(block), CLIP, bits)
+            x = target.randn(5, inputs, dtype=dtype)
+            got = target.ops.hadamard_quant(x, target.prepare(block), CLIP, bits)
             assert_same_codes(got, reference.hadamard_quant(x, block, CLIP, bits))
 
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_silu_mul_hadamard_quant(self, target: Target, dtype: torch.dtype, bits: int) -> None:
         for inputs, block in (*self.rotations, (self.inputs[-1], 0)):
-            x = torch.randn(3, 2 * inputs).to(dtype)
+            x = target.randn(3, 2 * inputs, dtype=dtype)
             prepared = target.prepare(block) if block else 0
-            got = target.ops.silu_mul_hadamard_quant(target.put(x), prepared, CLIP, bits)
+            got = target.ops.silu_mul_hadamard_quant(x, prepared, CLIP, bits)
             assert_same_codes(got, reference.silu_mul_hadamard_quant(x, block, CLIP, bits))
 
     @pytest.mark.parametrize("has_residual", [False, True])
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_rms_norm_quant(self, target: Target, dtype: torch.dtype, has_residual: bool) -> None:
         for inputs in self.inputs:
-            x, weight = torch.randn(5, inputs).to(dtype), torch.rand(inputs).to(dtype)
-            residual = torch.randn(5, inputs).to(dtype) if has_residual else None
+            x, weight = target.randn(5, inputs, dtype=dtype), target.randn(inputs, dtype=dtype)
+            residual = target.randn(5, inputs, dtype=dtype) if has_residual else None
             for own in (weight, None):
                 codes, scale, expected = reference.rms_norm_quant(x, own, EPSILON, CLIP, 8, residual)
-                updated = None if residual is None else target.put(residual.clone())
-                on_device = None if own is None else target.put(own)
-                got = target.ops.rms_norm_quant(target.put(x), on_device, EPSILON, CLIP, 8, updated)
+                updated = None if residual is None else residual.clone()
+                got = target.ops.rms_norm_quant(x, own, EPSILON, CLIP, 8, updated)
                 assert_same_codes(got, (codes, scale))
                 if updated is not None and expected is not None:
                     assert_same(updated, expected)
@@ -159,52 +166,50 @@ class OpsContract:
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
     def test_gemm(self, target: Target, weight_bits: int, act_bits: int) -> None:
         for tokens, outputs, inputs in self.gemms:
-            layer = random_layer(outputs, inputs, 1, weight_bits, act_bits, None)
-            codes, scale = reference.quant(torch.randn(tokens, inputs), CLIP, act_bits)
+            layer = target.layer(outputs, inputs, 1, weight_bits, act_bits, None)
+            codes, scale = reference.quant(target.randn(tokens, inputs), CLIP, act_bits)
             arguments = (codes, scale, layer.stored, layer.scale)
-            got = target.ops.gemm(*map(target.put, arguments), None, torch.float32, act_bits, weight_bits)
+            got = target.ops.gemm(*arguments, None, torch.float32, act_bits, weight_bits)
             assert_same(got, reference.gemm(*arguments, None, torch.float32, act_bits, weight_bits))
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
     def test_linear(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
         for tokens, outputs, inputs in self.linears:
-            layer = random_layer(outputs, inputs, 1, weight_bits, act_bits, dtype)
-            x = torch.randn(tokens, inputs).to(dtype)
+            layer = target.layer(outputs, inputs, 1, weight_bits, act_bits, dtype)
+            x = target.randn(tokens, inputs, dtype=dtype)
             for block in (0, 32):
-                assert_same(target.linear(layer, target.put(x), block), layer.expected(x, block))
+                assert_same(target.linear(layer, x, block), layer.expected(x, block))
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("act_bits", [4, 8])
     def test_silu_mul_linear(self, target: Target, act_bits: int, dtype: torch.dtype) -> None:
         tokens, outputs, inputs = self.linears[-1]
-        layer = random_layer(outputs, inputs, 1, 4, act_bits, dtype)
-        gate_up, block = torch.randn(tokens, 2 * inputs).to(dtype), target.prepare(32)
+        layer = target.layer(outputs, inputs, 1, 4, act_bits, dtype)
+        gate_up, block = target.randn(tokens, 2 * inputs, dtype=dtype), target.prepare(32)
         quantised = reference.silu_mul_hadamard_quant(gate_up, block, CLIP, act_bits)
-        packed = target.ops.prepack_weight(target.put(layer.stored), target.put(layer.scale), 4)
-        assert layer.bias is not None
-        scale, bias = target.put(layer.scale), target.put(layer.bias)
-        got = target.ops.silu_mul_linear(target.put(gate_up), packed, scale, bias, block, CLIP, act_bits, 4)
+        packed = target.ops.prepack_weight(layer.stored, layer.scale, 4)
+        got = target.ops.silu_mul_linear(gate_up, packed, layer.scale, layer.bias, block, CLIP, act_bits, 4)
         assert_same(got, reference.gemm(*quantised, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4))
 
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
     def test_group_scales_err_at_most_twice_as_much_as_torch(self, target: Target, weight_bits: int, act_bits: int) -> None:
         """Group sums are added in another order than torch's einsum does."""
         for tokens, outputs, inputs, groups in self.groups:
-            layer = random_layer(outputs, inputs, groups, weight_bits, act_bits, None)
-            x = torch.randn(tokens, inputs)
+            layer = target.layer(outputs, inputs, groups, weight_bits, act_bits, None)
+            x = target.randn(tokens, inputs)
             codes, scale = reference.quant(x, CLIP, act_bits)
             sums = reference.accumulate(codes, layer.stored, act_bits, weight_bits, inputs // groups).double()
             exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
-            error = (target.linear(layer, target.put(x)).cpu().double() - exact).abs().max()
+            error = (target.linear(layer, x).double() - exact).abs().max()
             assert error <= 2 * (layer.expected(x).double() - exact).abs().max()
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
     def test_experts(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
         for shape in self.experts:
-            given, gate_up, down = random_experts(*shape, weight_bits, dtype)
-            arguments: list[Any] = [target.put(part) for part in (*given, *gate_up, *down)]
+            given, gate_up, down = target.experts(*shape, weight_bits, dtype)
+            arguments: list[Any] = [*given, *gate_up, *down]
             for block in (0, target.prepare(32)):
                 numbers: list[Any] = [block, CLIP, act_bits, weight_bits]
                 got = grouped_experts(target.ops, *[*arguments, *numbers])
@@ -212,17 +217,18 @@ class OpsContract:
                 assert_same(got, reference.experts(*given, gate_up, down, *numbers))
 
     def test_a_stack_is_packed_as_its_members_are(self, target: Target) -> None:
-        weight, scale = torch.randint(0, 256, (3, 40, 32), dtype=torch.uint8), torch.rand(3, 40, 1)
-        members = [target.ops.prepack_weight(target.put(w), target.put(s), 4) for w, s in zip(weight, scale, strict=True)]
-        assert_same(target.ops.prepack_weight(target.put(weight), target.put(scale), 4), torch.stack(members).cpu())
+        layers = [target.layer(40, 64, 1, 4, 8, None) for _ in range(3)]
+        weight, scale = torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
+        members = [target.ops.prepack_weight(layer.stored, layer.scale, 4) for layer in layers]
+        assert_same(target.ops.prepack_weight(weight, scale, 4), torch.stack(members))
         with pytest.raises(RuntimeError, match=r"weight_scale: expected contiguous float32 \(3, any, any\), got"):
-            target.ops.prepack_weight(target.put(weight), target.put(scale[:2]), 4)
+            target.ops.prepack_weight(weight, scale[:2], 4)
 
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
     def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:
-        layer = random_layer(40, 64, 1, 4, 8, None)
-        x = torch.randn(shape)
-        y = target.linear(layer, target.put(x))
+        layer = target.layer(40, 64, 1, 4, 8, None)
+        x = target.randn(*shape)
+        y = target.linear(layer, x)
         assert y.shape == (*shape[:-1], 40)
         assert_same(y.reshape(-1, 40), layer.expected(x.reshape(-1, 64)))
 
@@ -233,8 +239,8 @@ class OpsContract:
             assert scale.shape == (0,)
 
     def test_wrong_inputs_are_refused_by_name(self, target: Target) -> None:
-        layer = random_layer(40, 64, 1, 4, 4, None)
-        weight, scale = target.put(layer.stored), target.put(layer.scale)
+        layer = target.layer(40, 64, 1, 4, 4, None)
+        weight, scale = layer.stored, layer.scale
         x, misaligned = target.put(torch.ones(2, 64)), target.put(torch.ones(129))[1:].view(2, 64)
         away = layer.stored.to(target.elsewhere)
         cases: list[tuple[str, tuple[Any, ...]]] = [

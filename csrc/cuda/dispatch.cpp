@@ -1,101 +1,144 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "dispatch.h"
 
+#include <atomic>
 #include <sstream>
 
 namespace smoothrot::cuda {
 namespace {
 
+using Family = GemmKernel::Family;
+
 constexpr int64_t kCutlassOutputs = 8;  // a 16-byte store of 16-bit outputs
 constexpr int64_t kMostInt32 = INT32_MAX;
 
-// Largest first. The build defines SMOOTHROT_SM80 and SMOOTHROT_SM90 for the families it compiles.
+// The first of a hand-written family chooses its own width; of CUTLASS tiles the largest come first. The build defines
+// SMOOTHROT_SM80 and SMOOTHROT_SM90 for the families it compiles.
+constexpr GemmKernel kKernels[] = {
+    {"small", Family::small},
+    {"small_narrow", Family::small, Width::narrow},
+    {"small_medium", Family::small, Width::medium},
+    {"small_wide", Family::small, Width::wide},
+    {"s8", Family::s8},
+    {"s8_narrow", Family::s8, Width::narrow},
+    {"s8_wide", Family::s8, Width::wide},
 #ifdef SMOOTHROT_SM80
-constexpr CutlassTile kSm80[] = {
-    {GemmKernel::sm80_128x256, "cutlass_sm80_128x256", cutlass_sm80_128x256, 128, 256},
-    {GemmKernel::sm80_128x128, "cutlass_sm80_128x128", cutlass_sm80_128x128, 128, 128},
-    {GemmKernel::sm80_64x128, "cutlass_sm80_64x128", cutlass_sm80_64x128, 64, 128},
-    {GemmKernel::sm80_32x64, "cutlass_sm80_32x64", cutlass_sm80_32x64, 32, 64},
-};
+    {"cutlass_sm80_128x256", Family::sm80, Width::automatic, cutlass_sm80_128x256, 128, 256},
+    {"cutlass_sm80_128x128", Family::sm80, Width::automatic, cutlass_sm80_128x128, 128, 128},
+    {"cutlass_sm80_64x128", Family::sm80, Width::automatic, cutlass_sm80_64x128, 64, 128},
+    {"cutlass_sm80_32x64", Family::sm80, Width::automatic, cutlass_sm80_32x64, 32, 64},
 #endif
 #ifdef SMOOTHROT_SM90
-constexpr CutlassTile kSm90[] = {
-    {GemmKernel::sm90_128x128, "cutlass_sm90_128x128", cutlass_sm90_128x128, 128, 128},
-    {GemmKernel::sm90_128x64, "cutlass_sm90_128x64", cutlass_sm90_128x64, 64, 128},
-    {GemmKernel::sm90_128x32, "cutlass_sm90_128x32", cutlass_sm90_128x32, 32, 128},
-};
+    {"cutlass_sm90_128x128", Family::sm90, Width::automatic, cutlass_sm90_128x128, 128, 128},
+    {"cutlass_sm90_128x64", Family::sm90, Width::automatic, cutlass_sm90_128x64, 64, 128},
+    {"cutlass_sm90_128x32", Family::sm90, Width::automatic, cutlass_sm90_128x32, 32, 128},
 #endif
+};
+
+struct NamedWidth {
+  const char* name;
+  Width width;
+};
+constexpr NamedWidth kExperts[] = {{"experts_narrow", Width::narrow}, {"experts_wide", Width::wide}};
+
+std::atomic<const GemmKernel*> forced_kernel{nullptr};
+std::atomic<Width> forced_experts{Width::automatic};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of the tiles that the tokens fill at least half, the largest whose grid gives every multiprocessor a block, or the
-// smallest: idle multiprocessors cost more than the operand traffic that larger tiles save.
-template <size_t Count>
-GemmKernel choose_tile(const CutlassTile (&tiles)[Count], const GpuFacts& gpu, const GemmArgs& args) {
-  const CutlassTile* chosen = &tiles[Count - 1];
-  for (size_t i = Count; i-- > 0;) {
-    const CutlassTile& tile = tiles[i];
+const GemmKernel& first_of(Family family) {
+  const GemmKernel* kernel = kKernels;
+  while (kernel->family != family) ++kernel;
+  return *kernel;
+}
+
+// Of the family's tiles that the tokens fill at least half, the largest whose grid gives every multiprocessor a block,
+// or the smallest: idle multiprocessors cost more than the operand traffic that larger tiles save.
+const GemmKernel& choose_tile(Family family, const GpuFacts& gpu, const GemmArgs& args) {
+  const GemmKernel* smallest = nullptr;
+  for (const GemmKernel& tile : kKernels) {
+    if (tile.family != family) continue;
     const int64_t blocks = ceil_div(args.tokens, tile.tokens) * ceil_div(args.outputs, tile.outputs);
-    if (2 * args.tokens > tile.tokens && blocks >= gpu.multiprocessors) chosen = &tile;
+    if (2 * args.tokens > tile.tokens && blocks >= gpu.multiprocessors) return tile;
+    smallest = &tile;
   }
-  return chosen->kernel;
+  return *smallest;
 }
 
-bool fits_cutlass(const GemmArgs& args) {
+// Empty, or what a CUTLASS kernel would need.
+std::string cutlass_obstacle(const GemmArgs& args) {
   const bool one_dtype = !args.bias || args.bias_dtype == args.out_dtype;
-  return args.weight_form == Codes::packed_int4 && args.group_size == args.inputs && args.out_dtype != Float::f32 &&
-         one_dtype && args.outputs % kCutlassOutputs == 0 && args.inputs % kInputMultiple == 0 &&
-         args.tokens <= kMostInt32 && args.outputs <= kMostInt32;
-}
-
-const CutlassTile* find_tile(GemmKernel kernel) {
-#ifdef SMOOTHROT_SM80
-  for (const CutlassTile& tile : kSm80) {
-    if (tile.kernel == kernel) return &tile;
-  }
-#endif
-#ifdef SMOOTHROT_SM90
-  for (const CutlassTile& tile : kSm90) {
-    if (tile.kernel == kernel) return &tile;
-  }
-#endif
-  return nullptr;
+  if (args.weight_form != Codes::packed_int4) return "4-bit weights";
+  if (args.group_size != args.inputs) return "a scale for each output channel";
+  if (args.out_dtype == Float::f32 || !one_dtype) return "16-bit outputs and a bias of their dtype";
+  if (args.outputs % kCutlassOutputs) return "outputs in multiples of 8";
+  if (args.tokens > kMostInt32 || args.outputs > kMostInt32) return "tokens and outputs that int32 holds";
+  return "";
 }
 
 }  // namespace
 
+std::string GemmKernel::obstacle(const GpuFacts& gpu, const GemmArgs& args) const {
+  switch (family) {
+    case Family::small:
+      if (args.group_size != args.inputs) return "a scale for each output channel";
+      return args.tokens <= kSmallGemmTokens ? "" : "at most 16 tokens";
+    case Family::s8:
+      return "";
+    case Family::sm80:
+      if (gpu.capability >= 90) return "a GPU of sm_80 to sm_89";
+      return args.form == Codes::packed_int4 ? cutlass_obstacle(args) : "4-bit activations, packed";
+    default:
+      if (gpu.capability != 90) return "a GPU of sm_90";
+      return args.form == Codes::int8 ? cutlass_obstacle(args) : "activation codes of a byte each";
+  }
+}
+
 Codes activation_form(const GpuFacts& gpu, int bits, int64_t tokens) {
-  const bool packed = gpu.capability < 90 || tokens <= kSmallGemmTokens;
+  const GemmKernel* forced = forced_kernel.load();
+  const bool as_bytes = forced && forced->family == Family::sm90;
+  const bool packed = gpu.capability < 90 || (tokens <= kSmallGemmTokens && !as_bytes);
   return bits == 4 && packed ? Codes::packed_int4 : Codes::int8;
 }
 
-GemmKernel choose_gemm(const GpuFacts& gpu, const GemmArgs& args) {
-  if (args.group_size != args.inputs) return GemmKernel::s8;
-  if (args.tokens <= kSmallGemmTokens) return GemmKernel::small;
-  if (!fits_cutlass(args)) return GemmKernel::s8;
-#ifdef SMOOTHROT_SM80
-  if (gpu.capability < 90 && args.form == Codes::packed_int4) return choose_tile(kSm80, gpu, args);
-#endif
-#ifdef SMOOTHROT_SM90
-  if (gpu.capability == 90 && args.form == Codes::int8) return choose_tile(kSm90, gpu, args);
-#endif
-  return GemmKernel::s8;
+const GemmKernel& choose_gemm(const GpuFacts& gpu, const GemmArgs& args) {
+  if (const GemmKernel* forced = forced_kernel.load()) return *forced;
+  const GemmKernel& small = first_of(Family::small);
+  if (small.obstacle(gpu, args).empty()) return small;
+  for (const GemmKernel& tile : kKernels) {
+    if (tile.launch && tile.obstacle(gpu, args).empty()) return choose_tile(tile.family, gpu, args);
+  }
+  return first_of(Family::s8);
 }
 
-const char* gemm_name(GemmKernel kernel) {
-  if (kernel == GemmKernel::small) return "small";
-  if (kernel == GemmKernel::s8) return "s8";
-  return find_tile(kernel)->name;
-}
-
-const char* run_gemm(GemmKernel kernel, const GpuFacts& gpu, const GemmArgs& g, cudaStream_t stream) {
-  if (kernel == GemmKernel::small || kernel == GemmKernel::s8) {
-    const cudaError_t error = kernel == GemmKernel::small ? gemm_small(g, stream) : gemm_s8(g, stream);
+const char* GemmKernel::run(const GpuFacts& gpu, const GemmArgs& g, cudaStream_t stream) const {
+  if (!launch) {
+    const cudaError_t error = family == Family::small ? gemm_small(g, stream, width) : gemm_s8(g, stream, width);
     return error == cudaSuccess ? nullptr : error_text(error);
   }
-  return find_tile(kernel)->launch({g.codes, g.weight, g.scale, g.weight_scale, g.bias, g.out, int32_t(g.tokens),
-                                    int32_t(g.outputs), int32_t(g.inputs), g.out_dtype == Float::bf16,
-                                    gpu.multiprocessors, stream});
+  return launch({g.codes, g.weight, g.scale, g.weight_scale, g.bias, g.out, int32_t(g.tokens), int32_t(g.outputs),
+                 int32_t(g.inputs), g.out_dtype == Float::bf16, gpu.multiprocessors, stream});
+}
+
+Width experts_width() { return forced_experts.load(); }
+
+std::string gemm_names() {
+  std::string names;
+  for (const GemmKernel& kernel : kKernels) names += std::string(kernel.name) + " ";
+  for (const NamedWidth& experts : kExperts) names += std::string(experts.name) + " ";
+  names.pop_back();
+  return names;
+}
+
+bool force_gemm(const std::string& name) {
+  const GemmKernel* kernel = nullptr;
+  Width width = Width::automatic;
+  for (const GemmKernel& one : kKernels) kernel = one.name == name ? &one : kernel;
+  for (const NamedWidth& one : kExperts) width = one.name == name ? one.width : width;
+  if (!name.empty() && !kernel && width == Width::automatic) return false;
+  forced_kernel = kernel;
+  forced_experts = width;
+  return true;
 }
 
 bool architecture_runs(const std::string& architectures, int capability) {

@@ -9,41 +9,41 @@
 
 namespace smoothrot::cuda {
 
-enum class GemmKernel {
-  small,
-  s8,
-  sm80_32x64,
-  sm80_64x128,
-  sm80_128x128,
-  sm80_128x256,
-  sm90_128x32,
-  sm90_128x64,
-  sm90_128x128,
-};
-
-// A CUTLASS kernel's tile: tokens x outputs, whichever of the two it calls rows.
-struct CutlassTile {
-  GemmKernel kernel;
-  const char* name;
-  CutlassLauncher launch;
-  int tokens, outputs;
-};
-
 struct GpuFacts {
   int capability;  // 10 * major + minor
   int multiprocessors;
+};
+
+struct GemmKernel {
+  enum class Family { small, s8, sm80, sm90 };
+
+  const char* name;
+  Family family;
+  Width width = Width::automatic;    // small and s8
+  CutlassLauncher launch = nullptr;  // sm80 and sm90
+  int tokens = 0, outputs = 0;       // a CUTLASS tile, whichever of the two it calls rows
+
+  // Null, or what went wrong.
+  const char* run(const GpuFacts& gpu, const GemmArgs& args, cudaStream_t stream) const;
+  // What keeps it from computing these on this GPU; empty if nothing does.
+  std::string obstacle(const GpuFacts& gpu, const GemmArgs& args) const;
 };
 
 // How the activations of a fused linear layer are best quantised: gemm_small takes packed codes everywhere, and they
 // are half as many bytes.
 Codes activation_form(const GpuFacts& gpu, int bits, int64_t tokens);
 
-GemmKernel choose_gemm(const GpuFacts& gpu, const GemmArgs& args);
+const GemmKernel& choose_gemm(const GpuFacts& gpu, const GemmArgs& args);
 
-const char* gemm_name(GemmKernel kernel);
+// Forced or automatic.
+Width experts_width();
 
-// Null, or what went wrong.
-const char* run_gemm(GemmKernel kernel, const GpuFacts& gpu, const GemmArgs& args, cudaStream_t stream);
+// Every kernel of this build that multiplies, a name for each tile, with spaces between them.
+std::string gemm_names();
+
+// From now on every product is the named kernel's; an empty name gives the choice back. For tests, which so reach each
+// kernel at any size. Names of gemm_experts leave the other products alone. False for a name that gemm_names lacks.
+bool force_gemm(const std::string& name);
 
 // Text of a CUDA error; defined where the CUDA runtime is.
 const char* error_text(cudaError_t error);

@@ -60,16 +60,16 @@ SMOOTHROT_DEVICE void store_pair(void* values, Float dtype, int64_t i, float fir
   }
 }
 
-// Launcher::launch<Form, Weight>(args, stream) for the forms of `g`.
+// Launcher::launch<Form, Weight>(args, width, stream) for the forms of `g`.
 template <class Launcher, class Args>
-cudaError_t launch_forms(const GemmArgs& g, const Args& args, cudaStream_t stream) {
+cudaError_t launch_forms(const GemmArgs& g, const Args& args, Width width, cudaStream_t stream) {
   constexpr Codes kPacked = Codes::packed_int4, kBytes = Codes::int8;
   if (g.weight_form == kPacked) {
-    return g.form == kPacked ? Launcher::template launch<kPacked, kPacked>(args, stream)
-                             : Launcher::template launch<kBytes, kPacked>(args, stream);
+    return g.form == kPacked ? Launcher::template launch<kPacked, kPacked>(args, width, stream)
+                             : Launcher::template launch<kBytes, kPacked>(args, width, stream);
   }
-  return g.form == kPacked ? Launcher::template launch<kPacked, kBytes>(args, stream)
-                           : Launcher::template launch<kBytes, kBytes>(args, stream);
+  return g.form == kPacked ? Launcher::template launch<kPacked, kBytes>(args, width, stream)
+                           : Launcher::template launch<kBytes, kBytes>(args, width, stream);
 }
 
 inline bool valid(const GemmArgs& g) {

@@ -16,10 +16,10 @@ cudaError_t launch_tiles(const ExpertsArgs& e, cudaStream_t stream) {
 
 struct TiledExperts {
   template <Codes Form, Codes Weight>
-  static cudaError_t launch(const ExpertsArgs& e, cudaStream_t stream) {
+  static cudaError_t launch(const ExpertsArgs& e, Width width, cudaStream_t stream) {
     // With group scales a wide tile would take more registers than there are.
     if (e.gemm.group_size != e.gemm.inputs) return launch_tiles<Form, Weight, true, kNarrowColumns>(e, stream);
-    return fills_wide_tiles(e.tile_count, e.gemm.outputs)
+    return takes_wide_tiles(width, e.tile_count, e.gemm.outputs)
                ? launch_tiles<Form, Weight, false, kWideColumns>(e, stream)
                : launch_tiles<Form, Weight, false, kNarrowColumns>(e, stream);
   }
@@ -27,11 +27,12 @@ struct TiledExperts {
 
 }  // namespace
 
-cudaError_t gemm_experts(const ExpertsArgs& e, cudaStream_t stream) {
+cudaError_t gemm_experts(const ExpertsArgs& e, cudaStream_t stream, Width width) {
   const bool tiled = e.experts > 0 && e.experts <= INT32_MAX && e.tile_count >= 0 && e.tile_count <= INT32_MAX;
-  if (!valid(e.gemm) || !tiled || e.gemm.bias) return cudaErrorInvalidValue;
+  const bool has_width = width != Width::medium && (width != Width::wide || e.gemm.group_size == e.gemm.inputs);
+  if (!valid(e.gemm) || !tiled || e.gemm.bias || !has_width) return cudaErrorInvalidValue;
   if (e.gemm.tokens == 0 || e.tile_count == 0) return cudaSuccess;
-  return launch_forms<TiledExperts>(e.gemm, e, stream);
+  return launch_forms<TiledExperts>(e.gemm, e, width, stream);
 }
 
 cudaError_t combine_experts(const CombineArgs& c, cudaStream_t stream) {

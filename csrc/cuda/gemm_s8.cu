@@ -12,27 +12,27 @@ cudaError_t launch_tiles(const GemmArgs& g, int64_t token_tiles, cudaStream_t st
 }
 
 template <Codes Form, Codes Weight, bool Grouped>
-cudaError_t launch_tiled(const GemmArgs& g, cudaStream_t stream) {
+cudaError_t launch_tiled(const GemmArgs& g, Width width, cudaStream_t stream) {
   const int64_t token_tiles = (g.tokens + kTiledTokens - 1) / kTiledTokens;
-  return fills_wide_tiles(token_tiles, g.outputs)
+  return takes_wide_tiles(width, token_tiles, g.outputs)
              ? launch_tiles<Form, Weight, Grouped, kWideColumns>(g, token_tiles, stream)
              : launch_tiles<Form, Weight, Grouped, kNarrowColumns>(g, token_tiles, stream);
 }
 
 struct Tiled {
   template <Codes Form, Codes Weight>
-  static cudaError_t launch(const GemmArgs& g, cudaStream_t stream) {
-    return g.group_size == g.inputs ? launch_tiled<Form, Weight, false>(g, stream)
-                                    : launch_tiled<Form, Weight, true>(g, stream);
+  static cudaError_t launch(const GemmArgs& g, Width width, cudaStream_t stream) {
+    return g.group_size == g.inputs ? launch_tiled<Form, Weight, false>(g, width, stream)
+                                    : launch_tiled<Form, Weight, true>(g, width, stream);
   }
 };
 
 }  // namespace
 
-cudaError_t gemm_s8(const GemmArgs& g, cudaStream_t stream) {
-  if (!valid(g)) return cudaErrorInvalidValue;
+cudaError_t gemm_s8(const GemmArgs& g, cudaStream_t stream, Width width) {
+  if (!valid(g) || width == Width::medium) return cudaErrorInvalidValue;
   if (g.tokens == 0) return cudaSuccess;
-  return launch_forms<Tiled>(g, g, stream);
+  return launch_forms<Tiled>(g, g, width, stream);
 }
 
 }  // namespace smoothrot::cuda

@@ -19,9 +19,9 @@ cudaError_t launch_columns(void (*kernel)(Args), const Args& args, int64_t token
 
 constexpr int kNarrowColumns = 64, kWideColumns = 128;
 
-// Wide tiles read the activations less often; narrow ones keep multiprocessors busy.
-inline bool fills_wide_tiles(int64_t token_tiles, int64_t outputs) {
-  return token_tiles * (outputs / kWideColumns) >= multiprocessors();
+// Asked for, or such that every multiprocessor has a block.
+inline bool takes_wide_tiles(Width width, int64_t token_tiles, int64_t outputs) {
+  return width == Width::automatic ? token_tiles * (outputs / kWideColumns) >= multiprocessors() : width == Width::wide;
 }
 
 }  // namespace smoothrot::cuda

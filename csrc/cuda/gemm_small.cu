@@ -13,30 +13,39 @@ cudaError_t launch_small(const GemmArgs& g, cudaStream_t stream) {
   return launch(gemm_small_kernel<Form, Weight, Tiles, Octets>, blocks, 1, kSmallThreads, kShared, stream, g);
 }
 
-// Wide blocks read the activations less often; narrow ones keep multiprocessors busy, half of which draw all that DRAM
-// gives.
+// The widest whose blocks occupy half of the multiprocessors, which draw all that DRAM gives.
+Width choose_width(const GemmArgs& g, int widest) {
+  const int64_t tiles = 2 * g.outputs / kTileOutputs / multiprocessors();
+  return tiles >= widest ? Width::wide : tiles >= widest / 2 ? Width::medium : Width::narrow;
+}
+
 template <Codes Form, Codes Weight, int Octets>
-cudaError_t launch_tiles(const GemmArgs& g, cudaStream_t stream) {
+cudaError_t launch_tiles(const GemmArgs& g, Width width, cudaStream_t stream) {
   constexpr int kWidest = 8 / kLaneWords<Weight>;
-  const int64_t enough = 2 * g.outputs / kTileOutputs / multiprocessors();
-  if (enough >= kWidest) return launch_small<Form, Weight, kWidest, Octets>(g, stream);
-  if (enough >= kWidest / 2) return launch_small<Form, Weight, kWidest / 2, Octets>(g, stream);
-  return launch_small<Form, Weight, kWidest / 4, Octets>(g, stream);
+  switch (width == Width::automatic ? choose_width(g, kWidest) : width) {
+    case Width::wide:
+      return launch_small<Form, Weight, kWidest, Octets>(g, stream);
+    case Width::medium:
+      return launch_small<Form, Weight, kWidest / 2, Octets>(g, stream);
+    default:
+      return launch_small<Form, Weight, kWidest / 4, Octets>(g, stream);
+  }
 }
 
 struct Small {
   template <Codes Form, Codes Weight>
-  static cudaError_t launch(const GemmArgs& g, cudaStream_t stream) {
-    return g.tokens <= kOctet ? launch_tiles<Form, Weight, 1>(g, stream) : launch_tiles<Form, Weight, 2>(g, stream);
+  static cudaError_t launch(const GemmArgs& g, Width width, cudaStream_t stream) {
+    return g.tokens <= kOctet ? launch_tiles<Form, Weight, 1>(g, width, stream)
+                              : launch_tiles<Form, Weight, 2>(g, width, stream);
   }
 };
 
 }  // namespace
 
-cudaError_t gemm_small(const GemmArgs& g, cudaStream_t stream) {
+cudaError_t gemm_small(const GemmArgs& g, cudaStream_t stream, Width width) {
   if (!valid(g) || g.tokens > kSmallGemmTokens || g.group_size != g.inputs) return cudaErrorInvalidValue;
   if (g.tokens == 0) return cudaSuccess;
-  return launch_forms<Small>(g, g, stream);
+  return launch_forms<Small>(g, g, width, stream);
 }
 
 }  // namespace smoothrot::cuda

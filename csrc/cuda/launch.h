@@ -13,6 +13,7 @@
 #endif
 
 #include <cstdint>
+#include <string>
 
 #include "../common/types.h"
 
@@ -82,6 +83,11 @@ cudaError_t silu_mul_quant(const QuantArgs& args, cudaStream_t stream);
 // reference.rms_norm_quant.
 cudaError_t rms_norm_quant(const QuantArgs& args, cudaStream_t stream);
 
+// The kernel that these arguments need, for producer "plain", "silu_mul" or "rms_norm"; null where there is none.
+const char* quant_kernel_name(const std::string& producer, const QuantArgs& args);
+// Every kernel that quantises, with spaces between them.
+std::string quant_kernel_names();
+
 // Shared memory that a row takes. Above cudaDevAttrMaxSharedMemoryPerBlockOptin of the device the launchers
 // refuse; below 99 KiB (about 22000 inputs with a rotation) every architecture runs it.
 int64_t quant_shared_bytes(const QuantArgs& args);
@@ -105,13 +111,17 @@ struct GemmArgs {
 
 // Both are reference.gemm: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
 
+// Outputs of a block of a hand-written GEMM. Wide blocks read the activations less often, narrow ones keep more
+// multiprocessors busy: `automatic` weighs these, the others are for tests.
+enum class Width { automatic, narrow, medium, wide };
+
 // At most kSmallGemmTokens tokens, per-channel scales: reads each weight once. Every architecture from sm_80; packed
 // codes and weights use the native int4 MMA on sm_80 to sm_89 and are expanded to int8 elsewhere.
-cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream);
+cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
 // Any number of tokens, per-channel or group scales, packed or int8 operands, every architecture from sm_80: packed
-// ones are expanded to int8 in registers.
-cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream);
+// ones are expanded to int8 in registers. No medium width.
+cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
 // Not part of GemmArgs: three more parameters cost the kernels that do not read them registers (nvcc 13.0).
 struct ExpertsArgs {
@@ -122,8 +132,9 @@ struct ExpertsArgs {
 };
 
 // gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and a tile computes up
-// to kExpertTileTokens of them. Tiles without tokens, of an unknown expert or past the last token compute nothing.
-cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream);
+// to kExpertTileTokens of them; with group scales narrow only. Tiles without tokens, of an unknown expert or past the
+// last token compute nothing.
+cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
 struct CombineArgs {
   const float* rows;       // [row_count][outputs]

@@ -47,37 +47,79 @@ int threads_for(int64_t units, int units_per_thread) {
   return whole_warps <= kMostThreads ? int(whole_warps) : 0;
 }
 
-template <Source S, int Units>
-cudaError_t launch_rows(const RowArgs& a, int threads, cudaStream_t stream) {
-  const QuantArgs& q = a.q;
-  const int64_t shared = quant_shared_bytes(q);
-  if (!rotates_in_shared_memory(q.rotation)) {
-    return launch(quant_rows<S, Units>, int(q.tokens), 1, threads, shared, stream, a);
+struct RowKernel {
+  const char* name;
+  Source source;
+  bool rotates;  // in shared memory
+  Base base;
+  int units;  // of eight values, of a thread
+  void (*kernel)(RowArgs);
+};
+
+#define ROW_KERNELS(source, units)                                                                            \
+  {"quant_" #source "_" #units, Source::source, false, Base::none, units, quant_rows<Source::source, units>}, \
+      {"rotate_" #source "_" #units,                                                                          \
+       Source::source,                                                                                        \
+       true,                                                                                                  \
+       Base::none,                                                                                            \
+       units,                                                                                                 \
+       rotate_rows<Source::source, units, Base::none>},                                                       \
+      {"rotate_" #source "_" #units "_floats",          Source::source, true, Base::floats, units,            \
+       rotate_rows<Source::source, units, Base::floats>},                                                     \
+  {                                                                                                           \
+    "rotate_" #source "_" #units "_words", Source::source, true, Base::words, units,                          \
+        rotate_rows<Source::source, units, Base::words>                                                       \
   }
-  const int64_t most = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
-  const int blocks = int(q.tokens < most ? q.tokens : most);
-  switch (signs_kept(q.rotation.base)) {
-    case Base::none:
-      return launch(rotate_rows<S, Units, Base::none>, int(q.tokens), 1, threads, shared, stream, a);
-    case Base::floats:
-      return launch(rotate_rows<S, Units, Base::floats>, blocks, 1, threads, shared, stream, a);
-    default:
-      return launch(rotate_rows<S, Units, Base::words>, blocks, 1, threads, shared, stream, a);
-  }
+
+const RowKernel kRowKernels[] = {
+    ROW_KERNELS(plain, 1),    ROW_KERNELS(plain, 2),    ROW_KERNELS(plain, 4),    ROW_KERNELS(plain, 8),
+    ROW_KERNELS(silu_mul, 1), ROW_KERNELS(silu_mul, 2), ROW_KERNELS(silu_mul, 4), ROW_KERNELS(silu_mul, 8),
+};
+#undef ROW_KERNELS
+
+struct NormKernel {
+  const char* name;
+  int sweeps;  // of a block over the row
+  void (*kernel)(RowArgs);
+};
+
+const NormKernel kNormKernels[] = {
+    {"rms_norm_1", 1, rms_norm_rows<1>}, {"rms_norm_2", 2, rms_norm_rows<2>},    {"rms_norm_4", 4, rms_norm_rows<4>},
+    {"rms_norm_8", 8, rms_norm_rows<8>}, {"rms_norm_16", 16, rms_norm_rows<16>},
+};
+
+int64_t units_of(const QuantArgs& q) {
+  const int64_t runs_padded = (q.rotation.base + kVector - 1) / kVector * kVector;
+  return q.rotation.base == 1 ? q.inputs / kVector : q.inputs / q.rotation.base * runs_padded / kVector;
 }
 
-template <Source S>
-cudaError_t launch_source(const QuantArgs& q, cudaStream_t stream) {
+// The one with the fewest units a thread; null where a block has too few threads for the row.
+const RowKernel* find_row_kernel(Source source, const QuantArgs& q) {
+  const bool rotates = rotates_in_shared_memory(q.rotation);
+  const Base base = rotates ? signs_kept(q.rotation.base) : Base::none;
+  for (const RowKernel& k : kRowKernels) {
+    const bool suits = k.source == source && k.rotates == rotates && k.base == base;
+    if (suits && threads_for(units_of(q), k.units)) return &k;
+  }
+  return nullptr;
+}
+
+const NormKernel* find_norm_kernel(const QuantArgs& q) {
+  for (const NormKernel& k : kNormKernels) {
+    if (q.inputs <= int64_t{k.sweeps} * kNormThreads * kVector) return &k;
+  }
+  return nullptr;
+}
+
+cudaError_t launch_source(Source source, const QuantArgs& q, cudaStream_t stream) {
   if (!valid(q)) return cudaErrorInvalidValue;
   if (q.tokens == 0) return cudaSuccess;
-  const RowArgs a = row_args(q);
-  const int64_t runs_padded = (q.rotation.base + kVector - 1) / kVector * kVector;
-  const int64_t units = q.rotation.base == 1 ? q.inputs / kVector : q.inputs / q.rotation.base * runs_padded / kVector;
-  if (const int threads = threads_for(units, 1)) return launch_rows<S, 1>(a, threads, stream);
-  if (const int threads = threads_for(units, 2)) return launch_rows<S, 2>(a, threads, stream);
-  if (const int threads = threads_for(units, 4)) return launch_rows<S, 4>(a, threads, stream);
-  if (const int threads = threads_for(units, 8)) return launch_rows<S, 8>(a, threads, stream);
-  return cudaErrorInvalidValue;
+  const RowKernel* k = find_row_kernel(source, q);
+  if (!k) return cudaErrorInvalidValue;
+  const int64_t most = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
+  const int64_t blocks = k->base == Base::none || q.tokens < most ? q.tokens : most;
+  return launch(k->kernel, int(blocks), 1, threads_for(units_of(q), k->units), quant_shared_bytes(q), stream,
+                row_args(q));
 }
 
 }  // namespace
@@ -89,25 +131,37 @@ int64_t quant_shared_bytes(const QuantArgs& q) {
   return kReductionBytes + (floats + sign_words(q.rotation.base) * bits_of_sign) * int64_t{sizeof(uint32_t)};
 }
 
-cudaError_t quant(const QuantArgs& args, cudaStream_t stream) { return launch_source<Source::plain>(args, stream); }
+cudaError_t quant(const QuantArgs& args, cudaStream_t stream) { return launch_source(Source::plain, args, stream); }
 
 cudaError_t silu_mul_quant(const QuantArgs& args, cudaStream_t stream) {
-  return launch_source<Source::silu_mul>(args, stream);
+  return launch_source(Source::silu_mul, args, stream);
 }
 
 cudaError_t rms_norm_quant(const QuantArgs& q, cudaStream_t stream) {
   if (!valid(q) || q.rotation.power != 0) return cudaErrorInvalidValue;
   if (q.tokens == 0) return cudaSuccess;
-  const RowArgs a = row_args(q);
-  const auto run = [&](void (*kernel)(RowArgs)) {
-    return launch(kernel, int(q.tokens), 1, kNormThreads, quant_shared_bytes(q), stream, a);
-  };
-  const int64_t sweep = kNormThreads * kVector;
-  if (q.inputs <= sweep) return run(rms_norm_rows<1>);
-  if (q.inputs <= 2 * sweep) return run(rms_norm_rows<2>);
-  if (q.inputs <= 4 * sweep) return run(rms_norm_rows<4>);
-  if (q.inputs <= 8 * sweep) return run(rms_norm_rows<8>);
-  return run(rms_norm_rows<16>);
+  const NormKernel* k = find_norm_kernel(q);
+  if (!k) return cudaErrorInvalidValue;
+  return launch(k->kernel, int(q.tokens), 1, kNormThreads, quant_shared_bytes(q), stream, row_args(q));
+}
+
+const char* quant_kernel_name(const std::string& producer, const QuantArgs& q) {
+  if (!valid(q)) return nullptr;
+  if (producer == "rms_norm") {
+    const NormKernel* k = q.rotation.power ? nullptr : find_norm_kernel(q);
+    return k ? k->name : nullptr;
+  }
+  if (producer != "plain" && producer != "silu_mul") return nullptr;
+  const RowKernel* k = find_row_kernel(producer == "plain" ? Source::plain : Source::silu_mul, q);
+  return k ? k->name : nullptr;
+}
+
+std::string quant_kernel_names() {
+  std::string names;
+  for (const RowKernel& k : kRowKernels) names += std::string(k.name) + " ";
+  for (const NormKernel& k : kNormKernels) names += std::string(k.name) + " ";
+  names.pop_back();
+  return names;
 }
 
 }  // namespace smoothrot::cuda

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
 #include <sstream>
@@ -59,7 +60,7 @@ struct Place {
 
   bool holds(const Tensor& t) const {
     int32_t actual = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &actual));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &actual));
     return actual == type && (index < 0 || t.get_device_index() == index);
   }
   std::string name() const { return index < 0 ? "the CPU" : "cuda:" + std::to_string(index); }

@@ -2,6 +2,7 @@
 #include "cuda_device.h"
 
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <mutex>
@@ -20,6 +21,21 @@ int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
   return value;
+}
+
+// torch's current stream of a device. The function lies in libtorch_cuda, which a build against a CPU torch cannot link
+// and which is not in the scope that this library's symbols are looked up in; torch has loaded it long before.
+cudaStream_t current_stream(int device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<GetStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  if (!get)
+    throw std::runtime_error("smoothrot: expected a CUDA build of torch with its stable ABI, found none loaded.");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 struct Facts {
@@ -57,7 +73,7 @@ Device::Device(const char* op, const char* argument, const Tensor& on) {
            place.name(), " of sm_", gpu.capability, ". Build with TORCH_CUDA_ARCH_LIST for this device.");
   }
   guard_ = std::make_unique<Guard>(Guard{torch::stable::accelerator::DeviceGuard(index)});
-  stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(index).nativeHandle());
+  stream = current_stream(index);
 }
 
 Device::~Device() = default;

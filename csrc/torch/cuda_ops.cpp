@@ -168,7 +168,11 @@ void set_tokens(GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scal
 void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out,
               Float out_dtype, const Device& device) {
   set_tokens(g, codes, form, scale, out, out_dtype);
-  if (g.tokens) check_launched(op, run_gemm(choose_gemm(device.gpu, g), device.gpu, g, device.stream));
+  if (!g.tokens) return;
+  const GemmKernel& kernel = choose_gemm(device.gpu, g);
+  const std::string needed = kernel.obstacle(device.gpu, g);
+  if (!needed.empty()) refuse(op, kernel.name, "this kernel was forced; it needs ", needed, ".");
+  check_launched(op, kernel.run(device.gpu, g, device.stream));
 }
 
 // Codes that were quantised before; returns how many inputs they have.
@@ -308,9 +312,13 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   e.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
   e.tile_count = tiles.size(1);
   e.experts = experts;
+  const Width width = experts_width();
+  if (width == Width::wide && e.gemm.group_size != inputs) {
+    refuse(op, "experts_wide", "this kernel was forced; it needs a scale for each output channel.");
+  }
   Tensor out = torch::stable::new_empty(codes, {codes.size(0), e.gemm.outputs}, out_dtype);
   set_tokens(e.gemm, codes, stored_form(act_bits), scale, out, dtype);
-  check_launched(op, cuda::gemm_experts(e, device.stream));
+  check_launched(op, cuda::gemm_experts(e, device.stream, width));
   return out;
 }
 
@@ -336,6 +344,26 @@ Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& 
   c.out = out.mutable_data_ptr();
   check_launched(op, cuda::combine_experts(c, device.stream));
   return out;
+}
+
+std::string cuda_kernels() { return gemm_names() + " " + quant_kernel_names(); }
+
+void force_cuda_gemm(std::string name) {
+  if (!force_gemm(name)) refuse("force_cuda_gemm", "name", "expected one of ", gemm_names(), ", got ", name, ".");
+}
+
+std::string cuda_quant_kernel(std::string producer, int64_t inputs, int64_t block, int64_t device) {
+  constexpr const char* op = "cuda_quant_kernel";
+  QuantArgs q{};
+  q.inputs = inputs;
+  q.bits = 8;
+  q.form = Codes::int8;
+  if (block) q.rotation = rotations().find(op, int(device), block);
+  const char* name = quant_kernel_name(producer, q);
+  if (!name)
+    refuse(op, "producer", "expected plain, silu_mul or rms_norm and a row that it takes, got ", producer, " and ",
+           inputs, ".");
+  return name;
 }
 
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device) {

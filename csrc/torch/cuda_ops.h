@@ -34,6 +34,12 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
                     const Tensor& tiles, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits);
 // Of each token the sum of rows[sources] * weights, (tokens, top_k) each, in the order of sources.
 Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights, ScalarType out_dtype);
+// Names of every kernel of this build, with spaces between them.
+std::string cuda_kernels();
+// force_gemm of dispatch.h, for tests.
+void force_cuda_gemm(std::string name);
+// Name of the kernel that quantises rows of `inputs` values rotated by a prepared block, 0 for none.
+std::string cuda_quant_kernel(std::string producer, int64_t inputs, int64_t block, int64_t device);
 // `base_matrix` lies on the CPU; `device` is a CUDA device index.
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device);
 

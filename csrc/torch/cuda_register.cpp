@@ -27,5 +27,8 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(smoothrot, CompositeExplicitAutograd, m) {
   m.impl("prepare_cuda_rotation", TORCH_BOX(&smoothrot::cuda::ops::prepare_cuda_rotation));
+  m.impl("cuda_kernels", TORCH_BOX(&smoothrot::cuda::ops::cuda_kernels));
+  m.impl("force_cuda_gemm", TORCH_BOX(&smoothrot::cuda::ops::force_cuda_gemm));
+  m.impl("cuda_quant_kernel", TORCH_BOX(&smoothrot::cuda::ops::cuda_quant_kernel));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }

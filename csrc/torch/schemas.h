@@ -32,6 +32,9 @@ template <typename Library>
 void define_cuda_ops(Library& m) {
   m.def("prepare_cuda_rotation(Tensor base_matrix, int power, int device) -> ()");
   m.def("cuda_architectures() -> str");
+  m.def("cuda_kernels() -> str");
+  m.def("force_cuda_gemm(str name) -> ()");
+  m.def("cuda_quant_kernel(str producer, int inputs, int block, int device) -> str");
 }
 
 }  // namespace smoothrot

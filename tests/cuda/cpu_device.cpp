@@ -58,7 +58,7 @@ std::string choose(int64_t tokens, int64_t outputs, int64_t inputs, int64_t grou
     g.bias = &g;
     g.bias_dtype = float_type("choose", "bias_dtype", *bias_dtype);
   }
-  return gemm_name(choose_gemm(pretended, g));
+  return choose_gemm(pretended, g).name;
 }
 
 bool runs_on(std::string architectures, int64_t capability) {
@@ -119,6 +119,9 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot_emulated, CompositeExplicitAutograd, m) {
   m.impl("gemm_experts", TORCH_BOX(&ops::gemm_experts));
   m.impl("combine_experts", TORCH_BOX(&ops::combine_experts));
   m.impl("prepare_cuda_rotation", TORCH_BOX(&ops::prepare_cuda_rotation));
+  m.impl("cuda_kernels", TORCH_BOX(&ops::cuda_kernels));
+  m.impl("force_cuda_gemm", TORCH_BOX(&ops::force_cuda_gemm));
+  m.impl("cuda_quant_kernel", TORCH_BOX(&ops::cuda_quant_kernel));
   m.impl("pretend", TORCH_BOX(&pretend));
   m.impl("launched", TORCH_BOX(&launched));
   m.impl("choose", TORCH_BOX(&choose));
