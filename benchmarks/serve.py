@@ -9,7 +9,7 @@ once. The client shares the cores with the server, as it does on a user's machin
     python benchmarks/serve.py --device cuda
 
 ``--output`` is rewritten after each measured cell; the same command goes on where an interrupted one stopped. On a GPU the
-servers of a model share its memory (serve_device_cuda.py); that has not run on hardware yet.
+servers of a model share its memory (serve_device_cuda.py).
 """
 
 import argparse

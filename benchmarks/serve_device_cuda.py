@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GPU as serve.py serves on it: its share for each server, and how much of its memory a server uses.
-
-Never run on a GPU yet: no CUDA device was at hand.
-"""
+"""One GPU as serve.py serves on it: its share for each server, and how much of its memory a server uses."""
 
 import subprocess
 import time
