@@ -15,7 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "tokenizers", "pydantic", "pytest", "vllm", "humming-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "pydantic",
+    "pytest",
+    "vllm",
+    "humming-kernels",
+)
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current,ecc.mode.current"
 

@@ -6,13 +6,8 @@ import sys
 
 import torch
 
-NEEDS = """They need, in the environment that VENV names (make test-gpu VENV=DIR):
-  an NVIDIA GPU of sm_80 or later and its driver;
-  a CUDA build of torch 2.13 or 2.14: pip install 'torch===2.13.0' from PyPI is one, a '+cpu' version is not;
-  this package built with nvcc on PATH: SMOOTHROT_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 pip install --no-build-isolation -e .
-    (with the package nvidia-cutlass==4.2.0.0, and the capability of the GPU at hand in place of 9.0);
-  for the serving test, the serving benchmark and vLLM's kernels as peers, the CUDA wheel of vLLM: pip install 'vllm==0.32.0';
-  for Humming as a peer: pip install 'humming-kernels[cu13]'."""
+NEEDS = """`make gpu-proof` says what a machine lacks and builds the kernels. Otherwise: SMOOTHROT_CUDA=1 pip install --no-build-isolation -e .
+where nvcc is on PATH and torch is built for CUDA; what serves needs the CUDA wheel of vLLM as well: pip install 'vllm==0.32.0'."""
 
 
 def problems() -> list[str]:

@@ -6,6 +6,7 @@ A step that fails, hangs or is missing does not stop the others. After each step
 """
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -45,8 +46,10 @@ class Step:
     environment: tuple[tuple[str, str], ...] = ()
     junit: bool = False
     """Whether the command is pytest's, and writes its report where ``--junit-xml`` says."""
-    writes: str | None = None
-    """A file in the output folder, of JSON, that goes into the result as a whole."""
+    writes: Path | None = None
+    """A file of JSON that it leaves, which goes into the result as a whole."""
+    modules: tuple[str, ...] = ()
+    """Packages without which it is not for this machine."""
 
 
 @dataclass
@@ -68,12 +71,13 @@ class Result:
 class Lane:
     """Steps in order of worth, their results and the files that hold them."""
 
-    def __init__(self, out: Path, minutes: float, facts: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, work: Path, minutes: float, facts: Mapping[str, Any]) -> None:
         self.out, self.facts = out, dict(facts)
-        self.logs = out / "logs"
+        self.logs = work / "logs"
         self.end = time.monotonic() + 60 * minutes
         self.results: list[Result] = []
-        self.logs.mkdir(parents=True, exist_ok=True)
+        for folder in (self.out, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, steps: list[Step], environment: Mapping[str, str]) -> int:
         """Run all of them; 1 if one failed, or if one that proves something was killed or left out, else 0."""
@@ -90,6 +94,8 @@ class Lane:
         result.limit = min(step.seconds, self.end - time.monotonic())
         if missing:
             result.reason = f"needs {', '.join(missing)}"
+        elif absent := [name for name in step.modules if importlib.util.find_spec(name) is None]:
+            result.status, result.reason = "unsupported", f"not installed: {', '.join(absent)}"
         elif result.limit < LEAST_SECONDS and result.limit < step.seconds:
             result.reason = "no time left"
         else:
@@ -108,7 +114,7 @@ class Lane:
         if step.junit:
             result.tests = read_junit(xml)
         if step.writes is not None:
-            result.report = _read_json(self.out / step.writes)
+            result.report = _read_json(step.writes)
         result.status, result.reason = _judge(step, result, status, text)
 
     def write(self) -> None:
@@ -126,7 +132,7 @@ def run_in_group(command: list[str], environment: Mapping[str, str], output: int
     """Exit status, or why there is none: ``killed`` after ``seconds`` with all its descendants, or what kept it from starting."""
     try:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
         )
     except OSError as error:
         return str(error)
@@ -138,7 +144,9 @@ def run_in_group(command: list[str], environment: Mapping[str, str], output: int
         # What outlives its parent would take the GPU's time and memory from the next step.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(SETTLE_SECONDS)
+        # It can be stuck in the driver, where no signal reaches it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SETTLE_SECONDS)
 
 
 def read_junit(path: Path) -> dict[str, Any]:
@@ -161,13 +169,15 @@ def read_junit(path: Path) -> dict[str, Any]:
 
 
 def proven(results: list[Result]) -> bool:
-    """Whether every step that proves something passed."""
-    return all(result.status == "passed" for result in results if result.proves)
+    """Whether something was proven, and every step that proves something passed."""
+    proofs = [result for result in results if result.proves]
+    return bool(proofs) and all(result.status == "passed" for result in proofs)
 
 
 def table(facts: Mapping[str, Any], results: list[Result]) -> str:
     """The results as Markdown."""
-    lines = [f"- {name}: {value}" for name, value in facts.items() if isinstance(value, str | int | float)]
+    machine = next((result.report for result in results if result.name == "facts"), None) or {}
+    lines = [f"- {name}: {value}" for name, value in {**facts, **machine}.items() if isinstance(value, str | int | float)]
     lines += ["", "| step | result | seconds | tests | what |", "|---|---|---|---|---|"]
     for result in results:
         tests = ", ".join(f"{result.tests[kind]} {kind}" for kind in ("passed", "failed", "skipped") if result.tests.get(kind))
@@ -190,7 +200,7 @@ def _judge(step: Step, result: Result, status: int | str, text: str) -> tuple[st
     if step.junit and not result.tests.get("passed"):
         return "failed", "pytest ran no test that passed"
     if step.writes is not None and result.report is None:
-        return "failed", f"wrote no {step.writes}"
+        return "failed", f"wrote no {step.writes.name}"
     return "passed", ""
 
 
