@@ -6,8 +6,9 @@ import sys
 
 import torch
 
-NEEDS = """`make gpu-proof` says what a machine lacks and builds the kernels. Otherwise: SMOOTHROT_CUDA=1 pip install --no-build-isolation -e .
-where nvcc is on PATH and torch is built for CUDA; what serves needs the CUDA wheel of vLLM as well: pip install 'vllm==0.32.0'."""
+NEEDS = """`make gpu-proof` says what a machine lacks and builds the kernels. By hand, with nvcc on PATH and torch for CUDA:
+SMOOTHROT_CUDA=1 pip install --no-build-isolation -e .
+What serves needs the CUDA wheel of vLLM as well: pip install 'vllm==0.32.0'."""
 
 
 def problems() -> list[str]:
