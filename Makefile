@@ -9,7 +9,7 @@ BARE_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo p
 OUT ?= gpu-proof
 MINUTES ?= 8
 
-.PHONY: env demo test check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
+.PHONY: env demo wheel test check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -18,6 +18,10 @@ $(VENV)/.ready: requirements/make_env.sh requirements/lock.txt pyproject.toml se
 
 demo: env  ## convert a real model, serve it, talk to it
 	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL))
+
+wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2.28 on; needs nvcc, no GPU, takes minutes
+	rm -rf dist
+	SMOOTHROT_CUDA=1 $(BIN)/python requirements/make_wheel.py dist
 
 test: env  ## every test
 	$(BIN)/pytest
@@ -51,4 +55,4 @@ $(BARE_VENV)/.ready: requirements/bare.txt
 	touch $@
 
 clean:
-	rm -rf build demo-output *.egg-info smoothrot_vllm/*.so
+	rm -rf build dist demo-output gpu-bundle gpu-proof *.egg-info smoothrot_vllm/*.so

@@ -5,8 +5,9 @@
 when ``torch.ops.load_library`` opens it. Each instruction-set path is one source file built with its own
 flags, and the library picks one at run time, so a build serves every CPU of its architecture.
 
-The CUDA kernels are part of it if ``SMOOTHROT_CUDA`` is ``1``, not if it is ``0``, and otherwise if nvcc and a CUDA
-build of torch are there. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
+``csrc/build_plan.py`` decides what it is built with. The CUDA kernels are part of it if ``SMOOTHROT_CUDA`` is ``1``, not if
+it is ``0``, and otherwise if torch is a CUDA build and the machine has nvcc or a GPU. A build without them has ``+cpu`` in its
+version, which pip shows. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
 """
 
 import os
@@ -15,14 +16,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+sys.path.insert(0, str(ROOT / "csrc"))
+import build_plan  # noqa: E402
+import glibc  # noqa: E402
 import nvcc  # noqa: E402
+
+VERSION = "0.1.0"
 
 TORCH_TARGET_VERSION = "0x020b000000000000"
 """Oldest torch whose stable ABI is used: 2.11."""
@@ -41,6 +45,7 @@ COMPILE_FLAGS = [
 LINK_FLAGS = ["-Wl,--no-undefined"]
 
 PORTABLE_SOURCES = [
+    "csrc/common/single_threaded.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/experts_ops.cpp",
     "csrc/cpu/dispatch.cpp",
@@ -62,20 +67,10 @@ CUDA_HOST_SOURCES = [
 ]
 
 
-def cuda_compiler() -> str | None:
-    """The nvcc to build the CUDA kernels with, or None to leave them out."""
-    setting = os.environ.get("SMOOTHROT_CUDA", "auto")
-    if setting not in ("auto", "0", "1"):
-        sys.exit(f"SMOOTHROT_CUDA: expected 0, 1 or auto, got {setting!r}")
-    compiler = None if setting == "0" else nvcc.find_nvcc()
-    if setting == "1" and compiler is None:
-        sys.exit(
-            "SMOOTHROT_CUDA=1: expected nvcc on PATH, in CUDA_HOME or named by CUDACXX, found none. Install the CUDA toolkit."
-        )
-    return compiler if setting == "1" or torch.version.cuda is not None else None
-
-
-NVCC = cuda_compiler()
+try:
+    PLAN = build_plan.plan(os.environ, build_plan.search_path())
+except (build_plan.BuildError, nvcc.NvccError) as error:
+    sys.exit(str(error))
 
 
 class BuildOps(build_ext):
@@ -87,25 +82,34 @@ class BuildOps(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile the sources in parallel, then link them with the installed torch."""
+        if PLAN.requirements:
+            sys.exit(
+                f"expected these in {sys.prefix}, found none: {' '.join(PLAN.requirements)}. Install them, or let pip do it for "
+                "the build alone, without --no-build-isolation."
+            )
+        assert PLAN.torch is not None
+        print(f"building with torch {PLAN.torch.version} of {PLAN.torch.folder}, nvcc {PLAN.nvcc}", flush=True)
+        if PLAN.without_cuda:
+            print(f"WARNING: no CUDA kernels, because {PLAN.without_cuda}: this build cannot serve on a GPU", file=sys.stderr)
         extra = X86_SOURCES if platform.machine() in ("x86_64", "AMD64") else {}
         flags: dict[str, list[str]] = {source: [] for source in ext.sources} | extra
         objects: list[str] = []
-        libraries, library_dirs = ["torch_cpu", "c10"], [str(Path(torch.__file__).parent / "lib")]
-        if NVCC is not None:
-            toolkit = nvcc.toolkit(NVCC)
-            archs = nvcc.architectures(NVCC, os.environ.get("TORCH_CUDA_ARCH_LIST") or None)
-            host = [f"-I{toolkit / 'include'}", *nvcc.definitions(archs)]
+        link_flags = LINK_FLAGS.copy()
+        if PLAN.nvcc is not None:
+            archs = nvcc.architectures(PLAN.nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST") or None)
+            host = [f"-I{nvcc.toolkit(PLAN.nvcc) / 'include'}", *nvcc.definitions(archs)]
             flags |= dict.fromkeys(CUDA_HOST_SOURCES, host)
             # Not in build_temp, which pip makes anew each time: these take minutes.
-            objects += map(str, nvcc.compile_units(NVCC, nvcc.units(archs), ROOT / "build" / "cuda"))
-            libraries += ["cudart_static", "dl", "rt", "pthread"]
-            library_dirs.append(str(toolkit / "lib64"))
+            objects += map(str, nvcc.compile_units(PLAN.nvcc, nvcc.units(archs), ROOT / "build" / "cuda"))
+            objects.append(str(glibc.bind_to_old(nvcc.static_runtime(PLAN.nvcc), Path(self.build_temp))))
+            link_flags += glibc.LIBRARIES
+        include_dirs = [str(PLAN.torch.include)]
 
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                include_dirs=include_paths(),
+                include_dirs=include_dirs,
                 extra_postargs=[*COMPILE_FLAGS, *flags[source]],
             )
 
@@ -114,14 +118,23 @@ class BuildOps(build_ext):
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            libraries=libraries,
-            library_dirs=library_dirs,
-            extra_postargs=LINK_FLAGS,
+            libraries=["torch_cpu", "c10"],
+            library_dirs=[str(PLAN.torch.lib)],
+            extra_postargs=link_flags,
             target_lang="c++",
         )
 
 
+class WheelOfOps(bdist_wheel):
+    """Tags the wheel for every Python 3: the library in it uses no Python API."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """``py3-none`` and the platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
+    version=f"{VERSION}+cpu" if PLAN.without_cuda else VERSION,
     packages=[
         *find_packages(include=["smoothrot_vllm", "smoothrot_vllm.*"]),
         "smoothrot_offline",
@@ -129,7 +142,7 @@ setup(
     ],
     package_dir={"smoothrot_offline": "offline"},
     ext_modules=[Extension("smoothrot_vllm._C", PORTABLE_SOURCES, depends=sorted(str(p) for p in Path("csrc").rglob("*.*")))],
-    cmdclass={"build_ext": BuildOps},
-    # Unlike [build-system] requires, this can be left out of builds without CUDA.
-    setup_requires=[nvcc.CUTLASS] if NVCC is not None else [],
+    cmdclass={"build_ext": BuildOps, "bdist_wheel": WheelOfOps},
+    # Unlike [build-system] requires, these can be left out where they are not needed.
+    setup_requires=list(PLAN.requirements),
 )

@@ -38,6 +38,7 @@ class VllmServer:
         tensor_parallel: number of ranks, which share the cores evenly.
         pipeline_parallel: number of stages, each of as many ranks.
         environment: variables set for the server besides those it needs on a small machine.
+        executable: ``vllm`` of another environment than this one's.
 
     Raises:
         ServerError: it ended before it could answer, or took more than ten minutes.
@@ -51,11 +52,12 @@ class VllmServer:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         environment: dict[str, str] | None = None,
+        executable: Path | None = None,
     ) -> None:
         self.model = str(model)
         self.log = log
         self.port = _free_port()
-        vllm = Path(sys.executable).with_name("vllm")
+        vllm = executable or Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self.port)]
         self._command += ["--tensor-parallel-size", str(tensor_parallel), *options]
         self._command += ["--pipeline-parallel-size", str(pipeline_parallel)] if pipeline_parallel > 1 else []

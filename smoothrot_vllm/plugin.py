@@ -7,6 +7,8 @@ imported before it is called, and calling it again changes nothing.
 
 import logging
 import os
+from importlib.metadata import version
+from multiprocessing import parent_process
 
 from smoothrot_vllm.errors import UnsupportedPlatformError
 
@@ -15,6 +17,9 @@ SUPPORTED_VLLM = ((0, 32), (0, 33))
 
 ALLOW_ANY_VLLM = "SMOOTHROT_ALLOW_ANY_VLLM"
 """Environment variable that turns the refusal of other versions into a warning when it is ``1``."""
+
+WITHOUT_CUDA = "+cpu"
+"""End of the version of a build without CUDA kernels."""
 
 # Under vLLM's own logger, so that it is shown with vLLM's handler, format and VLLM_LOGGING_LEVEL.
 logger = logging.getLogger("vllm.smoothrot")
@@ -42,6 +47,17 @@ def check_vllm_version() -> None:
     )
 
 
+def warn_without_cuda() -> None:
+    """Say that the installed build has no CUDA kernels, which its version tells: once, and without loading its library."""
+    installed = version("smoothrot-vllm")
+    if installed.endswith(WITHOUT_CUDA) and parent_process() is None:
+        logger.warning(
+            "smoothrot-vllm %s was built without CUDA kernels: models converted with SmoothRot cannot be served on this GPU. "
+            "Install it again from a checkout with `SMOOTHROT_CUDA=1 pip install .`",
+            installed,
+        )
+
+
 def register() -> None:
     """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our executor for it on CPUs.
 
@@ -60,3 +76,5 @@ def register() -> None:
     register_quantization_config(QUANT_METHOD)(SmoothRotConfig)
     if current_platform.is_cpu():
         executor_choice.install()
+    if current_platform.is_cuda():
+        warn_without_cuda()

@@ -5,20 +5,46 @@ Only machine code is built (``-real``), never PTX: the driver would compile the 
 into an emulation that is many times slower than the int8 kernels those devices get.
 """
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0"
 """Capabilities built for without TORCH_CUDA_ARCH_LIST; sm_80 code runs on 8.6 and 8.9, sm_100 on 10.3, sm_120 on 12.1."""
 CUTLASS = "nvidia-cutlass==4.2.0.0"
+PACKAGED = (13, 0)
+"""CUDA release of the packages below; its code runs under every driver for CUDA 13."""
+PACKAGES = (
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+)
+"""A whole nvcc from PyPI. For CUDA 12 there is none: its packages hold ptxas alone."""
+OLDEST_NVCC = (12, 0)
+"""The first that knows wgmma. 13.0 and 13.5 were tried."""
+COMPRESSING_NVCC = (12, 8)
+"""The first that takes this flag:"""
+COMPRESS = "--compress-mode=size"
+SYSTEM_FOLDER = "/usr/local/cuda/bin"
+PACKAGED_PARTS = (
+    "bin/nvcc",
+    "nvvm/bin/cicc",
+    "include/crt/host_config.h",
+    "include/cccl/cuda/std/version",
+    "lib/libcudart_static.a",
+)
+"""One file of each of PACKAGES."""
 OLDEST = (8, 0)
 GIBIBYTES_A_JOB = 4.5
 """Memory that nvcc takes for one CUTLASS 3.x source."""
@@ -28,7 +54,7 @@ FLAGS = [
     "-DNDEBUG",
     "-fmad=false",  # the reference rounds after each operation
     "--expt-relaxed-constexpr",
-    "--compress-mode=size",
+    COMPRESS,
     "-Xptxas=-v,-warn-spills",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
@@ -50,21 +76,64 @@ class Unit:
         return folder / f"{self.source.stem}.{'_'.join(self.architectures)}.o"
 
 
-def find_nvcc() -> str | None:
-    """``$CUDACXX``, ``$CUDA_HOME/bin/nvcc``, or ``nvcc`` on PATH."""
-    named = os.environ.get("CUDACXX")
-    home = os.environ.get("CUDA_HOME")
-    return named or shutil.which("nvcc", path=f"{home}/bin" if home else None)
+def find_nvcc(folders: Sequence[str] = sys.path) -> str | None:
+    """``$CUDACXX``; else nvcc in ``$CUDA_HOME``, or if not set on PATH or in /usr/local/cuda; else PyPI's in ``folders``."""
+    named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
+    toolkits = f"{home}/bin" if home else os.pathsep.join((os.environ.get("PATH", os.defpath), SYSTEM_FOLDER))
+    return named or shutil.which("nvcc", path=toolkits) or _packaged_nvcc(folders)
+
+
+def _packaged_nvcc(folders: Sequence[str]) -> str | None:
+    """``nvcc`` of the package nvidia-cuda-nvcc, if the packages that it compiles and links with are beside it."""
+    for folder in folders:
+        root = Path(folder, "nvidia", "cu13")
+        if all((root / part).exists() for part in PACKAGED_PARTS):
+            return str(root / "bin" / "nvcc")
+    return None
+
+
+@cache
+def version(nvcc: str) -> tuple[int, int]:
+    """Its CUDA release, such as ``(13, 0)``.
+
+    Raises:
+        NvccError: it does not run, or is older than :data:`OLDEST_NVCC`.
+    """
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise NvccError(f"{nvcc}: expected a CUDA compiler, got: {error}") from None
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        raise NvccError(f"{nvcc}: expected a CUDA compiler, got: {said.strip()[:200] or 'no output'}")
+    found = int(release[1]), int(release[2])
+    if found < OLDEST_NVCC:
+        raise NvccError(f"{nvcc}: expected CUDA 12.0 or newer, got {found[0]}.{found[1]}. Name a newer nvcc with CUDACXX.")
+    return found
 
 
 @cache
 def toolkit(nvcc: str) -> Path:
-    """Root of the toolkit, which holds ``include`` and ``lib64``."""
+    """Root of the toolkit, which holds ``include`` and the libraries."""
+    version(nvcc)
     plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False).stderr
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     if top is None:
         raise NvccError(f"{nvcc}: expected a CUDA compiler, got: {plan.strip()[:200] or 'no output'}")
     return Path(top.group(1).strip()).resolve()
+
+
+def static_runtime(nvcc: str) -> Path:
+    """The toolkit's ``libcudart_static.a``: in ``lib64``, in ``lib`` where pip installed it.
+
+    Raises:
+        NvccError: it is not there.
+    """
+    for name in ("lib64", "lib"):
+        library = toolkit(nvcc) / name / "libcudart_static.a"
+        if library.exists():
+            return library
+    raise NvccError(f"{toolkit(nvcc)}: expected lib64/libcudart_static.a, found none. Install all of the CUDA toolkit.")
 
 
 @cache
@@ -128,16 +197,21 @@ def definitions(archs: tuple[str, ...]) -> list[str]:
     return macros
 
 
+def find_cutlass(folders: Sequence[str] = sys.path) -> Path | None:
+    """Sources of CUTLASS in the package nvidia-cutlass."""
+    package = PathFinder.find_spec("cutlass_library", list(folders))
+    return Path(package.origin).parent / "source" if package is not None and package.origin else None
+
+
 def cutlass_includes() -> list[str]:
-    """Header folders of CUTLASS, from the package nvidia-cutlass.
+    """Header folders of CUTLASS.
 
     Raises:
         NvccError: it is not installed.
     """
-    package = importlib.util.find_spec("cutlass_library")
-    if package is None or package.origin is None:
+    source = find_cutlass()
+    if source is None:
         raise NvccError(f"CUTLASS headers: expected the package {CUTLASS}, found none. pip install --no-deps {CUTLASS}")
-    source = Path(package.origin).parent / "source"
     return [f"-I{source / 'include'}", f"-I{source / 'tools/util/include'}"]
 
 
@@ -147,7 +221,8 @@ def command(nvcc: str, unit: Unit, folder: Path) -> list[str]:
     includes = cutlass_includes() if unit.source.name.startswith("cutlass") else []
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in unit.architectures]
     dependencies = ["-MD", "-MF", str(target.with_suffix(".d"))]
-    return [nvcc, *FLAGS, *includes, *codes, *dependencies, "-c", str(unit.source), "-o", str(target)]
+    flags = [flag for flag in FLAGS if flag != COMPRESS or version(nvcc) >= COMPRESSING_NVCC]
+    return [nvcc, *flags, *includes, *codes, *dependencies, "-c", str(unit.source), "-o", str(target)]
 
 
 def _is_current(target: Path, call: list[str]) -> bool:

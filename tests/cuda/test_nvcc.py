@@ -35,6 +35,47 @@ def test_a_list_that_cannot_be_built_is_refused(compiler: str, setting: str) -> 
         nvcc.architectures(compiler, setting)
 
 
+def compiler_that_says(text: str, folder: Path) -> str:
+    path = folder / "nvcc"
+    path.write_text(f"#!/bin/sh\necho '{text}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(("release", "compresses"), [("12.0", False), ("12.7", False), ("12.8", True), ("13.5", True)])
+def test_only_an_nvcc_that_can_compress_is_asked_to(release: str, compresses: bool, tmp_path: Path) -> None:
+    found = compiler_that_says(f"Cuda compilation tools, release {release}, V{release}.37", tmp_path)
+    call = nvcc.command(found, nvcc.Unit(nvcc.FOLDER / "quant.cu", ("80",)), tmp_path)
+    assert ("--compress-mode=size" in call) == compresses
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("Cuda compilation tools, release 11.8, V11.8.89", r"expected CUDA 12\.0 or newer, got 11\.8"),
+        ("clang version 19", "expected a CUDA compiler, got: clang version 19"),
+    ],
+)
+def test_an_nvcc_that_cannot_build_the_kernels_is_refused(said: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(nvcc.NvccError, match=message):
+        nvcc.version(compiler_that_says(said, tmp_path))
+
+
+def test_an_nvcc_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(nvcc.NvccError, match=r"expected a CUDA compiler, got: .*No such file"):
+        nvcc.version(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("folder", ["lib64", "lib"])
+def test_the_static_runtime_is_found_in_either_layout(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvcc, "toolkit", lambda _: tmp_path)
+    with pytest.raises(nvcc.NvccError, match="libcudart_static"):
+        nvcc.static_runtime("nvcc")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "libcudart_static.a").touch()
+    assert nvcc.static_runtime("nvcc").parent.name == folder
+
+
 def test_each_source_is_compiled_for_its_architectures() -> None:
     units = {unit.source.name: unit.architectures for unit in nvcc.units(("80", "90a", "120"))}
     assert units["cutlass_sm80_128x128.cu"] == ("80",)

@@ -7,8 +7,11 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from serving import VllmServer
 from tiny_models import BIN, REPOSITORY, SHORT_TEXT
 
@@ -71,7 +74,32 @@ def test_demo_command_converts_serves_and_compares(tiny_converted: Callable[...,
     assert "perplexity" in printed
 
 
+def test_gpu_commands_add_this_package_alone_to_vllms_environment(tmp_path: Path) -> None:
+    """pip as it stands there, short of installing: what this environment has is vLLM for CPU and its torch."""
+    vllm, ours = [command for command in COMMANDS if command.startswith("pip install")]
+
+    def would_install(command: str, *options: str) -> dict[str, dict[str, Any]]:
+        report = tmp_path / "report.json"
+        run(" ".join([command.replace("install", "install -q --dry-run", 1), f"--report {report}", *options]), REPOSITORY)
+        return {package["metadata"]["name"]: package["metadata"] for package in json.loads(report.read_text())["install"]}
+
+    new = would_install(ours)
+    assert set(new) == {"smoothrot-vllm"}
+    our_torch = torch_of(new["smoothrot-vllm"])
+    their_torch = torch_of(would_install(vllm, "--no-deps")["vllm"])
+    (pinned,) = their_torch
+    assert pinned.operator == "=="
+    assert our_torch.contains(pinned.version)
+
+
+def torch_of(metadata: dict[str, Any]) -> SpecifierSet:
+    required = (Requirement(line) for line in metadata["requires_dist"])
+    (found,) = (requirement.specifier for requirement in required if requirement.name == "torch" and requirement.marker is None)
+    return found
+
+
 def test_set_up_and_test_commands_are_make_targets() -> None:
-    rest = [command for command in COMMANDS if not command.startswith(("smoothrot-convert", "vllm serve", "make demo"))]
-    assert rest == ["make test", "make env", "source .venv/bin/activate"]
-    run("make --dry-run env test", REPOSITORY)
+    elsewhere = ("smoothrot-convert", "vllm serve", "make demo", "pip install")
+    rest = [command for command in COMMANDS if not command.startswith(elsewhere)]
+    assert rest == ["make test", "make env", "source .venv/bin/activate", "make wheel"]
+    run("make --dry-run env test wheel", REPOSITORY)

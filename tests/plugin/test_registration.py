@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point: what vLLM finds, what importing it costs, and which versions it refuses."""
 
+import importlib.metadata
 import logging
 import subprocess
 import sys
@@ -53,6 +54,37 @@ def test_another_version_can_be_allowed_and_warns(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     plugin.check_vllm_version()
     assert "got 0.34.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "main_process", "warned"),
+    [
+        ("0.1.0+cpu", True, True, True),
+        ("0.1.0+cpu", True, False, False),  # once, not in every process
+        ("0.1.0+cpu", False, True, False),
+        ("0.1.0", True, True, False),
+    ],
+)
+def test_a_build_without_cuda_kernels_warns_on_a_gpu(
+    installed: str,
+    cuda: bool,
+    main_process: bool,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(plugin, "version", lambda _: installed)
+    monkeypatch.setattr(plugin, "parent_process", lambda: None if main_process else object())
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_cuda", lambda: cuda)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    plugin.register()
+    assert ("built without CUDA kernels" in caplog.text) == warned
+
+
+def test_the_installed_version_tells_whether_there_are_cuda_kernels() -> None:
+    from smoothrot_vllm import ops
+
+    assert importlib.metadata.version("smoothrot-vllm").endswith(plugin.WITHOUT_CUDA) == (not ops.cuda_architectures())
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
