@@ -2,8 +2,14 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
+# Of a machine with a GPU, and of the rehearsal for it: neither has vLLM.
+PYTHON ?= python3
+BARE_VENV ?= .venv-torch211
+BARE_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+OUT ?= gpu-proof
+MINUTES ?= 8
 
-.PHONY: env demo wheel test check check-cuda sass bench test-gpu bench-gpu clean
+.PHONY: env demo wheel test check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -33,15 +39,20 @@ bench: env  ## kernels, then served models, against their peers and the machine'
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/serve.py --quick
 
-# Not `env`: that builds vLLM for CPUs. Both say what they need where it is missing, and end with status 2.
-test-gpu:  ## the kernels, graphs, streams, the converter and a served model on a GPU, with the python of VENV
-	$(BIN)/python -m pytest tests/gpu
+gpu-bundle: env  ## gpu-bundle/: the CUDA library and the wheels that a bare machine with a GPU lacks; needs nvcc, no GPU
+	$(BIN)/python benchmarks/gpu_bundle.py
 
-# Meant to take 10 minutes together, the models that a first run makes included: what the time does not last for is named.
-bench-gpu:  ## kernels, decode steps, served models, on a GPU against their peers there; results/<GPU>/*.json
-	$(BIN)/python benchmarks/kernels.py --device cuda --minutes 2
-	$(BIN)/python benchmarks/decode.py --device cuda --minutes 1.5
-	$(BIN)/python benchmarks/serve.py --device cuda --models Llama-3.2-1B --quick --rounds 1 --minutes 5
+# Not `env`: that builds vLLM for CPUs, and needs a network.
+gpu-proof:  ## prove and measure every CUDA kernel on this machine's GPU with PYTHON, in MINUTES; results in OUT
+	$(PYTHON) benchmarks/gpu_proof.py --bundle gpu-bundle --out $(OUT) --minutes $(MINUTES)
+
+gpu-proof-dry-run: env $(BARE_VENV)/.ready  ## the same steps without a GPU: kernels emulated, torch 2.11, no vLLM
+	$(BARE_VENV)/bin/python benchmarks/gpu_proof.py --dry-run --out build/gpu-proof-dry-run
+
+$(BARE_VENV)/.ready: requirements/bare.txt
+	$(BARE_PYTHON) -m venv $(BARE_VENV)
+	$(BARE_VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements/bare.txt
+	touch $@
 
 clean:
-	rm -rf build dist demo-output *.egg-info smoothrot_vllm/*.so
+	rm -rf build dist demo-output gpu-bundle gpu-proof *.egg-info smoothrot_vllm/*.so

@@ -6,13 +6,9 @@ import sys
 
 import torch
 
-NEEDS = """They need, in the environment that VENV names (make test-gpu VENV=DIR):
-  an NVIDIA GPU of sm_80 or later and its driver;
-  a CUDA build of torch 2.13 or 2.14: pip install 'torch===2.13.0' from PyPI is one, a '+cpu' version is not;
-  this package with its CUDA kernels: SMOOTHROT_CUDA=1 pip install -e . (README, On a GPU; TORCH_CUDA_ARCH_LIST with the
-    capability of the GPU at hand, such as 9.0, makes that faster);
-  for the serving test, the serving benchmark and vLLM's kernels as peers, the CUDA wheel of vLLM: pip install 'vllm==0.32.0';
-  for Humming as a peer: pip install 'humming-kernels[cu13]'."""
+NEEDS = """`make gpu-proof` says what a machine lacks and builds the kernels. By hand, with nvcc on PATH and torch for CUDA:
+SMOOTHROT_CUDA=1 pip install --no-build-isolation -e .
+What serves needs the CUDA wheel of vLLM as well: pip install 'vllm==0.32.0'."""
 
 
 def problems() -> list[str]:

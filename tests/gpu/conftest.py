@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real GPU. Without one the run ends at once and says what is missing."""
+"""The real GPU, or with ``--emulated`` a make-believe one. Without either the run ends at once and says what is missing."""
 
 import sys
 
 import pytest
 import torch
+from emulated_ops import emulated_target
 from gpu_ready import has_cuda_vllm, refusal
 from ops_contract import Target
 from tiny_models import REPOSITORY
@@ -13,9 +14,20 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "e2e"))
 collect_ignore = [] if refusal("tests/gpu") or has_cuda_vllm() else ["test_gpu_serving.py"]
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Known where a test of this folder is named."""
+    parser.addoption("--emulated", type=int, metavar="CAPABILITY", help="rehearse on an emulated GPU, of sm_CAPABILITY")
+
+
+def emulated(config: pytest.Config) -> int | None:
+    """Capability of the make-believe GPU, None for the real one."""
+    capability: int | None = config.getoption("--emulated", None)
+    return capability
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Asked for by name where they cannot run: exit status 2."""
-    reason = refusal("tests/gpu")
+    reason = None if emulated(config) else refusal("tests/gpu")
     if reason is not None:
         pytest.exit(reason, returncode=2)
 
@@ -27,14 +39,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def capability() -> int:
+def capability(pytestconfig: pytest.Config) -> int:
+    make_believe = emulated(pytestconfig)
+    if make_believe is not None:
+        return make_believe
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
 
 @pytest.fixture(scope="session")
-def target() -> Target:
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where plain torch computes."""
+    return torch.device("cpu") if emulated(pytestconfig) else torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def target(pytestconfig: pytest.Config, capability: int, device: torch.device) -> Target:
     from smoothrot_vllm import ops
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    if emulated(pytestconfig):
+        return emulated_target(capability)
     return Target(torch.ops.smoothrot, device, torch.device("cpu"), lambda block: ops.prepare_rotation(block, device))
