@@ -286,7 +286,7 @@ def lora(
 @app.command("eval")
 def evaluate(
     directory: Annotated[str, typer.Argument(help="Any Hugging Face or SmoothRot directory.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl with a text field.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl of texts or chats.", show_default=False)],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
     limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
     dtype: RunDtype = "float32",

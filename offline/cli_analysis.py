@@ -22,7 +22,7 @@ Policies = Annotated[
 Directories = Annotated[list[Path], typer.Argument(help="Directories; speeds are compared with the first.", show_default=False)]
 Texts = Annotated[
     list[Path] | None,
-    typer.Option(help="Text for perplexity: UTF-8, or .jsonl with a text field. Repeatable.", show_default=False),
+    typer.Option(help="Text for perplexity: UTF-8, or .jsonl of texts or chats. Repeatable.", show_default=False),
 ]
 Layers = Annotated[str | None, typer.Option(help="Only these layers: 0,5,10-12.", show_default=False)]
 

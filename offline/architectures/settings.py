@@ -48,7 +48,7 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
     found = {key: config.get(key, values[0]) for key, values in SERVER_WIDE.items()}
     found |= {key: getattr(parsed, key, config.get(key, values[0])) for key, values in table.settings.items()}
     for key, values in (SERVER_WIDE | dict(table.settings)).items():
-        if not any(type(found[key]) is type(value) and found[key] == value for value in values):
+        if not any(found[key] == value and isinstance(found[key], bool) == isinstance(value, bool) for value in values):
             raise _refused(spec, key, f"one of {', '.join(map(str, values))}", found[key])
     for key, other in table.same.items():
         if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):

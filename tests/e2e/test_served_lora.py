@@ -129,7 +129,8 @@ PATHS = re.findall(r"^\| `(/\S+)` \| (GET|POST) \| (refused|open) \|$", HARDENIN
 ANSWERS = dict(re.findall(r"^\| (.+) \| (\d{3}) \|$", HARDENING, re.MULTILINE))
 LIMITS: dict[str, dict[str, Any] | None] = {
     "a prompt longer than `--max-model-len`": {"prompt": [5] * 300},
-    "`max_tokens` beyond what is left of it": {"prompt": [5] * 250, "max_tokens": 100},
+    "`max_tokens` beyond what is left of it, below `--max-model-len`": {"prompt": [5] * 250, "max_tokens": 100},
+    "`max_tokens` above `--max-model-len`": {"prompt": [5], "max_tokens": 10_000},
     "more completions than `VLLM_MAX_N_SEQUENCES` (`n`, 16384)": {"prompt": [5], "n": 16385},
     "more prompts than `VLLM_MAX_COMPLETION_PROMPTS` (1024)": {"prompt": [[5]] * 1025},
     "a body that is no JSON": None,

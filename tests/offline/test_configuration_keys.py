@@ -154,5 +154,5 @@ def test_rotary_settings_that_transformers_does_not_compute_are_refused(
 
 
 def test_flags_that_change_nothing_are_let_pass(build_model: Callable[..., PreTrainedModel]) -> None:
-    neutral = {"bias": False, "qkv_bias": False, "logit_scale": 1.0, "is_causal": True, "quantization_config": None}
+    neutral = {"bias": False, "qkv_bias": False, "logit_scale": 1, "is_causal": True, "quantization_config": None}
     assert resolve(build_model("llama").config.to_dict() | {"architectures": None} | neutral).layers == 3

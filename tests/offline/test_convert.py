@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import smoothrot_offline.convert
 import smoothrot_offline.decide
+import smoothrot_offline.preflight
 from smoothrot_offline.architectures import resolve
 from smoothrot_offline.calibrate import LayerRunner, embed
 from smoothrot_offline.calibration_data import load_calibration
@@ -242,6 +243,7 @@ def test_calibration_file_leaves_its_digest_but_not_its_path(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
+    monkeypatch.setattr(smoothrot_offline.preflight, "check_calibration", lambda *_: None)
     text = tmp_path / "private" / "text.txt"
     text.parent.mkdir()
     text.write_text("calibration")

@@ -42,6 +42,7 @@ from pathlib import Path
 import torch
 import smoothrot_offline.decide
 import smoothrot_offline.plan
+import smoothrot_offline.preflight
 from smoothrot_offline.checkpoint import open_checkpoint
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
@@ -50,6 +51,7 @@ from smoothrot_offline.plan import plan_conversion
 
 torch.set_num_threads(1)
 smoothrot_offline.plan.seconds = lambda *_: 0.0
+smoothrot_offline.preflight.check_calibration = lambda *_: None
 smoothrot_offline.decide.load_calibration = lambda _text, _model, samples, seqlen, *_: (
     torch.arange(samples * seqlen).reshape(samples, seqlen) * 31 % 1024
 )

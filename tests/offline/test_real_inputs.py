@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,11 +328,11 @@ def test_chats_that_cannot_be_rendered_are_refused_by_plan(
 
 def test_calibration_file_that_is_not_utf8_is_one_short_line(tmp_path: Path, chatty: Path) -> None:
     file = tmp_path / "text.txt"
-    file.write_bytes(b"caf\xe9 " * 100_000)
+    file.write_bytes(b"nez \xe9 " * 100_000)
     result = invoke("run", chatty, tmp_path / "out", "--preset", "none", "--calib", file, "--calib-seqlen", 8)
     assert result.exit_code == 1
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "expected UTF-8, got byte 0xe9 at position 3" in error
+    assert "expected UTF-8, got byte 0xe9 at position 4" in error
     assert len(error) < 300
 
 
@@ -484,11 +483,9 @@ def test_refusal_by_name_imports_neither_torch_nor_transformers(make_model: Make
         "try:\n    app(['plan', sys.argv[1]])\nexcept SystemExit as end:\n    assert end.code == 1\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
-    started = time.process_time()
     done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "GPT2LMHeadModel (model_type 'gpt2') is not supported" in done.stderr
-    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("value", ["x" * 5000, None, [[["deep"]]]])
