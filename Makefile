@@ -3,7 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
 
-.PHONY: env demo test check check-cuda sass bench test-gpu bench-gpu clean
+MINUTES ?= 10
+
+.PHONY: env demo test fuzz check check-cuda sass bench test-gpu bench-gpu clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -15,6 +17,9 @@ demo: env  ## convert a real model, serve it, talk to it
 
 test: env  ## every test
 	$(BIN)/pytest
+
+fuzz: env  ## mutated files of every kind to everything that reads files of others, for MINUTES
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
 
 check: env  ## style and types, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
