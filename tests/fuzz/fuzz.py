@@ -140,6 +140,7 @@ class Child:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._events: list[str] = []
+        self._canaries = [f"{self._root}/{folder}/ran" for folder in ("source", "converted")]
 
     def run(self) -> int:
         """Work until the time is over."""
@@ -221,7 +222,7 @@ class Child:
     def _restore(target: Any, folder: Path, case: dict[str, bytes]) -> None:
         """Put a folder back as it was; a conversion that goes on or is refused may have removed some or all of it."""
         folder.mkdir(exist_ok=True)
-        there = {file.name for file in folder.iterdir()}
+        there = set(os.listdir(folder))
         for name in there - target.originals.keys():
             (folder / name).unlink()
         for name in target.originals.keys() - (there - case.keys()):
@@ -249,9 +250,9 @@ class Child:
             error = caught
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for name in ("source/ran", "converted/ran"):
-            if (self._root / name).exists():
-                (self._root / name).unlink()
+        for name in self._canaries:
+            if os.path.exists(name):
+                os.unlink(name)
                 self._events.append("code of the files was run")
         if self._events:
             found, self._events = self._events, []

@@ -158,7 +158,7 @@ def test_truncated_shard_is_refused(plain: Path, tmp_path: Path) -> None:
 def test_missing_weights_and_missing_config_are_refused(plain: Path, tmp_path: Path) -> None:
     directory = quantized_copy(plain, tmp_path / "q", 4, 4)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         load_model(directory)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_model(tmp_path)
