@@ -9,7 +9,7 @@ BARE_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo p
 OUT ?= gpu-proof
 MINUTES ?= 8
 
-.PHONY: env demo wheel test check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
+.PHONY: env demo wheel test fuzz check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -25,6 +25,9 @@ wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2
 
 test: env  ## every test
 	$(BIN)/pytest
+
+fuzz: env  ## mutated files of every kind to everything that reads files of others, for MINUTES
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
 
 check: env  ## style and types, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files

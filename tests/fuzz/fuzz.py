@@ -2,14 +2,16 @@
 """Feed mutated files to everything that reads files of others: ``python tests/fuzz/fuzz.py --minutes 10``.
 
 Only errors of the project's own may come of it. The work is done in child processes: one that crashes, takes more than
-``CASE_SECONDS`` of processor time for an input, or asks for more than ``ADDRESS_BYTES`` of memory is a defect like any other.
+``--case-seconds`` of processor time for an input, or asks for more than ``ADDRESS_BYTES`` of memory is a defect like any other.
 So is code of the files that is run, a question on the terminal, a pickle that is opened and a connection to anywhere.
 """
 
 import argparse
 import builtins
 import faulthandler
+import importlib
 import json
+import logging
 import os
 import random
 import resource
@@ -25,7 +27,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-CASE_SECONDS = 10
 ADDRESS_BYTES = 512 << 20
 """Above what the process has when it begins; the largest input is of a few hundred kilobytes."""
 BATCH = 200
@@ -41,8 +42,11 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", help="only these, by commas")
+    parser.add_argument("--case-seconds", type=float, default=10.0, help="of processor time, after which an input hangs")
     parser.add_argument("--output", type=Path, help="write the counts and defects as JSON")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--module", default="targets", help=argparse.SUPPRESS)
+    parser.add_argument("--after", default="", help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -62,7 +66,7 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
     refused: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     defects: dict[str, dict[str, Any]] = {}
-    rounds, growth = 0, 0
+    rounds, growth, died = 0, 0, ""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         root = Path(folder)
         while True:
@@ -70,7 +74,9 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
             if left <= 0 or sum(counts.values()) >= arguments.inputs or len(defects) >= MAX_DEFECTS:
                 break
             command = [sys.executable, __file__, "--child", str(root), "--minutes", str(left / 60), "--seed", str(arguments.seed)]
+            command += ["--case-seconds", str(arguments.case_seconds), "--module", arguments.module]
             command += ["--inputs", str(arguments.inputs - sum(counts.values())), "--round", str(rounds)]
+            command += ["--after", died]
             command += ["--targets", arguments.targets] if arguments.targets else []
             environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
             with tempfile.TemporaryFile("w+") as said:
@@ -96,13 +102,15 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
                     defects[where] = {"where": where, "target": target, "error": text, "times": 1, "case": _changed(root)}
                     if target == "start":
                         break
-            rounds += 1
+                    died = target
+                else:
+                    rounds, died = rounds + 1, ""
     return {
         "seed": arguments.seed,
         "seconds": round(time.monotonic() - started),
         "inputs": sum(counts.values()),
         "refused": sum(refused.values()),
-        "case_seconds": CASE_SECONDS,
+        "case_seconds": arguments.case_seconds,
         "address_bytes": ADDRESS_BYTES,
         "resident_growth_bytes": growth,
         "inputs_by_target": dict(counts),
@@ -132,6 +140,7 @@ class Child:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._events: list[str] = []
+        self._canaries = [f"{self._root}/{folder}/ran" for folder in ("source", "converted")]
 
     def run(self) -> int:
         """Work until the time is over."""
@@ -141,20 +150,23 @@ class Child:
             # Shows where it hangs, then lets the signal end the process.
             faulthandler.register(number, chain=True)
         sys.path.insert(0, str(Path(__file__).parents[1]))
-        from targets import TARGETS, prepare
-        from transformers.utils import logging
+        from targets import prepare
+        from transformers.utils import logging as transformers_logging
 
-        logging.set_verbosity(50)  # critical
+        transformers_logging.set_verbosity(logging.CRITICAL)
         if not self._pristine.exists():
             prepare(self._pristine)
         shutil.rmtree(self._root, ignore_errors=True)
         shutil.copytree(self._pristine, self._root)
         only = self._arguments.targets.split(",") if self._arguments.targets else None
-        chosen = [target for target in TARGETS if only is None or target.name in only]
+        targets = importlib.import_module(self._arguments.module).TARGETS
+        chosen = [target for target in targets if only is None or target.name in only]
         self._watch()
-        left, number = self._arguments.inputs, self._arguments.round
+        left, number, after = self._arguments.inputs, self._arguments.round, self._arguments.after
         while left > 0 and time.monotonic() < ends:
-            for target in chosen:
+            # What another child died of is not tried again in this round.
+            skipped, after = [target.name for target in chosen].index(after) + 1 if after else 0, ""
+            for target in chosen[skipped:]:
                 share = target.share / max(t.share for t in chosen)
                 # Whole shares over many rounds: the slowest targets get an input in some rounds only.
                 rng = random.Random(f"{self._arguments.seed}/{number}/{target.name}")
@@ -210,7 +222,7 @@ class Child:
     def _restore(target: Any, folder: Path, case: dict[str, bytes]) -> None:
         """Put a folder back as it was; a conversion that goes on or is refused may have removed some or all of it."""
         folder.mkdir(exist_ok=True)
-        there = {file.name for file in folder.iterdir()}
+        there = set(os.listdir(folder))
         for name in there - target.originals.keys():
             (folder / name).unlink()
         for name in target.originals.keys() - (there - case.keys()):
@@ -227,8 +239,9 @@ class Child:
         from smoothrot_vllm.errors import SmoothRotError
 
         error: BaseException | None = None
-        signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, 30 * CASE_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, self._arguments.case_seconds)
+        # Of waiting, which takes no processor time.
+        signal.setitimer(signal.ITIMER_REAL, 30 * self._arguments.case_seconds)
         try:
             target.run(folder)
         except KeyboardInterrupt:
@@ -237,9 +250,9 @@ class Child:
             error = caught
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for name in ("source/ran", "converted/ran"):
-            if (self._root / name).exists():
-                (self._root / name).unlink()
+        for name in self._canaries:
+            if os.path.exists(name):
+                os.unlink(name)
                 self._events.append("code of the files was run")
         if self._events:
             found, self._events = self._events, []

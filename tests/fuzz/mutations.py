@@ -9,6 +9,7 @@ import json
 import math
 import random
 import struct
+from itertools import islice
 from typing import Any
 
 Path = tuple[Any, ...]
@@ -58,6 +59,7 @@ SCALARS: tuple[Any, ...] = (
     ),
 )
 CANARY = "canary.Canary"
+MOST_PLACES = 64
 HOSTILE: tuple[tuple[str, Any], ...] = (
     ("auto_map", {"AutoConfig": CANARY, "AutoModelForCausalLM": CANARY, "AutoTokenizer": [CANARY, CANARY]}),
     ("auto_map", {"AutoTokenizer": [None, CANARY]}),
@@ -195,14 +197,15 @@ def edited_bytes(data: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def _places(content: Any, path: Path = ()) -> list[Path]:
+def _places(content: Any) -> list[Path]:
     """Where every value is. Of a long list or object only some, as all of its values are of one kind."""
-    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    found = [path]
-    for count, (key, value) in enumerate(inner):
-        if count == 64:
-            break
-        found += _places(value, (*path, key))
+    found: list[Path] = [()]
+    values = [content]
+    for path, value in zip(found, values, strict=False):  # both grow
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, below in islice(inner, MOST_PLACES):
+            found.append((*path, key))
+            values.append(below)
     return found
 
 

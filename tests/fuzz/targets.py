@@ -72,6 +72,10 @@ def prepare(root: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR.")
     convert(source, root / "converted", OPTIONS)
     shutil.copy(source / "canary.py", root / "converted")
+    (root / "schema").mkdir()
+    schema = json.loads((root / "converted/config.json").read_text())["quantization_config"]
+    schema["overrides"] = {"model.layers.0.mlp.up_proj": {"weights": {"bits": 8}, "activations": {"bits": 8, "clip": 1.0}}}
+    (root / "schema/config.json").write_text(json.dumps({"quantization_config": schema}))
     (root / "adapter").mkdir()
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     factors = {f"{prefix}A.weight": torch.ones(2, 16), f"{prefix}B.weight": torch.ones(16, 2)}
@@ -124,9 +128,13 @@ class Target:
 def _one_of(*patterns: str, hostile: bool = True) -> Callable[[Files, random.Random], Files]:
     """A case that changes one of the files of some patterns."""
 
+    matching: dict[tuple[str, ...], list[list[str]]] = {}
+
     def make(originals: Files, rng: random.Random) -> Files:
-        pattern = rng.choice(patterns)
-        name = rng.choice([name for name in originals if Path(name).match(pattern)])
+        names = tuple(originals)
+        if names not in matching:
+            matching[names] = [[name for name in names if Path(name).match(pattern)] for pattern in patterns]
+        name = rng.choice(rng.choice(matching[names]))
         return {name: _edited(name, originals[name], rng, hostile)}
 
     return make
@@ -295,20 +303,20 @@ def _restore(target: Target, folder: Path, name: str) -> None:
 SOURCE_FILES = ("config.json", "*.index.json", "*.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
 CONVERTED_FILES = ("config.json", "*.index.json", "*.safetensors", "smoothrot_manifest.json")
-TRANSFORM = Target("transform", 0.01, "converted", _one_of("*.st"), run_transform)
+TRANSFORM = Target("transform", 0.005, "converted", _one_of("*.st"), run_transform)
 TARGETS = (
-    Target("quantization_config", 0.48, "converted", _one_of("config.json", hostile=False), run_schema),
-    Target("plugin", 0.03, "converted", _one_of("config.json", hostile=False), run_plugin),
-    Target("model_config", 0.12, "source", _one_of("config.json"), run_model_config),
-    Target("source", 0.08, "source", _one_of(*SOURCE_FILES), run_source),
-    Target("converted", 0.02, "converted", _one_of(*CONVERTED_FILES), run_converted),
+    Target("quantization_config", 0.54, "schema", _one_of("config.json", hostile=False), run_schema),
+    Target("plugin", 0.02, "converted", _one_of("config.json", hostile=False), run_plugin),
+    Target("model_config", 0.08, "source", _one_of("config.json"), run_model_config),
+    Target("source", 0.05, "source", _one_of(*SOURCE_FILES), run_source),
+    Target("converted", 0.01, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,
-    Target("adapter", 0.015, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
-    Target("journal", 0.025, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal),
-    Target("calibration_text", 0.2165, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
+    Target("adapter", 0.01, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
+    Target("journal", 0.02, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal),
+    Target("calibration_text", 0.2687, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
     Target("tokenizer", 0.004, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
     Target("load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load),
-    Target("load_converted", 0.001, "converted", _one_of(*CONVERTED_FILES), run_load),
-    Target("commands_source", 0.0005, "source", _one_of(*SOURCE_FILES, *TOKENIZER_FILES), run_commands),
-    Target("commands_converted", 0.0005, "converted", _one_of(*CONVERTED_FILES), run_commands),
+    Target("load_converted", 0.0009, "converted", _one_of(*CONVERTED_FILES), run_load),
+    Target("commands_source", 0.0002, "source", _one_of(*SOURCE_FILES, *TOKENIZER_FILES), run_commands),
+    Target("commands_converted", 0.0002, "converted", _one_of(*CONVERTED_FILES), run_commands),
 )

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import write_peer
+from safetensors.torch import load_file, save_file
 from tiny_models import REPOSITORY, SHORT_TEXT, save_tiny_model
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.checkpoint import file_digest, open_checkpoint
 from smoothrot_offline.cli import app
 from smoothrot_offline.foreign_models import load_config
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
+from smoothrot_offline.transform_record import read_transform
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import MAX_DEPTH, read_json
+from smoothrot_vllm.format import TRANSFORM_NAME
 from smoothrot_vllm.headers import check_shards
 
 CANARY = "canary.Canary"
@@ -141,8 +145,8 @@ def test_a_local_directory_is_read_without_the_network(source: Path, monkeypatch
         assert invoke(*words).exit_code == 0
     out = source.parent / "out"
     check_shards(out)
-    for command in ("verify", "inspect"):
-        assert invoke(command, out).exit_code == 0
+    for check in ("verify", "inspect"):
+        assert invoke(check, out).exit_code == 0
     assert invoke("eval", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, out).exit_code == 0
     assert asked == []
 
@@ -326,6 +330,60 @@ def test_an_endless_text_of_a_tokenizer_is_no_reason_to_refuse(source: Path) -> 
     edit(source / "tokenizer_config.json", model_max_length=1000000000000000019884624838656)
     assert load_tokenizer(source)("a").input_ids
     assert load_config(source).model_type == "llama"
+
+
+@pytest.fixture(scope="module")
+def converted_once(saved: Path) -> Path:
+    out = saved.with_name("converted")
+    assert invoke("run", "--preset", "none", "--scales", "none", saved, out).exit_code == 0
+    return out
+
+
+@pytest.fixture
+def converted(converted_once: Path, tmp_path: Path) -> Path:
+    """A converted model that the test may damage."""
+    return shutil.copytree(converted_once, tmp_path / "converted")
+
+
+def test_an_index_of_nothing_is_refused(converted: Path) -> None:
+    (converted / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match="expected an object weight_map from tensor names"):
+        open_checkpoint(converted)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.float64])
+def test_scales_of_another_dtype_are_a_problem_by_name(converted: Path, dtype: torch.dtype) -> None:
+    (file,) = converted.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight_scale"
+    save_file(tensors | {name: tensors[name].to(dtype)}, file)
+    result = invoke("verify", converted)
+    assert result.exit_code == 1
+    assert f"tensor {name} in {file.name}: expected torch.float32" in result.stderr
+    assert "bug" not in result.stderr
+    if dtype != torch.float64:
+        assert f"tensor {name}: expected dtype" in refusal(invoke("inspect", converted))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, norm: tensors.pop(norm), "is missing"),
+        (lambda tensors, norm: tensors.update({norm: tensors[norm][:-1].clone()}), "expected finite floats of shape"),
+        (lambda tensors, norm: tensors[norm].fill_(torch.nan), "expected finite floats of shape"),
+        (lambda tensors, norm: tensors.update(stranger=tensors[norm].clone()), "none by this name"),
+    ],
+)
+def test_a_transform_of_another_form_is_refused_by_tensor(converted: Path, change: Callable[..., object], words: str) -> None:
+    path = converted / TRANSFORM_NAME
+    tensors = load_file(path)
+    change(tensors, "model.layers.0.input_layernorm.weight")
+    save_file(tensors, path)
+    config = json.loads((converted / "config.json").read_text())
+    config["quantization_config"]["transform_sha256"] = file_digest(path)
+    (converted / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        read_transform(converted)
 
 
 EXPECTED_LOADS = [

@@ -60,6 +60,11 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
         ({"num_attention_heads": 7}, "transformers refuses"),
         ({"rope_parameters": {"rope_type": "spiral"}}, "rope_type: expected one of .*spiral"),
         ({"num_key_value_heads": 2}, "9 attention heads to be a multiple of 2"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: expected a whole number from 1"),
+        ({"head_dim": -8}, "head_dim: expected a whole number from 1"),
+        ({"vocab_size": 2**40}, "vocab_size: expected a whole number from 1 to 2147483647, got 1099511627776"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected 0 to 65536"),
+        ({"num_labels": 10**9}, "num_labels: expected 0 to 65536"),
     ],
 )
 def test_unsupported_architectures_are_named(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:

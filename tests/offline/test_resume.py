@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from test_refusals import edit_config
+from transformers import PreTrainedModel
 
+from smoothrot_offline.architectures import resolve
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.decide import unpack_decisions
 from smoothrot_offline.verify import verify
 from smoothrot_offline.write import JOURNAL_NAME
 from smoothrot_vllm.errors import ConfigError, ResumeError
@@ -191,13 +194,37 @@ def test_damaged_work_is_refused_by_file(make_model: MakeModel, tmp_path: Path, 
         convert(source, out, make_config(**PLAIN))
 
 
-@pytest.mark.parametrize("line", ['{"layer": {}}', '{"layer": 3}', '{"shard": {"x": 1}}', "[]", "{"])
+KEPT = '"sha256": "0", "layer": {"weight_error": {}}, "hidden": null'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"layer": {}}', '{"layer": 3}', '{"shard": {"x": 1}}', '{"decisions": {}}', "[]", "{", "[" * 10**5),
+        f'{{"tensors": ["a"], "file": "../precious.safetensors", {KEPT}}}',
+        f'{{"tensors": ["a"], "file": "{"x" * 5000}.safetensors", {KEPT}}}',
+        f'{{"tensors": ["a"], "file": 3, {KEPT}}}',
+        f'{{"tensors": [3], "file": "a.safetensors", {KEPT}}}',
+        '{"tensors": ["a"], "file": "a.safetensors", "sha256": "0", "layer": {"weight_error": {}}}',
+    ],
+)
 def test_damaged_journal_is_refused_by_file(make_model: MakeModel, tmp_path: Path, line: str) -> None:
     source, out = interrupted(make_model, tmp_path)
     journal = tmp_path / "out.partial" / JOURNAL_NAME
     journal.write_text(journal.read_text() + line + "\n")
+    (tmp_path / "precious.safetensors").touch()
     with pytest.raises(ResumeError, match=r"journal\.jsonl: expected .* to start over"):
         convert(source, out, make_config(**PLAIN))
+    assert (tmp_path / "precious.safetensors").exists()
+
+
+@pytest.mark.parametrize("facts", [{}, {"seed": 0, "studies": "x"}, {"seed": 0, "studies": [3], "learned": None, "schema": {}}])
+def test_damaged_decisions_of_a_journal_are_refused(
+    build_model: Callable[..., PreTrainedModel], facts: dict[str, object]
+) -> None:
+    spec = resolve(build_model().config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    with pytest.raises(ResumeError, match=r"journal\.jsonl: decisions: expected"):
+        unpack_decisions(facts, {}, spec, make_config())
 
 
 def test_torn_last_line_of_the_journal_is_work_not_finished(make_model: MakeModel, tmp_path: Path) -> None:

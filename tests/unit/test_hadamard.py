@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hadamard orders: construction, factorisation and the choice of a block."""
 
+import time
+
 import pytest
 import torch
 
@@ -93,3 +95,11 @@ def test_the_default_device_does_not_move_the_matrices() -> None:
         made = [base_matrix(2), base_matrix(12), hadamard_matrix(24)]
     assert all(torch.equal((m.double() @ m.double().T).sign(), torch.eye(len(m), dtype=torch.float64)) for m in made[:2])
     torch.testing.assert_close(made[2] @ made[2].T, torch.eye(24, dtype=torch.float64))
+
+
+def test_choose_block_takes_no_time_for_sizes_that_no_model_has() -> None:
+    started = time.process_time()
+    assert choose_block(2**31 * 12).size == 2**31 * 12
+    with pytest.raises(UnsupportedModelError):
+        choose_block(2**31 - 1)
+    assert time.process_time() - started < 1
