@@ -68,6 +68,8 @@ def _refuse_converted_models(problem: str) -> None:
         from vllm.model_executor.layers.quantization import register_quantization_config
         from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+        from smoothrot_vllm.format import QUANT_METHOD
+
         class RefusedConfig(QuantizationConfig):
             """Refuses every checkpoint."""
 
@@ -78,7 +80,7 @@ def _refuse_converted_models(problem: str) -> None:
             def from_config(cls, config: dict[str, Any]) -> "RefusedConfig":
                 raise error
 
-        register_quantization_config("smoothrot")(RefusedConfig)
+        register_quantization_config(QUANT_METHOD)(RefusedConfig)
     # Whatever it is, other models are to be served.
     except Exception as found:
         logger.debug("smoothrot: vLLM refuses converted models by itself: %r", found)

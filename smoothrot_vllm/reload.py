@@ -43,10 +43,10 @@ def install() -> None:
                 "reload_weights: expected is_checkpoint_format true for a converted model, got false: packed weights are laid out "
                 "for the machine they are on. Reload from a directory that smoothrot-convert wrote."
             )
-        if weights_iterator is None and weights_path is not None:
-            schema = check_same_schema(Path(weights_path), config.stored)
-        else:
-            schema = config.stored
+        schema, directory = config.stored, Path(weights_path or self.model_config.model)
+        # What vLLM downloaded from a hub for the first load is checked by the layers alone.
+        if weights_iterator is None and (weights_path is not None or directory.is_dir()):
+            schema = check_same_schema(directory, config.stored)
         _reload(self, lambda: reload(self, weights_iterator, weights_path), whole=weights_iterator is None)
         adapters.guard.install(schema.transform_sha256)
 
@@ -111,6 +111,6 @@ def _stored(runner: "GPUModelRunner") -> list[StoredTensors]:
 
 def _refusing(error: Exception) -> Any:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise CheckpointError(f"the weights were not wholly loaded again: {error} Start the server again.")
+        raise CheckpointError(f"the weights were not wholly loaded again: {error} Reload a whole checkpoint, or start the server again.")
 
     return refuse
