@@ -51,7 +51,7 @@ from smoothrot_offline.transform_record import transform_tensors
 from smoothrot_offline.workers import convert_layers
 from smoothrot_offline.write import ResumableDirectory, ShardWriter
 from smoothrot_vllm.errors import CheckpointError, ConfigError
-from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, QuantizationSchema
+from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, TRANSFORMERS_WEIGHTS, QuantizationSchema
 from smoothrot_vllm.hadamard import choose_block
 
 HEAD_ROWS = 4096
@@ -215,6 +215,7 @@ class _Run:
         config = {key: value for key, value in self.checkpoint.config.items() if key != "auto_map"}
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
+        config["transformers_weights"] = TRANSFORMERS_WEIGHTS
         directory.write_tensors(TRANSFORM_NAME, transform_tensors(self.checkpoint, self.transform, self.decisions.studies))
         digest = file_digest(directory.path / TRANSFORM_NAME)
         config["quantization_config"] = self.schema.model_copy(update={"transform_sha256": digest}).model_dump(mode="json")
