@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantised output head: a linear over vocabulary shards that vLLM pads to a multiple of 64 rows."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -21,6 +22,13 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
 
     def __init__(self, prefix: str, scheme: LinearScheme) -> None:
         super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
+
+    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
+        """As for any linear; but vLLM leaves the head's tensors out of a model that is served for pooling."""
+        super().create_weights(layer, *sizes, **extra_weight_attrs)
+        config = get_current_vllm_config_or_none()
+        pooling = config is not None and config.model_config is not None and config.model_config.runner_type == "pooling"
+        self.stored.optional = self.stored.optional or pooling
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and device."""
