@@ -131,6 +131,12 @@ REFUSALS = (
         "Leave this key out, or convert the model again.",
     ),
     Refusal(
+        "--hf-config-path",
+        lambda config: config.model_config.hf_config_path,
+        "config.json says what the stored tensors are, and must be the one beside them",
+        "Leave it out.",
+    ),
+    Refusal(
         "--quantization-config",
         lambda config: config.model_config.quantization_config,
         "the weights are quantised already",
@@ -145,7 +151,7 @@ REFUSALS = (
     ),
     Refusal(
         "--weight-transfer-config",
-        lambda config: getattr(config, "weight_transfer_config", None),
+        lambda config: config.weight_transfer_config,
         "vLLM would put single tensors in place unchecked",
         "Leave it out; reload_weights takes a converted directory.",
     ),

@@ -81,7 +81,6 @@ DRAFTS = {
     "medusa": {"method": "medusa", "model": "medusa", "num_speculative_tokens": 1},
     "EAGLE": {"method": "eagle", "model": "eagle", "num_speculative_tokens": 1},
     "EAGLE-3": {"method": "eagle3", "model": "eagle3", "num_speculative_tokens": 1},
-    "MLP speculator": {"method": "mlp_speculator", "model": "mlp_speculator", "num_speculative_tokens": 1},
     "hidden states": {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
@@ -123,6 +122,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
         Case("head16", arguments={"hf_overrides": {"tie_word_embeddings": True}}),
         "ConfigError: --hf-overrides: .*got tie_word_embeddings",
     ),
+    "another model's configuration": (Case(arguments={"hf_config_path": "clipped"}), "ConfigError: --hf-config-path: "),
     "quantised once more": (
         Case(arguments={"quantization_config": {"linear": {"weight": "fp8_per_tensor_dynamic"}}}),
         "ConfigError: --quantization-config: ",
@@ -191,7 +191,6 @@ def models(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPat
         "eagle": llama | {"architectures": ["EagleLlamaForCausalLM"], "intermediate_size": 192},
         "eagle3": llama | {"architectures": ["LlamaForCausalLMEagle3"], "intermediate_size": 192, "draft_vocab_size": 261},
         "medusa": {"model_type": "medusa", "hidden_size": 128, "vocab_size": 261, "num_heads": 1},
-        "mlp_speculator": {"model_type": "mlp_speculator", "emb_dim": 128, "vocab_size": 261, "n_predict": 1},
     }
     for name, config in drafts.items():
         (folder / name).mkdir()
@@ -300,7 +299,9 @@ def results(
 
 
 def placed(arguments: dict[str, Any], models: dict[str, Path]) -> dict[str, Any]:
-    """Arguments with the directory of a draft in place of its name."""
+    """Arguments with directories in place of their names."""
+    if (other := arguments.get("hf_config_path")) is not None:
+        return arguments | {"hf_config_path": str(models[other])}
     draft = arguments.get("speculative_config", {})
     if draft.get("model") not in models:
         return arguments
