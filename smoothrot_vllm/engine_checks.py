@@ -62,7 +62,9 @@ def _hidden_states_connector(config: "VllmConfig") -> object:
     transfer = config.kv_transfer_config
     if transfer is None:
         return None
-    return next((name for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config) if "Hidden" in name), None)
+    return next(
+        (name for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config) if "Hidden" in name), None
+    )
 
 
 def _connectors(name: str | None, extra: dict[str, Any]) -> Iterator[str]:

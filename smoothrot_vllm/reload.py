@@ -40,8 +40,8 @@ def install() -> None:
             return
         if not is_checkpoint_format:
             raise ConfigError(
-                "reload_weights: expected is_checkpoint_format true for a converted model, got false: packed weights are laid out "
-                "for the machine they are on. Reload from a directory that smoothrot-convert wrote."
+                "reload_weights: expected is_checkpoint_format true for a converted model, got false: packed weights are laid "
+                "out for the machine they are on. Reload from a directory that smoothrot-convert wrote."
             )
         schema, directory = config.stored, Path(weights_path or self.model_config.model)
         # What vLLM downloaded from a hub for the first load is checked by the layers alone.
@@ -70,7 +70,9 @@ def check_same_schema(directory: Path, served: QuantizationSchema) -> Quantizati
             "Name a directory that smoothrot-convert wrote."
         ) from error
     if method != QUANT_METHOD:
-        raise ConfigError(f"reload_weights: {path}: expected quant_method {QUANT_METHOD!r}, got {method!r}. Start another server.")
+        raise ConfigError(
+            f"reload_weights: {path}: expected quant_method {QUANT_METHOD!r}, got {method!r}. Start another server."
+        )
     schema = parse_schema(found)
     others = [name for name in QuantizationSchema.model_fields if getattr(schema, name) != getattr(served, name)]
     if others := [name for name in others if name != "transform_sha256"]:
@@ -111,6 +113,8 @@ def _stored(runner: "GPUModelRunner") -> list[StoredTensors]:
 
 def _refusing(error: Exception) -> Any:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise CheckpointError(f"the weights were not wholly loaded again: {error} Reload a whole checkpoint, or start the server again.")
+        raise CheckpointError(
+            f"the weights were not wholly loaded again: {error} Reload a whole checkpoint, or start the server again."
+        )
 
     return refuse

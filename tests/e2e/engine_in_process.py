@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import safe_open
+from safetensors import safe_open
 from vllm import LLM, SamplingParams
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -65,7 +65,10 @@ def requests(llm: LLM, prompts: list[list[int]]) -> Any:
     choice = sampling(8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]), ignore_eos=False, detokenize=True)
     return {
         "sampled": [
-            [{"tokens": list(o.token_ids), "logprobs": [next(iter(s.values())).logprob for s in o.logprobs]} for o in output.outputs]
+            [
+                {"tokens": list(o.token_ids), "logprobs": [next(iter(s.values())).logprob for s in o.logprobs]}
+                for o in output.outputs
+            ]
             for output in several
         ],
         "prompt_logprobs": [
@@ -116,8 +119,7 @@ def reloads(llm: LLM, data: dict[str, Any]) -> Any:
 
 
 USES: dict[str, Callable[[LLM, Any], Any]] = {
-    use.__name__: use
-    for use in (tokens, twice, first_logprobs, requests, embeddings, embedded_prompts, saved_sharded, reloads)
+    use.__name__: use for use in (tokens, twice, first_logprobs, requests, embeddings, embedded_prompts, saved_sharded, reloads)
 }
 
 

@@ -252,7 +252,11 @@ def cases(models: dict[str, Path], prompts: list[list[int]], kept: Path) -> dict
             Case(
                 "source",
                 arguments={
-                    "speculative_config": {"method": "draft_model", "model": str(models["converted"]), "num_speculative_tokens": 3}
+                    "speculative_config": {
+                        "method": "draft_model",
+                        "model": str(models["converted"]),
+                        "num_speculative_tokens": 3,
+                    }
                 },
             ),
             prompts,
@@ -267,7 +271,9 @@ def cases(models: dict[str, Path], prompts: list[list[int]], kept: Path) -> dict
         },
     }
     same = {name: (Case(arguments=arguments), prompts) for name, arguments in SAME_TOKENS.items()}
-    same["KV cache kept in files"][0].arguments["kv_transfer_config"]["kv_connector_extra_config"] = {"shared_storage_path": str(kept)}
+    same["KV cache kept in files"][0].arguments["kv_transfer_config"]["kv_connector_extra_config"] = {
+        "shared_storage_path": str(kept)
+    }
     return first | {name: (case, prompts) for name, (case, _) in REFUSED.items()} | same
 
 

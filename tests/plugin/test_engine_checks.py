@@ -22,7 +22,9 @@ from smoothrot_vllm.format import Online, OnlineHadamard, QuantizationSchema
 
 FOLDED = QuantizationSchema()
 UNFOLDED = QuantizationSchema(online=Online(readers=OnlineHadamard(size=128, block=128)))
-SECTION = (REPOSITORY / "docs" / "compat.md").read_text(encoding="utf-8").partition("## Engine arguments")[2].partition("\n## ")[0]
+SECTION = (
+    (REPOSITORY / "docs" / "compat.md").read_text(encoding="utf-8").partition("## Engine arguments")[2].partition("\n## ")[0]
+)
 ROWS = [line.strip("|").split(" | ") for line in SECTION.splitlines() if line.startswith("| `")]
 
 

@@ -61,7 +61,8 @@ def test_under_other_versions_only_converted_models_are_refused(
     _install(monkeypatch, version)
     plugin.register()
     assert [record.getMessage() for record in caplog.records if record.name == "vllm.smoothrot"] == [
-        f"the smoothrot plugin expects vLLM 0.32 or 0.33, got {version}: converted models are refused, others are served without it"
+        f"the smoothrot plugin expects vLLM 0.32 or 0.33, got {version}: converted models are refused, others are served "
+        "without it"
     ]
     (refused,) = registry.values()
     # vLLM asks every method about every quantised model.
