@@ -21,8 +21,11 @@ TRANSFORMERS_WEIGHTS = (
     "none: these are the codes of a SmoothRot model. Serve it with vLLM and the smoothrot-vllm plugin, or load it with "
     "smoothrot_offline.model.load_model"
 )
-"""``transformers_weights`` of config.json. transformers takes the key for a file's name and ends with a ValueError that quotes it;
-of a method it does not know it would warn, and go on with random linears. vLLM does not read it."""
+"""``transformers_weights`` of config.json, which vLLM does not read.
+
+transformers takes it for a file's name and ends with a ValueError that quotes it. Of a method that it does not know it would
+only warn, and go on with random linears.
+"""
 TRANSFORM_NAME = "smoothrot_transform.st"
 """What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader takes for weights."""
 GROUP_SIZES = (-1, 32, 64, 128)

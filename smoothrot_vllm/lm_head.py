@@ -24,14 +24,18 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
         super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
-        """As for any linear; but vLLM leaves the head's tensors out of a model that is served for pooling."""
+        """As for any linear."""
         super().create_weights(layer, *sizes, **extra_weight_attrs)
         config = get_current_vllm_config_or_none()
-        pooling = config is not None and config.model_config is not None and config.model_config.runner_type == "pooling"
-        self.stored.optional = self.stored.optional or pooling
+        self.is_read = config is None or config.model_config is None or config.model_config.runner_type != "pooling"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and device."""
+        """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and device.
+
+        Nothing at all in a model that is served for pooling: vLLM drops the head's tensors and never calls it.
+        """
+        if not self.is_read:
+            return
         super().process_weights_after_loading(layer)
         device = layer.get_parameter(WEIGHT_SCALE).device
         layer.weight = torch.empty(0, dtype=cast(torch.dtype, layer.params_dtype), device=device)

@@ -20,19 +20,19 @@ class StoredTensors:
 
     Attributes:
         loads: how many times all of them have arrived.
-        optional: none need arrive at the first load: they are made up (``--load-format dummy``), or nothing reads them.
+        random: the first weights are made up (``--load-format dummy``): none arrives.
     """
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.loads = 0
-        self.optional = False
+        self.random = False
         self._arrived: set[str] = set()
 
     def begin(self) -> None:
         """The layer's parameters are there: note whether anything is to fill them."""
         config = get_current_vllm_config_or_none()
-        self.optional = config is not None and config.load_config.load_format == "dummy"
+        self.random = config is not None and config.load_config.load_format == "dummy"
 
     def check(self, where: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, int]) -> None:
         """Refuse a tensor that is not what the configuration says is stored.
@@ -65,7 +65,7 @@ class StoredTensors:
         Raises:
             CheckpointError: one of ``expected`` has not arrived since the last call.
         """
-        if self.optional and not self._arrived:
+        if self.random and not self._arrived:
             return False
         missing = [name for name in expected if name not in self._arrived]
         self._arrived.clear()

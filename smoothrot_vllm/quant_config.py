@@ -44,8 +44,8 @@ class SmoothRotConfig(QuantizationConfig):
         super().__init__()
         if schema is None:
             raise ConfigError(
-                f"--quantization {QUANT_METHOD}: expected a converted model, whose config.json has a quantization_config, got one "
-                "without. Convert the model with smoothrot-convert first, or leave the option out to serve it in 16 bits."
+                f"--quantization {QUANT_METHOD}: expected a converted model, whose config.json has a quantization_config, got "
+                "one without. Convert the model with smoothrot-convert first, or leave the option out to serve it in 16 bits."
             )
         self.schema = self.stored = schema
 

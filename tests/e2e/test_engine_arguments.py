@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     **{
         f"load format {name}": (Case(arguments={"load_format": name}), f"ConfigError: --load-format: .*got {name}: ")
-        for name in ("sharded_state", "runai_streamer_sharded", "tensorizer", "mistral", "pt", "npcache", "modelexpress")
+        for name in ("sharded_state", "runai_streamer_sharded", "mistral", "pt", "npcache")
     },
     **{
         f"load format {name}": (Case(arguments={"load_format": name}), f"ValueError: Load format `{name}` is not supported")
@@ -155,7 +155,9 @@ def edited(source: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], An
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     (out / "smoothrot_manifest.json").unlink()
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file.name)}))
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)})
+    )
     return out
 
 
@@ -432,9 +434,8 @@ def test_coarser_arithmetic_stays_near_the_reference(
 ) -> None:
     for prompt, step in zip(prompts, found(results, name), strict=True):
         wanted = logprobs_of(reference, [*prompt, step["first"]])[-1]
-        error = float((wanted.exp() - torch.tensor(step["logprobs"]).exp()).abs().sum() / 2)
-        print(name, error)
-        assert error < 0.15
+        # In probability, of 1: half and bfloat16 give 0.02, an 8-bit cache 0.06.
+        assert (wanted.exp() - torch.tensor(step["logprobs"]).exp()).abs().sum() / 2 < 0.1
 
 
 def test_reloaded_weights_answer_as_theirs_or_not_at_all(

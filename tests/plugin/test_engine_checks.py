@@ -95,7 +95,7 @@ def test_connectors_that_take_hidden_states_are_found_among_others(nested: bool)
     if nested:
         multi = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": parts}}
         transfer.kv_connector_extra_config = {"connectors": [multi]}
-    with pytest.raises(ConfigError, match="--kv-transfer-config: .*got ExampleHiddenStatesConnector"):
+    with pytest.raises(ConfigError, match=r"--kv-transfer-config: .*got ExampleHiddenStatesConnector"):
         check_engine(engine(kv_transfer_config=transfer), FOLDED)
     transfer.kv_connector_extra_config = {"connectors": parts[:1]}
     check_engine(engine(kv_transfer_config=transfer), FOLDED)
