@@ -42,7 +42,7 @@ from smoothrot_offline.sizes import Sizes, header_table, measure
 from smoothrot_offline.transform_record import transform_tensors
 from smoothrot_offline.workers import convert_layers
 from smoothrot_offline.write import ResumableDirectory, ShardWriter
-from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, QuantizationSchema
+from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, TRANSFORMERS_WEIGHTS, QuantizationSchema
 from smoothrot_vllm.hadamard import choose_block
 
 HEAD_ROWS = 4096
@@ -195,6 +195,7 @@ class _Run:
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
             config[key] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
+        config["transformers_weights"] = TRANSFORMERS_WEIGHTS
         directory.write_tensors(TRANSFORM_NAME, transform_tensors(self.checkpoint, self.transform, self.decisions.studies))
         digest = file_digest(directory.path / TRANSFORM_NAME)
         config["quantization_config"] = self.schema.model_copy(update={"transform_sha256": digest}).model_dump(mode="json")

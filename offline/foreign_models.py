@@ -27,7 +27,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from smoothrot_offline.headers import CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_json
-from smoothrot_vllm.format import QUANT_METHOD
+from smoothrot_vllm.format import QUANT_METHOD, TRANSFORMERS_WEIGHTS
 
 LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Goes with every ``from_pretrained``: left out, transformers asks on the terminal whether to run a directory's code."""
@@ -207,7 +207,7 @@ def _refuse_indirections(path: Path, config: Mapping[str, Any]) -> None:
                 f"{path}: {key}: expected a name of transformers' own such as sdpa, got {value!r}, code of a hub repository, "
                 "which is never run. Remove the key."
             )
-        if key == "transformers_weights" and value is not None:
+        if key == "transformers_weights" and value not in (None, TRANSFORMERS_WEIGHTS):
             raise UnsupportedModelError(
                 f"{path}: {key}: expected the weights in model.safetensors or its index, got {value!r}. Rename the file, and "
                 "remove the key."

@@ -101,6 +101,14 @@ class SmoothRotHfQuantizer(HfQuantizer):
     quantization_config: SmoothRotHfConfig
     _stored_names = False
 
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Lift the refusal that the directory holds for a transformers without this class.
+
+        Of the steps that are given the configuration this is the first, and all come before the files are looked for.
+        """
+        config.transformers_weights = None
+        return super().update_tp_plan(config)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if attention := _attention(model.config):
             model.set_attn_implementation(attention)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -14,6 +13,7 @@ from vllm.platforms import current_platform
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError, UnsupportedPlatformError
 from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard, weight_tensors
+from smoothrot_vllm.loading import StoredTensors
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -80,9 +80,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         # Plain numbers, so that torch.compile sees constants: block, clip, bits of inputs and of weights.
         block = 0 if rotation is None else rotation.block
         self.numbers = (block, scheme.activations.clip, scheme.activations.bits, scheme.weights.bits)
-        # Names of the stored tensors that arrived: vLLM does not notice those that a quantised checkpoint lacks.
-        self._loaded: set[str] = set()
-        self._random_weights = False
+        self.stored = StoredTensors(prefix)
 
     # As in vLLM's own base class of these methods, the signatures are narrower than those of its base.
     def create_weights(  # type: ignore[override]
@@ -105,8 +103,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             self._check_granules(
                 {"hidden channels": hidden_size, "channels of a rank's experts": intermediate_size_per_partition}
             )
-        config = get_current_vllm_config_or_none()
-        self._random_weights = config is not None and config.load_config.load_format == "dummy"
+        self.stored.begin()
         weights, whole = self.weights, self.moe.intermediate_size
         shards = {
             "w13": weight_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
@@ -130,8 +127,13 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         Raises:
             CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
         """
-        if not self._random_weights:  # --load-format dummy reads no checkpoint
-            self._check_complete()
+        expected = [
+            self._tensor_name(expert, shard, tensor)
+            for expert in range(self.moe.num_local_experts)
+            for shard in self.names
+            for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)
+        ]
+        if self.stored.finish(expected):
             self._check_scales(layer)
         if self.rotation is not None:
             # A cached compiled graph calls the op without going through this process's tracing.
@@ -207,31 +209,13 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             return_success: bool = False,
         ) -> bool | None:
             name = self._tensor_name(expert_id, shard_id, tensor)
-            if loaded_weight.dtype != dtype or tuple(loaded_weight.shape) != shape:
-                raise CheckpointError(
-                    f"{name}: expected {dtype} {shape}, got {loaded_weight.dtype} {tuple(loaded_weight.shape)}. "
-                    "The checkpoint is damaged or its config.json belongs to another model: convert it again."
-                )
+            self.stored.check(name, loaded_weight, dtype, shape)
             done = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
             if done:
-                self._loaded.add(name)
+                self.stored.arrived([name])
             return done if return_success else None
 
         return loader
-
-    def _check_complete(self) -> None:
-        expected = [
-            self._tensor_name(expert, shard, tensor)
-            for expert in range(self.moe.num_local_experts)
-            for shard in self.names
-            for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)
-        ]
-        if missing := [name for name in expected if name not in self._loaded]:
-            raise CheckpointError(
-                f"{self.prefix}: expected {len(expected)} tensors of {self.moe.num_local_experts} experts in the checkpoint, got "
-                f"none named {', '.join(missing[:4])} ({len(missing)} missing). The checkpoint is incomplete: convert or "
-                "download it again."
-            )
 
     def _check_scales(self, layer: torch.nn.Module) -> None:
         for stack, shards in _STACKS.items():

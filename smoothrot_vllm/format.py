@@ -17,6 +17,15 @@ from smoothrot_vllm.hadamard import factorize
 QUANT_METHOD: Literal["smoothrot"] = "smoothrot"
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "smoothrot_manifest.json"
+TRANSFORMERS_WEIGHTS = (
+    "none: these are the codes of a SmoothRot model. Serve it with vLLM and the smoothrot-vllm plugin, or load it with "
+    "smoothrot_offline.model.load_model"
+)
+"""``transformers_weights`` of config.json, which vLLM does not read.
+
+transformers takes it for a file's name and ends with a ValueError that quotes it. Of a method that it does not know it would
+only warn, and go on with random linears.
+"""
 TRANSFORM_NAME = "smoothrot_transform.st"
 """What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader takes for weights."""
 GROUP_SIZES = (-1, 32, 64, 128)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
@@ -18,6 +17,7 @@ from vllm.model_executor.parameter import (
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard, weight_tensors
+from smoothrot_vllm.loading import StoredTensors
 
 _QKV_PARTS = {"q": 0, "k": 1, "v": 2}
 
@@ -65,9 +65,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         self.clip = scheme.activations.clip
         self.act_bits = scheme.activations.bits
         self.weight_bits = scheme.weights.bits
-        # vLLM does not notice tensors that a quantised checkpoint lacks, so remember which ones arrived.
-        self._loaded: set[str] = set()
-        self._random_weights = False
+        self.stored = StoredTensors(prefix)
 
     def create_weights(
         self,
@@ -94,8 +92,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         weights = self.scheme.weights
         tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
         whole = weight_tensors(output_size, input_size, weights)
-        config = get_current_vllm_config_or_none()
-        self._random_weights = config is not None and config.load_config.load_format == "dummy"
+        self.stored.begin()
 
         def loader(name: str) -> Callable[..., None]:
             shape, dtype = whole[name]
@@ -122,8 +119,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
         """
-        if not self._random_weights:  # --load-format dummy reads no checkpoint
-            self._check_complete()
+        if self.stored.finish([self._tensor_name(part, name) for part in self.parts for name in (WEIGHT_PACKED, WEIGHT_SCALE)]):
             self._check_scales(layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)])
         if self.block:
             # A cached compiled graph calls the op without going through ops.linear.
@@ -186,11 +182,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
             parts = self._parts_of(shard[0] if shard else None)
             names = [self._tensor_name(part, tensor) for part in parts]
             where = ", ".join(names)
-            if stored.dtype != dtype or stored.ndim != 2 or stored.shape[1] != columns:
-                raise CheckpointError(
-                    f"{where}: expected {dtype} with {columns} columns, got {stored.dtype} {tuple(stored.shape)}. "
-                    "The checkpoint is damaged or its config.json belongs to another model: convert it again."
-                )
+            self.stored.check(where, stored, dtype, (None, columns))
             misfit = CheckpointError(
                 f"{where}: stored {tuple(stored.shape)} does not fill this rank's {tuple(param.shape)} as the model's "
                 "config.json says. The checkpoint is damaged or belongs to another model: convert it again."
@@ -201,7 +193,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
                 load(param, stored, *shard)
             except (AssertionError, RuntimeError) as error:
                 raise misfit from error
-            self._loaded.update(names)
+            self.stored.arrived(names)
 
         return loader
 
@@ -212,14 +204,6 @@ class SmoothRotLinearMethod(LinearMethodBase):
         if isinstance(shard, str):
             return [self.parts[_QKV_PARTS[shard]]]
         return [self.parts[i] for i in (shard if isinstance(shard, tuple) else (shard,))]
-
-    def _check_complete(self) -> None:
-        expected = [self._tensor_name(part, tensor) for part in self.parts for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)]
-        if missing := [name for name in expected if name not in self._loaded]:
-            raise CheckpointError(
-                f"{self.prefix}: expected tensors {', '.join(expected)} in the checkpoint, got none named "
-                f"{', '.join(missing)}. The checkpoint is incomplete: convert or download it again."
-            )
 
     def _check_scales(self, scale: torch.Tensor) -> None:
         bad = ~(scale.isfinite() & (scale > 0))

@@ -9,6 +9,7 @@ import logging
 import os
 from importlib.metadata import version
 from multiprocessing import parent_process
+from typing import Any
 
 from smoothrot_vllm.errors import UnsupportedPlatformError
 
@@ -25,26 +26,14 @@ WITHOUT_CUDA = "+cpu"
 logger = logging.getLogger("vllm.smoothrot")
 
 
-def check_vllm_version() -> None:
-    """Refuse a vLLM whose interface is not known to be the one used here.
-
-    Raises:
-        UnsupportedPlatformError: the installed version is not in :data:`SUPPORTED_VLLM` and
-            ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is not set.
-    """
+def unsupported_version() -> str | None:
+    """What is wrong with the installed vLLM, whose interface may be another than the one used here; None for nothing."""
     import vllm
 
-    if tuple(vllm.__version_tuple__[:2]) in SUPPORTED_VLLM:
-        return
+    if tuple(getattr(vllm, "__version_tuple__", ())[:2]) in SUPPORTED_VLLM:
+        return None
     expected = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VLLM)
-    problem = f"the smoothrot plugin expects vLLM {expected}, got {vllm.__version__}"
-    if os.environ.get(ALLOW_ANY_VLLM) == "1":
-        logger.warning("%s; going on because %s=1: answers may be wrong", problem, ALLOW_ANY_VLLM)
-        return
-    raise UnsupportedPlatformError(
-        f"{problem}. Install one of these versions, set {ALLOW_ANY_VLLM}=1 to try this one at your own risk, "
-        "or set VLLM_PLUGINS to the plugins you want, without smoothrot, to serve other models."
-    )
+    return f"the smoothrot plugin expects vLLM {expected}, got {getattr(vllm, '__version__', 'an unknown version')}"
 
 
 def warn_without_cuda() -> None:
@@ -61,10 +50,15 @@ def warn_without_cuda() -> None:
 def register() -> None:
     """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our executor for it on CPUs.
 
-    Raises:
-        UnsupportedPlatformError: see :func:`check_vllm_version`.
+    Under another vLLM than :data:`SUPPORTED_VLLM` converted models are refused, and all others served as if there were no
+    plugin, unless ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is set.
     """
-    check_vllm_version()
+    if (problem := unsupported_version()) is not None:
+        if os.environ.get(ALLOW_ANY_VLLM) != "1":
+            logger.warning("%s: converted models are refused, others are served without it", problem)
+            _refuse_converted_models(problem)
+            return
+        logger.warning("%s; going on because %s=1: answers may be wrong", problem, ALLOW_ANY_VLLM)
 
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.platforms import current_platform
@@ -78,3 +72,33 @@ def register() -> None:
         executor_choice.install()
     if current_platform.is_cuda():
         warn_without_cuda()
+
+
+def _refuse_converted_models(problem: str) -> None:
+    """Have a vLLM of unknown interface say what is wrong once it meets a converted model.
+
+    Where even registering has changed, it refuses a method that it does not know by itself.
+    """
+    error = UnsupportedPlatformError(
+        f"{problem}. Install one of these versions, or set {ALLOW_ANY_VLLM}=1 to try this one at your own risk."
+    )
+    try:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+        from smoothrot_vllm.format import QUANT_METHOD
+
+        class RefusedConfig(QuantizationConfig):
+            """Refuses every checkpoint."""
+
+            def __new__(cls, *_: object, **__: object) -> "RefusedConfig":
+                raise error
+
+            @classmethod
+            def from_config(cls, config: dict[str, Any]) -> "RefusedConfig":
+                raise error
+
+        register_quantization_config(QUANT_METHOD)(RefusedConfig)
+    # Whatever it is, other models are to be served.
+    except Exception as found:
+        logger.debug("smoothrot: vLLM refuses converted models by itself: %r", found)

@@ -12,7 +12,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from smoothrot_vllm import adapters
+from smoothrot_vllm import adapters, reload
+from smoothrot_vllm.engine_checks import check_engine
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
 from smoothrot_vllm.format import QUANT_METHOD, LinearScheme, QuantizationSchema, check_tensor_parallel, parse_schema
 from smoothrot_vllm.headers import check_shards
@@ -32,12 +33,21 @@ class SmoothRotConfig(QuantizationConfig):
 
     Args:
         schema: the validated configuration; its module names are those of the checkpoint until
-            :meth:`apply_vllm_mapper` turns them into vLLM's.
+            :meth:`apply_vllm_mapper` turns them into vLLM's, which ``stored`` is not changed by. None, which is how vLLM
+            asks for a method whose model has no ``quantization_config``, is refused.
+
+    Raises:
+        ConfigError: there is no ``quantization_config``.
     """
 
-    def __init__(self, schema: QuantizationSchema) -> None:
+    def __init__(self, schema: QuantizationSchema | None = None) -> None:
         super().__init__()
-        self.schema = schema
+        if schema is None:
+            raise ConfigError(
+                f"--quantization {QUANT_METHOD}: expected a converted model, whose config.json has a quantization_config, got "
+                "one without. Convert the model with smoothrot-convert first, or leave the option out to serve it in 16 bits."
+            )
+        self.schema = self.stored = schema
 
     def __repr__(self) -> str:
         return f"SmoothRotConfig({self.schema!r})"
@@ -129,10 +139,12 @@ class SmoothRotConfig(QuantizationConfig):
         """How ``layer`` is computed; None leaves embeddings, 16-bit heads and attention to vLLM.
 
         Raises:
-            ConfigError: wrong tensor-parallel size for this checkpoint, or a fused layer of mixed schemes.
+            ConfigError: wrong tensor-parallel size for this checkpoint, a fused layer of mixed schemes, or a setting of
+                the engine that :mod:`smoothrot_vllm.engine_checks` refuses.
             UnsupportedModelError: a kind of layer the format does not cover.
             UnsupportedPlatformError: experts whose widths the CUDA kernels cannot compute.
         """
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.distributed import get_tensor_model_parallel_world_size
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -143,7 +155,11 @@ class SmoothRotConfig(QuantizationConfig):
         from smoothrot_vllm.lm_head import SmoothRotLMHeadMethod
 
         check_tensor_parallel(self.schema, get_tensor_model_parallel_world_size())
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.model_config is not None:
+            check_engine(config, self.schema)
         adapters.guard.install(self.schema.transform_sha256)
+        reload.install()
         silu_fusion.install()
         if isinstance(layer, LinearBase):
             scheme = self.scheme(prefix)

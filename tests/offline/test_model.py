@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +183,23 @@ def test_unknown_format_version_is_refused(plain: Path, tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="format_version: expected 1, got 2"):
         load_model(directory)
+
+
+LOADERS = ("AutoModelForCausalLM", "AutoModel")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_transformers_alone_refuses_a_converted_model(tiny_converted: Callable[..., Path], loader: str) -> None:
+    code = f"import sys, transformers; transformers.{loader}.from_pretrained(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, tiny_converted("llama")], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 1
+    assert re.search(r"ValueError: .*none: these are the codes of a SmoothRot model\. Serve it with vLLM", result.stderr)
+
+
+def test_transformers_loads_a_converted_model_once_the_converter_is_imported(tiny_converted: Callable[..., Path]) -> None:
+    directory = tiny_converted("llama")
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    expected: Any = load_model(directory)
+    assert torch.equal(model(TOKENS).logits, expected(TOKENS).logits)

@@ -260,7 +260,7 @@ def test_a_missing_tensor_is_refused_by_name(vllm_config: VllmConfig, part: int,
             if (other, tensor) != (part, name):
                 load(layer, tensor, tensors[tensor], other)
     missing = f"model.layers.0.mlp.{('gate_proj', 'up_proj')[part]}.{name}"
-    with pytest.raises(CheckpointError, match=rf"got none named {missing}\. "):
+    with pytest.raises(CheckpointError, match=rf"got none named {missing} \(1 missing\)\. "):
         finish(layer)
 
 

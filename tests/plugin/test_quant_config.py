@@ -42,6 +42,12 @@ def test_offers_the_three_activation_dtypes() -> None:
     assert set(make_config().get_supported_act_dtypes()) == {torch.bfloat16, torch.float16, torch.float32}
 
 
+def test_the_method_without_a_configuration_is_refused() -> None:
+    """So vLLM asks for it where ``--quantization smoothrot`` is given for a 16-bit model."""
+    with pytest.raises(ConfigError, match=r"--quantization smoothrot: expected a converted model.*smoothrot-convert first"):
+        SmoothRotConfig()
+
+
 def test_takes_over_no_other_checkpoint() -> None:
     assert SmoothRotConfig.override_quantization_method({"quant_method": "gptq"}, "smoothrot") is None
 

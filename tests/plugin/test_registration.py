@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point: what vLLM finds, what importing it costs, and which versions it refuses."""
+"""The entry point: what vLLM finds, what importing it costs, and under which versions it steps aside."""
 
 import importlib.metadata
 import logging
@@ -9,7 +9,9 @@ from importlib.metadata import entry_points
 
 import pytest
 import vllm
+from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from smoothrot_vllm import plugin
 from smoothrot_vllm.errors import UnsupportedPlatformError
@@ -36,24 +38,61 @@ def test_importing_the_plugin_imports_neither_torch_nor_vllm() -> None:
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.33.0"])
 def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     _install(monkeypatch, version)
-    plugin.check_vllm_version()
+    assert plugin.unsupported_version() is None
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type[QuantizationConfig]]:
+    """vLLM's, as it was before our plugin, and put back afterwards."""
+    found: dict[str, type[QuantizationConfig]] = {}
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", found)
+    methods = [name for name in QUANTIZATION_METHODS if name != "smoothrot"]
+    monkeypatch.setattr(quantization, "QUANTIZATION_METHODS", methods)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return found
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.32.0", "0.0.dev"])
-def test_other_versions_are_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def test_under_other_versions_only_converted_models_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    registry: dict[str, type[QuantizationConfig]],
+    version: str,
+) -> None:
     _install(monkeypatch, version)
-    with pytest.raises(
-        UnsupportedPlatformError, match=rf"expects vLLM 0\.32 or 0\.33, got {version}.*SMOOTHROT_ALLOW_ANY_VLLM=1"
-    ):
-        plugin.register()
+    plugin.register()
+    assert [record.getMessage() for record in caplog.records if record.name == "vllm.smoothrot"] == [
+        f"the smoothrot plugin expects vLLM 0.32 or 0.33, got {version}: converted models are refused, others are served "
+        "without it"
+    ]
+    (refused,) = registry.values()
+    # vLLM asks every method about every quantised model.
+    assert refused.override_quantization_method({"quant_method": "gptq"}, None) is None
+    words = rf"expects vLLM 0\.32 or 0\.33, got {version}.*SMOOTHROT_ALLOW_ANY_VLLM=1"
+    with pytest.raises(UnsupportedPlatformError, match=words):
+        refused.from_config({"quant_method": "smoothrot"})
+    with pytest.raises(UnsupportedPlatformError, match=words):
+        refused()
 
 
-def test_another_version_can_be_allowed_and_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vllm_that_registers_otherwise_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, registry: dict[str, type[QuantizationConfig]]
+) -> None:
+    _install(monkeypatch, "1.0.0")
+    monkeypatch.delattr(quantization, "register_quantization_config")
+    plugin.register()
+    assert registry == {}
+    assert "converted models are refused" in caplog.text
+
+
+def test_another_version_can_be_allowed_and_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, registry: dict[str, type[QuantizationConfig]]
+) -> None:
     _install(monkeypatch, "0.34.0")
     monkeypatch.setenv("SMOOTHROT_ALLOW_ANY_VLLM", "1")
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    plugin.check_vllm_version()
+    plugin.register()
     assert "got 0.34.0" in caplog.text
+    assert registry == {"smoothrot": SmoothRotConfig}
 
 
 @pytest.mark.parametrize(

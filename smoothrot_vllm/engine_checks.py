@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of vLLM's engine with which a converted model would answer wrongly: refused by name.
+
+Each is accepted by vLLM and would change answers without a word. docs/compat.md goes through all engine arguments.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.format import QuantizationSchema
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy", "runai_streamer", "fastsafetensors", "instanttensor")
+"""Those that hand each tensor of a safetensors checkpoint to the layer that checks it, or make weights up."""
+TOKEN_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
+"""Methods of speculative decoding whose drafts see the target's tokens only."""
+CPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
+"""What vLLM's attention for CPUs computes with; it accepts the others too."""
+STORED_KEYS = ("quantization_config", "compression_config", "tie_word_embeddings")
+"""Keys of ``config.json`` that say what the stored tensors are."""
+
+_ROTATED = (
+    "what enters and leaves the decoder layers of this checkpoint is rotated, and the final norm's weight lies in the output head"
+)
+_SERVE_SOURCE = "Serve the 16-bit model for that."
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting that is refused.
+
+    Args:
+        option: as on the command line.
+        given: what of a configuration is refused; nothing if the value is None.
+        why: what would go wrong.
+        instead: what to do.
+        rotated_only: only where the residual stream is not that of the source.
+    """
+
+    option: str
+    given: Callable[["VllmConfig"], object]
+    why: str
+    instead: str
+    rotated_only: bool = False
+
+
+def _pooling(config: "VllmConfig") -> object:
+    model = config.model_config
+    return f"runner {model.runner_type}, convert {model.convert_type}" if model.runner_type == "pooling" else None
+
+
+def _draft(config: "VllmConfig") -> object:
+    method = None if config.speculative_config is None else config.speculative_config.method
+    return None if method in TOKEN_DRAFTS else method
+
+
+def _hidden_states_connector(config: "VllmConfig") -> object:
+    transfer = config.kv_transfer_config
+    if transfer is None:
+        return None
+    return next(
+        (name for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config) if "Hidden" in name), None
+    )
+
+
+def _connectors(name: str | None, extra: dict[str, Any]) -> Iterator[str]:
+    """A connector's name, and those of the connectors it is made of."""
+    yield str(name)
+    for part in extra.get("connectors", []):
+        yield from _connectors(part.get("kv_connector"), part.get("kv_connector_extra_config", {}))
+
+
+def _load_format(config: "VllmConfig") -> object:
+    found = config.load_config.load_format
+    return None if found in LOAD_FORMATS else found
+
+
+def _ignored_files(config: "VllmConfig") -> object:
+    found = config.load_config.ignore_patterns
+    return None if found == type(config.load_config)().ignore_patterns else found
+
+
+def _stored_keys(config: "VllmConfig") -> object:
+    overrides = config.model_config.hf_overrides
+    return next((key for key in STORED_KEYS if key in overrides), None) if isinstance(overrides, dict) else None
+
+
+def _cpu_cache_dtype(config: "VllmConfig") -> object:
+    from vllm.platforms import current_platform
+
+    found = config.cache_config.cache_dtype
+    return found if current_platform.is_cpu() and found not in CPU_CACHE_DTYPES else None
+
+
+REFUSALS = (
+    Refusal("--runner pooling", _pooling, _ROTATED, _SERVE_SOURCE, rotated_only=True),
+    Refusal(
+        "--enable-prompt-embeds",
+        lambda config: config.model_config.enable_prompt_embeds or None,
+        _ROTATED,
+        "Send tokens or text, or serve the 16-bit model for that.",
+        rotated_only=True,
+    ),
+    Refusal(
+        "--speculative-config",
+        _draft,
+        f"this method reads hidden states, and {_ROTATED}",
+        f"Take one of {', '.join(TOKEN_DRAFTS)}, or serve the 16-bit model.",
+        rotated_only=True,
+    ),
+    Refusal("--kv-transfer-config", _hidden_states_connector, _ROTATED, _SERVE_SOURCE, rotated_only=True),
+    Refusal(
+        "--load-format",
+        _load_format,
+        f"a converted model is read from safetensors, tensor by tensor ({', '.join(LOAD_FORMATS)}); what a running server "
+        "saved is laid out for that machine's kernels",
+        "Leave it out, and serve the directory that smoothrot-convert wrote.",
+    ),
+    Refusal(
+        "--ignore-patterns",
+        _ignored_files,
+        "vLLM does not notice 16-bit tensors that are not read",
+        "Leave it out.",
+    ),
+    Refusal(
+        "--hf-overrides",
+        _stored_keys,
+        "the stored tensors would be read as what they are not",
+        "Leave this key out, or convert the model again.",
+    ),
+    Refusal(
+        "--hf-config-path",
+        lambda config: config.model_config.hf_config_path,
+        "config.json says what the stored tensors are, and must be the one beside them",
+        "Leave it out.",
+    ),
+    Refusal(
+        "--quantization-config",
+        lambda config: config.model_config.quantization_config,
+        "the weights are quantised already",
+        "Leave it out.",
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        _cpu_cache_dtype,
+        f"vLLM's attention for CPUs computes with {', '.join(CPU_CACHE_DTYPES)}, and answers wrongly or ignores the option "
+        "with any other",
+        "Take one of these.",
+    ),
+    Refusal(
+        "--weight-transfer-config",
+        lambda config: config.weight_transfer_config,
+        "vLLM would put single tensors in place unchecked",
+        "Leave it out; reload_weights takes a converted directory.",
+    ),
+)
+"""Every refused setting; docs/compat.md has a row for each."""
+
+
+def check_engine(config: "VllmConfig", schema: QuantizationSchema) -> None:
+    """Refuse an engine that a converted model cannot be served by.
+
+    Args:
+        config: vLLM's.
+        schema: of the model that is about to be built. With ``online.readers`` its residual stream is the source's.
+
+    Raises:
+        ConfigError: the first setting of :data:`REFUSALS` that is given.
+    """
+    for refusal in REFUSALS:
+        if refusal.rotated_only and schema.online.readers is not None:
+            continue
+        if (found := refusal.given(config)) is not None:
+            raise ConfigError(f"{refusal.option}: not with this converted model, got {found}: {refusal.why}. {refusal.instead}")
