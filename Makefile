@@ -50,7 +50,7 @@ gpu-proof:  ## prove and measure every CUDA kernel on this machine's GPU with PY
 	$(PYTHON) benchmarks/gpu_proof.py --bundle gpu-bundle --out $(OUT) --minutes $(MINUTES)
 
 gpu-proof-dry-run: env $(BARE_VENV)/.ready  ## the same steps without a GPU: kernels emulated, torch 2.11, no vLLM
-	$(BARE_VENV)/bin/python benchmarks/gpu_proof.py --dry-run --out build/gpu-proof-dry-run
+	$(BARE_VENV)/bin/python benchmarks/gpu_proof.py --dry-run --out build/gpu-proof-dry-run --minutes 30
 
 $(BARE_VENV)/.ready: requirements/bare.txt
 	$(BARE_PYTHON) -m venv $(BARE_VENV)

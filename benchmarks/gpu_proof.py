@@ -11,11 +11,13 @@ each within its own limit; a failure does not stop the others. The results are i
 
 import argparse
 import os
+import platform
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
+from gpu_bundle import PYTHON as BUNDLED
 from gpu_bundle import ROOT, WHEELS, source_hash
 from lane import Lane, Step
 
@@ -26,6 +28,9 @@ EMULATED = "90"
 # One of each kind: all of them take minutes on the emulator, and `make test` runs them there.
 REHEARSED_OPS = "test_linear or test_hadamard_quant or test_experts or refused"
 REHEARSED_KERNELS = "TestSmallKernels and not quantizes"
+
+REHEARSAL_SECONDS = 300
+"""Limit of each of its steps: it may run beside others, on machines of any speed."""
 
 
 def script(name: str, *arguments: str | Path) -> tuple[str, ...]:
@@ -98,37 +103,38 @@ def rehearsal_steps(bundle: Path, out: Path, work: Path, site: Path) -> list[Ste
     """The same steps as far as a machine without a GPU can take them."""
     facts, library = work / "facts.json", work / "library.json"
     kernels, decode, cpu = out / "kernels.json", out / "decode.json", out / "kernels-cpu.json"
-    built = ("library",)
-    smallest = ("--models", "SmolLM2-135M", "--tokens", "1", "--rounds", "1", "--seconds", "0.01", "--minutes", "0.1")
-    unpacked = [wheels(bundle, site)] if bundle.exists() else []
+    built, limit = ("library",), REHEARSAL_SECONDS
+    smallest = ("--models", "SmolLM2-135M", "--tokens", "1", "--rounds", "1", "--seconds", "0.01", "--minutes", "1")
+    # Its wheels are for one Python, which the environment of the rehearsal need not be of.
+    unpacked = [wheels(bundle, site)] if bundle.exists() and platform.python_version().startswith(f"{BUNDLED}.") else []
     return [
-        Step("facts", script("gpu_facts.py", facts), 40, writes=facts, proves=False),
+        Step("facts", script("gpu_facts.py", facts), limit, writes=facts, proves=False),
         *unpacked,
-        Step("library", script("gpu_library.py", "--rehearse", "--bundle", bundle, "--json", library), 60, writes=library),
-        Step("kernels", rehearsed("tests/gpu/test_gpu_kernels.py", "-k", REHEARSED_KERNELS), 150, built, junit=True),
-        Step("ops", rehearsed("tests/gpu/test_gpu_ops.py::TestSmallOps", "-k", REHEARSED_OPS), 90, built, junit=True),
-        Step("runtime", rehearsed("tests/gpu/test_gpu_runtime.py", "--collect-only"), 40, built),
+        Step("library", script("gpu_library.py", "--rehearse", "--bundle", bundle, "--json", library), limit, writes=library),
+        Step("kernels", rehearsed("tests/gpu/test_gpu_kernels.py", "-k", REHEARSED_KERNELS), limit, built, junit=True),
+        Step("ops", rehearsed("tests/gpu/test_gpu_ops.py::TestSmallOps", "-k", REHEARSED_OPS), limit, built, junit=True),
+        Step("runtime", rehearsed("tests/gpu/test_gpu_runtime.py", "--collect-only"), limit, built),
         Step(
             "kernel-benchmark",
             script("kernels.py", "--device", "cuda", "--dry-run", "--json", kernels),
-            90,
+            limit,
             built,
             writes=kernels,
         ),
         Step(
             "decode-benchmark",
             script("decode.py", "--device", "cpu", "--dry-run", "--json", decode),
-            90,
+            limit,
             built,
             writes=decode,
         ),
         *(
-            Step(tool, script("gpu_sanitizer.py", tool, "--rehearse"), 40, built)
+            Step(tool, script("gpu_sanitizer.py", tool, "--rehearse"), limit, built)
             for tool in ("memcheck", "racecheck", "synccheck")
         ),
-        Step("converter", rehearsed("tests/gpu/test_gpu_converter.py", "-k", "llama and rtn"), 60, built, junit=True),
-        Step("cpu", pytest("tests/kernels/test_ops.py", "-x", "-k", "hadamard_quant"), 60, built, junit=True),
-        Step("cpu-benchmark", script("kernels.py", "--device", "cpu", *smallest, "--json", cpu), 60, built, writes=cpu),
+        Step("converter", rehearsed("tests/gpu/test_gpu_converter.py", "-k", "llama and rtn"), limit, built, junit=True),
+        Step("cpu", pytest("tests/kernels/test_ops.py", "-x", "-k", "hadamard_quant"), limit, built, junit=True),
+        Step("cpu-benchmark", script("kernels.py", "--device", "cpu", *smallest, "--json", cpu), limit, built, writes=cpu),
     ]
 
 
