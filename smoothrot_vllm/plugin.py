@@ -94,6 +94,11 @@ def _refuse_converted_models(problem: str) -> None:
             def __new__(cls, *_: object, **__: object) -> "RefusedConfig":
                 raise error
 
+            # What is asked of a method whose model has no configuration for it.
+            @staticmethod
+            def get_config_filenames() -> list[str]:
+                raise error
+
             @classmethod
             def from_config(cls, config: dict[str, Any]) -> "RefusedConfig":
                 raise error

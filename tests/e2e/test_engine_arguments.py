@@ -443,10 +443,12 @@ def test_reloaded_weights_answer_as_theirs_or_not_at_all(
 ) -> None:
     after = found(results, "reloads")
     assert after[""] == after["converted"] == expected
-    swapped = [Reference(models["swapped"]).greedy(prompt, TOKENS) for prompt in prompts]
-    compared = [(tokens, greedy.tokens) for tokens, greedy in zip(after["swapped"], swapped, strict=True) if greedy.is_determined]
+    # Of other weights for the same prompts, fewer tokens are no close call.
+    swapped = Reference(models["swapped"])
+    firsts = [swapped.greedy(prompt, 2) for prompt in prompts]
+    compared = [(got[:2], wanted.tokens) for got, wanted in zip(after["swapped"], firsts, strict=True) if wanted.is_determined]
     assert len(compared) >= 2
-    assert all(tokens == wanted for tokens, wanted in compared)
+    assert all(got == wanted for got, wanted in compared)
     assert after["swapped"] != expected
     # Refused before anything is touched: the server goes on.
     assert re.search(r"^ConfigError: reload_weights: .*quantization_config\.activations: expected .*clip=1\.0", after["clipped"])

@@ -73,6 +73,8 @@ def test_under_other_versions_only_converted_models_are_refused(
         refused.from_config({"quant_method": "smoothrot"})
     with pytest.raises(UnsupportedPlatformError, match=words):
         refused()
+    with pytest.raises(UnsupportedPlatformError, match=words):
+        refused.get_config_filenames()
 
 
 def test_a_vllm_that_registers_otherwise_is_left_alone(
