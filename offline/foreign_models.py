@@ -6,6 +6,7 @@ reason to use the network. Whatever transformers raises becomes an error that na
 foreign_tokenizers.py is the same door's other half.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, get_hf_quantizer
 
 from smoothrot_offline.headers import CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
@@ -132,13 +133,7 @@ def load_causal_lm(
         CheckpointError: weights are missing, damaged or only there as pickles, or do not fit the configuration.
         ConfigError: the model is quantised by a method whose package is not installed.
     """
-    method = quantization_method(directory)
-    # bitsandbytes is there once for 4 and once for 8 bits.
-    if method is not None and method not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
-        raise ConfigError(
-            f"{directory}: quantization_config: quant_method: expected a method that transformers has, got {method!r}, whose "
-            "weights it would take for plain ones. Give the 16-bit model."
-        )
+    check_method(directory, config)
     _check_sizes(directory / CONFIG_NAME, read_headers(directory).tensors)
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
@@ -174,13 +169,39 @@ def quantization_method(directory: Path) -> str | None:
     return method
 
 
+def check_method(directory: Path, config: PreTrainedConfig) -> None:
+    """Refuse a model whose quantisation method does not run here; no weight is read.
+
+    Args:
+        directory: of the model.
+        config: its configuration, from :func:`load_config`.
+
+    Raises:
+        ConfigError: transformers does not know the method, or a package that it needs is not installed.
+    """
+    method = quantization_method(directory)
+    if method in (None, QUANT_METHOD):
+        return
+    # bitsandbytes is there once for 4 and once for 8 bits.
+    if method not in {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+        raise ConfigError(
+            f"{directory}: quantization_config: quant_method: expected a method that transformers has, got {method!r}, whose "
+            "weights it would take for plain ones. Give the 16-bit model."
+        )
+    with explained(lambda error: _model_error(directory, error)):
+        # It replaces the quantization_config of what it is given.
+        get_hf_quantizer(copy.deepcopy(config), None, None, True, {})
+
+
 def sixteen_bit_bytes(directory: Path) -> int:
     """Bytes of a model of any family with 16 bits for each parameter, however its weights are stored; none is read.
 
     Raises:
         CheckpointError: see :func:`load_config`.
+        ConfigError: see :func:`check_method`.
     """
     config = load_config(directory)
+    check_method(directory, config)
     with foreign_errors(f"{directory}: cannot make the model", "Fetch the model again."), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # A head that is the embedding comes once.

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import byte_tokenizer
 from transformers import LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner, Result
 
@@ -140,6 +141,7 @@ def llama_3_8b(directory: Path) -> Path:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
     header, offset = {}, 0
     for name, shape in resolve(config.to_dict()).source_tensors().items():
         end = offset + 2 * math.prod(shape)

@@ -203,7 +203,10 @@ def test_names_that_would_be_confused_are_refused(directories: list[Path], texts
     assert "text.txt more than once" in result.stderr
 
 
-def test_directory_quantised_by_another_method_is_refused(tmp_path: Path) -> None:
+def test_directory_of_a_method_that_is_not_installed_is_refused_before_a_model_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded"))
     source = save_tiny_model(tmp_path / "awq", "llama")
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
     (source / "config.json").write_text(json.dumps(config))
