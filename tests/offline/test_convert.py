@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import smoothrot_offline.convert
@@ -247,7 +248,9 @@ def test_calibration_file_leaves_its_digest_but_not_its_path(
     text = tmp_path / "private" / "text.txt"
     text.parent.mkdir()
     text.write_text("calibration")
-    convert(make_model(), tmp_path / "out", config(calib=str(text)))
+    source = make_model()
+    byte_tokenizer().save_pretrained(source)
+    convert(source, tmp_path / "out", config(calib=str(text)))
     manifest = read_manifest(tmp_path / "out")
     assert manifest.config.calib == "text.txt"
     assert manifest.calibration is not None
