@@ -104,7 +104,7 @@ def rehearsal_steps(bundle: Path, out: Path, work: Path, site: Path) -> list[Ste
     facts, library = work / "facts.json", work / "library.json"
     kernels, decode, cpu = out / "kernels.json", out / "decode.json", out / "kernels-cpu.json"
     built, limit = ("library",), REHEARSAL_SECONDS
-    smallest = ("--models", "SmolLM2-135M", "--tokens", "1", "--rounds", "1", "--seconds", "0.01", "--minutes", "1")
+    smallest = ("--models", "SmolLM2-135M", "--tokens", "1", "--rounds", "1", "--seconds", "0.01", "--minutes", "0.4")
     # Its wheels are for one Python, which the environment of the rehearsal need not be of.
     unpacked = [wheels(bundle, site)] if bundle.exists() and platform.python_version().startswith(f"{BUNDLED}.") else []
     return [
