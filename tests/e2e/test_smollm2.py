@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def server(smollm2_w4a8: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with VllmServer(smollm2_w4a8, log, "--quantization", "smoothrot", "--max-model-len", "1024") as server:
+    options = ["--quantization", "smoothrot", "--max-model-len", "1024", "--api-server-count", "2"]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with VllmServer(smollm2_w4a8, log, *options) as server:
         yield server
 
 
@@ -45,6 +47,32 @@ def test_it_knows_the_capital_of_france(server: VllmServer) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     answer = server.client.chat.completions.create(model=server.model, messages=messages, max_tokens=32, temperature=0)
     assert "Paris" in answer.choices[0].message.content
+
+
+def test_it_calls_a_tool_with_arguments_of_the_schema(server: VllmServer) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    answer = server.client.chat.completions.create(
+        model=server.model,
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": parameters}}],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        max_tokens=64,
+        temperature=0,
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_both_api_servers_answer_alike(server: VllmServer) -> None:
+    """Each connection is one of theirs; twelve all with the same one of two is a chance of 1 in 2000."""
+    answers = set()
+    for _ in range(12):
+        with server.client as client:
+            answer = client.completions.create(model=server.model, prompt="The sea is", max_tokens=8, temperature=0)
+        answers.add(answer.choices[0].text)
+    assert len(answers) == 1
+    assert server.log.read_text().count("Started server process") == 2
 
 
 def test_served_perplexity_is_that_of_eval(smollm2_w4a8: Path, served_logprobs: list[float]) -> None:
