@@ -4,13 +4,13 @@
 vLLM keeps the first configuration and the tensors of layers that are not in the new weights, and serves on after an error.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from smoothrot_vllm import adapters
 from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.foreign_files import read_json
 from smoothrot_vllm.format import QUANT_METHOD, QuantizationSchema, parse_schema
 from smoothrot_vllm.headers import check_shards
 from smoothrot_vllm.loading import StoredTensors
@@ -61,17 +61,12 @@ def check_same_schema(directory: Path, served: QuantizationSchema) -> Quantizati
         ConfigError: its tensors mean something else than those of the served one.
     """
     path = directory / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
-        method = found["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"reload_weights: {path}: expected the configuration of a converted model, got {error!r}. "
-            "Name a directory that smoothrot-convert wrote."
-        ) from error
-    if method != QUANT_METHOD:
+    found = read_json(path, "Name a directory that smoothrot-convert wrote.").get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or method != QUANT_METHOD:
         raise ConfigError(
-            f"reload_weights: {path}: expected quant_method {QUANT_METHOD!r}, got {method!r}. Start another server."
+            f"reload_weights: {path}: expected quant_method {QUANT_METHOD!r}, got {method!r}. Name a directory that "
+            "smoothrot-convert wrote, or start another server."
         )
     schema = parse_schema(found)
     others = [name for name in QuantizationSchema.model_fields if getattr(schema, name) != getattr(served, name)]
