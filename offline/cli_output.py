@@ -48,13 +48,12 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         if debug:
             raise
         refuse([str(error)])
-    except MemoryError as error:
-        if debug:
-            raise
-        refuse([f"expected more memory than this process can get: {error}. Free some, or use a machine with more."])
     except Exception as error:
         if debug:
             raise
+        # What torch raises has no type of its own.
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            refuse([f"expected more memory than the system gives: {error}. Choose less of it, or use a machine with more."])
         refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
 
 

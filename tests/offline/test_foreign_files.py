@@ -66,6 +66,7 @@ def commands(source: Path) -> dict[str, tuple[object, ...]]:
         "plan": ("plan", "--preset", "none", *TEXT_OPTIONS, source),
         "run": ("run", "--preset", "none", *TEXT_OPTIONS, source, out),
         "eval": ("eval", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, source),
+        "analyze": ("analyze", *TEXT_OPTIONS, source, out),
         "report": ("report", "--no-speed", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, source),
     }
 
@@ -330,6 +331,27 @@ def test_an_endless_text_of_a_tokenizer_is_no_reason_to_refuse(source: Path) -> 
     edit(source / "tokenizer_config.json", model_max_length=1000000000000000019884624838656)
     assert load_tokenizer(source)("a").input_ids
     assert load_config(source).model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("eval", ("--seqlen", 2**63), "expected --seqlen >= 2"),
+        ("eval", ("--limit-chunks", 2**63), "--limit-chunks >= 1"),
+        ("run", ("--scales", "max", "--calib-samples", 2**63), "calib_samples"),
+        ("run", ("--scales", "max", "--calib-samples", 2**31 - 1), "expected more memory than the system gives"),
+        ("report", ("--seqlen", 2**63), "seqlen"),
+        ("analyze", ("--layers", "0-1000000000000"), "expected layers of the model, got 1000000000000"),
+    ],
+)
+def test_counts_beyond_what_torch_counts_are_refused(
+    source: Path, command: str, options: tuple[object, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes")
+
+    monkeypatch.setattr("smoothrot_offline.calibration_data._draw_windows", full)
+    assert words in refusal(invoke(*commands(source)[command], *options))
 
 
 @pytest.fixture(scope="module")
