@@ -66,7 +66,7 @@ def commands(source: Path) -> dict[str, tuple[object, ...]]:
         "plan": ("plan", "--preset", "none", *TEXT_OPTIONS, source),
         "run": ("run", "--preset", "none", *TEXT_OPTIONS, source, out),
         "eval": ("eval", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, source),
-        "analyze": ("analyze", *TEXT_OPTIONS, source, out),
+        "analyze": ("analyze", *TEXT_OPTIONS, source, source.parent / "analysis"),
         "report": ("report", "--no-speed", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, source),
     }
 
@@ -331,6 +331,11 @@ def test_an_endless_text_of_a_tokenizer_is_no_reason_to_refuse(source: Path) -> 
     edit(source / "tokenizer_config.json", model_max_length=1000000000000000019884624838656)
     assert load_tokenizer(source)("a").input_ids
     assert load_config(source).model_type == "llama"
+
+
+@pytest.mark.parametrize("command", [("plan",), ("eval", "--text", SHORT_TEXT), ("verify",), ("inspect",), ("report",)])
+def test_a_path_that_the_system_refuses_is_no_bug(tmp_path: Path, command: tuple[object, ...]) -> None:
+    assert "x" * 300 in refusal(invoke(*command, tmp_path / ("x" * 300)))
 
 
 @pytest.mark.parametrize(
