@@ -113,11 +113,16 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _layer_numbers(text: str) -> tuple[int, ...]:
     """``0,5,10-12`` as numbers."""
+    from smoothrot_offline.foreign_models import MAX_COUNT
+
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         try:
-            numbers += range(int(first), int(last if dash else first) + 1)
+            start, end = int(first), int(last if dash else first)
         except ValueError:
             raise ConfigError(f"--layers {text}: expected numbers and ranges like 0,5,10-12, got {part!r}.") from None
+        if end > MAX_COUNT:
+            raise ConfigError(f"--layers {text}: expected layers of the model, got {end}.")
+        numbers += range(start, end + 1)
     return tuple(numbers)

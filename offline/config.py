@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.options import make_options
+from smoothrot_offline.options import MOST, make_options
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online, OnlineHadamard, QuantizationSchema, WeightScheme
 from smoothrot_vllm.hadamard import choose_block
@@ -34,21 +34,21 @@ class ConvertConfig(BaseModel):
     quantile: float = Field(default=0.999, gt=0.0, le=1.0)
     rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
     act_order: bool = True
-    damping: float = Field(default=0.01, gt=0.0)
+    damping: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
     propagation: float = Field(default=0.5, ge=0.0, le=1.0)
     clip_search: bool = False
     keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
-    sign_seeds: int = Field(default=1, ge=1)
+    sign_seeds: int = Field(default=1, ge=1, le=MOST)
     lm_head_bits: Literal[4, 8, 16] = 16
-    max_tp: int = Field(default=1, ge=1)
+    max_tp: int = Field(default=1, ge=1, le=MOST)
     calib: str = "generated"
-    calib_samples: int = Field(default=64, ge=1)
-    calib_seqlen: int = Field(default=512, ge=2)
+    calib_samples: int = Field(default=64, ge=1, le=MOST)
+    calib_seqlen: int = Field(default=512, ge=2, le=MOST)
     seed: int = Field(default=0, ge=0, lt=2**63)
     rotate: bool = True
     rotations: Literal["hadamard", "learned"] = "hadamard"
-    rotation_steps: int = Field(default=150, ge=1)
-    shard_mib: int = Field(default=1024, ge=1)
+    rotation_steps: int = Field(default=150, ge=1, le=MOST)
+    shard_mib: int = Field(default=1024, ge=1, le=MOST)
 
     def described(self) -> str:
         """The recipe in a line of the field's own terms."""

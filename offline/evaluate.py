@@ -14,6 +14,7 @@ from smoothrot_offline.calibration_data import family_needs_bos, tokenize
 from smoothrot_offline.device import CPU, computing_on
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
+from smoothrot_offline.options import MOST
 from smoothrot_offline.progress import ProgressCallback, no_progress, progress_bar
 from smoothrot_offline.texts import read_text
 from smoothrot_vllm.errors import ConfigError
@@ -91,8 +92,10 @@ def text_windows(
         ConfigError: an option out of range, or a text of fewer than two tokens.
         CheckpointError: the directory has no tokenizer.
     """
-    if seqlen < 2 or (limit_chunks is not None and limit_chunks < 1):
-        raise ConfigError(f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, got {seqlen} and {limit_chunks}.")
+    if not 2 <= seqlen <= MOST or (limit_chunks is not None and not 1 <= limit_chunks <= MOST):
+        raise ConfigError(
+            f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, both up to {MOST}, got {seqlen} and {limit_chunks}."
+        )
     tokenizer = load_tokenizer(directory)
     text = read_text(text_file, tokenizer)
     bos = tokenizer.bos_token_id if family_needs_bos(directory) else None

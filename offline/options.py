@@ -7,6 +7,9 @@ from pydantic import BaseModel, ValidationError
 
 from smoothrot_vllm.errors import ConfigError
 
+MOST = (1 << 31) - 1
+"""Of any count that is an option: torch's own sizes end not far above."""
+
 Options = TypeVar("Options", bound=BaseModel)
 
 

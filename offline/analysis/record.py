@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from smoothrot_offline.manifest import CalibrationRecord
+from smoothrot_offline.options import MOST
 from smoothrot_offline.smooth.policies import Policy
 
 
@@ -20,8 +21,8 @@ class AnalysisConfig(_Record):
     """Options of ``smoothrot-convert analyze``. ``calib_samples`` sequences choose the scales, as many others measure."""
 
     calib: str = "generated"
-    calib_samples: int = Field(default=8, ge=1)
-    calib_seqlen: int = Field(default=512, ge=2)
+    calib_samples: int = Field(default=8, ge=1, le=MOST)
+    calib_seqlen: int = Field(default=512, ge=2, le=MOST)
     seed: int = Field(default=0, ge=0, lt=2**63)
     policies: tuple[Policy, ...] = Field(default=get_args(Policy), min_length=1)
     layers: tuple[int, ...] | None = None

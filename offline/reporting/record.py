@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from smoothrot_offline.options import MOST
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -14,16 +16,16 @@ class ReportConfig(_Record):
     """Options of ``smoothrot-convert report``; what is not asked for is not measured."""
 
     texts: tuple[str, ...] = ()
-    seqlen: int = Field(default=2048, ge=2)
-    limit_chunks: int | None = Field(default=None, ge=1)
+    seqlen: int = Field(default=2048, ge=2, le=MOST)
+    limit_chunks: int | None = Field(default=None, ge=1, le=MOST)
     tasks: tuple[str, ...] = ()
     include_path: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     speed: bool = True
-    prompt_tokens: int = Field(default=128, ge=1)
-    new_tokens: int = Field(default=16, ge=1)
-    rounds: int = Field(default=5, ge=1)
+    prompt_tokens: int = Field(default=128, ge=1, le=MOST)
+    new_tokens: int = Field(default=16, ge=1, le=MOST)
+    rounds: int = Field(default=5, ge=1, le=MOST)
 
 
 class SizeRecord(_Record):

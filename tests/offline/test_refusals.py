@@ -225,7 +225,17 @@ def test_options_that_do_not_fit_the_model_are_refused(make_model: MakeModel, op
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("weight_bits", 3), ("group_size", 16), ("alpha", 1.5), ("max_tp", 0), ("seed", -1), ("colour", "red"), ("calib_seqlen", 1)],
+    [
+        ("damping", float("inf")),
+        ("calib_samples", 2**63),
+        ("weight_bits", 3),
+        ("group_size", 16),
+        ("alpha", 1.5),
+        ("max_tp", 0),
+        ("seed", -1),
+        ("colour", "red"),
+        ("calib_seqlen", 1),
+    ],
 )
 def test_options_out_of_range_are_named(option: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{option}: .*{value}"):
