@@ -55,7 +55,8 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
             raise
         # What torch raises has no type of its own.
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            refuse([f"expected more memory than the system gives: {error or type(error).__name__}. Choose less of it, or use a machine with more."])
+            found = str(error) or type(error).__name__
+            refuse([f"expected more memory than the system gives: {found}. Choose less of it, or use a machine with more."])
         if isinstance(error, OSError):
             refuse([f"the system refuses: {error}. Check the path, its permissions and the disk."])
         refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
