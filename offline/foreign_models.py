@@ -34,6 +34,8 @@ LOCAL_ONLY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": Fal
 """Goes with every ``from_pretrained``: left out, transformers asks on the terminal whether to run a directory's code."""
 MAX_COUNT = 1 << 16
 """Of anything that a configuration makes many of: transformers makes a list or modules of as many before it looks at weights."""
+MOST_WEIGHTS_PER_BYTE = 8
+"""Of any quantisation method."""
 _COUNTS = re.compile(r"num_.*|n_(layer|head|routed_expert|shared_expert)s?|.*_(layers|heads|experts)")
 _SIZES = re.compile(r".*(_size|_dim)|n_embd|n_inner|d_model|d_ff")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
@@ -134,7 +136,7 @@ def load_causal_lm(
         ConfigError: the model is quantised by a method whose package is not installed.
     """
     check_method(directory, config)
-    _check_sizes(directory / CONFIG_NAME, read_headers(directory).tensors)
+    _check_sizes(directory, config, read_headers(directory).tensors)
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
             f"{directory}: holds a LoRA adapter (adapter_config.json) beside the model, which is loaded or not by what is "
@@ -202,10 +204,15 @@ def sixteen_bit_bytes(directory: Path) -> int:
     """
     config = load_config(directory)
     check_method(directory, config)
+    return 2 * _count_parameters(directory, config)
+
+
+def _count_parameters(directory: Path, config: PreTrainedConfig) -> int:
+    """Parameters of a model; nothing of its size is allocated."""
     with foreign_errors(f"{directory}: cannot make the model", "Fetch the model again."), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager", trust_remote_code=False)
     # A head that is the embedding comes once.
-    return 2 * sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _model_error(directory: Path, cause: BaseException) -> SmoothRotError:
@@ -241,8 +248,9 @@ def _check_counts(config: Mapping[str, Any]) -> None:
             raise UnsupportedModelError(f"config.json: {key}: expected 0 to {MAX_COUNT}, got {value}. Fetch it again.")
 
 
-def _check_sizes(path: Path, headers: Mapping[str, TensorInfo]) -> None:
-    """Refuse a configuration of more layers or wider ones than the weights can be of: they would be allocated first."""
+def _check_sizes(directory: Path, config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) -> None:
+    """Refuse a configuration of a larger model than the weights can be of: it would be allocated first."""
+    path = directory / CONFIG_NAME
     longest = max((max(info.shape, default=0) for info in headers.values()), default=0)
     for key, value in _items(read_json(path)):
         limit = len(headers) if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", key) else None
@@ -254,6 +262,12 @@ def _check_sizes(path: Path, headers: Mapping[str, TensorInfo]) -> None:
                 f"{path}: {key}: expected at most {limit} for the {len(headers)} tensors of the checkpoint, got {value}. Fetch "
                 "configuration and weights of the same model."
             )
+    stored = sum((directory / file).stat().st_size for file in {info.file for info in headers.values()})
+    if (wanted := _count_parameters(directory, config)) > MOST_WEIGHTS_PER_BYTE * stored:
+        raise CheckpointError(
+            f"{path}: expected a model of at most {MOST_WEIGHTS_PER_BYTE} weights for each of {stored} stored bytes, got one of "
+            f"{wanted}. Fetch configuration and weights of the same model."
+        )
 
 
 def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -70,13 +70,14 @@ def read_bytes(path: Path, limit: int, advice: str = "") -> bytes:
     """
     refuse_pointer(path, advice)
     try:
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}. {advice}".rstrip())
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # No more than this, as so much memory is taken before the first byte is there.
+            return file.read(size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. {advice}".rstrip()) from error
-    if len(data) > limit:
-        raise CheckpointError(f"{path}: expected at most {limit} bytes, got more. {advice}".rstrip())
-    return data
 
 
 def parse_json(data: bytes) -> Any:

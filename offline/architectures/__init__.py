@@ -27,7 +27,8 @@ _TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL,
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
-MAX_EXPERTS = 1 << 17
+MAX_LAYERS = 1 << 12
+MAX_EXPERTS = 1 << 16
 """Of all layers: several times the largest model's, and what names of tensors can be written out for."""
 _MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 """Keys of ``auto_map`` that name code which says what the model computes. No other code that it names is run either."""
@@ -48,7 +49,8 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
 
     table = supported_table(config)
     parsed = parse_config(config, table.model_type)
-    layers, hidden, heads = (_size(parsed, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    layers = _size(parsed, "num_hidden_layers", MAX_LAYERS)
+    hidden, heads = (_size(parsed, key) for key in ("hidden_size", "num_attention_heads"))
     if getattr(parsed, "head_dim", 0) is None:  # which some of transformers' classes take for a number
         parsed.head_dim = hidden // heads
     experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
@@ -74,11 +76,11 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
     return spec
 
 
-def _size(parsed: "PreTrainedConfig", key: str) -> int:
+def _size(parsed: "PreTrainedConfig", key: str, most: int = MAX_SIZE) -> int:
     found = getattr(parsed, key)
-    if type(found) is not int or not 1 <= found <= MAX_SIZE:
+    if type(found) is not int or not 1 <= found <= most:
         raise UnsupportedModelError(
-            f"config.json: {key}: expected a whole number from 1 to {MAX_SIZE}, got {found!r}. Fetch config.json again."
+            f"config.json: {key}: expected a whole number from 1 to {most}, got {found!r}. Fetch config.json again."
         )
     return found
 

@@ -27,8 +27,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ADDRESS_BYTES = 512 << 20
-"""Above what the process has when it begins; the largest input is of a few hundred kilobytes."""
+ADDRESS_BYTES = 128 << 20
+"""Above what the process has when a batch begins; the largest input is of a few hundred kilobytes."""
+FIRST_ADDRESS_BYTES = 1 << 30
+"""In a child's first round, which imports what it needs."""
 BATCH = 200
 """Inputs of a target before it is the next one's turn, at a share of one tenth."""
 MAX_DEFECTS = 20
@@ -66,7 +68,8 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
     refused: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     defects: dict[str, dict[str, Any]] = {}
-    rounds, growth, died = 0, 0, ""
+    growth: Counter[str] = Counter()
+    rounds, died = 0, ""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         root = Path(folder)
         while True:
@@ -89,7 +92,8 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
                     counts[target] += found.get("inputs", 0)
                     refused[target] += found.get("refused", 0)
                     seconds[target] += found.get("processor_seconds", 0)
-                    growth = max(growth, found.get("resident_growth", 0))
+                    if rounds:  # the first round imports what it needs
+                        growth[target] = max(growth[target], found.get("resident_growth", 0))
                     for defect in found.get("defects", []):
                         known = defects.setdefault(defect["where"], {**defect, "times": 0})
                         known["times"] += 1
@@ -112,7 +116,7 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
         "refused": sum(refused.values()),
         "case_seconds": arguments.case_seconds,
         "address_bytes": ADDRESS_BYTES,
-        "resident_growth_bytes": growth,
+        "resident_growth_bytes_of_a_batch_by_target": dict(growth),
         "inputs_by_target": dict(counts),
         "refused_by_target": dict(refused),
         "processor_seconds_by_target": {name: round(spent, 1) for name, spent in seconds.items()},
@@ -166,14 +170,15 @@ class Child:
         while left > 0 and time.monotonic() < ends:
             # What another child died of is not tried again in this round.
             skipped, after = [target.name for target in chosen].index(after) + 1 if after else 0, ""
+            first = number == self._arguments.round
             for target in chosen[skipped:]:
                 share = target.share / max(t.share for t in chosen)
                 # Whole shares over many rounds: the slowest targets get an input in some rounds only.
                 rng = random.Random(f"{self._arguments.seed}/{number}/{target.name}")
                 size = share * BATCH * 10
-                size = min(left, int(size) + (rng.random() < size % 1), 20 if number < 1 else BATCH * 10)
+                size = min(left, int(size) + (rng.random() < size % 1), 20 if first else BATCH * 10)
                 self._say({"target": target.name, "round": number})
-                self._say({"target": target.name, "round": number, **self._batch(target, rng, size, ends)})
+                self._say({"target": target.name, "round": number, **self._batch(target, rng, size, ends, first)})
                 left -= size
                 if left <= 0 or time.monotonic() >= ends:
                     break
@@ -197,9 +202,9 @@ class Child:
         socket.socket.connect = note("a connection")  # type: ignore[method-assign]
         socket.getaddrinfo = note("a name looked up")
 
-    def _batch(self, target: Any, rng: random.Random, size: int, ends: float) -> dict[str, Any]:
+    def _batch(self, target: Any, rng: random.Random, size: int, ends: float, first: bool) -> dict[str, Any]:
         folder = target.load(self._root)
-        self._limit_memory()
+        self._limit_memory(FIRST_ADDRESS_BYTES if first else ADDRESS_BYTES)
         started = time.process_time()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         done = refused = 0
@@ -229,10 +234,10 @@ class Child:
             (folder / name).write_bytes(target.originals[name])
 
     @staticmethod
-    def _limit_memory() -> None:
+    def _limit_memory(more: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESS_BYTES, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
 
     def _run(self, target: Any, folder: Path) -> dict[str, Any] | str | None:
         """None for an input that was read, "refused" for one that was refused, what is wrong for a defect."""

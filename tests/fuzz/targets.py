@@ -12,11 +12,11 @@ from typing import Any
 import mutations
 import torch
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, byte_tokenizer
+from tiny_models import FAMILIES, OWN_SIZES, byte_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from smoothrot_offline.architectures import resolve
+from smoothrot_offline.architectures import SUPPORTED, resolve
 from smoothrot_offline.calibration_data import adds_bos, family_needs_bos, read_text, tokenize
 from smoothrot_offline.checkpoint import check_source, file_digest, open_checkpoint
 from smoothrot_offline.cli import app
@@ -48,6 +48,11 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 0,
 }
+SERVED_SIZES = {
+    **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 512},
+}
+"""What the other families of tiny_models have sizes of their own for."""
 CANARY_CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Canary: pass\n"
 IDENTITY: dict[str, dict[str, Any]] = {"source": {"config.json": "0" * 64}, "options": {"seed": 0}, "machine": {"workers": 1}}
 OPTIONS = make_config(scales="none", lm_head_bits=8)
@@ -72,6 +77,12 @@ def prepare(root: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR.")
     convert(source, root / "converted", OPTIONS)
     shutil.copy(source / "canary.py", root / "converted")
+    (root / "configs").mkdir()
+    for family, kind in FAMILIES.items():
+        architecture = SUPPORTED[kind.model_type].class_name
+        config = kind(**SIZES | SERVED_SIZES | OWN_SIZES.get(family, {}), architectures=[architecture])
+        config.to_json_file(root / f"configs/{family}.json")
+    shutil.copy(root / "configs/llama.json", root / "configs/config.json")
     (root / "schema").mkdir()
     schema = json.loads((root / "converted/config.json").read_text())["quantization_config"]
     schema["overrides"] = {"model.layers.0.mlp.up_proj": {"weights": {"bits": 8}, "activations": {"bits": 8, "clip": 1.0}}}
@@ -138,6 +149,11 @@ def _one_of(*patterns: str, hostile: bool = True) -> Callable[[Files, random.Ran
         return {name: _edited(name, originals[name], rng, hostile)}
 
     return make
+
+
+def _any_family(originals: Files, rng: random.Random) -> Files:
+    """A changed configuration of one of the families."""
+    return {"config.json": mutations.edited_json(originals[rng.choice(list(originals))], rng, hostile=True)}
 
 
 def _edited(name: str, data: bytes, rng: random.Random, hostile: bool) -> bytes:
@@ -307,7 +323,7 @@ TRANSFORM = Target("transform", 0.005, "converted", _one_of("*.st"), run_transfo
 TARGETS = (
     Target("quantization_config", 0.54, "schema", _one_of("config.json", hostile=False), run_schema),
     Target("plugin", 0.02, "converted", _one_of("config.json", hostile=False), run_plugin),
-    Target("model_config", 0.08, "source", _one_of("config.json"), run_model_config),
+    Target("model_config", 0.08, "configs", _any_family, run_model_config),
     Target("source", 0.05, "source", _one_of(*SOURCE_FILES), run_source),
     Target("converted", 0.01, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,

@@ -268,6 +268,7 @@ def test_compressed_tensors_are_evaluated_and_reported(source: Path, tmp_path: P
         ({"num_hidden_layers": -1}, "num_hidden_layers: expected 0 to 65536"),
         ({"num_hidden_layers": 5000}, "num_hidden_layers: expected at most 20"),
         ({"hidden_size": 10**10}, "hidden_size: expected at most"),
+        ({"hidden_size": 32768}, "expected a model of at most 8 weights for each of"),
         ({"num_hidden_layers": 1}, "has no place in LlamaForCausalLM"),
         ({"num_attention_heads": 0}, "does not read it"),
         ({"model_type": "no-such-type"}, "does not read it"),

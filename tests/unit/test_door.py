@@ -4,6 +4,7 @@
 import ast
 import os
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def test_json_that_would_hang_or_fill_the_memory_is_refused(tmp_path: Path, dama
     damage(path)
     with pytest.raises(CheckpointError, match=words):
         read_json(path)
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    tracemalloc.start()
+    read_json(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 EXPECTED_LOADS = [
