@@ -261,7 +261,11 @@ class Child:
                 self._events.append("code of the files was run")
         if self._events:
             found, self._events = self._events, []
-            return {"where": f"{target.name}: {found[0]}", "target": target.name, "error": "; ".join(found)}
+            return {
+                "where": f"{target.name}: {found[0].partition('(')[0].strip()}",
+                "target": target.name,
+                "error": "; ".join(found),
+            }
         if error is None:
             return None
         chain = _chain(error)
