@@ -246,6 +246,9 @@ def _check_counts(config: Mapping[str, Any]) -> None:
     for key, value in _items(config):
         if _COUNTS.fullmatch(key) and isinstance(value, int | float) and not 0 <= value <= MAX_COUNT:
             raise UnsupportedModelError(f"config.json: {key}: expected 0 to {MAX_COUNT}, got {value}. Fetch it again.")
+        # transformers multiplies it by a width: a list would become as long.
+        if key == "partial_rotary_factor" and not isinstance(value, int | float | None):
+            raise UnsupportedModelError(f"config.json: {key}: expected a number, got {value!r}. Fetch it again.")
 
 
 def _check_sizes(directory: Path, config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) -> None:

@@ -94,6 +94,7 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(make_model: MakeMode
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "transformers refuses"),
         ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code.*modeling_x.X"),
         ("phi3", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("phi3", {"hidden_size": 2**53, "partial_rotary_factor": ["x"]}, "partial_rotary_factor: expected a number"),
         ("smollm3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation: expected one of gelu_pytorch_tanh.*silu"),
         ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings: expected one of True.*False"),
