@@ -236,11 +236,11 @@ def test_auto_is_the_gpu_where_there_is_one(gpu: SimulatedGpu) -> None:
 )
 @pytest.mark.parametrize("command", ["run", "plan", "eval", "analyze"])
 def test_a_device_that_is_not_there_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, option: str, message: str
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, option: str, message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rest = {"run": [tmp_path / "out"], "plan": [], "eval": ["--text", SHORT_TEXT], "analyze": [tmp_path / "out"]}[command]
-    result = invoke(command, tmp_path, *rest, "--device", option)
+    result = invoke(command, make_model(), *rest, "--device", option)
     assert result.exit_code == 1
     assert re.search(f"--device {option}: {message}", result.stderr)
 
