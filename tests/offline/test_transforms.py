@@ -50,12 +50,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "mistral, window, wide heads": {"family": "mistral", "head_dim": 12, "sliding_window": 5},
     "qwen2": {"family": "qwen2"},
-    "qwen2, tied, windows in later layers": {
+    "qwen2, tied, windows": {
         "family": "qwen2",
         "tie_word_embeddings": True,
         "use_sliding_window": True,
         "sliding_window": 5,
-        "max_window_layers": 1,
+        "max_window_layers": 0,
     },
     "qwen3": {"family": "qwen3"},
     "phi3": {"family": "phi3"},
