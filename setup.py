@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build of the compiled ops; everything else about the package is in pyproject.toml.
 
-``smoothrot_vllm/_C.abi3.so`` holds no Python code: it registers its ops with torch through the stable ABI
-when ``torch.ops.load_library`` opens it. Each instruction-set path is one source file built with its own
-flags, and the library picks one at run time, so a build serves every CPU of its architecture.
+``smoothrot_vllm/_C.abi3.so`` holds no Python code: it registers its ops with torch through the
+stable ABI when ``torch.ops.load_library`` opens it. Each instruction-set path is one source file
+built with its own flags, and the library picks one at run time, so a build serves every CPU of its
+architecture.
 
-``csrc/build_plan.py`` decides what it is built with. The CUDA kernels are part of it if ``SMOOTHROT_CUDA`` is ``1``, not if
-it is ``0``, and otherwise if torch is a CUDA build and the machine has nvcc or a GPU. A build without them has ``+cpu`` in its
-version, which pip shows. ``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
+``csrc/build_plan.py`` decides what it is built with. The CUDA kernels are part of it if
+``SMOOTHROT_CUDA`` is ``1``, not if it is ``0``, and otherwise if torch is a CUDA build and the
+machine has nvcc or a GPU. A build without them has ``+cpu`` in its version, which pip shows.
+``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
 """
 
 import os
@@ -84,13 +86,21 @@ class BuildOps(build_ext):
         """Compile the sources in parallel, then link them with the installed torch."""
         if PLAN.requirements:
             sys.exit(
-                f"expected these in {sys.prefix}, found none: {' '.join(PLAN.requirements)}. Install them, or let pip do it for "
-                "the build alone, without --no-build-isolation."
+                f"expected these in {sys.prefix}, found none: {' '.join(PLAN.requirements)}."
+                " Install them, or let pip do it for the build alone, without"
+                " --no-build-isolation."
             )
         assert PLAN.torch is not None
-        print(f"building with torch {PLAN.torch.version} of {PLAN.torch.folder}, nvcc {PLAN.nvcc}", flush=True)
+        print(
+            f"building with torch {PLAN.torch.version} of {PLAN.torch.folder}, nvcc {PLAN.nvcc}",
+            flush=True,
+        )
         if PLAN.without_cuda:
-            print(f"WARNING: no CUDA kernels, because {PLAN.without_cuda}: this build cannot serve on a GPU", file=sys.stderr)
+            print(
+                f"WARNING: no CUDA kernels, because {PLAN.without_cuda}: this build cannot serve on"
+                " a GPU",
+                file=sys.stderr,
+            )
         extra = X86_SOURCES if platform.machine() in ("x86_64", "AMD64") else {}
         flags: dict[str, list[str]] = {source: [] for source in ext.sources} | extra
         objects: list[str] = []
@@ -100,8 +110,12 @@ class BuildOps(build_ext):
             host = [f"-I{nvcc.toolkit(PLAN.nvcc) / 'include'}", *nvcc.definitions(archs)]
             flags |= dict.fromkeys(CUDA_HOST_SOURCES, host)
             # Not in build_temp, which pip makes anew each time: these take minutes.
-            objects += map(str, nvcc.compile_units(PLAN.nvcc, nvcc.units(archs), ROOT / "build" / "cuda"))
-            objects.append(str(glibc.bind_to_old(nvcc.static_runtime(PLAN.nvcc), Path(self.build_temp))))
+            objects += map(
+                str, nvcc.compile_units(PLAN.nvcc, nvcc.units(archs), ROOT / "build" / "cuda")
+            )
+            objects.append(
+                str(glibc.bind_to_old(nvcc.static_runtime(PLAN.nvcc), Path(self.build_temp)))
+            )
             link_flags += glibc.LIBRARIES
         include_dirs = [str(PLAN.torch.include)]
 
@@ -141,7 +155,13 @@ setup(
         *(f"smoothrot_offline.{name}" for name in find_packages("offline")),
     ],
     package_dir={"smoothrot_offline": "offline"},
-    ext_modules=[Extension("smoothrot_vllm._C", PORTABLE_SOURCES, depends=sorted(str(p) for p in Path("csrc").rglob("*.*")))],
+    ext_modules=[
+        Extension(
+            "smoothrot_vllm._C",
+            PORTABLE_SOURCES,
+            depends=sorted(str(p) for p in Path("csrc").rglob("*.*")),
+        )
+    ],
     cmdclass={"build_ext": BuildOps, "bdist_wheel": WheelOfOps},
     # Unlike [build-system] requires, these can be left out where they are not needed.
     setup_requires=list(PLAN.requirements),

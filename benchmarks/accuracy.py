@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity, size, time and peak memory of each recipe on one model, as a user's commands produce them.
+"""Perplexity, size, time and peak memory of each recipe on one model, as a user's commands produce
+them.
 
-    python benchmarks/accuracy.py MODEL_DIR --text wiki.test.raw --calib wiki.valid.raw --out accuracy.json
+    python benchmarks/accuracy.py MODEL_DIR --text wiki.test.raw --calib wiki.valid.raw --out
+    accuracy.json
 
-Every row runs ``smoothrot-convert run`` and ``eval`` in processes of their own. Rows already in the output file are kept, so an
-interrupted run goes on where it stopped; a file made with other inputs is refused.
+Every row runs ``smoothrot-convert run`` and ``eval`` in processes of their own. Rows already in the
+output file are kept, so an interrupted run goes on where it stopped; a file made with other inputs
+is refused.
 """
 
 import argparse
@@ -27,7 +30,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named set of ``smoothrot-convert run`` options; ``seeded`` where random signs move the result."""
+    """A named set of ``smoothrot-convert run`` options; ``seeded`` where random signs move the
+    result."""
 
     name: str
     options: tuple[str, ...]
@@ -53,20 +57,30 @@ def _rounded(rounding: str) -> tuple[Recipe, ...]:
     name = rounding.upper()
     return (
         Recipe(f"W4A4 QuaRot {name}", (*options, *QUAROT)),
-        *(Recipe(f"W4A4 SmoothRot {policy} {name}", (*options, "--scales", policy)) for policy in POLICIES),
         *(
-            Recipe(f"W4A4 SmoothRot {policy} {name}, norms smoothed", (*options, "--scales", policy, *NORMS))
+            Recipe(f"W4A4 SmoothRot {policy} {name}", (*options, "--scales", policy))
+            for policy in POLICIES
+        ),
+        *(
+            Recipe(
+                f"W4A4 SmoothRot {policy} {name}, norms smoothed",
+                (*options, "--scales", policy, *NORMS),
+            )
             for policy in POLICIES_WITH_NORMS
         ),
     )
 
 
 def _blocks() -> tuple[Recipe, ...]:
-    """Rounding to nearest with the rotation of down_proj's input in as many blocks as ``--max-tp`` asks for."""
+    """Rounding to nearest with the rotation of down_proj's input in as many blocks as
+    ``--max-tp`` asks for."""
     base = ("--preset", "none", *W4A4, "--rounding", "rtn")
     kinds = {"QuaRot": "none", "SmoothRot max": "max", "SmoothRot l2": "l2"}
     return tuple(
-        Recipe(f"W4A4 {kind} RTN, {shards} blocks", (*base, "--scales", scales, "--max-tp", str(shards)))
+        Recipe(
+            f"W4A4 {kind} RTN, {shards} blocks",
+            (*base, "--scales", scales, "--max-tp", str(shards)),
+        )
         for shards in SHARDS
         for kind, scales in kinds.items()
     )
@@ -76,22 +90,36 @@ def _other_norms(activations: str, bits: tuple[str, ...]) -> Recipe:
     """What the preset does not do about the norms: it smooths them for 4-bit activations only."""
     if activations == "W4A8":
         return Recipe("W4A8 preset best, norms smoothed", ("--preset", "best", *bits, *NORMS))
-    return Recipe("W4A4 preset best, norms not smoothed", ("--preset", "best", *bits, "--no-smooth-norms"))
+    return Recipe(
+        "W4A4 preset best, norms not smoothed", ("--preset", "best", *bits, "--no-smooth-norms")
+    )
 
 
 def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
     """From the best per-channel recipe to the best preset, one option after the other."""
     base = ("--preset", "none", *bits, "--scales", "l2", *NORMS, "--rounding", "gptaq")
     return (
-        Recipe(f"{activations} GPTAQ l2, norms smoothed, groups of 128", (*base, "--group-size", "128")),
-        Recipe(f"{activations} GPTAQ l2, norms smoothed, groups of 64", (*base, "--group-size", "64")),
-        Recipe(f"{activations} GPTAQ l2, norms smoothed, groups of 32", (*base, "--group-size", "32")),
+        Recipe(
+            f"{activations} GPTAQ l2, norms smoothed, groups of 128", (*base, "--group-size", "128")
+        ),
+        Recipe(
+            f"{activations} GPTAQ l2, norms smoothed, groups of 64", (*base, "--group-size", "64")
+        ),
+        Recipe(
+            f"{activations} GPTAQ l2, norms smoothed, groups of 32", (*base, "--group-size", "32")
+        ),
         Recipe(f"{activations} preset fast", ("--preset", "fast", *bits)),
         Recipe(f"{activations} preset balanced", ("--preset", "balanced", *bits)),
         Recipe(f"{activations} preset best", ("--preset", "best", *bits)),
-        Recipe(f"{activations} preset best, QuaRot in place of SmoothRot", ("--preset", "best", *bits, *QUAROT)),
+        Recipe(
+            f"{activations} preset best, QuaRot in place of SmoothRot",
+            ("--preset", "best", *bits, *QUAROT),
+        ),
         _other_norms(activations, bits),
-        Recipe(f"{activations} preset best, learned rotations", ("--preset", "best", *bits, "--rotations", "learned")),
+        Recipe(
+            f"{activations} preset best, learned rotations",
+            ("--preset", "best", *bits, "--rotations", "learned"),
+        ),
     )
 
 
@@ -104,9 +132,15 @@ RECIPES = (
     *_rounded("rtn"),
     Recipe("W4A4 QuaRot RTN, best of 8 sign seeds", (*QUAROT_RTN, "--sign-seeds", "8")),
     Recipe("W4A4 SmoothRot l2 RTN, best of 8 sign seeds", (*L2_RTN, "--sign-seeds", "8")),
-    Recipe("W4A4 SmoothRot l2 RTN, norms smoothed, best of 8 sign seeds", (*L2_RTN, *NORMS, "--sign-seeds", "8")),
+    Recipe(
+        "W4A4 SmoothRot l2 RTN, norms smoothed, best of 8 sign seeds",
+        (*L2_RTN, *NORMS, "--sign-seeds", "8"),
+    ),
     Recipe("W4A4 SmoothRot l2 RTN, learned rotations", (*L2_RTN, "--rotations", "learned")),
-    Recipe("W4A4 SmoothRot l2 RTN, norms smoothed, learned rotations", (*L2_RTN, *NORMS, "--rotations", "learned")),
+    Recipe(
+        "W4A4 SmoothRot l2 RTN, norms smoothed, learned rotations",
+        (*L2_RTN, *NORMS, "--rotations", "learned"),
+    ),
     *_blocks(),
     *_rounded("gptq"),
     *_rounded("gptaq"),
@@ -121,7 +155,14 @@ def main() -> None:
     results = Results(arguments.out, problem_of(arguments))
     if not results.has(SIXTEEN_BIT, None):
         size = sum(file.stat().st_size for file in arguments.model.glob("*.safetensors"))
-        results.add({"recipe": SIXTEEN_BIT, "seed": None, "bytes": size, **evaluated(arguments.model, arguments)})
+        results.add(
+            {
+                "recipe": SIXTEEN_BIT,
+                "seed": None,
+                "bytes": size,
+                **evaluated(arguments.model, arguments),
+            }
+        )
     for recipe in RECIPES:
         if arguments.only and recipe.name not in arguments.only:
             continue
@@ -133,22 +174,30 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="directory of the 16-bit model")
     parser.add_argument("--text", type=Path, required=True, help="text to evaluate on")
     parser.add_argument("--calib", required=True, help="calibration text: a file, or 'generated'")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to make or to go on with")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file to make or to go on with"
+    )
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--limit-chunks", type=int, help="only the first windows of the text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=[recipe.name for recipe in RECIPES], help="only these recipes")
+    parser.add_argument(
+        "--only", nargs="+", choices=[recipe.name for recipe in RECIPES], help="only these recipes"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     return parser.parse_args()
 
 
 def problem_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What rows must share to be comparable."""
-    calibration = arguments.calib if arguments.calib == "generated" else digest([Path(arguments.calib)])
+    calibration = (
+        arguments.calib if arguments.calib == "generated" else digest([Path(arguments.calib)])
+    )
     return {
         "model": digest(sorted(arguments.model.glob("*.safetensors"))),
         "text": digest([arguments.text]),
@@ -174,13 +223,19 @@ class Results:
         self.path = path
         packages = {name: version(name) for name in ("torch", "transformers", "smoothrot-vllm")}
         device = {"cpu": cpu_name(), "cores": os.cpu_count()}
-        self.content: dict[str, Any] = {"problem": problem, "device": device, "packages": packages, "results": []}
+        self.content: dict[str, Any] = {
+            "problem": problem,
+            "device": device,
+            "packages": packages,
+            "results": [],
+        }
         if path.exists():
             found = json.loads(path.read_text())
             if (found["problem"], found["packages"]) != (problem, packages):
                 sys.exit(
-                    f"error: {path} holds rows for {found['problem']} with {found['packages']}; this run has {problem} with "
-                    f"{packages}. Choose another --out, or the same inputs."
+                    f"error: {path} holds rows for {found['problem']} with {found['packages']};"
+                    f" this run has {problem} with {packages}. Choose another --out, or the same"
+                    " inputs."
                 )
             self.content = found
 
@@ -199,24 +254,37 @@ class Results:
         part = self.path.with_name(self.path.name + ".part")
         part.write_text(json.dumps(self.content, indent=1) + "\n")
         part.replace(self.path)
-        print(f"{row['recipe']}, seed {row['seed']}: perplexity {row['perplexity']:.2f}", file=sys.stderr)
+        print(
+            f"{row['recipe']}, seed {row['seed']}: perplexity {row['perplexity']:.2f}",
+            file=sys.stderr,
+        )
 
     def table(self) -> str:
-        """Markdown: one line a recipe; the perplexity is the mean over its seeds, with the smallest and the largest."""
-        lines = ["| recipe | perplexity | to 16-bit | MB | convert s | CPU s | peak GB |", "|---|---|---|---|---|---|---|"]
+        """Markdown: one line a recipe; the perplexity is the mean over its seeds, with the
+        smallest and the largest."""
+        lines = [
+            "| recipe | perplexity | to 16-bit | MB | convert s | CPU s | peak GB |",
+            "|---|---|---|---|---|---|---|",
+        ]
         base = next(row["perplexity"] for row in self.rows if row["recipe"] == SIXTEEN_BIT)
         for name in dict.fromkeys(row["recipe"] for row in self.rows):
             rows = [row for row in self.rows if row["recipe"] == name]
             perplexities = [row["perplexity"] for row in rows]
             mean = statistics.mean(perplexities)
-            spread = f" ({min(perplexities):.2f} to {max(perplexities):.2f})" if len(rows) > 1 else ""
+            spread = (
+                f" ({min(perplexities):.2f} to {max(perplexities):.2f})" if len(rows) > 1 else ""
+            )
             cost = " | | |"
             if "convert_seconds" in rows[0]:
                 seconds, cpu_seconds, memory = (
-                    statistics.mean(row[f"convert_{what}"] for row in rows) for what in ("seconds", "cpu_seconds", "peak_bytes")
+                    statistics.mean(row[f"convert_{what}"] for row in rows)
+                    for what in ("seconds", "cpu_seconds", "peak_bytes")
                 )
                 cost = f" {seconds:.0f} | {cpu_seconds:.0f} | {memory / 1e9:.2f} |"
-            lines.append(f"| {name} | {mean:.2f}{spread} | {mean / base:.3f}x | {rows[0]['bytes'] / 1e6:.0f} |{cost}")
+            lines.append(
+                f"| {name} | {mean:.2f}{spread} | {mean / base:.3f}x | {rows[0]['bytes'] / 1e6:.0f}"
+                f" |{cost}"
+            )
         return "\n".join(lines)
 
 
@@ -227,33 +295,63 @@ def measured(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[s
         out = work / "model"
         options = [*recipe.options, "--seed", str(seed)]
         # Where the calibration text lies is no part of a result; its digest is in the problem.
-        _, cost = run_cli("run", str(arguments.model), str(out), *options, "--calib", arguments.calib)
+        _, cost = run_cli(
+            "run", str(arguments.model), str(out), *options, "--calib", arguments.calib
+        )
         size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         row = {"recipe": recipe.name, "seed": seed, "options": options, "bytes": size}
-        return row | {f"convert_{what}": amount for what, amount in cost.items()} | evaluated(out, arguments)
+        return (
+            row
+            | {f"convert_{what}": amount for what, amount in cost.items()}
+            | evaluated(out, arguments)
+        )
     finally:
         shutil.rmtree(work)
 
 
 def evaluated(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of a directory and what measuring it took."""
-    limit = [] if arguments.limit_chunks is None else ["--limit-chunks", str(arguments.limit_chunks)]
-    found, cost = run_cli("eval", str(directory), "--text", str(arguments.text), "--seqlen", str(arguments.seqlen), *limit)
-    return {"perplexity": found["perplexity"], "tokens": found["tokens"], "eval_seconds": cost["seconds"]}
+    limit = (
+        [] if arguments.limit_chunks is None else ["--limit-chunks", str(arguments.limit_chunks)]
+    )
+    found, cost = run_cli(
+        "eval",
+        str(directory),
+        "--text",
+        str(arguments.text),
+        "--seqlen",
+        str(arguments.seqlen),
+        *limit,
+    )
+    return {
+        "perplexity": found["perplexity"],
+        "tokens": found["tokens"],
+        "eval_seconds": cost["seconds"],
+    }
 
 
 def run_cli(*command: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """Output of a ``smoothrot-convert`` command, and its wall and CPU seconds and peak resident bytes; its failure is ours."""
+    """Output of a ``smoothrot-convert`` command, and its wall and CPU seconds and peak resident
+    bytes; its failure is ours."""
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, "-m", "smoothrot_offline.cli", *command, "--json"], stdout=output)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "smoothrot_offline.cli", *command, "--json"], stdout=output
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"error: smoothrot-convert {' '.join(command)} failed with exit code {process.returncode}")
+            sys.exit(
+                f"error: smoothrot-convert {' '.join(command)} failed with exit code"
+                f" {process.returncode}"
+            )
         output.seek(0)
         seconds, cpu_seconds = time.monotonic() - started, usage.ru_utime + usage.ru_stime
-        cost = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "peak_bytes": usage.ru_maxrss * 1024}
+        cost = {
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
         return json.load(output), cost
 
 
@@ -261,7 +359,10 @@ def cpu_name() -> str:
     """Model name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

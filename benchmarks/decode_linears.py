@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contenders of decode.py: random weights of one model in bfloat16, in fp8, and in the schemes of our presets."""
+"""The contenders of decode.py: random weights of one model in bfloat16, in fp8, and in the
+schemes of our presets."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ CONTENDERS = ("bf16", "balanced_w4a8", "fp8", "balanced_w4a4", "best_w4a8", "bes
 
 @dataclass(frozen=True)
 class Linears:
-    """All linears of a model, and the bytes of their weights that a step reads; ``tied`` is the embedding of a tied head."""
+    """All linears of a model, and the bytes of their weights that a step reads; ``tied`` is the
+    embedding of a tied head."""
 
     layers: list[LayerLinears]
     head: Linear
@@ -47,7 +49,8 @@ class Weight(Protocol):
 
 
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """``(outputs, inputs)`` of a layer's linears as vLLM fuses them, by the first one that is stored."""
+    """``(outputs, inputs)`` of a layer's linears as vLLM fuses them, by the first one that is
+    stored."""
     rows = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     return {
         "self_attn.q_proj": (rows, spec.hidden),
@@ -57,8 +60,11 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     }
 
 
-def assemble(weights: Iterator[Weight], spec: ModelSpec, tied: torch.Tensor | None = None) -> Linears:
-    """Linears of weights that come in the order of :func:`shapes`, layer by layer, and the head's at last."""
+def assemble(
+    weights: Iterator[Weight], spec: ModelSpec, tied: torch.Tensor | None = None
+) -> Linears:
+    """Linears of weights that come in the order of :func:`shapes`, layer by layer, and the
+    head's at last."""
     layers, nbytes = [], 0
     for _ in range(spec.layers):
         qkv, o, gate_up, down = (next(weights) for _ in range(4))
@@ -106,7 +112,9 @@ class Fp8Weight:
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """``torch._scaled_mm`` row by row."""
         codes, scale = self.pieces.quantize_rows(x)
-        out = torch._scaled_mm(codes, self.codes.t(), scale, self.scale, out_dtype=x.dtype, use_fast_accum=True)
+        out = torch._scaled_mm(
+            codes, self.codes.t(), scale, self.scale, out_dtype=x.dtype, use_fast_accum=True
+        )
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -117,7 +125,8 @@ class Fp8Weight:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A linear as a checkpoint stores it: ``codes`` and ``scale`` as docs/format.md has them, and its input's online rotation."""
+    """A linear as a checkpoint stores it: ``codes`` and ``scale`` as docs/format.md has them,
+    and its input's online rotation."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -125,10 +134,14 @@ class StoredWeight:
     block: int = 0
 
     @classmethod
-    def random(cls, outputs: int, inputs: int, scheme: LinearScheme, block: int = 0) -> "StoredWeight":
-        """Codes that are as often positive as negative, and scales that differ up to threefold from each other.
+    def random(
+        cls, outputs: int, inputs: int, scheme: LinearScheme, block: int = 0
+    ) -> "StoredWeight":
+        """Codes that are as often positive as negative, and scales that differ up to threefold from
+        each other.
 
-        A mean other than zero would be a direction of its own that every layer stretches, errors included.
+        A mean other than zero would be a direction of its own that every layer stretches, errors
+        included.
         """
         bits, group = scheme.weights.bits, scheme.weights.group_size
         top = quant_max(bits)
@@ -138,14 +151,16 @@ class StoredWeight:
         return cls(codes, scale / (deviation * math.sqrt(inputs)), scheme, block)
 
     def dequantized(self) -> torch.Tensor:
-        """``(outputs, inputs)`` in bfloat16: what a linear without rotation must multiply by to give the same."""
+        """``(outputs, inputs)`` in bfloat16: what a linear without rotation must multiply by to
+        give the same."""
         values = decode(self.codes, self.scheme.weights.bits).float()
         values = (values.view(*self.scale.shape, -1) * self.scale[..., None]).view(values.shape)
         return (unrotated(values, self.block) if self.block else values).bfloat16()
 
 
 def unrotated(weight: torch.Tensor, block: int) -> torch.Tensor:
-    """``weight (I (x) H_block)^T``, orthonormal: base matrices are not symmetric, so this is not the rotation itself."""
+    """``weight (I (x) H_block)^T``, orthonormal: base matrices are not symmetric, so this is not
+    the rotation itself."""
     factors = factorize(block)
     assert factors is not None
     runs = hadamard_transform(weight, factors.power).view(-1, factors.base, factors.power)
@@ -175,12 +190,18 @@ class OurWeight:
 
 
 def stored_weights(spec: ModelSpec, schema: QuantizationSchema) -> Iterator[StoredWeight]:
-    """Random weights of a model in the schemes of its checkpoint, in the order that :func:`assemble` takes."""
+    """Random weights of a model in the schemes of its checkpoint, in the order that
+    :func:`assemble` takes."""
     for index in range(spec.layers):
         for name, (outputs, inputs) in shapes(spec).items():
-            scheme, rotation = schema.scheme(spec.layer_prefix(index) + name), schema.online.rotation(name)
+            scheme, rotation = (
+                schema.scheme(spec.layer_prefix(index) + name),
+                schema.online.rotation(name),
+            )
             assert scheme is not None
-            yield StoredWeight.random(outputs, inputs, scheme, 0 if rotation is None else rotation.block)
+            yield StoredWeight.random(
+                outputs, inputs, scheme, 0 if rotation is None else rotation.block
+            )
     assert schema.lm_head is not None
     yield StoredWeight.random(spec.vocab, spec.hidden, schema.lm_head)
 
@@ -199,7 +220,9 @@ def fp8(spec: ModelSpec, pieces: Pieces) -> Linears:
     return _peer(spec, pieces, Fp8Weight)
 
 
-def _peer(spec: ModelSpec, pieces: Pieces, kind: Callable[[torch.Tensor, Pieces], Weight]) -> Linears:
+def _peer(
+    spec: ModelSpec, pieces: Pieces, kind: Callable[[torch.Tensor, Pieces], Weight]
+) -> Linears:
     head = _random(spec.vocab, spec.hidden)
 
     def weights() -> Iterator[Weight]:
@@ -213,5 +236,7 @@ def _peer(spec: ModelSpec, pieces: Pieces, kind: Callable[[torch.Tensor, Pieces]
 def make(name: str, spec: ModelSpec, pieces: Pieces) -> Linears:
     """The linears of one of :data:`CONTENDERS`."""
     if name in OURS:
-        return assemble(map(OurWeight, stored_weights(spec, preset_schema(spec, *OURS[name]))), spec)
+        return assemble(
+            map(OurWeight, stored_weights(spec, preset_schema(spec, *OURS[name]))), spec
+        )
     return {"bf16": bf16, "fp8": fp8}[name](spec, pieces)

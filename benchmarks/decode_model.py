@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step of a Llama in plain torch, for decode.py: every contender runs the same code around its own linears."""
+"""One decode step of a Llama in plain torch, for decode.py: every contender runs the same code
+around its own linears."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,9 @@ EPSILON = 1e-5
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
-def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``x + delta``, and its RMS norm."""
     total = x + delta
     return total, F.rms_norm(total, weight.shape, weight, EPSILON)
@@ -45,29 +48,37 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Pieces:
     """What lies between the linears, as functions that torch may have fused."""
 
-    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = add_rms_norm
+    add_rms_norm: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+    ] = add_rms_norm
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = rotary
     silu_mul: Linear = silu_mul
     quantize_rows: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = quantize_rows
 
     @classmethod
     def compiled(cls) -> Self:
-        """Each compiled by torch for the shapes that it meets, as vLLM does with all that is no linear or attention.
+        """Each compiled by torch for the shapes that it meets, as vLLM does with all that is no
+        linear or attention.
 
         Raises:
             Exception: whatever torch.compile raises where its compiler is missing.
         """
         pieces = cls()
-        # A whole graph or an error: torch would otherwise run shapes beyond its limit of compilations uncompiled.
+        # A whole graph or an error: torch would otherwise run shapes beyond its limit of
+        # compilations uncompiled.
         options: dict[str, Any] = {"dynamic": False, "fullgraph": True}
-        pieces = replace(pieces, **{f.name: torch.compile(getattr(pieces, f.name), **options) for f in fields(cls)})
+        pieces = replace(
+            pieces,
+            **{f.name: torch.compile(getattr(pieces, f.name), **options) for f in fields(cls)},
+        )
         pieces.silu_mul(torch.zeros(16, 64, dtype=torch.bfloat16))
         return pieces
 
 
 @dataclass(frozen=True)
 class LayerLinears:
-    """The linears of a decoder layer. ``down`` takes gate and up, to which it applies ``silu_mul`` itself."""
+    """The linears of a decoder layer. ``down`` takes gate and up, to which it applies
+    ``silu_mul`` itself."""
 
     qkv: Linear
     o: Linear
@@ -77,7 +88,8 @@ class LayerLinears:
 
 @dataclass(frozen=True)
 class State:
-    """What a step reads beside the linears: embedding, keys and values, and the tokens of which it computes the next."""
+    """What a step reads beside the linears: embedding, keys and values, and the tokens of which
+    it computes the next."""
 
     embedding: torch.Tensor
     keys: torch.Tensor
@@ -85,7 +97,9 @@ class State:
     tokens: torch.Tensor
 
     @classmethod
-    def random(cls, spec: ModelSpec, batch: int, context: int, embedding: torch.Tensor | None = None) -> Self:
+    def random(
+        cls, spec: ModelSpec, batch: int, context: int, embedding: torch.Tensor | None = None
+    ) -> Self:
         """A context of random keys and values; ``embedding`` is that of a tied head."""
         if embedding is None:
             embedding = torch.randn(spec.vocab, spec.hidden, dtype=torch.bfloat16)
@@ -106,15 +120,31 @@ class Llama:
         spec: sizes.
         layers: linears of each layer.
         head: from the normed hidden state to logits.
-        state: of a batch; the last position of keys and values is overwritten by a step, and the tokens by the next ones.
+        state: of a batch; the last position of keys and values is overwritten by a step, and the
+            tokens by the next ones.
         pieces: what lies between the linears.
     """
 
-    def __init__(self, spec: ModelSpec, layers: list[LayerLinears], head: Linear, state: State, pieces: Pieces) -> None:
-        self.spec, self.layers, self.head, self.state, self.pieces = spec, layers, head, state, pieces
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: list[LayerLinears],
+        head: Linear,
+        state: State,
+        pieces: Pieces,
+    ) -> None:
+        self.spec, self.layers, self.head, self.state, self.pieces = (
+            spec,
+            layers,
+            head,
+            state,
+            pieces,
+        )
         self.norm = torch.ones(spec.hidden, dtype=torch.bfloat16)
         half = spec.head_dim // 2
-        angles = (state.keys.shape[-2] - 1) / 500000.0 ** (torch.arange(half, dtype=torch.float32) / half)
+        angles = (state.keys.shape[-2] - 1) / 500000.0 ** (
+            torch.arange(half, dtype=torch.float32) / half
+        )
         self.cos, self.sin = (f(angles).repeat(2).bfloat16() for f in (torch.cos, torch.sin))
 
     def logits(self) -> torch.Tensor:

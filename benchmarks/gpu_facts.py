@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine for ``make gpu-proof`` is: GPU, driver, compiler, torch, processor, memory, packages and the tree's commit.
+"""What a machine for ``make gpu-proof`` is: GPU, driver, compiler, torch, processor, memory,
+packages and the tree's commit.
 
-Prints what it finds as JSON to the file named by the only argument. Imports nothing of this project, so that it works on any
-machine.
+Prints what it finds as JSON to the file named by the only argument. Imports nothing of this
+project, so that it works on any machine.
 """
 
 import importlib.metadata
@@ -28,7 +29,10 @@ PACKAGES = (
     "humming-kernels",
 )
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current,ecc.mode.current"
+QUERY = (
+    "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,"
+    "mig.mode.current,ecc.mode.current"
+)
 
 
 def said_by(*command: str) -> str:
@@ -36,7 +40,11 @@ def said_by(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return "not on PATH"
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    return done.stdout.strip() if done.returncode == 0 else f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"
+    return (
+        done.stdout.strip()
+        if done.returncode == 0
+        else f"exit status {done.returncode}: {done.stderr.strip()[-300:]}"
+    )
 
 
 def torch_facts() -> dict[str, Any]:
@@ -62,7 +70,9 @@ def torch_facts() -> dict[str, Any]:
 def cpu_facts() -> dict[str, Any]:
     """Name, cores, instruction sets and memory of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    words = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    words = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     flags = set(words.get("flags", "").split())
     return {
         "cpu": words.get("model name", platform.processor()),
@@ -85,7 +95,11 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     """Gather and write; a source that fails is named with its error."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(), "packages": versions()}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": versions(),
+    }
     for gather in (torch_facts, cpu_facts):
         try:
             facts |= gather()

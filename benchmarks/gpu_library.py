@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts the CUDA library into the tree for ``make gpu-proof``: the bundle's if it belongs to this tree, else one built here.
+"""Puts the CUDA library into the tree for ``make gpu-proof``: the bundle's if it belongs to this
+tree, else one built here.
 
-Then a new process loads it into this machine's torch and says what it holds. ``--rehearse`` puts nothing anywhere: it loads the
-bundle's library, where there is one, and the tree's own.
+Then a new process loads it into this machine's torch and says what it holds. ``--rehearse`` puts
+nothing anywhere: it loads the bundle's library, where there is one, and the tree's own.
 """
 
 import argparse
@@ -26,21 +27,32 @@ import json, sys, torch
 torch.ops.load_library(sys.argv[1])
 ops = torch.ops.smoothrot
 names = ("cuda_architectures", "cuda_kernels")
-print(json.dumps({"cpu_path": ops.kernel_name()} | {name: getattr(ops, name)() for name in names if hasattr(ops, name)}))
+found = {name: getattr(ops, name)() for name in names if hasattr(ops, name)}
+print(json.dumps({"cpu_path": ops.kernel_name()} | found))
 """
 
 
 def load(library: Path) -> dict[str, Any]:
-    """What a library says of itself once a new process's torch has loaded it; that process must not have loaded another before.
+    """What a library says of itself once a new process's torch has loaded it; that process must not
+    have loaded another before.
 
     Raises:
         BundleError: it does not load.
     """
-    done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
-        raise BundleError(f"{library}: expected one that loads into torch {torch.__version__}, got: {done.stderr.strip()[-800:]}")
+        raise BundleError(
+            f"{library}: expected one that loads into torch {torch.__version__}, got:"
+            f" {done.stderr.strip()[-800:]}"
+        )
     said: dict[str, Any] = json.loads(done.stdout)
-    return said | {"library": str(library), "torch": torch.__version__, "bytes": library.stat().st_size}
+    return said | {
+        "library": str(library),
+        "torch": torch.__version__,
+        "bytes": library.stat().st_size,
+    }
 
 
 def build(capability: str) -> float:
@@ -67,13 +79,17 @@ def put(bundle: Path, capability: str) -> dict[str, Any]:
 
 
 def rehearse(bundle: Path) -> dict[str, Any]:
-    """Load what is there into this torch: the bundle's library, if it belongs to the tree, and the tree's own."""
+    """Load what is there into this torch: the bundle's library, if it belongs to the tree, and
+    the tree's own."""
     said = {"tree": load(PLACE)}
     if bundle.exists():
         read_manifest(bundle)
         said["bundle"] = load(bundle / LIBRARY)
         if not said["bundle"].get("cuda_kernels"):
-            raise BundleError(f"{bundle / LIBRARY}: expected CUDA kernels in it, found none. Run `make gpu-bundle`.")
+            raise BundleError(
+                f"{bundle / LIBRARY}: expected CUDA kernels in it, found none. Run `make"
+                " gpu-bundle`."
+            )
     return said
 
 
@@ -83,12 +99,17 @@ def check_names(kernels: set[str]) -> None:
     from kernel_contract import NAMES
 
     if kernels - NAMES:
-        raise BundleError(f"tests/kernel_contract.py: expected every kernel of the library, lacks {sorted(kernels - NAMES)}")
+        raise BundleError(
+            "tests/kernel_contract.py: expected every kernel of the library, lacks"
+            f" {sorted(kernels - NAMES)}"
+        )
 
 
 def main() -> int:
     """Put, load and write what was found as JSON; 1 with the reason where it cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rehearse", action="store_true")
@@ -99,7 +120,10 @@ def main() -> int:
             held = said.get("bundle", said["tree"])
         else:
             if not torch.cuda.is_available():
-                raise BundleError(f"torch {torch.__version__}: expected an NVIDIA GPU and its driver, torch.cuda finds none")
+                raise BundleError(
+                    f"torch {torch.__version__}: expected an NVIDIA GPU and its driver, torch.cuda"
+                    " finds none"
+                )
             major, minor = torch.cuda.get_device_capability()
             said = put(args.bundle, f"{major}.{minor}")
             held = load(PLACE)

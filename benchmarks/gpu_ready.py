@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-NEEDS = """`make gpu-proof` says what a machine lacks and builds the kernels. By hand, with nvcc on PATH and torch for CUDA:
+NEEDS = """`make gpu-proof` says what a machine lacks and builds the kernels. By hand, with nvcc on
+PATH and torch for CUDA:
 SMOOTHROT_CUDA=1 pip install --no-build-isolation -e .
 What serves needs the CUDA wheel of vLLM as well: pip install 'vllm==0.32.0'."""
 
@@ -16,7 +17,10 @@ def problems() -> list[str]:
     if torch.version.cuda is None:
         return [f"torch {torch.__version__}: expected a CUDA build, got one without CUDA"]
     if not torch.cuda.is_available():
-        return [f"torch {torch.__version__}: expected an NVIDIA GPU and its driver, torch.cuda finds none"]
+        return [
+            f"torch {torch.__version__}: expected an NVIDIA GPU and its driver, torch.cuda finds"
+            " none"
+        ]
     # Neither name is needed where there is no GPU, and importing the ops loads their library.
     from smoothrot_vllm import ops
     from smoothrot_vllm.errors import UnsupportedPlatformError
@@ -30,7 +34,8 @@ def problems() -> list[str]:
 
 
 def refusal(what: str, serving: bool = False) -> str | None:
-    """What to tell whoever asked for ``what``, or None if it can run; ``serving`` needs vLLM as well."""
+    """What to tell whoever asked for ``what``, or None if it can run; ``serving`` needs vLLM as
+    well."""
     found = problems()
     if serving and not found and not has_cuda_vllm():
         found = ["vllm: expected its CUDA wheel, got none or a build for another device"]

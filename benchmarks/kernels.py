@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Op-level speed: our linear layers beside 16-bit ones, beside what vLLM has, and beside what the device can do.
+"""Op-level speed: our linear layers beside 16-bit ones, beside what vLLM has, and beside what the
+device can do.
 
-Contenders run alternately in one process on the same shapes. Weights are rotated through more copies than the
-last-level cache holds, because a served model never finds a layer's weights in cache.
+Contenders run alternately in one process on the same shapes. Weights are rotated through more
+copies than the last-level cache holds, because a served model never finds a layer's weights in
+cache.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from smoothrot_vllm import ops
 from smoothrot_vllm.hadamard import choose_block
 
 Shape = tuple[int, int]
-# Linears of a decoder layer as (outputs, inputs), fused as vLLM fuses them; the last is down_proj, which is rotated.
+# Linears of a decoder layer as (outputs, inputs), fused as vLLM fuses them; the last is down_proj,
+# which is rotated.
 MODELS = {
     "SmolLM2-135M": [(960, 576), (576, 576), (3072, 576), (576, 1536)],
     "Llama-3.2-1B": [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)],
@@ -38,7 +41,8 @@ MODELS = {
 # (outputs, inputs) of down_proj of every model size the method names.
 ROTATIONS = [(576, 1536), (896, 4864), (2048, 8192), (4096, 11008), (4096, 14336), (3584, 18944)]
 WORTH = (1, 16, 256, 4096)
-"""Numbers of tokens that are timed before any other: a request alone, a batch, the edge of the compute bound, a long prompt."""
+"""Numbers of tokens that are timed before any other: a request alone, a batch, the edge of the
+compute bound, a long prompt."""
 GPU_PRESETS = (PER_CHANNEL, "balanced", "best")
 """Whose schemes a GPU's run times."""
 # Unless the command line says otherwise.
@@ -76,7 +80,8 @@ def microseconds(timing: Timing | None) -> float | None:
 
 
 def of_floor(timing: Timing, floor: FloorSeconds) -> dict[str, float]:
-    """Our columns of a row: times and floors in microseconds, and the share of the floor in the median."""
+    """Our columns of a row: times and floors in microseconds, and the share of the floor in the
+    median."""
     return {
         "ours_us": round(timing.median * 1e6, 2),
         "ours_best_us": round(timing.best * 1e6, 2),
@@ -90,7 +95,8 @@ def of_floor(timing: Timing, floor: FloorSeconds) -> dict[str, float]:
 def build_ours(
     args: argparse.Namespace, device: Device, columns: int, inputs: int, failed: dict[str, str]
 ) -> dict[str, Rotating]:
-    """Our layer of one shape in each scheme, called once; one that cannot be called is put into ``failed``."""
+    """Our layer of one shape in each scheme, called once; one that cannot be called is put into
+    ``failed``."""
     built = {}
     for scheme in args.schemes:
         try:
@@ -112,10 +118,15 @@ def bench_linear(
 ) -> Iterator[dict[str, Any]]:
     """One result per model, shape, number of tokens and scheme, without the rotation of down_proj.
 
-    The floor's bandwidth is found by reading the same weights in turn with the contenders, where the device has a reader.
+    The floor's bandwidth is found by reading the same weights in turn with the contenders, where
+    the device has a reader.
     """
-    for model, (columns, inputs) in ((name, shape) for name in args.models for shape in MODELS[name]):
-        waiting = [m for m in tokens_of_wave if schedule.allows(f"linear {columns} x {inputs}, {m} tokens")]
+    for model, (columns, inputs) in (
+        (name, shape) for name in args.models for shape in MODELS[name]
+    ):
+        waiting = [
+            m for m in tokens_of_wave if schedule.allows(f"linear {columns} x {inputs}, {m} tokens")
+        ]
         if not waiting:
             continue
         layers = build_ours(args, device, columns, inputs, failed)
@@ -129,7 +140,10 @@ def bench_linear(
             x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
             running = [*schemes, *sorted(device.peers.call_once(layers, x))]
             chosen = {name: layers[name] for name in running}
-            calls = {name: (partial(layer, layer.prepare(x)), layer.copies) for name, layer in chosen.items()}
+            calls = {
+                name: (partial(layer, layer.prepare(x)), layer.copies)
+                for name, layer in chosen.items()
+            }
             calls |= {f"{scheme} read": (read, 1) for scheme, read in readers.items()}
             times = device.time(calls, args.rounds, args.seconds)
             peers = {peer: times.get(peer) for peer in device.peers.makers}
@@ -138,7 +152,9 @@ def bench_linear(
                 if scheme in readers:
                     memory = sum(weight.nbytes for weight in packed[scheme])
                     found = replace(floors, read_bytes=memory / times[f"{scheme} read"].median)
-                floor = floor_seconds(tokens, columns, inputs, every_scheme()[scheme], found, device.activation_bytes)
+                floor = floor_seconds(
+                    tokens, columns, inputs, every_scheme()[scheme], found, device.activation_bytes
+                )
                 yield {
                     "op": f"linear_{scheme}",
                     "model": model,
@@ -147,15 +163,28 @@ def bench_linear(
                     **of_floor(times[scheme], floor),
                     "read_gb_per_s": round(found.read_bytes / 1e9, 1),
                     **{f"{peer}_us": microseconds(timing) for peer, timing in peers.items()},
-                    **{f"{peer}_best_us": round(timing.best * 1e6, 2) for peer, timing in peers.items() if timing},
-                    **{f"{peer}_ratio": round(t.median / times[scheme].median, 3) for peer, t in peers.items() if t},
+                    **{
+                        f"{peer}_best_us": round(timing.best * 1e6, 2)
+                        for peer, timing in peers.items()
+                        if timing
+                    },
+                    **{
+                        f"{peer}_ratio": round(t.median / times[scheme].median, 3)
+                        for peer, t in peers.items()
+                        if t
+                    },
                 }
 
 
 def bench_activations(
-    args: argparse.Namespace, device: Device, floors: Floors, schedule: Schedule, tokens_of_wave: list[int]
+    args: argparse.Namespace,
+    device: Device,
+    floors: Floors,
+    schedule: Schedule,
+    tokens_of_wave: list[int],
 ) -> Iterator[dict[str, Any]]:
-    """Per size of down_proj: quantising its input plain and rotated, and the layer it feeds without and with the rotation."""
+    """Per size of down_proj: quantising its input plain and rotated, and the layer it feeds
+    without and with the rotation."""
     by_bits = {every_scheme()[scheme].activations.bits: scheme for scheme in reversed(args.schemes)}
     for columns, inputs in args.rotations:
         block = choose_block(inputs).size
@@ -164,7 +193,9 @@ def bench_activations(
             down_proj = ours(columns, inputs, every_scheme()[scheme], device.cache_bytes)
             rotated = ours(columns, inputs, every_scheme()[scheme], device.cache_bytes, block)
             for tokens in tokens_of_wave:
-                if not schedule.allows(f"hadamard_quant of {inputs} to {act_bits} bits, {tokens} tokens"):
+                if not schedule.allows(
+                    f"hadamard_quant of {inputs} to {act_bits} bits, {tokens} tokens"
+                ):
                     continue
                 x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
                 calls = {
@@ -194,11 +225,32 @@ def show(report: dict[str, Any], console: Console) -> None:
     peers = report["peers"]
     ratios = [f"{peer} / ours" for peer in peers]
     table = partial(Table, box=MARKDOWN, title_justify="left")
-    linear = table("op", "model", "N x K", "M", "ours µs", "floor µs", "of floor", *ratios, title="Linear layers")
-    activations = table(
-        "op", "bits", "K", "M", "µs", "of floor", "share of down_proj", "down_proj µs", "with rotation µs", title="Activations"
+    linear = table(
+        "op",
+        "model",
+        "N x K",
+        "M",
+        "ours µs",
+        "floor µs",
+        "of floor",
+        *ratios,
+        title="Linear layers",
     )
-    experts = table("model", "M", "ours µs", "of floor", "bf16 / ours", title="Experts of a layer, W4A8")
+    activations = table(
+        "op",
+        "bits",
+        "K",
+        "M",
+        "µs",
+        "of floor",
+        "share of down_proj",
+        "down_proj µs",
+        "with rotation µs",
+        title="Activations",
+    )
+    experts = table(
+        "model", "M", "ours µs", "of floor", "bf16 / ours", title="Experts of a layer, W4A8"
+    )
     producers = table("op", "K", "M", "ours µs", "separate / ours", title="Fused producers")
     for r in report["results"]:
         if "separate_us" in r:
@@ -207,12 +259,25 @@ def show(report: dict[str, Any], console: Console) -> None:
             continue
         if r["op"].startswith("experts"):
             ratio = "-" if r["bf16_us"] is None else f"{r['bf16_us'] / r['ours_us']:.2f}"
-            experts.add_row(r["model"], str(r["M"]), f"{r['ours_us']:.1f}", f"{r['floor_us'] / r['ours_us']:.0%}", ratio)
+            experts.add_row(
+                r["model"],
+                str(r["M"]),
+                f"{r['ours_us']:.1f}",
+                f"{r['floor_us'] / r['ours_us']:.0%}",
+                ratio,
+            )
             continue
         columns, inputs = r["shape"]
         share = f"{r['share_of_floor']:.0%}"
         if r["op"] in ("quant", "hadamard_quant"):
-            cells = [r["op"], str(r["act_bits"]), str(inputs), str(r["M"]), f"{r['ours_us']:.1f}", share]
+            cells = [
+                r["op"],
+                str(r["act_bits"]),
+                str(inputs),
+                str(r["M"]),
+                f"{r['ours_us']:.1f}",
+                share,
+            ]
             layers = f"{r['down_proj_us']:.1f}", f"{r['rotated_down_proj_us']:.1f}"
             activations.add_row(*cells, f"{r['ours_us'] / r['down_proj_us']:.1%}", *layers)
             continue
@@ -240,32 +305,49 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, with the device's defaults filled in."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dry-run", action="store_true", help="of --device cuda: its code on the CPU, in tiny shapes")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="of --device cuda: its code on the CPU, in tiny shapes",
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS))
     parser.add_argument("--schemes", nargs="+", choices=list(every_scheme()))
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, help="measurements of each contender")
     parser.add_argument("--seconds", type=float, help="least length of one measurement")
-    parser.add_argument("--minutes", type=float, help="begin no case after this long; cpu: no limit, cuda: 2")
+    parser.add_argument(
+        "--minutes", type=float, help="begin no case after this long; cpu: no limit, cuda: 2"
+    )
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
-        help="of the CPU; cpu runs one thread and counts only its own time: for a machine that others load",
+        help=(
+            "of the CPU; cpu runs one thread and counts only its own time: for a machine that"
+            " others load"
+        ),
     )
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write the report there as one JSON object; without FILE print it and nothing else. A GPU's run always writes "
-        "one, to results/GPU/kernels.json unless told otherwise",
+        help=(
+            "write the report there as one JSON object; without FILE print it and nothing else. A"
+            " GPU's run always writes one, to results/GPU/kernels.json unless told otherwise"
+        ),
     )
     args = parser.parse_args(arguments)
     if args.dry_run and args.device != "cuda":
         parser.error("--dry-run: expected --device cuda, of which it is the rehearsal")
     args.rotations = args.mixtures = None
-    defaults = CPU_DEFAULTS if args.device == "cpu" else REHEARSAL_DEFAULTS if args.dry_run else CUDA_DEFAULTS
+    defaults = (
+        CPU_DEFAULTS
+        if args.device == "cpu"
+        else REHEARSAL_DEFAULTS
+        if args.dry_run
+        else CUDA_DEFAULTS
+    )
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -275,7 +357,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_device(args: argparse.Namespace) -> Device:
-    """The device that the command line names, made torch's default; exits with 2 and the reason where it cannot be used."""
+    """The device that the command line names, made torch's default; exits with 2 and the reason
+    where it cannot be used."""
     if args.device == "cpu":
         from device_cpu import CpuDevice
 
@@ -288,16 +371,24 @@ def open_device(args: argparse.Namespace) -> Device:
 
 
 def run(args: argparse.Namespace, device: Device) -> dict[str, Any]:
-    """The report, as it is written; a scheme or section that fails is named in it with what it said, and the others go on."""
+    """The report, as it is written; a scheme or section that fails is named in it with what it
+    said, and the others go on."""
     schedule = Schedule(args.minutes)
     floors = device.floors()
     waves = [[m for m in args.tokens if m in WORTH], [m for m in args.tokens if m not in WORTH]]
-    widths = sorted({inputs for _, inputs in args.rotations}), sorted({MODELS[name][0][1] for name in args.models})
+    widths = (
+        sorted({inputs for _, inputs in args.rotations}),
+        sorted({MODELS[name][0][1] for name in args.models}),
+    )
     failed: dict[str, str] = {}
     sections = {}
     for number, wave in enumerate(waves, 1):
-        sections[f"linear layers, wave {number}"] = bench_linear(args, device, floors, schedule, failed, wave)
-        sections[f"activations, wave {number}"] = bench_activations(args, device, floors, schedule, wave)
+        sections[f"linear layers, wave {number}"] = bench_linear(
+            args, device, floors, schedule, failed, wave
+        )
+        sections[f"activations, wave {number}"] = bench_activations(
+            args, device, floors, schedule, wave
+        )
     sections["producers"] = bench_producers(args, device, schedule, *widths)
     sections["experts"] = bench_experts(args, device, floors, schedule)
     results: list[dict[str, Any]] = []

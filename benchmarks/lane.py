@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs commands one after the other within a time, each in a process group with its own limit, and keeps what they gave.
+"""Runs commands one after the other within a time, each in a process group with its own limit, and
+keeps what they gave.
 
-A step that fails, hangs or is missing does not stop the others. After each step the result files are written anew and whole:
-``proof.json``, ``proof.md`` and ``logs.tar.gz``.
+A step that fails, hangs or is missing does not stop the others. After each step the result files
+are written anew and whole: ``proof.json``, ``proof.md`` and ``logs.tar.gz``.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 UNSUPPORTED = 77
-"""Exit status of a command that cannot do its work on this machine and says why in its last line, as automake has it."""
+"""Exit status of a command that cannot do its work on this machine and says why in its last
+line, as automake has it."""
 TAIL_CHARACTERS = 3000
 MOST_NAMES = 40
 SETTLE_SECONDS = 2.0
@@ -42,7 +44,8 @@ class Step:
     needs: tuple[str, ...] = ()
     """Steps that must have passed."""
     proves: bool = True
-    """Whether it must have passed for the whole to count as proven; a benchmark need not have had the time."""
+    """Whether it must have passed for the whole to count as proven; a benchmark need not have
+    had the time."""
     environment: tuple[tuple[str, str], ...] = ()
     junit: bool = False
     """Whether the command is pytest's, and writes its report where ``--junit-xml`` says."""
@@ -80,7 +83,8 @@ class Lane:
             folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, steps: list[Step], environment: Mapping[str, str]) -> int:
-        """Run all of them; 1 if one failed, or if one that proves something was killed or left out, else 0."""
+        """Run all of them; 1 if one failed, or if one that proves something was killed or left
+        out, else 0."""
         for step in steps:
             self.results.append(self._run(step, environment))
             self.write()
@@ -119,7 +123,11 @@ class Lane:
 
     def write(self) -> None:
         """The three result files, each replaced as a whole."""
-        record = {"facts": self.facts, "proven": proven(self.results), "steps": [asdict(result) for result in self.results]}
+        record = {
+            "facts": self.facts,
+            "proven": proven(self.results),
+            "steps": [asdict(result) for result in self.results],
+        }
         _replace(self.out / "proof.json", (json.dumps(record, indent=1) + "\n").encode())
         _replace(self.out / "proof.md", table(self.facts, self.results).encode())
         packed = io.BytesIO()
@@ -128,11 +136,19 @@ class Lane:
         _replace(self.out / "logs.tar.gz", packed.getvalue())
 
 
-def run_in_group(command: list[str], environment: Mapping[str, str], output: int, seconds: float) -> int | str:
-    """Exit status, or why there is none: ``killed`` after ``seconds`` with all its descendants, or what kept it from starting."""
+def run_in_group(
+    command: list[str], environment: Mapping[str, str], output: int, seconds: float
+) -> int | str:
+    """Exit status, or why there is none: ``killed`` after ``seconds`` with all its descendants,
+    or what kept it from starting."""
     try:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,
         )
     except OSError as error:
         return str(error)
@@ -150,12 +166,15 @@ def run_in_group(command: list[str], environment: Mapping[str, str], output: int
 
 
 def read_junit(path: Path) -> dict[str, Any]:
-    """Counts of passed, failed and skipped tests, names of the first failures, and the skips' reasons; empty without a report."""
+    """Counts of passed, failed and skipped tests, names of the first failures, and the skips'
+    reasons; empty without a report."""
     try:
         cases = list(ElementTree.parse(path).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return {}
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    failed = [
+        case for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
     skipped = [case for case in cases if case.find("skipped") is not None]
     reasons = {str(skip.get("message")) for case in skipped for skip in case.iter("skipped")}
     names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
@@ -177,14 +196,33 @@ def proven(results: list[Result]) -> bool:
 def table(facts: Mapping[str, Any], results: list[Result]) -> str:
     """The results as Markdown."""
     machine = next((result.report for result in results if result.name == "facts"), None) or {}
-    lines = [f"- {name}: {value}" for name, value in {**facts, **machine}.items() if isinstance(value, str | int | float)]
+    lines = [
+        f"- {name}: {value}"
+        for name, value in {**facts, **machine}.items()
+        if isinstance(value, str | int | float)
+    ]
     lines += ["", "| step | result | seconds | tests | what |", "|---|---|---|---|---|"]
     for result in results:
-        tests = ", ".join(f"{result.tests[kind]} {kind}" for kind in ("passed", "failed", "skipped") if result.tests.get(kind))
+        tests = ", ".join(
+            f"{result.tests[kind]} {kind}"
+            for kind in ("passed", "failed", "skipped")
+            if result.tests.get(kind)
+        )
         what = result.reason or ", ".join(result.tests.get("skip_reasons", [])[:3])
-        cells = (result.name, result.status, f"{result.seconds:.0f} of {result.limit:.0f}", tests, what.replace("|", "\\|"))
+        cells = (
+            result.name,
+            result.status,
+            f"{result.seconds:.0f} of {result.limit:.0f}",
+            tests,
+            what.replace("|", "\\|"),
+        )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Everything proven." if proven(results) else "Not everything proven."]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", "Everything proven." if proven(results) else "Not everything proven."]
+        )
+        + "\n"
+    )
 
 
 def _judge(step: Step, result: Result, status: int | str, text: str) -> tuple[str, str]:
@@ -209,8 +247,11 @@ def _breaks(result: Result) -> bool:
 
 
 def _line(result: Result) -> str:
-    tests = " ".join(f"{count} {kind}" for kind, count in result.tests.items() if isinstance(count, int))
-    return f"{result.name:<20} {result.status:<12} {result.seconds:6.1f} s  {tests} {result.reason}".rstrip()
+    tests = " ".join(
+        f"{count} {kind}" for kind, count in result.tests.items() if isinstance(count, int)
+    )
+    outcome = f"{result.name:<20} {result.status:<12} {result.seconds:6.1f} s"
+    return f"{outcome}  {tests} {result.reason}".rstrip()
 
 
 def _read_json(path: Path) -> Any:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp as a peer of serve.py: the same model as Q4_0 or Q8_0, timed through llama-cpp-python's bindings.
+"""llama.cpp as a peer of serve.py: the same model as Q4_0 or Q8_0, timed through llama-cpp-python's
+bindings.
 
-No server and no client take part, so what it is measured at is what a server of llama.cpp could reach at best. Each measurement
-is a process of its own; run as a program, this file is that process and prints one JSON object:
+No server and no client take part, so what it is measured at is what a server of llama.cpp could
+reach at best. Each measurement is a process of its own; run as a program, this file is that process
+and prints one JSON object:
 
     python benchmarks/llama_cpp_peer.py MODEL.gguf --batch 1 --prompt 128 --output 32
 """
@@ -21,7 +23,8 @@ from typing import Any
 import numpy as np
 
 FILE_TYPES = {"q4_0": 2, "q8_0": 7}
-"""``llama_ftype`` of each scheme: that of the decoder layers; llama.cpp keeps an output head at 6 bits or more."""
+"""``llama_ftype`` of each scheme: that of the decoder layers; llama.cpp keeps an output head at
+6 bits or more."""
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 LINEARS = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 LINEARS |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
@@ -31,7 +34,8 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 def write_gguf(source: Path, out: Path, scheme: str, config: Mapping[str, Any]) -> None:
     """Write ``model.gguf`` into the directory ``out``, quantised by llama.cpp itself.
 
-    The rows of q and k keep Hugging Face's order and there is no vocabulary: times are right, answers are not.
+    The rows of q and k keep Hugging Face's order and there is no vocabulary: times are right,
+    answers are not.
 
     Args:
         source: bfloat16 Llama directory.
@@ -50,7 +54,9 @@ def write_gguf(source: Path, out: Path, scheme: str, config: Mapping[str, Any]) 
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = FILE_TYPES[scheme]
     options.nthread = len(os.sched_getaffinity(0))
-    status = llama_cpp.llama_model_quantize(str(whole).encode(), str(out / "model.gguf").encode(), options)
+    status = llama_cpp.llama_model_quantize(
+        str(whole).encode(), str(out / "model.gguf").encode(), options
+    )
     if status:
         raise RuntimeError(f"llama_model_quantize of {whole} to {scheme}: status {status}")
     whole.unlink()
@@ -78,7 +84,9 @@ def write_float16(source: Path, out: Path, config: Mapping[str, Any]) -> None:
         for name, tensor in load_file(file).items():
             if name == "lm_head.weight" and config["tie_word_embeddings"]:
                 continue
-            writer.add_tensor(gguf_name(name), (tensor.float() if tensor.dim() == 1 else tensor.half()).numpy())
+            writer.add_tensor(
+                gguf_name(name), (tensor.float() if tensor.dim() == 1 else tensor.half()).numpy()
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,7 +107,8 @@ def gguf_name(name: str) -> str:
 
 
 def measure(directory: Path, batch: int, prompt: int, output: int) -> dict[str, float]:
-    """One measurement in a new process: ``ttft_ms``, ``tpot_ms``, ``tokens_per_s``, ``startup_s``, and two sizes of memory.
+    """One measurement in a new process: ``ttft_ms``, ``tpot_ms``, ``tokens_per_s``, ``startup_s``,
+    and two sizes of memory.
 
     Raises:
         RuntimeError: it failed.
@@ -121,16 +130,23 @@ class Sequences:
 
         self.api, self.count = llama_cpp, count
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
         if not model:
-            raise RuntimeError(f"llama.cpp could not load {path}: expected a GGUF file of a model that it knows")
+            raise RuntimeError(
+                f"llama.cpp could not load {path}: expected a GGUF file of a model that it knows"
+            )
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_seq_max = count * -(-length // 256) * 256, count
         options.n_threads = options.n_threads_batch = len(os.sched_getaffinity(0))
         self.step_tokens = int(options.n_batch)
         self.context = llama_cpp.llama_init_from_model(model, options)
         if not self.context:
-            raise RuntimeError(f"llama.cpp could not make a context of {options.n_ctx} tokens for {path}: too little memory?")
+            raise RuntimeError(
+                f"llama.cpp could not make a context of {options.n_ctx} tokens for {path}: too"
+                " little memory?"
+            )
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         self.batch = llama_cpp.llama_batch_init(max(count, self.step_tokens), 0, 1)
 
@@ -188,7 +204,9 @@ def run(sequences: Sequences, prompt: int, output: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure once and print JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--prompt", type=int, required=True)

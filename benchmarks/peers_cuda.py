@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linears that a GPU's kernels are held against: torch's own, and those of vLLM and Humming where they are installed.
+"""The linears that a GPU's kernels are held against: torch's own, and those of vLLM and Humming
+where they are installed.
 
-Those named ``_mm`` are torch's products alone: their inputs are quantised beforehand, which is not timed, while ours and the
-others are whole layers. torch has no fused quantisation for them, so this is the best that they can be.
+Those named ``_mm`` are torch's products alone: their inputs are quantised beforehand, which is not
+timed, while ours and the others are whole layers. torch has no fused quantisation for them, so this
+is the best that they can be.
 """
 
 import importlib.util
@@ -39,13 +41,22 @@ def find_peers() -> Peers:
 
 def rotating(layer: Any, weight: Weight, cache_bytes: int, **options: Any) -> Rotating:
     """A layer over copies of all tensors of a weight."""
-    return Rotating(layer, lambda: tuple(w.clone() for w in weight), sum(w.nbytes for w in weight), cache_bytes, **options)
+    return Rotating(
+        layer,
+        lambda: tuple(w.clone() for w in weight),
+        sum(w.nbytes for w in weight),
+        cache_bytes,
+        **options,
+    )
 
 
 def int8_mm(columns: int, inputs: int, cache_bytes: int) -> Rotating:
-    """``torch._int_mm``: int8 by int8 to int32, without scales; refuses up to 16 tokens on a GPU."""
+    """``torch._int_mm``: int8 by int8 to int32, without scales; refuses up to 16 tokens on a
+    GPU."""
     weight = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
-    return rotating(lambda x, w: torch._int_mm(x, w[0].t()), (weight,), cache_bytes, prepare=_int8_codes)
+    return rotating(
+        lambda x, w: torch._int_mm(x, w[0].t()), (weight,), cache_bytes, prepare=_int8_codes
+    )
 
 
 def _int8_codes(x: torch.Tensor) -> torch.Tensor:
@@ -60,9 +71,16 @@ def fp8_mm(by_row: bool, columns: int, inputs: int, cache_bytes: int) -> Rotatin
         return x.to(FP8), torch.ones((x.shape[0], 1) if by_row else ())
 
     def layer(x: Weight, w: Weight) -> torch.Tensor:
-        return torch._scaled_mm(x[0], w[0].t(), x[1], w[1], out_dtype=torch.bfloat16, use_fast_accum=True)
+        return torch._scaled_mm(
+            x[0], w[0].t(), x[1], w[1], out_dtype=torch.bfloat16, use_fast_accum=True
+        )
 
-    return rotating(layer, (torch.randn(columns, inputs).to(FP8), torch.ones(scales)), cache_bytes, prepare=prepare)
+    return rotating(
+        layer,
+        (torch.randn(columns, inputs).to(FP8), torch.ones(scales)),
+        cache_bytes,
+        prepare=prepare,
+    )
 
 
 def torch_w4a16() -> Maker:
@@ -77,7 +95,11 @@ def torch_w4a16() -> Maker:
         codes = torch.randint(0, 256, (columns, inputs // 2), dtype=torch.uint8)
         packed = torch._convert_weight_to_int4pack(codes, 8)
         scales_and_zeros = torch.rand(inputs // GROUP, columns, 2, dtype=torch.bfloat16)
-        return rotating(lambda x, w: torch._weight_int4pack_mm(x, w[0], GROUP, w[1]), (packed, scales_and_zeros), cache_bytes)
+        return rotating(
+            lambda x, w: torch._weight_int4pack_mm(x, w[0], GROUP, w[1]),
+            (packed, scales_and_zeros),
+            cache_bytes,
+        )
 
     return make
 
@@ -102,7 +124,9 @@ def _vllm_for_cuda(op: str) -> Any:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
-        raise RuntimeError(f"vllm is installed for another device: expected its CUDA wheel, {INSTALL_VLLM}")
+        raise RuntimeError(
+            f"vllm is installed for another device: expected its CUDA wheel, {INSTALL_VLLM}"
+        )
     current_platform.import_kernels()
     if not hasattr(torch.ops._C, op):
         raise RuntimeError(f"this build of vllm has no {op}")
@@ -110,7 +134,8 @@ def _vllm_for_cuda(op: str) -> Any:
 
 
 def vllm_w8a8() -> Maker:
-    """vLLM's int8 linear: dynamic per-token quantisation, then CUTLASS; raises what ``_vllm_for_cuda`` does."""
+    """vLLM's int8 linear: dynamic per-token quantisation, then CUTLASS; raises what
+    ``_vllm_for_cuda`` does."""
     vllm_ops = _vllm_for_cuda("cutlass_scaled_mm")
 
     def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -125,7 +150,8 @@ def vllm_w8a8() -> Maker:
 
 
 def _int4_by_inputs(columns: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes with eight 4-bit inputs of a column in each int32, as GPTQ stores them, and a bfloat16 scale per group."""
+    """Codes with eight 4-bit inputs of a column in each int32, as GPTQ stores them, and a
+    bfloat16 scale per group."""
     codes = torch.randint(-(2**31), 2**31, (inputs // 8, columns), dtype=torch.int32)
     return codes, torch.rand(inputs // GROUP, columns, dtype=torch.bfloat16)
 
@@ -139,7 +165,9 @@ def vllm_marlin_w4a16() -> Maker:
     def make(columns: int, inputs: int, cache_bytes: int) -> Rotating:
         codes, scale = _int4_by_inputs(columns, inputs)
         packed = vllm_ops.gptq_marlin_repack(codes, inputs, columns, 4)
-        scale = marlin_utils.marlin_permute_scales(scale, size_k=inputs, size_n=columns, group_size=GROUP)
+        scale = marlin_utils.marlin_permute_scales(
+            scale, size_k=inputs, size_n=columns, group_size=GROUP
+        )
         zero_points = marlin_utils.marlin_make_empty(packed.device)
 
         def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -160,7 +188,8 @@ def vllm_marlin_w4a16() -> Maker:
 
 
 def vllm_machete_w4a16() -> Maker:
-    """vLLM's Machete for sm_90: 4-bit weights, 16-bit activations; raises what ``_vllm_for_cuda`` does."""
+    """vLLM's Machete for sm_90: 4-bit weights, 16-bit activations; raises what
+    ``_vllm_for_cuda`` does."""
     vllm_ops = _vllm_for_cuda("machete_mm")
     from vllm.scalar_type import scalar_types
 
@@ -168,10 +197,14 @@ def vllm_machete_w4a16() -> Maker:
         codes, scale = _int4_by_inputs(columns, inputs)
         by_column = codes.t().contiguous().t()
         kind, dtype = scalar_types.uint4b8, torch.bfloat16
-        packed = vllm_ops.machete_prepack_B(by_column, a_type=dtype, b_type=kind, group_scales_type=dtype)
+        packed = vllm_ops.machete_prepack_B(
+            by_column, a_type=dtype, b_type=kind, group_scales_type=dtype
+        )
 
         def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-            return vllm_ops.machete_mm(a=x, b_q=weight[0], b_type=kind, b_group_scales=weight[1], b_group_size=GROUP)
+            return vllm_ops.machete_mm(
+                a=x, b_q=weight[0], b_type=kind, b_group_scales=weight[1], b_group_size=GROUP
+            )
 
         return rotating(linear, (packed, scale), cache_bytes)
 
@@ -179,7 +212,8 @@ def vllm_machete_w4a16() -> Maker:
 
 
 def vllm_cutlass_w4a8() -> Maker:
-    """vLLM's CUTLASS for sm_90: 4-bit weights, dynamic per-token fp8; raises what ``_vllm_for_cuda`` does."""
+    """vLLM's CUTLASS for sm_90: 4-bit weights, dynamic per-token fp8; raises what
+    ``_vllm_for_cuda`` does."""
     vllm_ops = _vllm_for_cuda("cutlass_w4a8_mm")
 
     def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One fault for each tool of compute-sanitizer that gpu_sanitizer.py uses: a tool that does not find its own proves
-// nothing by silence. Named as the project's kernels are, so that the filters by name are tried as well.
+// One fault for each tool of compute-sanitizer that gpu_sanitizer.py uses: a tool that does not
+// find its own proves nothing by silence. Named as the project's kernels are, so that the filters
+// by name are tried as well.
 #include <cstdio>
 #include <cstring>
 

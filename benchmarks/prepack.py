@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast loading turns stored weights into the kernels' layout, and the memory that it takes on top."""
+"""How fast loading turns stored weights into the kernels' layout, and the memory that it takes
+on top."""
 
 import ctypes
 import statistics
@@ -17,12 +18,17 @@ SHAPES = {"down_proj of Llama-3.2-1B": (2048, 8192), "gate_up_proj of Llama-3-8B
 def measure_prepack(rounds: int = 5) -> list[dict[str, Any]]:
     """``ops.prepack_weight`` of 4-bit weights, per channel and in groups of 128, on one thread.
 
-    ``gb_per_s`` counts the stored codes; ``peak_of_packed`` is the most memory that a call added, as a share of its result.
+    ``gb_per_s`` counts the stored codes; ``peak_of_packed`` is the most memory that a call added,
+    as a share of its result.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [_measure(name, *shape, group, rounds) for name, shape in SHAPES.items() for group in (-1, 128)]
+        return [
+            _measure(name, *shape, group, rounds)
+            for name, shape in SHAPES.items()
+            for group in (-1, 128)
+        ]
     finally:
         torch.set_num_threads(threads)
 
@@ -58,5 +64,9 @@ def _reset_peak() -> int:
 
 
 def _status(field: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{field}:")
+    )
     return int(line.split()[1]) * 1024

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused producers for kernels.py: ops that quantise what another op would have written to memory first."""
+"""Fused producers for kernels.py: ops that quantise what another op would have written to memory
+first."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,8 @@ class Allowance(Protocol):
 
 
 def vllm_norm() -> Callable[..., None] | None:
-    """vLLM's fused addition and RMS norm for the device, or None where vLLM is missing or built for another."""
+    """vLLM's fused addition and RMS norm for the device, or None where vLLM is missing or built
+    for another."""
     try:
         from vllm.platforms import current_platform
     except ImportError:
@@ -35,7 +37,11 @@ def vllm_norm() -> Callable[..., None] | None:
 
 
 def bench_producers(
-    args: argparse.Namespace, device: Device, schedule: Allowance, widths: Sequence[int], norm_widths: Sequence[int]
+    args: argparse.Namespace,
+    device: Device,
+    schedule: Allowance,
+    widths: Sequence[int],
+    norm_widths: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
     """Each fused op beside the separate op followed by the plain quantisation.
 
@@ -48,7 +54,15 @@ def bench_producers(
         if schedule.allows(f"silu_mul_hadamard_quant of {inputs}, {tokens} tokens"):
             gate_up = torch.randn(tokens, 2 * inputs, dtype=torch.bfloat16)
             fused = partial(ops.silu_mul_hadamard_quant, gate_up, inputs, CLIP, 8)
-            yield _timed("silu_mul_hadamard_quant", inputs, tokens, fused, partial(_silu_mul_then_quant, gate_up), args, device)
+            yield _timed(
+                "silu_mul_hadamard_quant",
+                inputs,
+                tokens,
+                fused,
+                partial(_silu_mul_then_quant, gate_up),
+                args,
+                device,
+            )
     norm = vllm_norm()
     if norm is None:
         device.peers.missing["rms_norm"] = "vLLM with kernels for this device is not installed"
@@ -69,7 +83,9 @@ def _silu_mul_then_quant(gate_up: torch.Tensor) -> None:
     ops.hadamard_quant(torch.nn.functional.silu(gate) * up, up.shape[-1], CLIP, 8)
 
 
-def _norm_then_quant(norm: Callable[..., None], x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+def _norm_then_quant(
+    norm: Callable[..., None], x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+) -> None:
     norm(x, residual, weight, EPSILON)
     ops.quant(x, CLIP, 8)
 
@@ -88,4 +104,10 @@ def _timed(
     separate()
     times = device.time({"ours": (fused, 1), "separate": (separate, 1)}, args.rounds, args.seconds)
     medians = {f"{name}_us": round(timing.median * 1e6, 2) for name, timing in times.items()}
-    return {"op": op, "inputs": inputs, "M": tokens, **medians, "ours_best_us": round(times["ours"].best * 1e6, 2)}
+    return {
+        "op": op,
+        "inputs": inputs,
+        "M": tokens,
+        **medians,
+        "ours_best_us": round(times["ours"].best * 1e6, 2),
+    }

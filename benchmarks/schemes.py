@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schemes that the converter's presets write, taken from the presets: the benchmarks time these and no others."""
+"""The schemes that the converter's presets write, taken from the presets: the benchmarks time
+these and no others."""
 
 import random
 from collections.abc import Iterable
@@ -13,8 +14,9 @@ from smoothrot_vllm.format import LinearScheme, QuantizationSchema
 if TYPE_CHECKING:
     from smoothrot_offline.architectures import ModelSpec
 
-# The converter is imported where it is used: it imports transformers, which looks for an optional package called kernels, finds
-# the script of that name in this folder and imports it, so that the script itself cannot import transformers.
+# The converter is imported where it is used: it imports transformers, which looks for an optional
+# package called kernels, finds the script of that name in this folder and imports it, so that the
+# script itself cannot import transformers.
 
 CONFIGS = {"Llama-3.2-1B": COMMON | SHAPES["1b"], "Llama-3-8B": COMMON | SHAPES["8b"]}
 """``config.json`` of the models, as far as shapes go."""
@@ -22,10 +24,12 @@ PER_CHANNEL = "paper-compat"
 
 
 def preset_schema(spec: "ModelSpec", preset: str, act_bits: int) -> QuantizationSchema:
-    """What a preset writes for a model, the linears that it keeps at 8 bits among its ``overrides``.
+    """What a preset writes for a model, the linears that it keeps at 8 bits among its
+    ``overrides``.
 
-    Which linears those are takes a calibrated model to find out. Here the costs that decide it are drawn at random, so that the
-    share of the weights is the preset's and the choice among them is not.
+    Which linears those are takes a calibrated model to find out. Here the costs that decide it are
+    drawn at random, so that the share of the weights is the preset's and the choice among them is
+    not.
 
     Args:
         spec: of the model.
@@ -42,11 +46,19 @@ def preset_schema(spec: "ModelSpec", preset: str, act_bits: int) -> Quantization
 
     config, _ = configure(preset, {"activation_bits": act_bits}, spec)
     draw = random.Random(0)
-    groups = [tuple(linear for group in one for linear in group) for one in spec.architecture.scheme_groups()]
+    groups = [
+        tuple(linear for group in one for linear in group)
+        for one in spec.architecture.scheme_groups()
+    ]
     studies = []
     for _ in range(spec.layers):
-        weights = {group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group)) for group in groups}
-        studies.append(LayerStudy(sensitivity={first: size * draw.random() for first, size in weights.items()}))
+        weights = {
+            group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group))
+            for group in groups
+        }
+        studies.append(
+            LayerStudy(sensitivity={first: size * draw.random() for first, size in weights.items()})
+        )
     schema = make_schema(spec, config)
     return allocate(spec, config, schema, studies) if config.keep_8bit else schema
 
@@ -58,7 +70,8 @@ def scheme_name(scheme: LinearScheme) -> str:
 
 
 def written_by(presets: Iterable[str]) -> dict[str, LinearScheme]:
-    """Every scheme, by name, that these presets give a linear of Llama-3-8B, with 8-bit and with 4-bit activations."""
+    """Every scheme, by name, that these presets give a linear of Llama-3-8B, with 8-bit and with
+    4-bit activations."""
     from smoothrot_offline.architectures import resolve
 
     spec = resolve(CONFIGS["Llama-3-8B"])
@@ -68,13 +81,17 @@ def written_by(presets: Iterable[str]) -> dict[str, LinearScheme]:
             schema = preset_schema(spec, preset, act_bits)
             default = LinearScheme(weights=schema.weights, activations=schema.activations)
             head = [schema.lm_head] if schema.lm_head else []
-            found |= {scheme_name(scheme): scheme for scheme in (default, *schema.overrides.values(), *head)}
+            found |= {
+                scheme_name(scheme): scheme
+                for scheme in (default, *schema.overrides.values(), *head)
+            }
     return found
 
 
 @cache
 def every_scheme() -> dict[str, LinearScheme]:
-    """Those of all presets, by name: weights of 4 and 8 bits, activations of 4 and 8, one scale per output or per group."""
+    """Those of all presets, by name: weights of 4 and 8 bits, activations of 4 and 8, one scale
+    per output or per group."""
     from smoothrot_offline.presets import PRESETS
 
     return written_by((PER_CHANNEL, *PRESETS))

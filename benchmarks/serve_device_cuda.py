@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GPU as serve.py serves on it: its share for each server, and how much of its memory a server uses."""
+"""One GPU as serve.py serves on it: its share for each server, and how much of its memory a
+server uses."""
 
 import subprocess
 import time
@@ -14,29 +15,42 @@ from serve_devices import GpuMemory
 from serving import processes
 
 TOGETHER = 0.9
-"""Of the memory, what the servers of a model may claim together; the rest is for the driver and this process."""
+"""Of the memory, what the servers of a model may claim together; the rest is for the driver and
+this process."""
 SETTLE_SECONDS, SETTLE_READINGS = 1.0, 10
-NVIDIA_SMI = ("nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits")
+NVIDIA_SMI = (
+    "nvidia-smi",
+    "--query-compute-apps=pid,used_gpu_memory",
+    "--format=csv,noheader,nounits",
+)
 
 
 class CudaServing:
-    """The current GPU. All servers of a model are up together and are asked in turn, so that a drift of its clocks meets all.
+    """The current GPU. All servers of a model are up together and are asked in turn, so that a
+    drift of its clocks meets all.
 
-    A server that is asked nothing holds memory and leaves the GPU alone, so it takes no time from the others.
+    A server that is asked nothing holds memory and leaves the GPU alone, so it takes no time from
+    the others.
     """
 
-    other_peers: Mapping[str, str] = {"llama.cpp": "serve.py runs it on CPUs only, with --device cpu"}
+    other_peers: Mapping[str, str] = {
+        "llama.cpp": "serve.py runs it on CPUs only, with --device cpu"
+    }
 
     def __init__(self) -> None:
         self.device = CudaDevice()
         self.output: Path | None = RESULTS / self.device.name / "serve.json"
 
     def facts(self) -> dict[str, Any]:
-        """Of the host and the GPU; the clock of the kernels' times is not that of the client, which times here."""
-        return machine() | {name: fact for name, fact in self.device.facts().items() if name != "clock"}
+        """Of the host and the GPU; the clock of the kernels' times is not that of the client,
+        which times here."""
+        return machine() | {
+            name: fact for name, fact in self.device.facts().items() if name != "clock"
+        }
 
     def floors(self) -> Floors:
-        """As kernels.py measures them; the memory that this took is given back, as servers need it."""
+        """As kernels.py measures them; the memory that this took is given back, as servers need
+        it."""
         with torch.device("cuda"):
             floors = self.device.floors()
         torch.cuda.empty_cache()
@@ -47,10 +61,12 @@ class CudaServing:
         return []
 
     def options(self, cache_bytes: int, servers: int) -> list[str]:
-        """The same cache for each, rather than whatever vLLM finds free, and an even share that has to be free at its start.
+        """The same cache for each, rather than whatever vLLM finds free, and an even share that has
+        to be free at its start.
 
-        vLLM takes the cache's size as given and does not hold a server to its share, so large weights may take more than one:
-        then it is a later server that finds too little free and is refused.
+        vLLM takes the cache's size as given and does not hold a server to its share, so large
+        weights may take more than one: then it is a later server that finds too little free and is
+        refused.
         """
         share = int(100 * TOGETHER / servers) / 100
         return ["--kv-cache-memory-bytes", str(cache_bytes), "--gpu-memory-utilization", str(share)]
@@ -60,9 +76,11 @@ class CudaServing:
         return {}
 
     def watch(self) -> GpuMemory:
-        """Bytes that the driver counts for the server's processes, or what the whole GPU has in use more than before.
+        """Bytes that the driver counts for the server's processes, or what the whole GPU has in use
+        more than before.
 
-        The second is for containers, where nvidia-smi often does not see processes; it is right if nobody else uses the GPU.
+        The second is for containers, where nvidia-smi often does not see processes; it is right if
+        nobody else uses the GPU.
         """
         before = settled_bytes()
 
@@ -82,7 +100,8 @@ def used_bytes() -> int:
 
 
 def settled_bytes() -> int:
-    """The same once two readings agree, or after the last: what a killed server had comes back a moment after its end."""
+    """The same once two readings agree, or after the last: what a killed server had comes back a
+    moment after its end."""
     used = used_bytes()
     for _ in range(SETTLE_READINGS):
         time.sleep(SETTLE_SECONDS)
@@ -93,12 +112,17 @@ def settled_bytes() -> int:
 
 
 def bytes_of(pids: Collection[int]) -> int | None:
-    """GPU memory that the driver counts for these processes; None if nvidia-smi is not there or says nothing of them."""
+    """GPU memory that the driver counts for these processes; None if nvidia-smi is not there or
+    says nothing of them."""
     try:
         done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     rows = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
     # The memory of a process that the driver cannot tell is a word in brackets.
-    mebibytes = [int(used) for pid, used in rows if pid.strip().isdigit() and int(pid) in pids and used.strip().isdigit()]
+    mebibytes = [
+        int(used)
+        for pid, used in rows
+        if pid.strip().isdigit() and int(pid) in pids and used.strip().isdigit()
+    ]
     return sum(mebibytes) << 20 if mebibytes else None

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where serve.py serves: what a device adds to the command line of ``vllm serve`` and to the report."""
+"""Where serve.py serves: what a device adds to the command line of ``vllm serve`` and to the
+report."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ class ServeDevice(Protocol):
         """Speed and memory of repacking weights at start-up; empty where nothing is repacked."""
 
     def options(self, cache_bytes: int, servers: int) -> list[str]:
-        """Options of one of so many servers that are up together, each with so large a cache of keys and values."""
+        """Options of one of so many servers that are up together, each with so large a cache of
+        keys and values."""
 
     def environment(self, cache_bytes: int) -> dict[str, str]:
         """Variables of the server."""
@@ -44,7 +46,9 @@ class CpuServing:
 
     output: Path | None = None
     other_peers: Mapping[str, str] = {
-        "llama-cpp-python": "not installed; Q4_0 and Q8_0 of llama.cpp are schemes q4_0 and q8_0 where it is",
+        "llama-cpp-python": (
+            "not installed; Q4_0 and Q8_0 of llama.cpp are schemes q4_0 and q8_0 where it is"
+        ),
         "zentorch": "not installed; vLLM takes its kernels for bf16, w8a8 and w4a16 where it is",
     }
 
@@ -66,7 +70,8 @@ class CpuServing:
 
     def environment(self, cache_bytes: int) -> dict[str, str]:
         """The cache's size, and the one cache of compiled graphs that has to stay off."""
-        # A compiled graph that was saved does not load on a CPU in vLLM 0.32; the caches below it do their work.
+        # A compiled graph that was saved does not load on a CPU in vLLM 0.32; the caches below it
+        # do their work.
         return {"VLLM_CPU_KVCACHE_SPACE": str(cache_bytes >> 30), "VLLM_USE_AOT_COMPILE": "0"}
 
     def watch(self) -> GpuMemory:
@@ -75,7 +80,8 @@ class CpuServing:
 
 
 def open_device(name: str) -> ServeDevice:
-    """The device that the command line names; ends with status 2 and the reason where it cannot be used."""
+    """The device that the command line names; ends with status 2 and the reason where it cannot
+    be used."""
     if name == "cpu":
         return CpuServing()
     from gpu_ready import require

@@ -9,9 +9,22 @@ from rich.table import Table
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Speed by cell, each time beside its floor and beside 16 bit; start-up by contender; what did not run."""
+    """Speed by cell, each time beside its floor and beside 16 bit; start-up by contender; what
+    did not run."""
     console.print(report["machine"], report["packages"], report["floors"], sep="\n")
-    speed = Table("model", "batch", "prompt", "scheme", "TTFT ms", "TPOT ms", "of floor", "tokens/s", "TTFT", "TPOT", "tokens/s")
+    speed = Table(
+        "model",
+        "batch",
+        "prompt",
+        "scheme",
+        "TTFT ms",
+        "TPOT ms",
+        "of floor",
+        "tokens/s",
+        "TTFT",
+        "TPOT",
+        "tokens/s",
+    )
     speed.title = "Serving; the last three columns: times as fast as bf16"
     results = report["results"]
     for r in results:
@@ -35,15 +48,25 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     startup = Table(*columns, *(["GPU, MB"] if on_gpu else []), title="Start-up and memory")
     for model, scheme in dict.fromkeys((r["model"], r["scheme"]) for r in results):
         own = [r for r in results if (r["model"], r["scheme"]) == (model, scheme)]
-        loaded, peak = (max(r[name] for r in own) / 1e6 for name in ("loaded_rss_bytes", "peak_rss_bytes"))
+        loaded, peak = (
+            max(r[name] for r in own) / 1e6 for name in ("loaded_rss_bytes", "peak_rss_bytes")
+        )
         gpu = [f"{own[-1]['gpu_bytes'] / 1e6:.0f} ({own[-1]['gpu_bytes_of']})"] if on_gpu else []
-        startup.add_row(model, scheme, f"{own[-1]['startup_s']:.1f}", f"{loaded:.0f}", f"{peak:.0f}", *gpu)
+        startup.add_row(
+            model, scheme, f"{own[-1]['startup_s']:.1f}", f"{loaded:.0f}", f"{peak:.0f}", *gpu
+        )
     console.print(startup)
     prepack = Table(
-        "weight", "group size", "GB/s on one thread", "peak memory / result", title="Repacking of weights at start-up"
+        "weight",
+        "group size",
+        "GB/s on one thread",
+        "peak memory / result",
+        title="Repacking of weights at start-up",
     )
     for p in report["prepack"]:
-        prepack.add_row(p["weight"], str(p["group_size"]), f"{p['gb_per_s']:.2f}", f"{p['peak_of_packed']:.2f}")
+        prepack.add_row(
+            p["weight"], str(p["group_size"]), f"{p['gb_per_s']:.2f}", f"{p['peak_of_packed']:.2f}"
+        )
     if report["prepack"]:
         console.print(prepack)
     for name, reason in report["missing"].items():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run ``vllm serve`` as a user does, in a process of its own, and be sure that nothing of it is left afterwards."""
+"""Run ``vllm serve`` as a user does, in a process of its own, and be sure that nothing of it is
+left afterwards."""
 
 import contextlib
 import os
@@ -25,7 +26,8 @@ SHUTDOWN_SECONDS = 30
 
 
 class ServerError(RuntimeError):
-    """The server ended or did not answer in time; the message ends with the last lines of its log."""
+    """The server ended or did not answer in time; the message ends with the last lines of its
+    log."""
 
 
 class VllmServer:
@@ -60,8 +62,14 @@ class VllmServer:
         vllm = executable or Path(sys.executable).with_name("vllm")
         self._command = [str(vllm), "serve", self.model, "--host", HOST, "--port", str(self.port)]
         self._command += ["--tensor-parallel-size", str(tensor_parallel), *options]
-        self._command += ["--pipeline-parallel-size", str(pipeline_parallel)] if pipeline_parallel > 1 else []
-        self._environment = {**os.environ, **small_machine(tensor_parallel * pipeline_parallel), **(environment or {})}
+        self._command += (
+            ["--pipeline-parallel-size", str(pipeline_parallel)] if pipeline_parallel > 1 else []
+        )
+        self._environment = {
+            **os.environ,
+            **small_machine(tensor_parallel * pipeline_parallel),
+            **(environment or {}),
+        }
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -73,13 +81,20 @@ class VllmServer:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     @property
     def client(self) -> OpenAI:
         """The official client, pointed at this server."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=STARTUP_SECONDS)
+        return OpenAI(
+            base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=STARTUP_SECONDS
+        )
 
     @property
     def url(self) -> str:
@@ -95,9 +110,14 @@ class VllmServer:
     def start(self) -> None:
         """Start the process without waiting for it to answer."""
         with self.log.open("wb") as log:
-            # A session of its own: signals of the terminal do not reach it, and its children can be ended with it.
+            # A session of its own: signals of the terminal do not reach it, and its children can be
+            # ended with it.
             self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self._command,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait(self, seconds: float = STARTUP_SECONDS) -> int:
@@ -123,13 +143,18 @@ class VllmServer:
         deadline = time.monotonic() + STARTUP_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ServerError(f"vllm serve {self.model} ended with status {self._process.returncode}:\n{self._tail()}")
+                raise ServerError(
+                    f"vllm serve {self.model} ended with status"
+                    f" {self._process.returncode}:\n{self._tail()}"
+                )
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        raise ServerError(f"vllm serve {self.model} did not answer within {STARTUP_SECONDS} s:\n{self._tail()}")
+        raise ServerError(
+            f"vllm serve {self.model} did not answer within {STARTUP_SECONDS} s:\n{self._tail()}"
+        )
 
     def _tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -146,8 +171,14 @@ def small_machine(ranks: int) -> dict[str, str]:
     """vLLM's default keeps a core for itself; give every core to the model, each rank its share."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // ranks)
-    binding = "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
-    return {"VLLM_CPU_OMP_THREADS_BIND": binding, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    binding = "|".join(
+        ",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks)
+    )
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": binding,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def processes(pid: int) -> set[int]:
@@ -164,5 +195,7 @@ def memory(pid: int, field: str) -> int:
             status = Path(f"/proc/{member}/status").read_text()
         except OSError:
             continue
-        kilobytes += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:"))
+        kilobytes += sum(
+            int(line.split()[1]) for line in status.splitlines() if line.startswith(f"{field}:")
+        )
     return kilobytes * 1024

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed load on a served model for minutes or hours: no 5xx, no wrong greedy answer, no growing memory.
+"""Mixed load on a served model for minutes or hours: no 5xx, no wrong greedy answer, no growing
+memory.
 
     python benchmarks/soak.py DIR --minutes 30 --concurrency 32 --out soak.json
 
-Serves DIR with ``vllm serve`` in float32 and sends completions and chats, streamed and whole, long prompts, requests given up
-half-way and requests that must be refused. Greedy answers are compared with those of the plain-torch forward of DIR, up to
-their first close call. The exit code is 1 if any check fails.
+Serves DIR with ``vllm serve`` in float32 and sends completions and chats, streamed and whole, long
+prompts, requests given up half-way and requests that must be refused. Greedy answers are compared
+with those of the plain-torch forward of DIR, up to their first close call. The exit code is 1 if
+any check fails.
 """
 
 import argparse
@@ -37,8 +39,9 @@ NOISE = 1e-6
 """Relative, on the embedded tokens: as much as another order of float32 sums makes."""
 NOISE_DRAWS = 8
 SAFETY = 2.0
-"""A call is close if the lead over the runner-up is at most this many times the largest change that the noise makes to it or to
-an earlier lead of the answer. Quantising carries noise far: an input beside the middle of two codes gets the other one."""
+"""A call is close if the lead over the runner-up is at most this many times the largest change
+that the noise makes to it or to an earlier lead of the answer. Quantising carries noise far: an
+input beside the middle of two codes gets the other one."""
 SAMPLE_SECONDS = 5.0
 MOST_GROWTH = 1.05
 """Of resident memory from the second quarter of the run to its last."""
@@ -70,7 +73,8 @@ def main() -> None:
     arguments = parse_arguments()
     answers = reference_answers(arguments.model, arguments.prompts)
     print(
-        f"{len(answers)} prompts whose answers begin with {min(map(len, answers.values()))} tokens or more without a close call",
+        f"{len(answers)} prompts whose answers begin with {min(map(len, answers.values()))} tokens"
+        " or more without a close call",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory() as work:
@@ -97,13 +101,17 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, help="converted directory")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=48, help="different prompts to draw from")
     parser.add_argument("--max-model-len", type=int, default=1024)
-    parser.add_argument("--enforce-eager", action="store_true", help="serve without compiling the model's graph")
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="serve without compiling the model's graph"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args()
@@ -112,7 +120,10 @@ def parse_arguments() -> argparse.Namespace:
 @torch.inference_mode()
 def reference_answers(directory: Path, count: int) -> dict[tuple[int, ...], list[int]]:
     """Greedy continuations by prompt, each as far as no call is close."""
-    model, tokenizer = load_model(directory, torch.float32), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model, tokenizer = (
+        load_model(directory, torch.float32),
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False),
+    )
     noise = torch.Generator().manual_seed(0)
     answers, largest_change = {}, 0.0
     for number in range(count):
@@ -122,7 +133,11 @@ def reference_answers(directory: Path, count: int) -> dict[tuple[int, ...], list
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         embedded = model.get_input_embeddings()(torch.tensor([tokens[:-1]]))
         draws = NOISE * torch.randn(NOISE_DRAWS, *embedded.shape[1:], generator=noise)
-        leads = _leads(model, embedded * (1 + torch.cat([torch.zeros_like(draws[:1]), draws])), tokens[len(prompt) :])
+        leads = _leads(
+            model,
+            embedded * (1 + torch.cat([torch.zeros_like(draws[:1]), draws])),
+            tokens[len(prompt) :],
+        )
         change = (leads[1:] - leads[0]).abs().amax(0).cummax(0).values
         largest_change = max(largest_change, float(change.max()))
         safe = int((leads[0] > SAFETY * change).long().cumprod(0).sum())
@@ -130,24 +145,35 @@ def reference_answers(directory: Path, count: int) -> dict[tuple[int, ...], list
             answers[tuple(prompt)] = tokens[len(prompt) : len(prompt) + safe]
     print(f"noise of {NOISE} changes a lead by up to {largest_change:.3f} nats", file=sys.stderr)
     if not answers:
-        sys.exit(f"error: {directory}: every one of {count} prompts has an early close call; raise --prompts")
+        sys.exit(
+            f"error: {directory}: every one of {count} prompts has an early close call; raise"
+            " --prompts"
+        )
     return answers
 
 
 def _leads(model: torch.nn.Module, embedded: torch.Tensor, answer: list[int]) -> torch.Tensor:
-    """Lead of each token of the answer over the best other one, in nats: ``(sequences, tokens)``."""
+    """Lead of each token of the answer over the best other one, in nats: ``(sequences,
+    tokens)``."""
     logits = model(inputs_embeds=embedded).logits[:, -len(answer) :]
     chosen = torch.tensor(answer)[None, :, None].expand(len(logits), -1, 1)
     others = logits.scatter(2, chosen, float("-inf"))
     return logits.gather(2, chosen)[..., 0] - others.amax(2)
 
 
-async def soak(server: VllmServer, answers: dict[tuple[int, ...], list[int]], arguments: argparse.Namespace) -> Tally:
+async def soak(
+    server: VllmServer, answers: dict[tuple[int, ...], list[int]], arguments: argparse.Namespace
+) -> Tally:
     """Send requests from ``concurrency`` clients until the time is over."""
     tally, end = Tally(), time.monotonic() + 60 * arguments.minutes
-    async with openai.AsyncOpenAI(base_url=server.client.base_url, api_key="none", max_retries=0, timeout=600) as client:
+    async with openai.AsyncOpenAI(
+        base_url=server.client.base_url, api_key="none", max_retries=0, timeout=600
+    ) as client:
         session = Session(client, server.model, answers, arguments.max_model_len, tally)
-        clients = [session.client(random.Random(f"{arguments.seed}/{i}"), end) for i in range(arguments.concurrency)]
+        clients = [
+            session.client(random.Random(f"{arguments.seed}/{i}"), end)
+            for i in range(arguments.concurrency)
+        ]
         await asyncio.gather(*clients, sample_memory(server.pid, tally, end))
     return tally
 
@@ -195,7 +221,13 @@ class Session:
     def greedy(self, prompt: list[int]) -> dict[str, Any]:
         """Options of a greedy completion that says its tokens."""
         extra = {"return_token_ids": True, "ignore_eos": True}
-        return {"model": self.model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "extra_body": extra}
+        return {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "extra_body": extra,
+        }
 
     async def completion(self, draw: random.Random) -> None:
         """A greedy completion in one piece."""
@@ -208,7 +240,9 @@ class Session:
         prompt, expected = draw.choice(list(self.answers.items()))
         started, times = time.perf_counter(), []
         tokens: list[int] = []
-        async for chunk in await self.api.completions.create(**self.greedy(list(prompt)), stream=True):
+        async for chunk in await self.api.completions.create(
+            **self.greedy(list(prompt)), stream=True
+        ):
             times.append(time.perf_counter())
             tokens += chunk.choices[0].token_ids or []
         self.check("stream", tokens, expected)
@@ -217,9 +251,15 @@ class Session:
 
     async def chat(self, draw: random.Random) -> None:
         """A sampled chat."""
-        messages: Any = [{"role": "user", "content": f"Tell me about the number {draw.randrange(1000)}."}]
+        messages: Any = [
+            {"role": "user", "content": f"Tell me about the number {draw.randrange(1000)}."}
+        ]
         answer = await self.api.chat.completions.create(
-            model=self.model, messages=messages, max_tokens=TOKENS, temperature=1.0, seed=draw.randrange(1 << 30)
+            model=self.model,
+            messages=messages,
+            max_tokens=TOKENS,
+            temperature=1.0,
+            seed=draw.randrange(1 << 30),
         )
         usage = answer.usage
         if usage is None or not 0 < usage.completion_tokens <= TOKENS:
@@ -228,8 +268,11 @@ class Session:
             self.tally.outcomes["chat right"] += 1
 
     async def long(self, draw: random.Random) -> None:
-        """A prompt that nearly fills the context: its end decides the answer, its tokens are random."""
-        prompt = [draw.choice(draw.choice(list(self.answers))) for _ in range(self.max_model_len - TOKENS)]
+        """A prompt that nearly fills the context: its end decides the answer, its tokens are
+        random."""
+        prompt = [
+            draw.choice(draw.choice(list(self.answers))) for _ in range(self.max_model_len - TOKENS)
+        ]
         answer = await self.api.completions.create(**self.greedy(prompt))
         if len(answer.choices[0].token_ids) == TOKENS:
             self.tally.outcomes["long right"] += 1
@@ -267,7 +310,9 @@ class Session:
             if 400 <= error.status_code < 500:
                 self.tally.outcomes["bad right"] += 1
             else:
-                self.fail("bad", f"{list(change)}: expected a 4xx, got {error.status_code}: {error}")
+                self.fail(
+                    "bad", f"{list(change)}: expected a 4xx, got {error.status_code}: {error}"
+                )
         else:
             self.fail("bad", f"{list(change)}: expected a refusal, got an answer")
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What setup.py builds with: the torch and the nvcc of the environment that the package is installed into.
+"""What setup.py builds with: the torch and the nvcc of the environment that the package is
+installed into.
 
-pip builds in an environment of its own, which it empties of everything but the build's requirements; the interpreter is
-still the user's, and says where their packages are. So the kernels are built against the torch that is there, and no
-second one is downloaded. uv builds with an interpreter of its own: there, and where no torch is, one is a requirement.
+pip builds in an environment of its own, which it empties of everything but the build's
+requirements; the interpreter is still the user's, and says where their packages are. So the kernels
+are built against the torch that is there, and no second one is downloaded. uv builds with an
+interpreter of its own: there, and where no torch is, one is a requirement.
 """
 
 import ast
@@ -58,7 +60,8 @@ class Plan:
 
     Attributes:
         torch: to build against; None if it is among the requirements.
-        nvcc: compiler of the CUDA kernels; None if they are left out or it is among the requirements.
+        nvcc: compiler of the CUDA kernels; None if they are left out or it is among the
+            requirements.
         without_cuda: why the CUDA kernels are left out, empty if they are not.
         requirements: packages that are missing from the environment, pinned.
     """
@@ -71,16 +74,20 @@ class Plan:
 
 @cache
 def search_path() -> tuple[str, ...]:
-    """Folders of installed packages: of this build's environment, then of the one the interpreter belongs to."""
+    """Folders of installed packages: of this build's environment, then of the one the
+    interpreter belongs to."""
     hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")  # how pip hides the environment
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     ask = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
-    outer: list[str] = json.loads(subprocess.run(ask, env=environment, check=True, capture_output=True, text=True).stdout)
+    outer: list[str] = json.loads(
+        subprocess.run(ask, env=environment, check=True, capture_output=True, text=True).stdout
+    )
     return tuple(dict.fromkeys(folder for folder in (*sys.path, *outer) if folder))
 
 
 def find_torch(folders: Sequence[str]) -> Torch | None:
-    """The first torch in these folders if it is new enough, read from its ``version.py`` without importing it."""
+    """The first torch in these folders if it is new enough, read from its ``version.py`` without
+    importing it."""
     spec = PathFinder.find_spec("torch", list(folders))
     if spec is None or spec.origin is None:
         return None
@@ -108,12 +115,13 @@ def has_gpu() -> bool:
 def plan(environment: Mapping[str, str], folders: Sequence[str]) -> Plan:
     """Decide what is built from ``SMOOTHROT_CUDA`` and what is installed in ``folders``.
 
-    Without ``SMOOTHROT_CUDA`` the CUDA kernels are built if torch is a CUDA build, or still to be installed, and the machine
-    has nvcc or a GPU. An nvcc that is missing is a requirement: PyPI has one for CUDA 13.
+    Without ``SMOOTHROT_CUDA`` the CUDA kernels are built if torch is a CUDA build, or still to be
+    installed, and the machine has nvcc or a GPU. An nvcc that is missing is a requirement: PyPI has
+    one for CUDA 13.
 
     Raises:
-        BuildError: ``SMOOTHROT_CUDA`` has another value, or the CUDA of torch and of nvcc do not go together.
-        nvcc.NvccError: the nvcc that was found is too old or does not run.
+        BuildError: ``SMOOTHROT_CUDA`` has another value, or the CUDA of torch and of nvcc do not go
+        together. nvcc.NvccError: the nvcc that was found is too old or does not run.
     """
     setting = environment.get("SMOOTHROT_CUDA", "auto")
     if setting not in ("auto", "0", "1"):
@@ -145,7 +153,8 @@ def _check_same_cuda(torch: Torch, compiler: str | None, insisted: bool) -> None
     assert torch.cuda is not None
     if version[0] > int(torch.cuda.partition(".")[0]) and not (insisted and compiler):
         raise BuildError(
-            f"nvcc: expected one of CUDA {torch.cuda}, as torch {torch.version} is built for, got {version[0]}.{version[1]} "
-            f"({compiler or 'from PyPI'}), whose kernels need a newer driver. Name the right nvcc with CUDACXX; SMOOTHROT_CUDA=1 "
-            "builds with the newer one that is installed, SMOOTHROT_CUDA=0 leaves the CUDA kernels out."
+            f"nvcc: expected one of CUDA {torch.cuda}, as torch {torch.version} is built for, got"
+            f" {version[0]}.{version[1]} ({compiler or 'from PyPI'}), whose kernels need a newer"
+            " driver. Name the right nvcc with CUDACXX; SMOOTHROT_CUDA=1 builds with the newer one"
+            " that is installed, SMOOTHROT_CUDA=0 leaves the CUDA kernels out."
         )

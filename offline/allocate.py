@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed precision: which linears keep 8 bits, from what a study measured, and the schema that follows from a study."""
+"""Mixed precision: which linears keep 8 bits, from what a study measured, and the schema that
+follows from a study."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -13,12 +14,17 @@ EIGHT_BIT_ACTIVATIONS = ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8])
 
 
 def allocate(
-    spec: ModelSpec, config: ConvertConfig, schema: QuantizationSchema, studies: Sequence[LayerStudy]
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    studies: Sequence[LayerStudy],
 ) -> QuantizationSchema:
-    """The schema with the decisions of a study as overrides: 8 bits where 4 cost the most, and each input's own clip.
+    """The schema with the decisions of a study as overrides: 8 bits where 4 cost the most, and each
+    input's own clip.
 
-    Groups of linears that read one input (and that a server fuses) are decided together, and so are all experts of a layer. They
-    are taken by measured cost for each weight, dearest first, until ``config.keep_8bit`` of the decoder's weights are spent.
+    Groups of linears that read one input (and that a server fuses) are decided together, and so are
+    all experts of a layer. They are taken by measured cost for each weight, dearest first, until
+    ``config.keep_8bit`` of the decoder's weights are spent.
     """
     groups = _scheme_groups(spec)
     kept = _dearest(spec, config.keep_8bit, studies)
@@ -30,23 +36,40 @@ def allocate(
                 scheme = schema.scheme(name)
                 if scheme is None:
                     continue
-                changed = _eight_bits(scheme) if (index, group[0]) in kept else with_clip(scheme, found.clips.get(group[0]))
+                changed = (
+                    _eight_bits(scheme)
+                    if (index, group[0]) in kept
+                    else with_clip(scheme, found.clips.get(group[0]))
+                )
                 if changed != scheme:
                     overrides[name] = changed
     return schema.model_copy(update={"overrides": overrides})
 
 
 def _eight_bits(scheme: LinearScheme) -> LinearScheme:
-    return LinearScheme(weights=scheme.weights.model_copy(update={"bits": 8}), activations=EIGHT_BIT_ACTIVATIONS)
+    return LinearScheme(
+        weights=scheme.weights.model_copy(update={"bits": 8}), activations=EIGHT_BIT_ACTIVATIONS
+    )
 
 
-def _dearest(spec: ModelSpec, fraction: float, studies: Sequence[LayerStudy]) -> set[tuple[int, str]]:
+def _dearest(
+    spec: ModelSpec, fraction: float, studies: Sequence[LayerStudy]
+) -> set[tuple[int, str]]:
     """``(layer, first linear of the group)`` of each group that keeps 8 bits."""
-    weights = {group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group)) for group in _scheme_groups(spec)}
+    weights = {
+        group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group))
+        for group in _scheme_groups(spec)
+    }
     left = fraction * spec.layers * sum(weights.values())
-    measured = ((index, group, cost) for index, found in enumerate(studies) for group, cost in found.sensitivity.items())
+    measured = (
+        (index, group, cost)
+        for index, found in enumerate(studies)
+        for group, cost in found.sensitivity.items()
+    )
     kept = set()
-    for _, index, group in sorted(((cost / weights[group], index, group) for index, group, cost in measured), reverse=True):
+    for _, index, group in sorted(
+        ((cost / weights[group], index, group) for index, group, cost in measured), reverse=True
+    ):
         if weights[group] <= left:
             left -= weights[group]
             kept.add((index, group))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the original model one decoder layer at a time, in float32, and gather statistics of what its linears read."""
+"""Run the original model one decoder layer at a time, in float32, and gather statistics of what
+its linears read."""
 
 import copy
 import hashlib
@@ -14,7 +15,8 @@ from smoothrot_offline.experts import separate_experts
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 Observer = Callable[[torch.Tensor], None]
-"""Receives what a linear reads, float32 ``(tokens, in_features)``, a chunk of sequences at a time."""
+"""Receives what a linear reads, float32 ``(tokens, in_features)``, a chunk of sequences at a
+time."""
 
 CHUNK_TOKENS = 4096
 """Tokens whose activations are held at a time while a layer runs (one sequence at least)."""
@@ -25,8 +27,9 @@ _SETTINGS_BY_LAYER = ("layer_types", "no_rope_layers")
 class LayerRunner:
     """Runs single decoder layers of the original model through transformers' own code.
 
-    Each call builds the family's base model with one layer, on the meta device, and gives that layer its weights:
-    masks, sliding windows and rotary tables are then transformers' own, for any family, at the cost of one layer.
+    Each call builds the family's base model with one layer, on the meta device, and gives that
+    layer its weights: masks, sliding windows and rotary tables are then transformers' own, for any
+    family, at the cost of one layer.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -51,7 +54,10 @@ class LayerRunner:
             CheckpointError: the output has a NaN or an infinity.
         """
         model, layer = self.build(index, weights)
-        hooks = [layer.get_submodule(linear).register_forward_pre_hook(_observe(observers[linear])) for linear in observers]
+        hooks = [
+            layer.get_submodule(linear).register_forward_pre_hook(_observe(observers[linear]))
+            for linear in observers
+        ]
         with torch.no_grad():
             for chunk in hidden.split(max(1, CHUNK_TOKENS // hidden.shape[1])):
                 chunk.copy_(model(inputs_embeds=chunk, use_cache=False).last_hidden_state)
@@ -59,23 +65,29 @@ class LayerRunner:
             hook.remove()
         if not hidden.isfinite().all():
             raise CheckpointError(
-                f"decoder layer {index}: expected finite activations in float32, got a NaN or an infinity. "
-                "The weights are damaged, or the calibration text is not of this model's vocabulary."
+                f"decoder layer {index}: expected finite activations in float32, got a NaN or an"
+                " infinity. The weights are damaged, or the calibration text is not of this"
+                " model's vocabulary."
             )
 
     def build(self, index: int, weights: Mapping[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
-        """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and that layer within it, on the
-        device of its weights.
+        """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and
+        that layer within it, on the device of its weights.
 
         Called with ``inputs_embeds``, the model returns what the layer makes of them.
         """
         model = self._empty(index)
-        # The rotary tables are computed, not loaded, so they must be made again outside the meta device.
-        # The frequencies are computed on the CPU for every device: another's powers can differ in a last bit.
-        model.rotary_emb = type(model.rotary_emb)(model.config).to(next(iter(weights.values())).device)
+        # The rotary tables are computed, not loaded, so they must be made again outside the meta
+        # device. The frequencies are computed on the CPU for every device: another's powers can
+        # differ in a last bit.
+        model.rotary_emb = type(model.rotary_emb)(model.config).to(
+            next(iter(weights.values())).device
+        )
         model.norm = nn.Identity()
         layer = model.get_submodule("layers.0")
-        layer.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        layer.load_state_dict(
+            {name: tensor.float() for name, tensor in weights.items()}, assign=True
+        )
         return model.eval(), layer
 
     def final_norm(self, weight: torch.Tensor) -> nn.Module:
@@ -104,7 +116,8 @@ class LayerRunner:
 
 
 def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``: rows times ``scale``.
+    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``:
+    rows times ``scale``.
 
     They are on the device of the embedding.
 
@@ -115,7 +128,8 @@ def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> 
     if unknown.numel() or not tokens.numel():
         got = f"token {int(unknown[0])}" if unknown.numel() else "no token"
         raise ConfigError(
-            f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the tokenizer of this model."
+            f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the"
+            " tokenizer of this model."
         )
     return nn.functional.embedding(tokens.to(embedding.device), embedding).float() * scale
 
@@ -133,7 +147,8 @@ def check_seqlen(spec: ModelSpec, seqlen: int) -> None:
     """
     if seqlen > spec.config.max_position_embeddings:
         raise ConfigError(
-            f"--calib-seqlen {seqlen}: expected at most the model's context of {spec.config.max_position_embeddings} tokens."
+            f"--calib-seqlen {seqlen}: expected at most the model's context of"
+            f" {spec.config.max_position_embeddings} tokens."
         )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration tokens: from a text file, from text the model writes itself, or from a hub data set."""
+"""Calibration tokens: from a text file, from text the model writes itself, or from a hub data
+set."""
 
 import re
 from importlib.util import find_spec
@@ -26,26 +27,30 @@ from smoothrot_vllm.errors import CheckpointError, ConfigError
 GENERATED = "generated"
 _GENERATION_BATCH = 32
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-# Families trained with <bos> before every text that fall apart without it; exported tokenizers do not always add it.
+# Families trained with <bos> before every text that fall apart without it; exported tokenizers do
+# not always add it.
 _BOS_FAMILIES = ("gemma",)
 
 
-def check_calibration(checkpoint: Checkpoint, config: PreTrainedConfig, calib: str, seqlen: int) -> None:
+def check_calibration(
+    checkpoint: Checkpoint, config: PreTrainedConfig, calib: str, seqlen: int
+) -> None:
     """Refuse what :func:`load_calibration` would refuse, without running the model.
 
     What needs the tokenizer is left out for a checkpoint that is only known by its hub id.
 
     Raises:
-        ConfigError: as :func:`load_calibration`; a token of the text, or the one that generation starts from, is outside the
-            vocabulary; or a model that generates its text has FP8 weights.
+        ConfigError: as :func:`load_calibration`; a token of the text, or the one that generation
+            starts from, is outside the vocabulary; or a model that generates its text has FP8
+            weights.
         CheckpointError: the model directory has no usable tokenizer.
     """
     local = checkpoint.path.is_dir()
     if calib == GENERATED:
         if checkpoint.scales:
             raise ConfigError(
-                f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8 weights, which are only read a "
-                "layer at a time. Give a text file."
+                f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8"
+                " weights, which are only read a layer at a time. Give a text file."
             )
         if local:
             start_token(config, checkpoint.path)
@@ -59,39 +64,53 @@ def check_calibration(checkpoint: Checkpoint, config: PreTrainedConfig, calib: s
             _check_window(tokens, calib, seqlen - (_bos(tokenizer, checkpoint.path) is not None))
             if int(tokens.max()) >= config.vocab_size:
                 raise ConfigError(
-                    f"--calib {calib}: expected tokens of a vocabulary of {config.vocab_size}, got token {int(tokens.max())}. "
-                    "Use the tokenizer of this model."
+                    f"--calib {calib}: expected tokens of a vocabulary of {config.vocab_size}, got"
+                    f" token {int(tokens.max())}. Use the tokenizer of this model."
                 )
     elif not _HUB_ID.fullmatch(calib):
-        raise ConfigError(f"--calib {calib}: expected a text file, a hub data set id or {GENERATED!r}; there is no such file.")
+        raise ConfigError(
+            f"--calib {calib}: expected a text file, a hub data set id or {GENERATED!r}; there is"
+            " no such file."
+        )
     elif find_spec("datasets") is None:
         raise ConfigError(_without_datasets(calib))
 
 
 def load_calibration(
-    spec: str, model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device = CPU
+    spec: str,
+    model_dir: str | Path,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
     """Calibration windows as int64 tokens ``(samples, seqlen)``, the same for the same arguments.
 
-    Windows of a text start at seeded random offsets, and with ``<bos>`` for models whose tokenizer or family puts it
-    before every text. ``generated`` samples from the model's own distribution (temperature 1), going on with a new
-    document after each end-of-text as in its training data.
+    Windows of a text start at seeded random offsets, and with ``<bos>`` for models whose tokenizer
+    or family puts it before every text. ``generated`` samples from the model's own distribution
+    (temperature 1), going on with a new document after each end-of-text as in its training data.
 
     Args:
-        spec: path of a text as :func:`~smoothrot_offline.texts.read_text` takes it; ``generated``; or ``ID`` or ``ID:CONFIG`` of
-            a hub data set with a ``text`` column, of whose train split the first documents are read.
-        model_dir: directory of the model that is calibrated: its tokenizer, and for ``generated`` its weights.
+        spec: path of a text as :func:`~smoothrot_offline.texts.read_text` takes it; ``generated``;
+            or ``ID`` or ``ID:CONFIG`` of a hub data set with a ``text`` column, of whose train
+            split the first documents are read.
+        model_dir: directory of the model that is calibrated: its tokenizer, and for ``generated``
+            its weights.
         samples: number of windows.
         seqlen: tokens in each.
         seed: of the offsets or of the sampling.
         device: where the model runs, as a whole, for ``generated``; the tokens are on the CPU.
 
     Raises:
-        ConfigError: no such file or data set, fewer tokens than one window, or ``samples`` or ``seqlen`` out of range.
+        ConfigError: no such file or data set, fewer tokens than one window, or ``samples`` or
+            ``seqlen`` out of range.
         CheckpointError: the model directory has no usable tokenizer or weights.
     """
     if samples < 1 or seqlen < 2:
-        raise ConfigError(f"calibration: expected --calib-samples >= 1 and --calib-seqlen >= 2, got {samples} and {seqlen}.")
+        raise ConfigError(
+            f"calibration: expected --calib-samples >= 1 and --calib-seqlen >= 2, got {samples} and"
+            f" {seqlen}."
+        )
     if spec == GENERATED:
         return _generate(model_dir, samples, seqlen, seed, device)
     tokenizer = load_tokenizer(model_dir)
@@ -100,14 +119,25 @@ def load_calibration(
     elif _HUB_ID.fullmatch(spec):
         tokens = _tokenize_dataset(tokenizer, spec, 2 * samples * seqlen)
     else:
-        raise ConfigError(f"--calib {spec}: expected a text file, a hub data set id or {GENERATED!r}; there is no such file.")
+        raise ConfigError(
+            f"--calib {spec}: expected a text file, a hub data set id or {GENERATED!r}; there is no"
+            " such file."
+        )
     return _draw_windows(tokens, spec, samples, seqlen, seed, _bos(tokenizer, model_dir))
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False) -> torch.Tensor:
-    """Int64 tokens ``(n,)`` of the whole text at once, with what the tokenizer puts around a text if asked."""
-    with foreign_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the text", "Fetch the tokenizer again."):
-        return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = False
+) -> torch.Tensor:
+    """Int64 tokens ``(n,)`` of the whole text at once, with what the tokenizer puts around a
+    text if asked."""
+    with foreign_errors(
+        f"{tokenizer.name_or_path}: its tokenizer fails on the text", "Fetch the tokenizer again."
+    ):
+        return torch.tensor(
+            tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids,
+            dtype=torch.int64,
+        )
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -117,12 +147,14 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def family_needs_bos(model_dir: str | Path) -> bool:
-    """Whether the model is of a family that must see ``<bos>`` before every text, whatever its tokenizer does."""
+    """Whether the model is of a family that must see ``<bos>`` before every text, whatever its
+    tokenizer does."""
     return load_config(model_dir).model_type.startswith(_BOS_FAMILIES)
 
 
 def start_token(config: PreTrainedConfig, model_dir: Path) -> int:
-    """What a model that writes its own text begins with: ``<bos>``, or else end-of-text, or else what its tokenizer begins with.
+    """What a model that writes its own text begins with: ``<bos>``, or else end-of-text, or else
+    what its tokenizer begins with.
 
     Raises:
         ConfigError: there is none, or it is outside the vocabulary.
@@ -136,17 +168,19 @@ def start_token(config: PreTrainedConfig, model_dir: Path) -> int:
         tokenizer = load_tokenizer(model_dir)
     except CheckpointError as error:
         raise ConfigError(
-            f"--calib {GENERATED}: {model_dir}/config.json names neither a bos_token_id nor an eos_token_id to start from, and "
-            "there is no tokenizer that does. Give a text file."
+            f"--calib {GENERATED}: {model_dir}/config.json names neither a bos_token_id nor an"
+            " eos_token_id to start from, and there is no tokenizer that does. Give a text file."
         ) from error
-    named = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    named = [
+        token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None
+    ]
     if not named and tokenizer.chat_template is not None:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
         named = tokenize(tokenizer, str(chat)).tolist()
     if not named:
         raise ConfigError(
-            f"--calib {GENERATED}: neither {model_dir}/config.json nor the tokenizer names a token that begins or ends a text, "
-            "and there is no chat template. Give a text file."
+            f"--calib {GENERATED}: neither {model_dir}/config.json nor the tokenizer names a token"
+            " that begins or ends a text, and there is no chat template. Give a text file."
         )
     return _in_vocabulary(named[0], config, f"{model_dir}: the tokenizer's first token")
 
@@ -154,8 +188,8 @@ def start_token(config: PreTrainedConfig, model_dir: Path) -> int:
 def _in_vocabulary(token: Any, config: PreTrainedConfig, where: str) -> int:
     if type(token) is not int or not 0 <= token < config.vocab_size:
         raise ConfigError(
-            f"--calib {GENERATED}: {where}: expected a token of a vocabulary of {config.vocab_size}, got {token!r}. Correct it, "
-            "or give a text file."
+            f"--calib {GENERATED}: {where}: expected a token of a vocabulary of"
+            f" {config.vocab_size}, got {token!r}. Correct it, or give a text file."
         )
     return token
 
@@ -173,7 +207,9 @@ def _check_window(tokens: torch.Tensor, spec: str, width: int) -> None:
         )
 
 
-def _draw_windows(tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None) -> torch.Tensor:
+def _draw_windows(
+    tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None
+) -> torch.Tensor:
     width = seqlen if bos is None else seqlen - 1
     _check_window(tokens, spec, width)
     generator = torch.Generator().manual_seed(seed)
@@ -184,8 +220,8 @@ def _draw_windows(tokens: torch.Tensor, spec: str, samples: int, seqlen: int, se
 
 def _without_datasets(spec: str) -> str:
     return (
-        f"--calib {spec}: there is no such file, and reading a hub data set needs the 'datasets' package: "
-        f"pip install datasets, or use a text file or {GENERATED!r}."
+        f"--calib {spec}: there is no such file, and reading a hub data set needs the 'datasets'"
+        f" package: pip install datasets, or use a text file or {GENERATED!r}."
     )
 
 
@@ -204,14 +240,17 @@ def _tokenize_dataset(tokenizer: PreTrainedTokenizerBase, spec: str, enough: int
                 break
     except Exception as error:  # the library raises whatever its network and file layers do
         raise ConfigError(
-            f"--calib {spec}: there is no such file, and it cannot be read as a hub data set with a 'text' column: "
-            f"{type(error).__name__}: {error}. Check the id and the network, or use a text file or {GENERATED!r}."
+            f"--calib {spec}: there is no such file, and it cannot be read as a hub data set with a"
+            f" 'text' column: {type(error).__name__}: {error}. Check the id and the network, or use"
+            f" a text file or {GENERATED!r}."
         ) from error
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
 
 @torch.inference_mode()
-def _generate(model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device) -> torch.Tensor:
+def _generate(
+    model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device
+) -> torch.Tensor:
     model = load_model(model_dir, device=device)
     start = start_token(model.config, Path(model_dir))
     # No eos_token_id: generation runs through end-of-text into the next document.
@@ -221,17 +260,22 @@ def _generate(model_dir: str | Path, samples: int, seqlen: int, seed: int, devic
     for first in range(0, samples, _GENERATION_BATCH):
         prompt = torch.full((min(_GENERATION_BATCH, samples - first), 1), start, device=device)
         mask = torch.ones_like(prompt)
-        found = model.generate(prompt, attention_mask=mask, generation_config=greedy, logits_processor=draw)
+        found = model.generate(
+            prompt, attention_mask=mask, generation_config=greedy, logits_processor=draw
+        )
         batches.append(found.cpu())
     return torch.cat(batches)
 
 
 class _Draw(LogitsProcessor):
-    """Samples at temperature 1, and leaves only the token drawn to choose from. On the CPU: each device has its own generator."""
+    """Samples at temperature 1, and leaves only the token drawn to choose from. On the CPU: each
+    device has its own generator."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = torch.multinomial(scores.float().cpu().softmax(dim=-1), 1, generator=self._generator)
+        drawn = torch.multinomial(
+            scores.float().cpu().softmax(dim=-1), 1, generator=self._generator
+        )
         return torch.full_like(scores, -torch.inf).scatter(1, drawn.to(scores.device), 0.0)

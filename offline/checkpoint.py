@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a Hugging Face checkpoint, check it from its headers, and read it a few tensors at a time."""
+"""Open a Hugging Face checkpoint, check it from its headers, and read it a few tensors at a
+time."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -29,11 +30,13 @@ _SOURCE_DTYPES = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory of safetensors: its configuration and its headers. Weights are read only by :meth:`load`.
+    """A directory of safetensors: its configuration and its headers. Weights are read only by
+    :meth:`load`.
 
-    ``scales`` are the scales of FP8 weights, in blocks of ``block``; they are no tensors of the model, and its ``config`` says
-    nothing of them. ``device`` is where :meth:`load` puts what it has read. ``renamed`` says in words how the names of tensors
-    differ from the stored ones, if they do.
+    ``scales`` are the scales of FP8 weights, in blocks of ``block``; they are no tensors of the
+    model, and its ``config`` says nothing of them. ``device`` is where :meth:`load` puts what it
+    has read. ``renamed`` says in words how the names of tensors differ from the stored ones, if
+    they do.
     """
 
     path: Path
@@ -64,7 +67,9 @@ class Checkpoint:
             CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity.
         """
         wanted = list(names)
-        loaded = self._read(wanted + [name + SCALE_SUFFIX for name in wanted if self.info(name).dtype == FP8])
+        loaded = self._read(
+            wanted + [name + SCALE_SUFFIX for name in wanted if self.info(name).dtype == FP8]
+        )
         for name in wanted:
             if self.info(name).dtype == FP8:
                 loaded[name] = dequantize(loaded[name], loaded.pop(name + SCALE_SUFFIX), self.block)
@@ -76,14 +81,16 @@ class Checkpoint:
             by_file.setdefault(self._entry(name).file, []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
-            stored = read_tensors(self.path / file, ADVICE, [self._entry(name).stored for name in members])
+            stored = read_tensors(
+                self.path / file, ADVICE, [self._entry(name).stored for name in members]
+            )
             loaded |= {name: stored[self._entry(name).stored] for name in members}
         for name, tensor in loaded.items():
             if count := _count_not_finite(tensor):
                 file = self._entry(name).file
                 raise CheckpointError(
-                    f"{self.path / file}: tensor {name}: expected finite values, got {count} NaN or infinite ones. The "
-                    "checkpoint is damaged: fetch it again."
+                    f"{self.path / file}: tensor {name}: expected finite values, got {count} NaN or"
+                    " infinite ones. The checkpoint is damaged: fetch it again."
                 )
         return loaded
 
@@ -102,12 +109,15 @@ class Checkpoint:
             CheckpointError: no file holds it.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing from {', '.join(self.files)}.")
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is missing from {', '.join(self.files)}."
+            )
         return self.tensors[name]
 
 
 def open_headers(model: str) -> Checkpoint:
-    """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight is fetched.
+    """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight
+    is fetched.
 
     Raises:
         CheckpointError: as :func:`~smoothrot_offline.headers.read_headers`.
@@ -120,14 +130,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read configuration and headers; no weight is read.
 
     Raises:
-        CheckpointError: a file is missing, truncated or malformed, or the weights are not safetensors.
+        CheckpointError: a file is missing, truncated or malformed, or the weights are not
+            safetensors.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a directory with {CONFIG_NAME} and safetensors; there is none.")
+        raise CheckpointError(
+            f"{path}: expected a directory with {CONFIG_NAME} and safetensors; there is none."
+        )
     return open_headers(str(path))
 
 
-def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()) -> None:
+def check_source(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], ignorable: Iterable[str] = ()
+) -> None:
     """Compare headers with the tensors a model must have.
 
     Args:
@@ -136,25 +151,36 @@ def check_source(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
         ignorable: tensors that may be there and are not used.
 
     Raises:
-        CheckpointError: a tensor is missing or unexpected, or has another shape or no float dtype of 16 to 64 bits.
+        CheckpointError: a tensor is missing or unexpected, or has another shape or no float dtype
+            of 16 to 64 bits.
     """
     for name, shape in expected.items():
         info = checkpoint.info(name)
         where = f"{checkpoint.path / info.file}: tensor {name}"
-        if info.dtype not in _SOURCE_DTYPES and not (info.dtype == FP8 and name + SCALE_SUFFIX in checkpoint.scales):
+        if info.dtype not in _SOURCE_DTYPES and not (
+            info.dtype == FP8 and name + SCALE_SUFFIX in checkpoint.scales
+        ):
             raise CheckpointError(
-                f"{where}: expected dtype {', '.join(_SOURCE_DTYPES)}, got {info.dtype}. Convert the 16-bit original."
+                f"{where}: expected dtype {', '.join(_SOURCE_DTYPES)}, got {info.dtype}. Convert"
+                " the 16-bit original."
             )
         if info.shape != shape:
-            raise CheckpointError(f"{where}: expected shape {shape} from config.json, got {info.shape}.")
+            raise CheckpointError(
+                f"{where}: expected shape {shape} from config.json, got {info.shape}."
+            )
     # Old checkpoints carry the rotary tables, which every loader recomputes.
     known = {*expected, *ignorable}
-    unknown = [name for name in checkpoint.tensors if name not in known and not name.endswith(".rotary_emb.inv_freq")]
+    unknown = [
+        name
+        for name in checkpoint.tensors
+        if name not in known and not name.endswith(".rotary_emb.inv_freq")
+    ]
     if unknown:
         info = checkpoint.tensors[unknown[0]]
         raise CheckpointError(
-            f"{checkpoint.path / info.file}: tensor {unknown[0]} (one of {len(unknown)}) has no place in this "
-            "architecture: converting without it would change the model. Check model_type and the bias flags in config.json."
+            f"{checkpoint.path / info.file}: tensor {unknown[0]} (one of {len(unknown)}) has no"
+            " place in this architecture: converting without it would change the model. Check"
+            " model_type and the bias flags in config.json."
         )
 
 
@@ -177,13 +203,15 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def source_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16 for a wider one."""
+    """Dtype of the output's 16-bit tensors: that of tensor ``name`` in the source, or bfloat16
+    for a wider one."""
     dtype = DTYPES[checkpoint.info(name).dtype]
     return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
 
 
 def _with_scales(found: Checkpoint) -> Checkpoint:
-    """The checkpoint with the scales of its FP8 weights, if it has any, set apart from the tensors of the model."""
+    """The checkpoint with the scales of its FP8 weights, if it has any, set apart from the
+    tensors of the model."""
     if not is_fp8(found.config):
         return found
     block = block_shape(found.config)
@@ -200,6 +228,11 @@ def _with_scales(found: Checkpoint) -> Checkpoint:
 def _count_not_finite(tensor: torch.Tensor) -> int:
     if not tensor.is_floating_point():
         return 0
-    # isfinite does not know FP8, whose only value that is not finite is NaN: all bits set but the sign.
-    finite = (tensor.view(torch.uint8) & 0x7F) != 0x7F if tensor.dtype == DTYPES[FP8] else tensor.isfinite()
+    # isfinite does not know FP8, whose only value that is not finite is NaN: all bits set but the
+    # sign.
+    finite = (
+        (tensor.view(torch.uint8) & 0x7F) != 0x7F
+        if tensor.dtype == DTYPES[FP8]
+        else tensor.isfinite()
+    )
     return int((~finite).sum())

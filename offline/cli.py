@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``smoothrot-convert``: plan, run, verify, inspect, lora, eval, analyze, report.
 
-Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit code 1 is a refusal or
-a failure, in one line on stderr; 2 is a wrong command line. Heavy imports wait until a command runs.
+Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit
+code 1 is a refusal or a failure, in one line on stderr; 2 is a wrong command line. Heavy imports
+wait until a command runs.
 """
 
 import dataclasses
@@ -41,38 +42,78 @@ def _fraction(value: str | float) -> float:
     try:
         return float(number)
     except ValueError:
-        raise typer.BadParameter(f"expected auto:FRACTION, such as auto:0.1, got {value!r}") from None
+        raise typer.BadParameter(
+            f"expected auto:FRACTION, such as auto:0.1, got {value!r}"
+        ) from None
 
 
-Model = Annotated[str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)
+]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
 PresetOption = Annotated[
     Literal["auto", "fast", "balanced", "best", "paper-compat", "none"],
     typer.Option(
-        help="Recipe: sets the options below that are not given. auto: the best that takes an hour at most. none: as listed."
+        help=(
+            "Recipe: sets the options below that are not given. auto: the best that takes an hour"
+            " at most. none: as listed."
+        )
     ),
 ]
 WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
 ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
-GroupSize = Annotated[Literal[-1, 32, 64, 128], typer.Option(help="Inputs that share a weight scale; -1: a whole row.")]
+GroupSize = Annotated[
+    Literal[-1, 32, 64, 128],
+    typer.Option(help="Inputs that share a weight scale; -1: a whole row."),
+]
 Scales = Annotated[
     Literal["none", "max", "quantile", "l2", "search", "learned"],
-    typer.Option(help="Smoothing of down_proj's input: by a statistic, by trying them out, or by gradient from there."),
+    typer.Option(
+        help=(
+            "Smoothing of down_proj's input: by a statistic, by trying them out, or by gradient"
+            " from there."
+        )
+    ),
 ]
 SmoothNorms = Annotated[
-    bool, typer.Option("--smooth-norms/--no-smooth-norms", help="Smooth what the norms give out as well, after R1.")
+    bool,
+    typer.Option(
+        "--smooth-norms/--no-smooth-norms", help="Smooth what the norms give out as well, after R1."
+    ),
 ]
-Alpha = Annotated[float, typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight.")]
-Quantile = Annotated[float, typer.Option(min=0, max=1, help="quantile: of the input's magnitudes in each channel.")]
+Alpha = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight."),
+]
+Quantile = Annotated[
+    float, typer.Option(min=0, max=1, help="quantile: of the input's magnitudes in each channel.")
+]
 Rounding = Annotated[
     Literal["rtn", "gptq", "gptaq"],
-    typer.Option(help="Weight rounding: to nearest, error-compensated, or towards the full-precision model as well."),
+    typer.Option(
+        help=(
+            "Weight rounding: to nearest, error-compensated, or towards the full-precision model as"
+            " well."
+        )
+    ),
 ]
-ActOrder = Annotated[bool, typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first.")]
-Propagation = Annotated[float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")]
-Damping = Annotated[float, typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.")]
+ActOrder = Annotated[
+    bool,
+    typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first."),
+]
+Propagation = Annotated[
+    float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")
+]
+Damping = Annotated[
+    float,
+    typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean."),
+]
 ClipSearch = Annotated[
-    bool, typer.Option("--clip-search/--no-clip-search", help="Search the clip of each 4-bit input instead of 0.9 for all.")
+    bool,
+    typer.Option(
+        "--clip-search/--no-clip-search",
+        help="Search the clip of each 4-bit input instead of 0.9 for all.",
+    ),
 ]
 Keep8bit = Annotated[
     float,
@@ -80,34 +121,67 @@ Keep8bit = Annotated[
         "--keep-8bit",
         parser=_fraction,
         metavar="auto:FRACTION",
-        help="Share of the weights that stay at 8 bits, with 8-bit inputs: those whose error costs most.",
+        help=(
+            "Share of the weights that stay at 8 bits, with 8-bit inputs: those whose error costs"
+            " most."
+        ),
     ),
 ]
-SignSeeds = Annotated[int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")]
-HeadBits = Annotated[
-    Literal[4, 8, 16], typer.Option(help="Bits of the head (4: in groups of --group-size); the embedding stays 16-bit.")
+SignSeeds = Annotated[
+    int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")
 ]
-MaxTp = Annotated[int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")]
-Calib = Annotated[str, typer.Option(help="Calibration text: a file, 'generated' by the model itself, or a hub data set.")]
+HeadBits = Annotated[
+    Literal[4, 8, 16],
+    typer.Option(
+        help="Bits of the head (4: in groups of --group-size); the embedding stays 16-bit."
+    ),
+]
+MaxTp = Annotated[
+    int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")
+]
+Calib = Annotated[
+    str,
+    typer.Option(
+        help="Calibration text: a file, 'generated' by the model itself, or a hub data set."
+    ),
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random signs and of the calibration text.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Seed of the random signs and of the calibration text.")
+]
 Rotations = Annotated[
-    Literal["hadamard", "learned"], typer.Option(help="R1 and R2: Hadamard transforms, or learned from there by gradient.")
+    Literal["hadamard", "learned"],
+    typer.Option(help="R1 and R2: Hadamard transforms, or learned from there by gradient."),
 ]
-RotationSteps = Annotated[int, typer.Option(min=1, help="learned rotations: optimiser steps, the budget of learning.")]
-NoRotate = Annotated[bool, typer.Option("--no-rotate", help="No rotation at all, online or offline.")]
+RotationSteps = Annotated[
+    int, typer.Option(min=1, help="learned rotations: optimiser steps, the budget of learning.")
+]
+NoRotate = Annotated[
+    bool, typer.Option("--no-rotate", help="No rotation at all, online or offline.")
+]
 Workers = Annotated[
-    int, typer.Option(min=1, help="rtn: processes that convert layers at the same time; each holds a layer in memory.")
+    int,
+    typer.Option(
+        min=1,
+        help="rtn: processes that convert layers at the same time; each holds a layer in memory.",
+    ),
 ]
-ShardMib = Annotated[int, typer.Option(min=1, help="Largest output shard, MiB; it is also held in memory.")]
+ShardMib = Annotated[
+    int, typer.Option(min=1, help="Largest output shard, MiB; it is also held in memory.")
+]
 
 
 @app.command()
 def run(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory to make; it appears when it is complete.", show_default=False
+        ),
+    ],
     preset: PresetOption = "auto",
     weight_bits: WeightBits = 4,
     activation_bits: ActivationBits = 4,
@@ -164,7 +238,10 @@ def run(
         with telling_how_to_go_on(out), progress_bar() as progress:
             done = convert(source, out, choice.config, progress, workers, chosen_device.device)
         if done.resumed_layers is not None:
-            print(f"went on after {done.resumed_layers} finished layers of an interrupted run", file=sys.stderr)
+            print(
+                f"went on after {done.resumed_layers} finished layers of an interrupted run",
+                file=sys.stderr,
+            )
         chosen = {"preset": choice.reason, "config": choice.config.model_dump()}
         show(done.summary() | chosen | {"output": str(out)}, show_conversion(done, str(out)))
 
@@ -202,7 +279,8 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run would refuse."""
+    """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run
+    would refuse."""
     options = _explicit(context, locals())
     with reporting(as_json, debug) as show:
         refuse_unsupported(model)
@@ -227,12 +305,17 @@ def plan(
 def verify(
     directory: Converted,
     source: Annotated[
-        str | None, typer.Option(help="Also derive a sample of the codes from this model, path or hub id.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Also derive a sample of the codes from this model, path or hub id.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything differs."""
+    """Check every byte of DIRECTORY against its schema and manifest; exit code 1 if anything
+    differs."""
     with reporting(as_json, debug) as show:
         from smoothrot_offline.headers import resolve_source
         from smoothrot_offline.progress import progress_bar
@@ -241,7 +324,10 @@ def verify(
 
         with progress_bar() as progress:
             found = verify_directory(directory, progress)
-        summary = f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were written"
+        summary = (
+            f"{directory}: {found.tensors} tensors and {found.files} files are the ones that were"
+            " written"
+        )
         facts, problems = found.model_dump(mode="json"), found.problems
         # Codes are derived again only from whole ones.
         if source is not None and found.ok:
@@ -249,8 +335,8 @@ def verify(
             facts |= {"ok": not compared.problems, "source": compared.model_dump(mode="json")}
             problems = compared.problems
             summary += (
-                f"; against {source}: layers {', '.join(map(str, compared.layers)) or 'none'}, codes of {compared.codes} linears "
-                f"and weight errors of {compared.errors}"
+                f"; against {source}: layers {', '.join(map(str, compared.layers)) or 'none'},"
+                f" codes of {compared.codes} linears and weight errors of {compared.errors}"
             )
         show(facts, f"{directory}: {len(problems)} problem(s)" if problems else summary)
         refuse(problems)
@@ -269,9 +355,21 @@ def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -
 
 @app.command()
 def lora(
-    adapter: Annotated[Path, typer.Argument(help="PEFT LoRA adapter of the original model.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False)],
-    base: Annotated[Path, typer.Option(help="Converted directory that the adapter will be served with.", show_default=False)],
+    adapter: Annotated[
+        Path, typer.Argument(help="PEFT LoRA adapter of the original model.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory to make; it appears when it is complete.", show_default=False
+        ),
+    ],
+    base: Annotated[
+        Path,
+        typer.Option(
+            help="Converted directory that the adapter will be served with.", show_default=False
+        ),
+    ],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -285,10 +383,16 @@ def lora(
 
 @app.command("eval")
 def evaluate(
-    directory: Annotated[str, typer.Argument(help="Any Hugging Face or SmoothRot directory.", show_default=False)],
-    text: Annotated[Path, typer.Option(help="UTF-8 text, or .jsonl of texts or chats.", show_default=False)],
+    directory: Annotated[
+        str, typer.Argument(help="Any Hugging Face or SmoothRot directory.", show_default=False)
+    ],
+    text: Annotated[
+        Path, typer.Option(help="UTF-8 text, or .jsonl of texts or chats.", show_default=False)
+    ],
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 2048,
-    limit_chunks: Annotated[int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)] = None,
+    limit_chunks: Annotated[
+        int | None, typer.Option(min=1, help="Only the first windows.", show_default=False)
+    ] = None,
     dtype: RunDtype = "float32",
     device: Device = "auto",
     as_json: Json = False,
@@ -302,8 +406,13 @@ def evaluate(
 
         chosen = choose_device(device)
         print(f"device: {chosen.described}", file=sys.stderr)
-        found = evaluate_perplexity(resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype), chosen.device)
-        summary = f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.dtype}, {found.seconds:.0f} s"
+        found = evaluate_perplexity(
+            resolve_source(directory), text, seqlen, limit_chunks, run_dtype(dtype), chosen.device
+        )
+        summary = (
+            f"perplexity {found.perplexity:.4f} over {found.tokens} tokens in {found.dtype},"
+            f" {found.seconds:.0f} s"
+        )
         show(dataclasses.asdict(found), summary)
 
 
@@ -318,9 +427,12 @@ def main() -> None:
 
 
 def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the conversion's configuration that the command line gives; the others are the preset's to set."""
+    """Fields of the conversion's configuration that the command line gives; the others are the
+    preset's to set."""
     # By name: typer has a click of its own, whose enumeration is not the installed one's.
-    sources = {name: getattr(context.get_parameter_source(name), "name", None) for name in arguments}
+    sources = {
+        name: getattr(context.get_parameter_source(name), "name", None) for name in arguments
+    }
     given = {
         name: value
         for name, value in arguments.items()

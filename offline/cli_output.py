@@ -14,19 +14,32 @@ from rich.console import Console, RenderableType
 
 from smoothrot_vllm.errors import SmoothRotError
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Device = Annotated[
-    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where to compute; auto: the GPU if torch can use one, else the CPU.")
+    str,
+    typer.Option(
+        metavar="auto|cpu|cuda|cuda:N",
+        help="Where to compute; auto: the GPU if torch can use one, else the CPU.",
+    ),
 ]
 RunDtype = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"],
-    typer.Option(help="Arithmetic of everything but the quantised linears' integers; auto: the dtype of config.json."),
+    typer.Option(
+        help=(
+            "Arithmetic of everything but the quantised linears' integers; auto: the dtype of"
+            " config.json."
+        )
+    ),
 ]
 
 
 @contextmanager
-def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
+def reporting(
+    as_json: bool, debug: bool
+) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
     """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
 
     Yields the function that prints a result: its facts as JSON, or its display.
@@ -37,7 +50,8 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         if as_json:
             print(json.dumps(facts, ensure_ascii=False), file=stdout)
         else:
-            # In a pipe or a file, lines are as long as what they say: nothing is wrapped, no path is split.
+            # In a pipe or a file, lines are as long as what they say: nothing is wrapped, no path
+            # is split.
             width = None if stdout.isatty() else 10_000
             Console(file=stdout, markup=False, highlight=False, width=width).print(display)
 
@@ -56,10 +70,20 @@ def reporting(as_json: bool, debug: bool) -> Iterator[Callable[[dict[str, Any], 
         # What torch raises has no type of its own.
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             found = str(error) or type(error).__name__
-            refuse([f"expected more memory than the system gives: {found}. Choose less of it, or use a machine with more."])
+            refuse(
+                [
+                    f"expected more memory than the system gives: {found}. Choose less of it, or"
+                    " use a machine with more."
+                ]
+            )
         if isinstance(error, OSError):
             refuse([f"the system refuses: {error}. Check the path, its permissions and the disk."])
-        refuse([f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what --debug shows."])
+        refuse(
+            [
+                f"unexpected {type(error).__name__}: {error}. This is a bug: report it with what"
+                " --debug shows."
+            ]
+        )
 
 
 def refuse(problems: list[str]) -> None:
@@ -71,7 +95,8 @@ def refuse(problems: list[str]) -> None:
 
 
 def refuse_unsupported(model: str) -> None:
-    """Refuse at once, before torch is imported, what ``config.json`` and the state of the files do not allow.
+    """Refuse at once, before torch is imported, what ``config.json`` and the state of the files do
+    not allow.
 
     Raises:
         SmoothRotError: a file is missing or damaged, or the family is not one that converts.
@@ -83,20 +108,25 @@ def refuse_unsupported(model: str) -> None:
 
 
 def unwind_when_killed() -> None:
-    """A polite kill unwinds like Ctrl-C, so that a partial output is removed, or left so that it can be gone on with."""
+    """A polite kill unwinds like Ctrl-C, so that a partial output is removed, or left so that it
+    can be gone on with."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextmanager
 def telling_how_to_go_on(out: Path) -> Iterator[None]:
-    """On Ctrl-C or a polite kill of a conversion into ``out``, say what was kept and end with the exit code of the signal."""
+    """On Ctrl-C or a polite kill of a conversion into ``out``, say what was kept and end with
+    the exit code of the signal."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
         from smoothrot_offline.write import unfinished_output
 
         if (kept := unfinished_output(out)) is not None:
-            print(f"interrupted: run the same command again to go on; what is finished is in {kept}", file=sys.stderr)
+            print(
+                f"interrupted: run the same command again to go on; what is finished is in {kept}",
+                file=sys.stderr,
+            )
         else:
             print("interrupted before anything was finished: nothing was kept", file=sys.stderr)
         code = error.code if isinstance(error, SystemExit) else 128 + signal.SIGINT

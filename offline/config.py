@@ -8,19 +8,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.options import MOST, make_options
 from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online, OnlineHadamard, QuantizationSchema, WeightScheme
+from smoothrot_vllm.format import (
+    ActivationScheme,
+    LinearScheme,
+    Online,
+    OnlineHadamard,
+    QuantizationSchema,
+    WeightScheme,
+)
 from smoothrot_vllm.hadamard import choose_block
 
 ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
-"""Per-token clip by activation bits: 0.9 is the best of QuaRot's ablation at 4 bits (arXiv 2404.00456, table 11)."""
+"""Per-token clip by activation bits: 0.9 is the best of QuaRot's ablation at 4 bits (arXiv
+2404.00456, table 11)."""
 
 MEBIBYTE = 1 << 20
 
 
 class ConvertConfig(BaseModel):
-    """Options of ``smoothrot-convert run``, which the manifest records. Every one of them changes the output but ``preset``, the
-    recipe that the others come from where the user did not choose.
-    """
+    """Options of ``smoothrot-convert run``, which the manifest records. Every one of them
+    changes the output but ``preset``, the recipe that the others come from where the user did
+    not choose."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,10 +61,18 @@ class ConvertConfig(BaseModel):
     def described(self) -> str:
         """The recipe in a line of the field's own terms."""
         groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
-        parts = [f"W{self.weight_bits}A{self.activation_bits} {groups}", f"{self.rounding}", f"scales {self.scales}"]
+        parts = [
+            f"W{self.weight_bits}A{self.activation_bits} {groups}",
+            f"{self.rounding}",
+            f"scales {self.scales}",
+        ]
         parts += ["smoothed norms"] * self.smooths_norms
-        parts += ["searched clips"] * self.clip_search + [f"{self.keep_8bit:.0%} of the weights at 8 bits"] * (self.keep_8bit > 0)
-        parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + ["no rotation"] * (not self.rotate)
+        parts += ["searched clips"] * self.clip_search + [
+            f"{self.keep_8bit:.0%} of the weights at 8 bits"
+        ] * (self.keep_8bit > 0)
+        parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + [
+            "no rotation"
+        ] * (not self.rotate)
         parts += [f"rotations learned in {self.rotation_steps} steps"] * self.learns_rotations
         parts.append(f"{self.lm_head_bits}-bit head")
         return ", ".join(parts)
@@ -69,7 +85,8 @@ class ConvertConfig(BaseModel):
 
     @property
     def smooths_norms(self) -> bool:
-        """Whether what the norms give out is smoothed: only with some scales for down_proj, so that ``none`` is plain QuaRot."""
+        """Whether what the norms give out is smoothed: only with some scales for down_proj, so
+        that ``none`` is plain QuaRot."""
         return self.smooth_norms and self.scales != "none"
 
     @property
@@ -93,40 +110,54 @@ def make_config(**options: Any) -> ConvertConfig:
 
 
 def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:
-    """Whether the output shares the embedding with the head, which no fold into them and no quantised head allows."""
+    """Whether the output shares the embedding with the head, which no fold into them and no
+    quantised head allows."""
     folded = config.rotate and spec.architecture.rotates_residual
     return spec.tied and not folded and config.lm_head_bits == 16
 
 
 def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
-    """What the server rotates: R4 in blocks that are whole on each of ``config.max_tp`` shards, and R1 where no fold can.
+    """What the server rotates: R4 in blocks that are whole on each of ``config.max_tp`` shards, and
+    R1 where no fold can.
 
     Raises:
         UnsupportedModelError: a size cannot be split so.
     """
     if not config.rotate:
         return Online()
-    down = OnlineHadamard(size=spec.intermediate, block=choose_block(spec.intermediate, config.max_tp).size)
+    down = OnlineHadamard(
+        size=spec.intermediate, block=choose_block(spec.intermediate, config.max_tp).size
+    )
     if spec.architecture.rotates_residual:
         return Online(down_proj=down)
-    return Online(down_proj=down, readers=OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size))
+    return Online(
+        down_proj=down,
+        readers=OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size),
+    )
 
 
 def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
     """The output's ``quantization_config``.
 
     Raises:
-        ConfigError: a linear of the model does not fit the group size or ``max_tp``, or there is no head to quantise.
+        ConfigError: a linear of the model does not fit the group size or ``max_tp``, or there is no
+            head to quantise.
         UnsupportedModelError: a size has no Hadamard block.
     """
     if config.lm_head_bits < 16 and spec.architecture.head_is_embedding:
         raise ConfigError(
-            f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits of "
-            f"{spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
+            f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits"
+            f" of {spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
         )
     clip = ACTIVATION_CLIP[config.activation_bits]
-    head_weights = WeightScheme(bits=4, group_size=config.group_size) if config.lm_head_bits == 4 else WeightScheme(bits=8)
-    head = LinearScheme(weights=head_weights, activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8]))
+    head_weights = (
+        WeightScheme(bits=4, group_size=config.group_size)
+        if config.lm_head_bits == 4
+        else WeightScheme(bits=8)
+    )
+    head = LinearScheme(
+        weights=head_weights, activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8])
+    )
     schema = QuantizationSchema(
         weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
         activations=ActivationScheme(bits=config.activation_bits, clip=clip),
@@ -140,10 +171,12 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
 
 
 def check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> None:
-    """Refuse what the format cannot shard: the writers are split along their inputs, in whole pairs of codes and whole groups.
+    """Refuse what the format cannot shard: the writers are split along their inputs, in whole pairs
+    of codes and whole groups.
 
     Raises:
-        ConfigError: a linear has no whole number of pairs or groups of inputs on each of ``shards`` shards.
+        ConfigError: a linear has no whole number of pairs or groups of inputs on each of ``shards``
+            shards.
     """
     unit = max(2, schema.weights.group_size)
     for linear in spec.architecture.linears:
@@ -151,6 +184,7 @@ def check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> No
         split = shards if linear in spec.architecture.writers else 1
         if inputs % (unit * split):
             raise ConfigError(
-                f"{linear}: {inputs} inputs over {split} shard(s): expected a whole number of runs of {unit} inputs on each "
-                f"(group size {schema.weights.group_size}). Choose another --group-size or a lower --max-tp."
+                f"{linear}: {inputs} inputs over {split} shard(s): expected a whole number of runs"
+                f" of {unit} inputs on each (group size {schema.weights.group_size}). Choose"
+                " another --group-size or a lower --max-tp."
             )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The conversion: one decoder layer at a time from the source's files to the output's shards.
 
-First everything is decided that needs measuring (see decide.py). Then, for each layer: read its tensors; fold norms,
-R1, R2, S and R4 in float64; round; hand the result to the shard writer. What is held in memory is one layer, the
-calibration's hidden states, the shard being filled, and once each the embedding and the head, which are transformed
-a slice of rows at a time.
+First everything is decided that needs measuring (see decide.py). Then, for each layer: read its
+tensors; fold norms, R1, R2, S and R4 in float64; round; hand the result to the shard writer. What
+is held in memory is one layer, the calibration's hidden states, the shard being filled, and once
+each the embedding and the head, which are transformed a slice of rows at a time.
 """
 
 import time
@@ -18,9 +18,21 @@ import torch
 
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import LayerRunner, embed, tokens_digest
-from smoothrot_offline.checkpoint import DTYPES, Checkpoint, file_digest, open_checkpoint, source_dtype
+from smoothrot_offline.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    file_digest,
+    open_checkpoint,
+    source_dtype,
+)
 from smoothrot_offline.config import MEBIBYTE, ConvertConfig, stays_tied
-from smoothrot_offline.decide import Decisions, count_steps, decide, pack_decisions, unpack_decisions
+from smoothrot_offline.decide import (
+    Decisions,
+    count_steps,
+    decide,
+    pack_decisions,
+    unpack_decisions,
+)
 from smoothrot_offline.device import CPU, computing_on, device_kind
 from smoothrot_offline.headers import CONFIG_NAME
 from smoothrot_offline.layer import LayerConverter, cast, cast_rows, store
@@ -42,7 +54,12 @@ from smoothrot_offline.sizes import Sizes, header_table, measure
 from smoothrot_offline.transform_record import transform_tensors
 from smoothrot_offline.workers import convert_layers
 from smoothrot_offline.write import ResumableDirectory, ShardWriter
-from smoothrot_vllm.format import MANIFEST_NAME, TRANSFORM_NAME, TRANSFORMERS_WEIGHTS, QuantizationSchema
+from smoothrot_vllm.format import (
+    MANIFEST_NAME,
+    TRANSFORM_NAME,
+    TRANSFORMERS_WEIGHTS,
+    QuantizationSchema,
+)
 from smoothrot_vllm.hadamard import choose_block
 
 HEAD_ROWS = 4096
@@ -51,7 +68,8 @@ HEAD_ROWS = 4096
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a finished conversion did: its manifest, bytes, seconds, and how many layers it took from an interrupted run."""
+    """What a finished conversion did: its manifest, bytes, seconds, and how many layers it took
+    from an interrupted run."""
 
     manifest: Manifest
     source_bytes: Sizes
@@ -69,7 +87,9 @@ class Conversion:
             "ratio_total": self.source_bytes.total / self.output_bytes.total,
             "ratio_linears": self.source_bytes.linears / self.output_bytes.linears,
             "mean_weight_error": sum(errors) / len(errors),
-            "calibration": self.manifest.calibration.model_dump() if self.manifest.calibration else None,
+            "calibration": (
+                self.manifest.calibration.model_dump() if self.manifest.calibration else None
+            ),
             "device": self.manifest.device,
             "seconds": round(self.seconds, 1),
             "resumed_layers": self.resumed_layers,
@@ -84,12 +104,14 @@ def convert(
     workers: int = 1,
     device: torch.device = CPU,
 ) -> Conversion:
-    """Convert the checkpoint in ``source`` into a new directory ``out``, which appears only when it is complete.
+    """Convert the checkpoint in ``source`` into a new directory ``out``, which appears only when it
+    is complete.
 
     Args:
         source, out, config: of the conversion.
         progress: told of every step.
-        workers: processes that convert layers at the same time on the CPU; one layer is held in memory for each.
+        workers: processes that convert layers at the same time on the CPU; one layer is held in
+            memory for each.
         device: where everything but reading and writing is computed.
 
     Raises:
@@ -109,9 +131,21 @@ def convert(
         journal = Journal(directory, identity)
         resumed = len(journal.layers) if directory.resumed else None
         if not journal.done:
-            shards = ShardWriter(directory, config.shard_mib * MEBIBYTE, journal.shards, journal.finish_shard)
+            shards = ShardWriter(
+                directory, config.shard_mib * MEBIBYTE, journal.shards, journal.finish_shard
+            )
             run = _Run(
-                checkpoint, spec, config, admitted.schema, beside, identity["source"], journal, shards, progress, steps, workers
+                checkpoint,
+                spec,
+                config,
+                admitted.schema,
+                beside,
+                identity["source"],
+                journal,
+                shards,
+                progress,
+                steps,
+                workers,
             )
             run.everything()
             run.finish(directory)
@@ -121,7 +155,10 @@ def convert(
         manifest = read_manifest(directory.path)
         directory.commit()
     progress("done", steps, steps)
-    stored = {name: (tuple(record.shape), DTYPES[record.dtype]) for name, record in manifest.tensors.items()}
+    stored = {
+        name: (tuple(record.shape), DTYPES[record.dtype])
+        for name, record in manifest.tensors.items()
+    }
     return Conversion(
         manifest,
         source_bytes=measure(spec, header_table(checkpoint, spec.source_tensors())),
@@ -180,25 +217,35 @@ class _Run:
         else:
             for _ in range(count_steps(self.spec, self.config)):
                 step("decided before")
-        # Read back in every run, so that an interrupted one goes on from the same bytes in the same layout.
+        # Read back in every run, so that an interrupted one goes on from the same bytes in the same
+        # layout.
         assert self.journal.decisions is not None
         tensors = self.checkpoint.placed(self.journal.load_decisions())
-        return unpack_decisions(self.journal.decisions["decisions"], tensors, self.spec, self.config)
+        return unpack_decisions(
+            self.journal.decisions["decisions"], tensors, self.spec, self.config
+        )
 
     def finish(self, directory: ResumableDirectory) -> None:
-        """Write everything that is no tensor; the configuration makes the directory a model, the manifest comes last."""
+        """Write everything that is no tensor; the configuration makes the directory a model, the
+        manifest comes last."""
         self.shards.finish()
         for file in self.side_files:
             directory.copy(self.checkpoint.path, file)
         config = {key: value for key, value in self.checkpoint.config.items() if key != "auto_map"}
-        # transformers writes dtype today and torch_dtype in former years; readers of either must find the same.
+        # transformers writes dtype today and torch_dtype in former years; readers of either must
+        # find the same.
         for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
             config[key] = str(self.dtype).removeprefix("torch.")
         config["tie_word_embeddings"] = stays_tied(self.spec, self.config)
         config["transformers_weights"] = TRANSFORMERS_WEIGHTS
-        directory.write_tensors(TRANSFORM_NAME, transform_tensors(self.checkpoint, self.transform, self.decisions.studies))
+        directory.write_tensors(
+            TRANSFORM_NAME,
+            transform_tensors(self.checkpoint, self.transform, self.decisions.studies),
+        )
         digest = file_digest(directory.path / TRANSFORM_NAME)
-        config["quantization_config"] = self.schema.model_copy(update={"transform_sha256": digest}).model_dump(mode="json")
+        config["quantization_config"] = self.schema.model_copy(
+            update={"transform_sha256": digest}
+        ).model_dump(mode="json")
         directory.write_json(CONFIG_NAME, config)
         names = [CONFIG_NAME, *self.checkpoint.files]
         (directory.path / MANIFEST_NAME).unlink(missing_ok=True)
@@ -224,12 +271,16 @@ class _Run:
         tokens = self.decisions.tokens
         if tokens is None:
             return None
-        return CalibrationRecord(samples=tokens.shape[0], seqlen=tokens.shape[1], tokens_sha256=tokens_digest(tokens))
+        return CalibrationRecord(
+            samples=tokens.shape[0], seqlen=tokens.shape[1], tokens_sha256=tokens_digest(tokens)
+        )
 
     def _embedding(self, tokens: torch.Tensor | None) -> torch.Tensor | None:
         embedding = self.checkpoint.load([self.embedding])[self.embedding]
         slices = (self.transform.embedding(part.double()) for part in embedding.split(HEAD_ROWS))
-        self.shards.add({self.embedding: cast_rows(slices, embedding.shape, self.dtype, self.embedding)})
+        self.shards.add(
+            {self.embedding: cast_rows(slices, embedding.shape, self.dtype, self.embedding)}
+        )
         return None if tokens is None else embed(tokens, embedding, self.spec.embedding_scale)
 
     def _rounding(self, hidden: torch.Tensor | None) -> SequentialRounding | None:
@@ -240,7 +291,12 @@ class _Run:
             self.spec,
             self.schema,
             torch.cat(
-                [cast(self.transform.embedding(part.double()), self.dtype, self.embedding).float() for part in hidden.split(1)]
+                [
+                    cast(
+                        self.transform.embedding(part.double()), self.dtype, self.embedding
+                    ).float()
+                    for part in hidden.split(1)
+                ]
             ),
             asymmetric=self.config.rounding == "gptaq",
             propagation=self.config.propagation,
@@ -251,28 +307,47 @@ class _Run:
             rounding.restore(self.checkpoint.placed(kept))
         return rounding
 
-    def _layers(self, indices: range, rounding: SequentialRounding | None, step: Callable[[str], None]) -> None:
-        converter = LayerConverter(self.checkpoint, self.spec, self.schema, self.transform, self.decisions.studies, self.dtype)
+    def _layers(
+        self, indices: range, rounding: SequentialRounding | None, step: Callable[[str], None]
+    ) -> None:
+        converter = LayerConverter(
+            self.checkpoint,
+            self.spec,
+            self.schema,
+            self.transform,
+            self.decisions.studies,
+            self.dtype,
+        )
         if self.workers > 1:
-            with closing(convert_layers(converter, indices, self.journal.folder, self.workers)) as kept:
+            with closing(
+                convert_layers(converter, indices, self.journal.folder, self.workers)
+            ) as kept:
                 for index in indices:
                     step(f"layer {index + 1} of {self.spec.layers}")
                     layer = next(kept)
                     self.journal.adopt_layer(layer.record, layer.names, layer.file)
                     self.shards.add(self.journal.load_layer(index))
             return
-        for index, loaded in zip(indices, layers_ahead(self.checkpoint, self.spec, indices), strict=True):
+        for index, loaded in zip(
+            indices, layers_ahead(self.checkpoint, self.spec, indices), strict=True
+        ):
             step(f"layer {index + 1} of {self.spec.layers}")
             self._finish_layer(index, loaded, converter, rounding)
-            # From its file: what waits for its shard for many layers would lie in between the large tensors of each, and keep
-            # the allocator from using their place again.
+            # From its file: what waits for its shard for many layers would lie in between the large
+            # tensors of each, and keep the allocator from using their place again.
             self.shards.add(self.journal.load_layer(index))
 
     def _finish_layer(
-        self, index: int, loaded: LayerTensors, converter: LayerConverter, rounding: SequentialRounding | None
+        self,
+        index: int,
+        loaded: LayerTensors,
+        converter: LayerConverter,
+        rounding: SequentialRounding | None,
     ) -> None:
         done = converter.layer(index, loaded, None if rounding is None else rounding.layer)
-        self.journal.finish_layer(index, done.record, done.tensors, {} if rounding is None else rounding.state())
+        self.journal.finish_layer(
+            index, done.record, done.tensors, {} if rounding is None else rounding.state()
+        )
 
     def _head(self) -> None:
         table = self.spec.architecture
@@ -293,9 +368,12 @@ class _Run:
             self.shards.add(stored)
 
     def _recorded_config(self) -> ConvertConfig:
-        """The options without the place of a calibration file, which would make the same conversion differ by machine."""
+        """The options without the place of a calibration file, which would make the same
+        conversion differ by machine."""
         file = Path(self.config.calib)
-        return self.config.model_copy(update={"calib": file.name}) if file.is_file() else self.config
+        return (
+            self.config.model_copy(update={"calib": file.name}) if file.is_file() else self.config
+        )
 
     def _rotations(self) -> RotationRecord | None:
         online = self.transform.online

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers, signs, rotations."""
+"""Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers,
+signs, rotations."""
 
 import logging
 from collections.abc import Callable
@@ -37,9 +38,10 @@ HELD_OUT_SAMPLES = 8
 class Decisions:
     """What the measurements led to.
 
-    ``tokens`` are the calibration tokens int64 ``(samples, seqlen)``, None if the model is not run; ``studies`` has one entry for
-    each layer; ``schema`` carries the overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the
-    held-out loss of each seed tried, in nats; ``learned`` what learning the rotations led to, if they were.
+    ``tokens`` are the calibration tokens int64 ``(samples, seqlen)``, None if the model is not run;
+    ``studies`` has one entry for each layer; ``schema`` carries the overrides; ``transform`` the
+    chosen signs and learned rotations; ``sign_losses`` the held-out loss of each seed tried, in
+    nats; ``learned`` what learning the rotations led to, if they were.
     """
 
     tokens: torch.Tensor | None
@@ -59,13 +61,23 @@ def count_steps(spec: ModelSpec, config: ConvertConfig) -> int:
 
 
 def smooths_anew(spec: ModelSpec, config: ConvertConfig) -> bool:
-    """Whether the rotation before the norms' smoothing is chosen after the study, which smoothed behind another one."""
+    """Whether the rotation before the norms' smoothing is chosen after the study, which smoothed
+    behind another one."""
     chosen_later = config.sign_seeds > 1 or config.learns_rotations
-    return config.smooths_norms and config.rotate and spec.architecture.rotates_residual and chosen_later
+    return (
+        config.smooths_norms
+        and config.rotate
+        and spec.architecture.rotates_residual
+        and chosen_later
+    )
 
 
 def decide(
-    checkpoint: Checkpoint, spec: ModelSpec, config: ConvertConfig, schema: QuantizationSchema, step: Callable[[str], None]
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    step: Callable[[str], None],
 ) -> Decisions:
     """Load the calibration text, study every layer, and choose.
 
@@ -86,7 +98,9 @@ def decide(
         return Decisions(None, nothing, schema, transform, {}, None)
     held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
     samples = config.calib_samples + held_out
-    tokens = load_calibration(config.calib, checkpoint.path, samples, config.calib_seqlen, config.seed, checkpoint.device)
+    tokens = load_calibration(
+        config.calib, checkpoint.path, samples, config.calib_seqlen, config.seed, checkpoint.device
+    )
     tokens, kept_back = tokens[: config.calib_samples], tokens[config.calib_samples :]
     studies = nothing
     if config.scales != "none" or config.needs_probe:
@@ -104,11 +118,17 @@ def decide(
         transform = transforms[min(losses, key=lambda seed: losses[seed])]
     learned = None
     if config.learns_rotations:
-        # From the chosen signs. Clips and costs are those that the study found with Hadamard rotations.
-        transform, learned = learn_rotations(checkpoint, spec, config, schema, transform, tokens, step)
+        # From the chosen signs. Clips and costs are those that the study found with Hadamard
+        # rotations.
+        transform, learned = learn_rotations(
+            checkpoint, spec, config, schema, transform, tokens, step
+        )
     if smooths_anew(spec, config):
         norms = smooth_norms(checkpoint, spec, transform.residual, tokens, dtype, step)
-        studies = [replace(study, scales=replace(study.scales, norms=own)) for study, own in zip(studies, norms, strict=True)]
+        studies = [
+            replace(study, scales=replace(study.scales, norms=own))
+            for study, own in zip(studies, norms, strict=True)
+        ]
     return Decisions(tokens, studies, schema, transform, losses, learned)
 
 
@@ -134,18 +154,23 @@ def _study(
 
 
 def _warn_of_unseen_experts(studies: list[LayerStudy]) -> None:
-    unseen = {index: study.unseen_experts for index, study in enumerate(studies) if study.unseen_experts}
+    unseen = {
+        index: study.unseen_experts for index, study in enumerate(studies) if study.unseen_experts
+    }
     if unseen:
-        where = "; ".join(f"layer {index}: {', '.join(map(str, experts))}" for index, experts in unseen.items())
+        where = "; ".join(
+            f"layer {index}: {', '.join(map(str, experts))}" for index, experts in unseen.items()
+        )
         _log.warning(
-            "calibration: no token was routed to these experts, which are not smoothed (scales 1): %s. "
-            "Use a longer or more varied text (--calib, --calib-samples) if they matter.",
+            "calibration: no token was routed to these experts, which are not smoothed (scales 1):"
+            " %s. Use a longer or more varied text (--calib, --calib-samples) if they matter.",
             where,
         )
 
 
 def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Decisions on a calibrated model as a JSON object and named tensors, which :func:`unpack_decisions` takes."""
+    """Decisions on a calibrated model as a JSON object and named tensors, which
+    :func:`unpack_decisions` takes."""
     assert found.tokens is not None
     tensors = {"tokens": found.tokens}
     for index, study in enumerate(found.studies):
@@ -154,7 +179,9 @@ def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Te
         tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
     if isinstance(found.transform.residual, DenseRotation):
         tensors["residual"] = found.transform.residual.blocks
-    tensors |= {f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])}
+    tensors |= {
+        f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])
+    }
     facts = {
         "schema": found.schema.model_dump(mode="json"),
         "seed": found.transform.seed,
@@ -183,20 +210,30 @@ def unpack_decisions(
     """
     try:
         return _unpacked(facts, tensors, spec, config)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # pydantic's is a ValueError
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ) as error:  # pydantic's is a ValueError
         reason = " ".join(repr(error).split())
         raise ResumeError(
-            f"{JOURNAL_NAME}: decisions: expected what an interrupted conversion wrote: {reason}. Remove the partial output to "
-            "start over."
+            f"{JOURNAL_NAME}: decisions: expected what an interrupted conversion wrote: {reason}."
+            " Remove the partial output to start over."
         ) from error
 
 
-def _unpacked(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig) -> Decisions:
+def _unpacked(
+    facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
+) -> Decisions:
     transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
     if "residual" in tensors:
         transform = replace(transform, residual=DenseRotation(tensors["residual"]))
     if "heads.0" in tensors:
-        transform = replace(transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)])
+        transform = replace(
+            transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)]
+        )
     studies = [
         LayerStudy(
             _unpacked_scales(tensors, index, spec),
@@ -209,7 +246,9 @@ def _unpacked(facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Mod
     ]
     learned = facts["learned"] and LearnedRecord.model_validate(facts["learned"])
     schema = QuantizationSchema.model_validate(facts["schema"])
-    return Decisions(tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned)
+    return Decisions(
+        tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned
+    )
 
 
 def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:

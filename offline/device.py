@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the heavy work of a command runs: on the CPU, or on a GPU.
 
-A command chooses its device here and opens the source on it (``Checkpoint.on``); from there on every function computes where its
-arguments are. Random numbers are drawn on the CPU, so that they are the same for each device; what is written comes back to it.
+A command chooses its device here and opens the source on it (``Checkpoint.on``); from there on
+every function computes where its arguments are. Random numbers are drawn on the CPU, so that they
+are the same for each device; what is written comes back to it.
 """
 
 import os
@@ -18,7 +19,8 @@ from smoothrot_vllm.errors import ConfigError, DeviceMemoryError
 
 CPU = torch.device("cpu")
 _OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED")
-"""In what torch's allocator, the CUDA runtime and cuBLAS say then; only the first has an error of its own."""
+"""In what torch's allocator, the CUDA runtime and cuBLAS say then; only the first has an error
+of its own."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ def choose_device(option: str, workers: int = 1) -> DeviceChoice:
     """The device that ``--device`` stands for.
 
     Args:
-        option: ``auto`` (a GPU if torch can use one, else the CPU), ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
+        option: ``auto`` (a GPU if torch can use one, else the CPU), ``cpu``, ``cuda`` (the first
+            GPU) or ``cuda:N``.
         workers: processes that convert; ``auto`` takes the CPU for more than one.
 
     Raises:
@@ -55,12 +58,16 @@ def choose_device(option: str, workers: int = 1) -> DeviceChoice:
         return DeviceChoice(CPU, "as asked for")
     match = re.fullmatch(r"cuda(?::(\d+))?", option)
     if match is None:
-        raise ConfigError(f"--device {option}: expected auto, cpu, cuda or cuda:N, got {option!r}. Leave it out for auto.")
+        raise ConfigError(
+            f"--device {option}: expected auto, cpu, cuda or cuda:N, got {option!r}. Leave it out"
+            " for auto."
+        )
     index = int(match[1] or 0)
     if index >= count:
         raise ConfigError(
-            f"--device {option}: expected GPU {index} of those that torch can use, got {count} of them with torch "
-            f"{torch.__version__}. Check nvidia-smi and that torch was built for CUDA, or use --device cpu."
+            f"--device {option}: expected GPU {index} of those that torch can use, got {count} of"
+            f" them with torch {torch.__version__}. Check nvidia-smi and that torch was built for"
+            " CUDA, or use --device cpu."
         )
     return DeviceChoice(torch.device("cuda", index), "as asked for")
 
@@ -71,13 +78,15 @@ def device_name(device: torch.device) -> str:
 
 
 def device_kind(device: torch.device) -> str:
-    """What the last bits of a result depend on: ``cpu``, or the GPU's name, whichever number it has."""
+    """What the last bits of a result depend on: ``cpu``, or the GPU's name, whichever number it
+    has."""
     return "cpu" if device.type == "cpu" else f"{device.type} {torch.cuda.get_device_name(device)}"
 
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """While the context lasts, a GPU computes in full float32, and by algorithms that give the same bits each time.
+    """While the context lasts, a GPU computes in full float32, and by algorithms that give the same
+    bits each time.
 
     Raises:
         DeviceMemoryError: the GPU's memory is used up.
@@ -86,7 +95,10 @@ def computing_on(device: torch.device) -> Iterator[None]:
         yield
         return
     precision = torch.get_float32_matmul_precision()
-    deterministic, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     # Read when cuBLAS is first used: without a fixed workspace its sums may come in another order.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_float32_matmul_precision("highest")
@@ -100,8 +112,9 @@ def computing_on(device: torch.device) -> Iterator[None]:
         if not _OUT_OF_MEMORY.search(str(error)):
             raise
         raise DeviceMemoryError(
-            f"{device_name(device)}: expected more memory: {str(error).partition('. ')[0]}. Free the GPU of other programs, take "
-            "fewer --calib-samples or a text file as --calib (the whole model writes its own there), or use --device cpu."
+            f"{device_name(device)}: expected more memory: {str(error).partition('. ')[0]}. Free"
+            " the GPU of other programs, take fewer --calib-samples or a text file as --calib (the"
+            " whole model writes its own there), or use --device cpu."
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as tables for people; every command prints the same facts as one JSON object under ``--json``."""
+"""Results as tables for people; every command prints the same facts as one JSON object under
+``--json``."""
 
 from typing import Any
 
@@ -17,7 +18,8 @@ from smoothrot_vllm.format import Online
 
 
 def show_plan(plan: Plan, choice: Choice) -> RenderableType:
-    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time, and what to know of it.
+    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time, and what
+    to know of it.
 
     Only of a conversion that is not refused: then there is nothing to show but the reason.
     """
@@ -30,7 +32,11 @@ def show_plan(plan: Plan, choice: Choice) -> RenderableType:
     if plan.hadamard:
         table = make_table("rotation", "width", "Hadamard blocks")
         for name, rotation in plan.hadamard.items():
-            table.add_row(name, str(rotation.size), f"{rotation.size // rotation.block} of {rotation.block} = {rotation.factors}")
+            table.add_row(
+                name,
+                str(rotation.size),
+                f"{rotation.size // rotation.block} of {rotation.block} = {rotation.factors}",
+            )
         parts.append(table)
     if plan.tensor_parallel:
         table = make_table("tensor parallel", "served")
@@ -40,7 +46,10 @@ def show_plan(plan: Plan, choice: Choice) -> RenderableType:
     if plan.seconds is not None and plan.memory_bytes is not None:
         on_cpu = "" if plan.device == "cpu" else "; memory and time below are those of the CPU"
         parts.append(f"device: {plan.device}{on_cpu}")
-        parts.append(f"memory: about {decimal(plan.memory_bytes)}; time: about {plan.seconds:.0f} s (estimates; --json says how)")
+        parts.append(
+            f"memory: about {decimal(plan.memory_bytes)}; time: about {plan.seconds:.0f} s"
+            " (estimates; --json says how)"
+        )
     parts += [f"note: {note}" for note in (*choice.notes, *plan.notes)]
     return Group(*parts)
 
@@ -51,11 +60,22 @@ def show_inspection(found: Inspection) -> RenderableType:
     groups = "per channel" if weights.group_size == -1 else f"groups of {weights.group_size}"
     facts = make_table("", "", header=False)
     facts.add_row("architecture", f"{found.architecture}, {found.layers} layers, {found.dtype}")
-    facts.add_row("linears", f"W{weights.bits} ({groups}) A{acts.bits} (per token, clip {acts.clip})")
-    facts.add_row("head", "16 bits" if found.quantization.lm_head is None else f"{found.quantization.lm_head.weights.bits} bits")
+    facts.add_row(
+        "linears", f"W{weights.bits} ({groups}) A{acts.bits} (per token, clip {acts.clip})"
+    )
+    facts.add_row(
+        "head",
+        (
+            "16 bits"
+            if found.quantization.lm_head is None
+            else f"{found.quantization.lm_head.weights.bits} bits"
+        ),
+    )
     facts.add_row("online Hadamard", _online_rotations(found.quantization.online))
     facts.add_row("tensor parallel", f"up to {found.quantization.max_tensor_parallel}")
-    errors = make_table("layer", "mean weight error", "worst", "smoothing scales", "largest activation")
+    errors = make_table(
+        "layer", "mean weight error", "worst", "smoothing scales", "largest activation"
+    )
     for index, layer in enumerate(found.origin["layers"]):
         worst = max(layer["weight_error"], key=layer["weight_error"].get)
         scales, activation = _smoothing_cells(
@@ -72,7 +92,8 @@ def show_inspection(found: Inspection) -> RenderableType:
 
 
 def _smoothing_cells(records: list[dict[str, Any]]) -> tuple[str, str]:
-    """Range of the scales and largest activation of a layer's down_proj, or of those of its experts."""
+    """Range of the scales and largest activation of a layer's down_proj, or of those of its
+    experts."""
     if not records:
         return "none", "not measured"
     least, most, activation = (
@@ -84,12 +105,22 @@ def _smoothing_cells(records: list[dict[str, Any]]) -> tuple[str, str]:
 
 def show_conversion(done: Conversion, out: str) -> RenderableType:
     """Where the output is and what it took."""
-    return f"{out}: {len(done.manifest.tensors)} tensors, {decimal(done.output_bytes.total)}, in {done.seconds:.0f} s"
+    return (
+        f"{out}: {len(done.manifest.tensors)} tensors, {decimal(done.output_bytes.total)}, in"
+        f" {done.seconds:.0f} s"
+    )
 
 
 def _online_rotations(online: Online) -> str:
     inputs = {"down_proj input": online.down_proj, "input of q, k, v, gate and up": online.readers}
-    return "; ".join(f"{name}, {r.size} in blocks of {r.block}" for name, r in inputs.items() if r is not None) or "none"
+    return (
+        "; ".join(
+            f"{name}, {r.size} in blocks of {r.block}"
+            for name, r in inputs.items()
+            if r is not None
+        )
+        or "none"
+    )
 
 
 def _size_table(before_name: str, before: Sizes, after: Sizes) -> Table:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of any Hugging Face or SmoothRot directory by the standard non-overlapping protocol."""
+"""Perplexity of any Hugging Face or SmoothRot directory by the standard non-overlapping
+protocol."""
 
 import math
 import time
@@ -24,7 +25,8 @@ _LOGIT_ROWS = 512
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What :func:`evaluate_perplexity` measured; ``tokens`` counts predicted tokens, ``nll`` is their mean in nats."""
+    """What :func:`evaluate_perplexity` measured; ``tokens`` counts predicted tokens, ``nll`` is
+    their mean in nats."""
 
     perplexity: float
     nll: float
@@ -39,7 +41,8 @@ class PerplexityResult:
 
 @dataclass(frozen=True)
 class TextWindows:
-    """A text as a model reads it: int64 windows, and whether each begins with a ``<bos>`` of its own."""
+    """A text as a model reads it: int64 windows, and whether each begins with a ``<bos>`` of its
+    own."""
 
     text: str
     seqlen: int
@@ -55,12 +58,14 @@ def evaluate_perplexity(
     dtype: torch.dtype | None = None,
     device: torch.device = CPU,
 ) -> PerplexityResult:
-    """Perplexity ``exp(mean NLL)`` of a text, tokenised once and cut into windows that do not overlap.
+    """Perplexity ``exp(mean NLL)`` of a text, tokenised once and cut into windows that do not
+    overlap.
 
     Args:
         directory: model directory, plain or SmoothRot.
         text_file, seqlen, limit_chunks: see :func:`text_windows`.
-        dtype: run in this dtype instead of the model's own; NLL is summed in float64 from float32 log-probabilities.
+        dtype: run in this dtype instead of the model's own; NLL is summed in float64 from float32
+            log-probabilities.
         device: where the model runs, as a whole.
 
     Raises:
@@ -74,13 +79,18 @@ def evaluate_perplexity(
 
 
 def text_windows(
-    directory: str | Path, text_file: str | Path, seqlen: int = 2048, limit_chunks: int | None = None
+    directory: str | Path,
+    text_file: str | Path,
+    seqlen: int = 2048,
+    limit_chunks: int | None = None,
 ) -> TextWindows:
-    """Cut a text into windows of ``seqlen`` tokens of the directory's tokenizer; only the first ``limit_chunks`` of them.
+    """Cut a text into windows of ``seqlen`` tokens of the directory's tokenizer; only the first
+    ``limit_chunks`` of them.
 
-    The tail is kept: n tokens make ``ceil(n / seqlen)`` windows and each predicts its length - 1 tokens. The text is what
-    the tokenizer makes of it, its special tokens included; only families that fall apart without ``<bos>`` (Gemma) get it in
-    each window, as the first of its ``seqlen`` tokens.
+    The tail is kept: n tokens make ``ceil(n / seqlen)`` windows and each predicts its length - 1
+    tokens. The text is what the tokenizer makes of it, its special tokens included; only families
+    that fall apart without ``<bos>`` (Gemma) get it in each window, as the first of its ``seqlen``
+    tokens.
 
     Args:
         directory: model directory, plain or SmoothRot.
@@ -94,18 +104,26 @@ def text_windows(
     """
     if not 2 <= seqlen <= MOST or (limit_chunks is not None and not 1 <= limit_chunks <= MOST):
         raise ConfigError(
-            f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, both up to {MOST}, got {seqlen} and {limit_chunks}."
+            f"eval: expected --seqlen >= 2 and --limit-chunks >= 1, both up to {MOST}, got {seqlen}"
+            f" and {limit_chunks}."
         )
     tokenizer = load_tokenizer(directory)
     text = read_text(text_file, tokenizer)
     bos = tokenizer.bos_token_id if family_needs_bos(directory) else None
-    chunks = windows(tokenize(tokenizer, text, special_tokens=bos is None), seqlen, bos)[:limit_chunks]
+    chunks = windows(tokenize(tokenizer, text, special_tokens=bos is None), seqlen, bos)[
+        :limit_chunks
+    ]
     if not chunks:
-        raise ConfigError(f"{text_file}: expected at least 2 tokens, one to predict from another. Use a longer text.")
+        raise ConfigError(
+            f"{text_file}: expected at least 2 tokens, one to predict from another. Use a longer"
+            " text."
+        )
     return TextWindows(str(text_file), seqlen, chunks, bos is not None)
 
 
-def measure_perplexity(model: PreTrainedModel, text: TextWindows, progress: ProgressCallback = no_progress) -> PerplexityResult:
+def measure_perplexity(
+    model: PreTrainedModel, text: TextWindows, progress: ProgressCallback = no_progress
+) -> PerplexityResult:
     """Perplexity of a loaded model on a text; ``seconds`` are those of its forward passes."""
 
     def reported() -> Iterator[torch.Tensor]:
@@ -135,7 +153,8 @@ def run_dtype(name: str) -> torch.dtype | None:
 
 
 def windows(tokens: torch.Tensor, seqlen: int, bos: int | None = None) -> list[torch.Tensor]:
-    """Consecutive int64 windows ``(<= seqlen,)`` that can predict a token, tail included, each after ``bos`` if given."""
+    """Consecutive int64 windows ``(<= seqlen,)`` that can predict a token, tail included, each
+    after ``bos`` if given."""
     if bos is None:
         return [w for w in tokens.split(seqlen) if len(w) > 1]
     return [torch.cat((torch.tensor([bos]), w)) for w in tokens.split(seqlen - 1) if len(w)]
@@ -147,7 +166,9 @@ def total_nll(model: PreTrainedModel, chunks: Iterable[torch.Tensor]) -> tuple[f
     nll, tokens = 0.0, 0
     for chunk in (chunk.to(model.device) for chunk in chunks):
         logits = model(chunk[None], use_cache=False).logits[0, :-1]
-        for rows, targets in zip(logits.split(_LOGIT_ROWS), chunk[1:].split(_LOGIT_ROWS), strict=True):
+        for rows, targets in zip(
+            logits.split(_LOGIT_ROWS), chunk[1:].split(_LOGIT_ROWS), strict=True
+        ):
             losses = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none")
             nll += losses.double().sum().item()
         tokens += len(chunk) - 1

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of experts as modules: a linear for each weight of the source, under the source's names.
+"""A mixture of experts as modules: a linear for each weight of the source, under the source's
+names.
 
-transformers holds the experts of a layer in two stacked tensors. Here each linear can be watched, rotated, rounded and
-replaced by itself, as those of dense models are; what is computed is the same.
+transformers holds the experts of a layer in two stacked tensors. Here each linear can be watched,
+rotated, rounded and replaced by itself, as those of dense models are; what is computed is the same.
 """
 
 from collections.abc import Iterable
@@ -15,12 +16,15 @@ from smoothrot_offline.architectures import Architecture
 
 
 class Expert(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, each linear a submodule under the last part of its name in the family's table."""
+    """``down(silu(gate(x)) * up(x))``, each linear a submodule under the last part of its name
+    in the family's table."""
 
     def __init__(self, table: Architecture, hidden: int, intermediate: int) -> None:
         super().__init__()
         assert table.experts is not None
-        self._gate, self._up, self._down = (name.rpartition(".")[2] for name in (table.experts.gate, table.up, table.down))
+        self._gate, self._up, self._down = (
+            name.rpartition(".")[2] for name in (table.experts.gate, table.up, table.down)
+        )
         self.add_module(self._gate, nn.Linear(hidden, intermediate, bias=False))
         self.add_module(self._up, nn.Linear(hidden, intermediate, bias=False))
         self.add_module(self._down, nn.Linear(intermediate, hidden, bias=False))
@@ -48,10 +52,13 @@ class SparseMoe(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.normalises = not names.normalises or getattr(config, names.normalises)
         self.gate = nn.Linear(config.hidden_size, count, bias=False)
-        self.experts = nn.ModuleList(Expert(table, config.hidden_size, intermediate) for _ in range(count))
+        self.experts = nn.ModuleList(
+            Expert(table, config.hidden_size, intermediate) for _ in range(count)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(..., hidden)`` to the same; weighed and summed in float32, or in float64 for such inputs."""
+        """``(..., hidden)`` to the same; weighed and summed in float32, or in float64 for such
+        inputs."""
         tokens = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
         weights, chosen = self.gate(tokens).softmax(dim=-1, dtype=wide).topk(self.top_k, dim=-1)
@@ -77,8 +84,11 @@ class _Elsewhere(nn.Module):
         return y
 
 
-def separate_experts(layers: Iterable[nn.Module], table: Architecture, config: PreTrainedConfig) -> None:
-    """Put a :class:`SparseMoe` with new weights, on the device and in the dtype of the old, into each decoder layer.
+def separate_experts(
+    layers: Iterable[nn.Module], table: Architecture, config: PreTrainedConfig
+) -> None:
+    """Put a :class:`SparseMoe` with new weights, on the device and in the dtype of the old, into
+    each decoder layer.
 
     Args:
         layers: decoder layers of transformers' model, whose feed-forward is called ``mlp``.

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources with block-scaled FP8 weights, as DeepSeek and Qwen publish them: ``W = float(weight) * weight_scale_inv`` per block.
+"""Sources with block-scaled FP8 weights, as DeepSeek and Qwen publish them: ``W = float(weight) *
+weight_scale_inv`` per block.
 
-``config.json["quantization_config"]`` of such a model has ``quant_method`` fp8 and ``weight_block_size``; beside each FP8 tensor
-``P.weight`` the files hold ``P.weight_scale_inv``, one scale for each block.
+``config.json["quantization_config"]`` of such a model has ``quant_method`` fp8 and
+``weight_block_size``; beside each FP8 tensor ``P.weight`` the files hold ``P.weight_scale_inv``,
+one scale for each block.
 """
 
 from __future__ import annotations
@@ -33,16 +35,25 @@ def block_shape(config: Mapping[str, Any]) -> tuple[int, int]:
         UnsupportedModelError: the scales are not per block.
     """
     found = config["quantization_config"].get("weight_block_size")
-    if not (isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)):
+    if not (
+        isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
+    ):
         raise UnsupportedModelError(
-            f"config.json: quantization_config.weight_block_size: expected two positive numbers, got {found!r}. "
-            "Only FP8 with a scale for each block is read: convert the 16-bit original."
+            "config.json: quantization_config.weight_block_size: expected two positive numbers,"
+            f" got {found!r}. Only FP8 with a scale for each block is read: convert the 16-bit"
+            " original."
         )
     return found[0], found[1]
 
 
-def check_scale(name: str, shape: tuple[int, ...], scale: tuple[str, tuple[int, ...]] | None, block: tuple[int, int]) -> None:
-    """Check that the FP8 tensor ``name`` of this shape has a scale, given as its dtype and shape, for each block.
+def check_scale(
+    name: str,
+    shape: tuple[int, ...],
+    scale: tuple[str, tuple[int, ...]] | None,
+    block: tuple[int, int],
+) -> None:
+    """Check that the FP8 tensor ``name`` of this shape has a scale, given as its dtype and shape,
+    for each block.
 
     Raises:
         CheckpointError: it has none, or one of another dtype or shape.
@@ -50,13 +61,20 @@ def check_scale(name: str, shape: tuple[int, ...], scale: tuple[str, tuple[int, 
     wanted = tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
     if scale is None or len(shape) != 2 or scale[1] != wanted or scale[0] not in _SCALE_DTYPES:
         raise CheckpointError(
-            f"tensor {name}{SCALE_SUFFIX}: expected {' or '.join(_SCALE_DTYPES)} {wanted}, a scale for each block of {block} of "
-            f"an FP8 weight {shape}, got {'none' if scale is None else ' '.join(map(str, scale))}. Fetch the checkpoint again."
+            f"tensor {name}{SCALE_SUFFIX}: expected {' or '.join(_SCALE_DTYPES)} {wanted}, a scale"
+            f" for each block of {block} of an FP8 weight {shape}, got"
+            f" {'none' if scale is None else ' '.join(map(str, scale))}. Fetch the checkpoint"
+            " again."
         )
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Float32 ``(out, in)`` of an FP8 weight of that shape and its scales ``(ceil(out / rows), ceil(in / columns))``."""
+    """Float32 ``(out, in)`` of an FP8 weight of that shape and its scales ``(ceil(out / rows),
+    ceil(in / columns))``."""
     rows, columns = weight.shape
-    spread = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    spread = (
+        scale.float()
+        .repeat_interleave(block[0], 0)[:rows]
+        .repeat_interleave(block[1], 1)[:, :columns]
+    )
     return weight.float() * spread

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint says without its weights: configuration, safetensors headers, side files. Imports no torch, so that a
-refusal that follows from them is quick.
-"""
+"""What a checkpoint says without its weights: configuration, safetensors headers, side files.
+Imports no torch, so that a refusal that follows from them is quick."""
 
 import os
 import re
@@ -23,14 +22,25 @@ WORK_PREFIX = "resume-"
 """Of the files that only serve to go on with an interrupted conversion."""
 
 BASE_PREFIX = "model."
-"""Of the tensors of a causal language model but its head; a base model saved by itself, as embedding models are, has none."""
+"""Of the tensors of a causal language model but its head; a base model saved by itself, as
+embedding models are, has none."""
 WRAPPERS = ("_orig_mod.", "module.")
-"""Prefixes that torch.compile and data parallelism put before every name of a model that is saved as it was wrapped."""
+"""Prefixes that torch.compile and data parallelism put before every name of a model that is
+saved as it was wrapped."""
 
 ADVICE = "Fetch the checkpoint again."
 LARGE = 256 << 20
 """Bytes from which a side file is not copied: no tokenizer is as large."""
-_OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.tflite", "*.npy", "*.npz")
+_OTHER_WEIGHTS = (
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.h5",
+    "*.msgpack",
+    "*.tflite",
+    "*.npy",
+    "*.npz",
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 _CODE = ("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -38,7 +48,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; ``dtype`` in safetensors' spelling, ``stored`` its name in the file."""
+    """What a safetensors header says of one tensor; ``dtype`` in safetensors' spelling,
+    ``stored`` its name in the file."""
 
     file: str
     dtype: str
@@ -48,7 +59,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Headers:
-    """Configuration and tensors of a model, the latter by the names that a causal language model gives them.
+    """Configuration and tensors of a model, the latter by the names that a causal language model
+    gives them.
 
     ``renamed`` says in words how those differ from the stored names, if they do.
     """
@@ -61,7 +73,8 @@ class Headers:
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Paths relative to a model's directory: files to copy to its output as they are; what is left, with the reason."""
+    """Paths relative to a model's directory: files to copy to its output as they are; what is
+    left, with the reason."""
 
     copied: list[Path]
     left: dict[str, str]
@@ -75,12 +88,16 @@ def is_local(model: str) -> bool:
     """
     path = Path(model)
     if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(model)):
-        raise CheckpointError(f"{model}: expected a directory with {CONFIG_NAME} and safetensors, or a hub id like org/name.")
+        raise CheckpointError(
+            f"{model}: expected a directory with {CONFIG_NAME} and safetensors, or a hub id like"
+            " org/name."
+        )
     return path.is_dir()
 
 
 def resolve_source(model: str) -> Path:
-    """Directory of a model given as a path or as a Hugging Face hub id (fetched only if no such path exists).
+    """Directory of a model given as a path or as a Hugging Face hub id (fetched only if no such
+    path exists).
 
     Raises:
         CheckpointError: there is no such directory, and the hub has or gives no such model.
@@ -109,11 +126,12 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def read_headers(model: str | Path) -> Headers:
-    """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight is fetched.
+    """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight
+    is fetched.
 
     Raises:
-        CheckpointError: a file is missing, truncated or malformed, the weights are not safetensors, or a file beside them is a
-            Git LFS pointer.
+        CheckpointError: a file is missing, truncated or malformed, the weights are not safetensors,
+            or a file beside them is a Git LFS pointer.
     """
     path, config = Path(model), read_config(str(model))
     if is_local(str(model)):
@@ -135,10 +153,11 @@ def read_headers(model: str | Path) -> Headers:
 
 
 def side_files(path: Path) -> SideFiles:
-    """Everything beside a model's weights: tokenizer, chat templates, processor, generation settings, licence, whatever else.
+    """Everything beside a model's weights: tokenizer, chat templates, processor, generation
+    settings, licence, whatever else.
 
-    Left where they are: weights in any format, pickles, code, hidden files, what is :data:`LARGE`, and folders that hold
-    weights, pickles or a configuration, which are models of their own.
+    Left where they are: weights in any format, pickles, code, hidden files, what is :data:`LARGE`,
+    and folders that hold weights, pickles or a configuration, which are models of their own.
     """
     copied, left = [], {}
     for folder, folders, names in os.walk(path):
@@ -150,7 +169,9 @@ def side_files(path: Path) -> SideFiles:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = here / name
-            if file in (Path(CONFIG_NAME), Path(INDEX_NAME)) or _matches(name, (".*", f"{WORK_PREFIX}*", "*.safetensors")):
+            if file in (Path(CONFIG_NAME), Path(INDEX_NAME)) or _matches(
+                name, (".*", f"{WORK_PREFIX}*", "*.safetensors")
+            ):
                 continue
             if reason := _left_reason(path / file):
                 left[str(file)] = reason
@@ -160,7 +181,11 @@ def side_files(path: Path) -> SideFiles:
 
 
 def _left_reason(file: Path) -> str | None:
-    for reason, patterns in (("weights", ("*.index.json", *_OTHER_WEIGHTS)), ("pickle", _PICKLES), ("code", _CODE)):
+    for reason, patterns in (
+        ("weights", ("*.index.json", *_OTHER_WEIGHTS)),
+        ("pickle", _PICKLES),
+        ("code", _CODE),
+    ):
         if _matches(file.name, patterns):
             return reason
     if not file.is_file():
@@ -190,44 +215,71 @@ def _local_tensors(path: Path) -> dict[str, TensorInfo]:
         counts = Counter(name for header in headers for name in header)
         if twice := next((name for name, count in counts.items() if count > 1), None):
             raise CheckpointError(
-                f"{path}: tensor {twice} is in more than one of {', '.join(files)}, and no {INDEX_NAME} says which counts. "
-                "Remove the files that are not of this model."
+                f"{path}: tensor {twice} is in more than one of {', '.join(files)}, and no"
+                f" {INDEX_NAME} says which counts. Remove the files that are not of this model."
             )
         return {name: info for header in headers for name, info in header.items()}
     pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{path}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code when opened. "
-            "Save the model as safetensors first (transformers: save_pretrained)."
+            f"{path}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code"
+            " when opened. Save the model as safetensors first (transformers: save_pretrained)."
         )
-    raise CheckpointError(f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} nor another *.safetensors is there.")
+    raise CheckpointError(
+        f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} nor another *.safetensors is there."
+    )
 
 
 def _indexed_tensors(path: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(path / INDEX_NAME, ADVICE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path / INDEX_NAME}: expected an object weight_map from tensor names to file names.")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(
+            f"{path / INDEX_NAME}: expected an object weight_map from tensor names to file names."
+        )
     headers = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
-            raise CheckpointError(f"{path / INDEX_NAME}: weight_map: expected plain file names, got {file!r}.")
+            raise CheckpointError(
+                f"{path / INDEX_NAME}: weight_map: expected plain file names, got {file!r}."
+            )
         headers[file] = _read_header(path, file)
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise CheckpointError(f"{path / INDEX_NAME}: tensor {name} should be in {file}, whose header does not list it.")
+            raise CheckpointError(
+                f"{path / INDEX_NAME}: tensor {name} should be in {file}, whose header does not"
+                " list it."
+            )
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _named_as_causal_model(found: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], str | None]:
-    """Tensors by the names that a causal language model gives them, and what was done to their stored names."""
+def _named_as_causal_model(
+    found: Mapping[str, TensorInfo],
+) -> tuple[dict[str, TensorInfo], str | None]:
+    """Tensors by the names that a causal language model gives them, and what was done to their
+    stored names."""
     names, done = {name: name for name in found}, []
-    while prefix := next((prefix for prefix in WRAPPERS if names and all(name.startswith(prefix) for name in names)), None):
+    while prefix := next(
+        (prefix for prefix in WRAPPERS if names and all(name.startswith(prefix) for name in names)),
+        None,
+    ):
         names = {name.removeprefix(prefix): stored for name, stored in names.items()}
         done.append(f"the prefix {prefix!r} is stripped from them")
     if "embed_tokens.weight" in names and not any(name.startswith(BASE_PREFIX) for name in names):
-        names = {name if name.startswith("lm_head.") else BASE_PREFIX + name: stored for name, stored in names.items()}
-        done.append(f"{BASE_PREFIX!r} is put before them, as they are those of a base model, the layout of embedding models")
-    return {name: found[stored] for name, stored in names.items()}, "names of tensors: " + "; ".join(done) if done else None
+        names = {
+            name if name.startswith("lm_head.") else BASE_PREFIX + name: stored
+            for name, stored in names.items()
+        }
+        done.append(
+            f"{BASE_PREFIX!r} is put before them, as they are those of a base model, the layout of"
+            " embedding models"
+        )
+    return {name: found[stored] for name, stored in names.items()}, (
+        "names of tensors: " + "; ".join(done) if done else None
+    )
 
 
 @contextmanager
@@ -238,8 +290,13 @@ def _hub_errors(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         # The hub client raises its own errors, its HTTP library's and the system's.
-        raise CheckpointError(f"{model}: not a local directory, and the hub did not give it: {error}") from error
+        raise CheckpointError(
+            f"{model}: not a local directory, and the hub did not give it: {error}"
+        ) from error
 
 
 def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(file, found.dtype, found.shape, name) for name, found in read_header(path / file, ADVICE).items()}
+    return {
+        name: TensorInfo(file, found.dtype, found.shape, name)
+        for name, found in read_header(path / file, ADVICE).items()
+    }

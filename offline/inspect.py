@@ -13,7 +13,8 @@ from smoothrot_vllm.format import QuantizationSchema
 
 
 class Inspection(BaseModel):
-    """A converted model: what it is, how it is stored, its size beside the same model in 16 bits, and how it was made.
+    """A converted model: what it is, how it is stored, its size beside the same model in 16 bits,
+    and how it was made.
 
     ``origin`` is the manifest without the digests of the output.
     """
@@ -34,7 +35,8 @@ class Inspection(BaseModel):
 def inspect(directory: Path) -> Inspection:
     """Read headers and manifest; no weight is read.
 
-    ``sixteen_bit_bytes`` are those of the source: its embedding is counted once if it was shared with the head.
+    ``sixteen_bit_bytes`` are those of the source: its embedding is counted once if it was shared
+    with the head.
 
     Raises:
         SmoothRotError: the directory is no converted checkpoint, or is damaged.

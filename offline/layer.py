@@ -14,11 +14,18 @@ from smoothrot_offline.read_ahead import LayerTensors
 from smoothrot_offline.study import LayerStudy
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, QuantizationSchema, WeightScheme, weight_tensors
+from smoothrot_vllm.format import (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    QuantizationSchema,
+    WeightScheme,
+    weight_tensors,
+)
 from smoothrot_vllm.reference import encode
 
 RoundLayer = Callable[[int, dict[str, torch.Tensor]], dict[str, QuantizedWeight]]
-"""Rounds the linears of a transformed layer otherwise than to nearest: see ``SequentialRounding.layer``."""
+"""Rounds the linears of a transformed layer otherwise than to nearest: see
+``SequentialRounding.layer``."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class FinishedLayer:
 class LayerConverter:
     """Converts the decoder layers of one model, each by itself.
 
-    ``schema`` has the bits of every linear, ``studies`` what was found of each layer; ``dtype`` is that of the 16-bit tensors.
+    ``schema`` has the bits of every linear, ``studies`` what was found of each layer; ``dtype`` is
+    that of the 16-bit tensors.
     """
 
     checkpoint: Checkpoint
@@ -43,8 +51,11 @@ class LayerConverter:
     studies: Sequence[LayerStudy]
     dtype: torch.dtype
 
-    def layer(self, index: int, loaded: LayerTensors, round_layer: RoundLayer | None = None) -> FinishedLayer:
-        """Convert decoder layer ``index``, ``loaded`` from the source, rounding to nearest what ``round_layer`` does not round.
+    def layer(
+        self, index: int, loaded: LayerTensors, round_layer: RoundLayer | None = None
+    ) -> FinishedLayer:
+        """Convert decoder layer ``index``, ``loaded`` from the source, rounding to nearest what
+        ``round_layer`` does not round.
 
         Raises:
             CheckpointError: a tensor exceeds the range of ``dtype``.
@@ -60,10 +71,17 @@ class LayerConverter:
             if scheme is not None:
                 weight = layer.pop(f"{linear}.weight")
                 done = rounded.pop(linear, None)
-                parts = [(weight, done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"))]
+                parts = [
+                    (
+                        weight,
+                        done or quantize_rtn(weight, scheme.weights, f"{prefix}{linear}.weight"),
+                    )
+                ]
                 stored, errors[linear] = store(parts, weight.shape, scheme.weights, prefix + linear)
                 output |= stored
-        output |= {prefix + name: cast(tensor, self.dtype, prefix + name) for name, tensor in layer.items()}
+        output |= {
+            prefix + name: cast(tensor, self.dtype, prefix + name) for name, tensor in layer.items()
+        }
         record = LayerRecord(
             weight_error=errors,
             smoothing=study.smoothing,
@@ -80,13 +98,20 @@ class LayerConverter:
 
 
 def store(
-    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]], shape: Sequence[int], scheme: WeightScheme, name: str
+    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]],
+    shape: Sequence[int],
+    scheme: WeightScheme,
+    name: str,
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """Stored tensors of the linear of ``shape`` whose rows come in ``parts``, and its relative error ``|W - Q(W)| / |W|``."""
-    # On the CPU, where it is written from. Allocated first: a small tensor that stays between large ones that go would keep the
-    # allocator from using their place again.
+    """Stored tensors of the linear of ``shape`` whose rows come in ``parts``, and its relative
+    error ``|W - Q(W)| / |W|``."""
+    # On the CPU, where it is written from. Allocated first: a small tensor that stays between large
+    # ones that go would keep the allocator from using their place again.
     tables = weight_tensors(shape[0], shape[1], scheme)
-    stored = {f"{name}.{suffix}": torch.empty(size, dtype=dtype) for suffix, (size, dtype) in tables.items()}
+    stored = {
+        f"{name}.{suffix}": torch.empty(size, dtype=dtype)
+        for suffix, (size, dtype) in tables.items()
+    }
     packed, scales = stored[f"{name}.{WEIGHT_PACKED}"], stored[f"{name}.{WEIGHT_SCALE}"]
     row, error, norm = 0, 0.0, 0.0
     for weight, quantized in parts:
@@ -98,12 +123,16 @@ def store(
 
 
 def relative_error(error: float, norm: float) -> float:
-    """``|W - Q(W)| / |W|`` from the squares of both; 0 for a linear that is all zeros, which its codes are too."""
+    """``|W - Q(W)| / |W|`` from the squares of both; 0 for a linear that is all zeros, which its
+    codes are too."""
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def cast_rows(parts: Iterable[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
-    """:func:`cast` of a tensor of ``shape`` whose rows come in ``parts``; on the CPU, where it is written from."""
+def cast_rows(
+    parts: Iterable[torch.Tensor], shape: Sequence[int], dtype: torch.dtype, name: str
+) -> torch.Tensor:
+    """:func:`cast` of a tensor of ``shape`` whose rows come in ``parts``; on the CPU, where it
+    is written from."""
     stored, row = torch.empty(*shape, dtype=dtype), 0
     for part in parts:
         rows = slice(row, row := row + len(part))
@@ -120,7 +149,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     stored = tensor.to(dtype)
     if not stored.isfinite().all():
         raise CheckpointError(
-            f"tensor {name}: largest magnitude {tensor.abs().max():.3g} after the folds exceeds the range of {dtype}. "
-            "Convert from a bfloat16 checkpoint."
+            f"tensor {name}: largest magnitude {tensor.abs().max():.3g} after the folds exceeds the"
+            f" range of {dtype}. Convert from a bfloat16 checkpoint."
         )
     return stored

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA adapters for a converted model: their factors are given the transforms that its weights were given.
+"""LoRA adapters for a converted model: their factors are given the transforms that its weights were
+given.
 
-An adapter adds ``B A`` to a weight W. Where the conversion turned W to ``L W R``, the adapter has to become ``(L B)(A R)``. What
-the server rotates at run time is no part of R: vLLM hands an adapter the input of the linear before that.
+An adapter adds ``B A`` to a weight W. Where the conversion turned W to ``L W R``, the adapter has
+to become ``(L B)(A R)``. What
+the server rotates at run time is no part of R: vLLM hands an adapter the input of the linear before
+that.
 """
 
 import re
@@ -38,14 +41,16 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None,),
     "alora_invocation_tokens": (None, []),
 }
-"""Values of ``adapter_config.json`` with which an adapter is no more than a product of two factors added to weights."""
+"""Values of ``adapter_config.json`` with which an adapter is no more than a product of two
+factors added to weights."""
 _OWN_BASE = ("pissa", "olora", "corda", "loftq")
 """Initialisations that change the base model's weights."""
 
 
 @dataclass(frozen=True)
 class AdapterConversion:
-    """What a finished conversion of an adapter did: how many linears it adapts, in how many layers."""
+    """What a finished conversion of an adapter did: how many linears it adapts, in how many
+    layers."""
 
     linears: int
     layers: int
@@ -65,16 +70,19 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
         base: the converted model that will be served.
 
     Raises:
-        ConfigError: the adapter is more than low-rank factors, has been transformed already, or ``out`` is taken.
-        CheckpointError: a file is missing or damaged, or a factor has the wrong shape or is not finite.
+        ConfigError: the adapter is more than low-rank factors, has been transformed already, or
+            ``out`` is taken.
+        CheckpointError: a file is missing or damaged, or a factor has the wrong shape or is not
+            finite.
         UnsupportedModelError: a factor belongs to no decoder linear of the base.
     """
     config = _plain_config(adapter)
     recorded = read_transform(base)
     if recorded.transform.spec.experts:
         raise UnsupportedModelError(
-            f"{base}: {recorded.transform.spec.architecture.class_name} has experts; adapters are transformed for dense models "
-            "only. Merge the adapter into the original model, and convert that."
+            f"{base}: {recorded.transform.spec.architecture.class_name} has experts; adapters are"
+            " transformed for dense models only. Merge the adapter into the original model, and"
+            " convert that."
         )
     tensors = _read_factors(adapter / WEIGHTS_NAME)
     transformed: dict[str, torch.Tensor] = {}
@@ -101,14 +109,17 @@ def transform_factors(
     """The factors of decoder layer ``index``'s ``linear`` for the converted model.
 
     Args:
-        a, b: float64 ``(rank, in)`` and ``(out, rank)`` of the original model's adapter; its product is added to the weight.
+        a, b: float64 ``(rank, in)`` and ``(out, rank)`` of the original model's adapter; its
+            product is added to the weight.
     """
     transform = recorded.transform
     spec, table = transform.spec, transform.spec.architecture
     prefix, scales = spec.layer_prefix(index), recorded.scales[index]
     for norm, readers in table.readers.items():
         if linear in readers and transform.residual is not None:
-            a = transform.residual.rotate(a * (recorded.norms[prefix + norm].double() + table.norm_offset))
+            a = transform.residual.rotate(
+                a * (recorded.norms[prefix + norm].double() + table.norm_offset)
+            )
         if linear in readers and norm in scales.norms:
             a = a * scales.norms[norm]
     if linear in table.writers and transform.residual is not None:
@@ -119,7 +130,9 @@ def transform_factors(
         a = a * scales.down
     if transform.online.down_proj is not None:
         heads = None if transform.heads is None else transform.heads[index]
-        of_values, of_outputs = head_rotations(spec.values, spec.heads * spec.head_dim, spec.head_dim, heads)
+        of_values, of_outputs = head_rotations(
+            spec.values, spec.heads * spec.head_dim, spec.head_dim, heads
+        )
         signs = random_signs(spec.intermediate, transform.seed, f"R4/{index}")
         if linear == table.value:
             b = on_last_rows(b, spec.values, lambda rows: of_values.rotate(rows.T).T)
@@ -135,18 +148,23 @@ def transform_factors(
 def _plain_config(adapter: Path) -> dict[str, Any]:
     config = read_json(adapter / CONFIG_NAME, _ADVICE)
     if BASE_KEY in config:
-        raise ConfigError(f"{adapter}: already transformed ({BASE_KEY} in {CONFIG_NAME}). Give the adapter it was made from.")
+        raise ConfigError(
+            f"{adapter}: already transformed ({BASE_KEY} in {CONFIG_NAME}). Give the adapter it was"
+            " made from."
+        )
     for key, plain in _PLAIN.items():
         if config.get(key, plain[0]) not in plain:
             raise ConfigError(
-                f"{adapter / CONFIG_NAME}: {key}: expected {plain[0]!r}, got {config[key]!r}. Only plain LoRA adapters can be "
-                "transformed: train without it, or merge the adapter into the 16-bit model and convert that."
+                f"{adapter / CONFIG_NAME}: {key}: expected {plain[0]!r}, got {config[key]!r}. Only"
+                " plain LoRA adapters can be transformed: train without it, or merge the adapter"
+                " into the 16-bit model and convert that."
             )
     initial = config.get("init_lora_weights", True)
     if isinstance(initial, str) and initial.lower().startswith(_OWN_BASE):
         raise ConfigError(
-            f"{adapter / CONFIG_NAME}: init_lora_weights {initial!r} changes the base model's weights. Save the adapter as a "
-            "plain one with PEFT's path_initial_model_for_weight_conversion."
+            f"{adapter / CONFIG_NAME}: init_lora_weights {initial!r} changes the base model's"
+            " weights. Save the adapter as a plain one with PEFT's"
+            " path_initial_model_for_weight_conversion."
         )
     return config
 
@@ -154,8 +172,8 @@ def _plain_config(adapter: Path) -> dict[str, Any]:
 def _read_factors(path: Path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise CheckpointError(
-            f"{path}: expected the adapter's tensors, found no such file. Save the adapter with safe_serialization; pickles are "
-            "never read."
+            f"{path}: expected the adapter's tensors, found no such file. Save the adapter with"
+            " safe_serialization; pickles are never read."
         )
     return read_tensors(path, _ADVICE)
 
@@ -173,9 +191,14 @@ def _modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:
         modules.setdefault(match["module"], {})[match["factor"]] = name
     for module, names in modules.items():
         if missing := {"A", "B"} - names.keys():
-            raise CheckpointError(f"{module}: expected lora_A and lora_B, missing lora_{missing.pop()}. Save the adapter again.")
+            raise CheckpointError(
+                f"{module}: expected lora_A and lora_B, missing lora_{missing.pop()}. Save the"
+                " adapter again."
+            )
     if not modules:
-        raise CheckpointError(f"{WEIGHTS_NAME}: expected LoRA factors, found none. Save the adapter again.")
+        raise CheckpointError(
+            f"{WEIGHTS_NAME}: expected LoRA factors, found none. Save the adapter again."
+        )
     return modules
 
 
@@ -187,24 +210,32 @@ def _place(module: str, recorded: RecordedTransform) -> tuple[int, str]:
         if linear != module and linear in spec.architecture.linears:
             return index, linear
     raise UnsupportedModelError(
-        f"adapter of {module}: expected a linear of one of the {spec.layers} decoder layers: "
-        f"{', '.join(spec.architecture.linears)}. Train the adapter on those, or give the base it belongs to."
+        f"adapter of {module}: expected a linear of one of the {spec.layers} decoder layers:"
+        f" {', '.join(spec.architecture.linears)}. Train the adapter on those, or give the base it"
+        " belongs to."
     )
 
 
 def _check(module: str, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]) -> None:
     if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
         raise CheckpointError(
-            f"adapter of {module}: expected lora_A (rank, {shape[1]}) and lora_B ({shape[0]}, rank), got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}. The adapter belongs to another model."
+            f"adapter of {module}: expected lora_A (rank, {shape[1]}) and lora_B ({shape[0]},"
+            f" rank), got {tuple(a.shape)} and {tuple(b.shape)}. The adapter belongs to another"
+            " model."
         )
     for factor, tensor in (("A", a), ("B", b)):
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise CheckpointError(f"{module}.lora_{factor}: expected finite floats, got others. Train the adapter again.")
+            raise CheckpointError(
+                f"{module}.lora_{factor}: expected finite floats, got others. Train the adapter"
+                " again."
+            )
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     cast = tensor.to(dtype)
     if not cast.isfinite().all():
-        raise CheckpointError(f"{name}: exceeds the range of {dtype} after the transform. Save the adapter as float32.")
+        raise CheckpointError(
+            f"{name}: exceeds the range of {dtype} after the transform. Save the adapter as"
+            " float32."
+        )
     return cast

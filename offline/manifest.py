@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``smoothrot_manifest.json``: where a converted checkpoint came from, what was done, and what every byte must be.
+"""``smoothrot_manifest.json``: where a converted checkpoint came from, what was done, and what
+every byte must be.
 
 No times, no paths, no host: converting the same source twice gives the same manifest.
 """
@@ -25,7 +26,8 @@ class _Record(BaseModel):
 
 
 class SourceRecord(_Record):
-    """The source: model type, whether head and embedding were one, SHA-256 of ``config.json`` and each weight file."""
+    """The source: model type, whether head and embedding were one, SHA-256 of ``config.json``
+    and each weight file."""
 
     model_type: str
     tied: bool
@@ -41,14 +43,16 @@ class CalibrationRecord(_Record):
 
 
 class HeldOutError(_Record):
-    """Mean relative layer error on tokens and layers that were held out: with Hadamard rotations, and with the learned ones."""
+    """Mean relative layer error on tokens and layers that were held out: with Hadamard
+    rotations, and with the learned ones."""
 
     hadamard: float
     learned: float
 
 
 class LearnedRecord(_Record):
-    """Learned rotations: optimiser steps, and the errors of R1, None where it is not folded, and of R2, a mean over layers."""
+    """Learned rotations: optimiser steps, and the errors of R1, None where it is not folded, and
+    of R2, a mean over layers."""
 
     steps: int
     r1: HeldOutError | None
@@ -56,10 +60,10 @@ class LearnedRecord(_Record):
 
 
 class RotationRecord(_Record):
-    """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or else online in the readers'
-    input. ``sign_losses`` are the held-out losses, in nats, of the seeds that were tried; empty if only one was. ``learned``
-    is None if the rotations are Hadamard transforms.
-    """
+    """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or
+    else online in the readers' input. ``sign_losses`` are the held-out losses, in nats, of the
+    seeds that were tried; empty if only one was. ``learned`` is None if the rotations are
+    Hadamard transforms."""
 
     r1: int
     r2: int
@@ -70,9 +74,11 @@ class RotationRecord(_Record):
 
 
 class SmoothingRecord(_Record):
-    """What a scale policy chose for one layer: the statistic of the input, its exponent alpha, the quantile if it is one.
+    """What a scale policy chose for one layer: the statistic of the input, its exponent alpha, the
+    quantile if it is one.
 
-    ``error`` is the layer error (round-to-nearest, sampled tokens) relative to that of the max policy with alpha 0.5.
+    ``error`` is the layer error (round-to-nearest, sampled tokens) relative to that of the max
+    policy with alpha 0.5.
     """
 
     policy: str
@@ -87,19 +93,21 @@ class SmoothingRecord(_Record):
 
 
 class ScaleRange(_Record):
-    """The smallest and the largest of a norm's smoothing scales, whose geometric mean is about one."""
+    """The smallest and the largest of a norm's smoothing scales, whose geometric mean is about
+    one."""
 
     smallest: float
     largest: float
 
 
 class LayerRecord(_Record):
-    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its smoothing, that of its norms,
-    and by the first linear of each group that reads one input: its clip, and what quantising it alone costs the layer's output.
-    All experts of a layer are one group.
+    """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its
+    smoothing, that of its norms,
+    and by the first linear of each group that reads one input: its clip, and what quantising it
+    alone costs the layer's output. All experts of a layer are one group.
 
-    Of a layer with experts, ``smoothing`` is None and ``experts`` has that of each; None for those listed in ``unseen_experts``,
-    which no calibration token was routed to and whose scales are 1.
+    Of a layer with experts, ``smoothing`` is None and ``experts`` has that of each; None for those
+    listed in ``unseen_experts``, which no calibration token was routed to and whose scales are 1.
     """
 
     weight_error: dict[str, float]
@@ -112,7 +120,8 @@ class LayerRecord(_Record):
 
 
 class TensorRecord(_Record):
-    """One tensor of the output: its file, dtype and shape as in the safetensors header, SHA-256 of its bytes."""
+    """One tensor of the output: its file, dtype and shape as in the safetensors header, SHA-256
+    of its bytes."""
 
     file: str
     dtype: str
@@ -126,7 +135,8 @@ class TensorRecord(_Record):
 
 
 class Manifest(_Record):
-    """The whole file. ``device`` is what the conversion was computed on: ``cpu``, or ``cuda`` and the GPU's name."""
+    """The whole file. ``device`` is what the conversion was computed on: ``cpu``, or ``cuda``
+    and the GPU's name."""
 
     manifest_version: Literal[1] = 1
     config: ConvertConfig
@@ -160,7 +170,8 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
         raise CheckpointError(
-            f"{path}: {where}: {first['msg']} (one of {error.error_count()} problems). Convert the model again."
+            f"{path}: {where}: {first['msg']} (one of {error.error_count()} problems). Convert the"
+            " model again."
         ) from None
 
 

@@ -9,10 +9,12 @@ _KEEP_BELOW = 1 << 30
 
 
 def reuse_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to a gibibyte for the next tensor instead of giving each back to the system.
+    """Let glibc keep freed blocks of up to a gibibyte for the next tensor instead of giving each
+    back to the system.
 
-    A layer's activations are allocated and freed over and over; by default each time maps fresh pages, which must be zeroed and
-    faulted in one by one. Does nothing where the C library is another.
+    A layer's activations are allocated and freed over and over; by default each time maps fresh
+    pages, which must be zeroed and faulted in one by one. Does nothing where the C library is
+    another.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -22,5 +22,8 @@ def make_options(kind: type[Options], command: str, options: dict[str, Any]) -> 
     try:
         return kind(**options)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+            for e in error.errors()
+        )
         raise ConfigError(f"{command} options: {problems}") from None

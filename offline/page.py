@@ -7,7 +7,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("smoothrot_offline"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("smoothrot_offline"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 
@@ -17,6 +21,7 @@ def render(template: str, **values: object) -> str:
 
 
 def embedded(png: bytes, alternative: str) -> Markup:
-    """An ``img`` element that holds its PNG; ``alternative`` is its text for those who cannot see it."""
+    """An ``img`` element that holds its PNG; ``alternative`` is its text for those who cannot
+    see it."""
     data = base64.b64encode(png).decode("ascii")
     return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, alternative)

@@ -37,7 +37,8 @@ class TensorParallelPlan(_Record):
 
 
 class Plan(_Record):
-    """The whole plan; what follows a refusal that comes first is None. Memory and time are those of a conversion on the CPU."""
+    """The whole plan; what follows a refusal that comes first is None. Memory and time are those
+    of a conversion on the CPU."""
 
     model: str
     device: str
@@ -57,11 +58,14 @@ class Plan(_Record):
     time_method: str = TIME_METHOD
 
 
-def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig, device: torch.device = CPU) -> Plan:
+def plan_conversion(
+    checkpoint: Checkpoint, config: ConvertConfig, device: torch.device = CPU
+) -> Plan:
     """Plan a conversion of what :func:`~smoothrot_offline.checkpoint.open_headers` found.
 
-    ``device`` is what ``run`` would compute on. Whatever makes ``run`` refuse before it begins is in ``refusals``, for a
-    directory (see :func:`~smoothrot_offline.preflight.admit_model`); what it would say is in ``notes``.
+    ``device`` is what ``run`` would compute on. Whatever makes ``run`` refuse before it begins is
+    in ``refusals``, for a directory (see :func:`~smoothrot_offline.preflight.admit_model`); what it
+    would say is in ``notes``.
     """
     asked = {"model": str(checkpoint.path), "device": device_name(device)}
     try:
@@ -69,12 +73,18 @@ def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig, device: torch
     except SmoothRotError as error:
         return Plan(**asked, refusals=[str(error)])
     before = measure(spec, header_table(checkpoint, spec.source_tensors()))
-    known = asked | {"architecture": spec.architecture.class_name, "layers": spec.layers, "source_bytes": before}
+    known = asked | {
+        "architecture": spec.architecture.class_name,
+        "layers": spec.layers,
+        "source_bytes": before,
+    }
     try:
         admitted = admit_options(checkpoint, spec, config)
     except SmoothRotError as error:
         return Plan(**known, refusals=[str(error)])
-    after = output_sizes(spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight"))
+    after = output_sizes(
+        spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
+    )
     return Plan(
         **known,
         refusals=[],
@@ -83,7 +93,10 @@ def plan_conversion(checkpoint: Checkpoint, config: ConvertConfig, device: torch
         ratio_total=before.total / after.total,
         ratio_linears=before.linears / after.linears,
         hadamard=_hadamards(spec, config) if config.rotate else {},
-        tensor_parallel=[TensorParallelPlan(size=size, refused=_tp_refusal(spec, admitted.schema, size)) for size in TP_SIZES],
+        tensor_parallel=[
+            TensorParallelPlan(size=size, refused=_tp_refusal(spec, admitted.schema, size))
+            for size in TP_SIZES
+        ],
         memory_bytes=memory_bytes(spec, config, before, after),
         seconds=seconds(spec, config, before, after),
     )
@@ -97,7 +110,8 @@ def _hadamards(spec: ModelSpec, config: ConvertConfig) -> dict[str, HadamardPlan
 
 
 def _tp_refusal(spec: ModelSpec, schema: QuantizationSchema, size: int) -> str | None:
-    """Why the output cannot be served at this size: by its own format, or by how vLLM splits attention."""
+    """Why the output cannot be served at this size: by its own format, or by how vLLM splits
+    attention."""
     try:
         check_tensor_parallel(schema, size)
         check_shards(spec, schema, size)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of a long command: a callback for the pipeline; on stderr a bar for people, lines for a log."""
+"""Progress of a long command: a callback for the pipeline; on stderr a bar for people, lines for
+a log."""
 
 import sys
 import time
@@ -7,7 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 ProgressCallback = Callable[[str, int, int], None]
 """``(what is being done, steps done, steps in all)``."""
@@ -22,12 +30,19 @@ def no_progress(_message: str, _done: int, _total: int) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[ProgressCallback]:
-    """A bar on stderr while the context is open, which goes when it closes; lines if stderr is no terminal."""
+    """A bar on stderr while the context is open, which goes when it closes; lines if stderr is
+    no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
@@ -38,7 +53,8 @@ def progress_bar() -> Iterator[ProgressCallback]:
 
 
 def _lines() -> ProgressCallback:
-    """A line for each stage that begins, with the steps in all, and the time left if they take as long as those before."""
+    """A line for each stage that begins, with the steps in all, and the time left if they take
+    as long as those before."""
     started = time.monotonic()
     said, at = "", started
 
@@ -49,8 +65,14 @@ def _lines() -> ProgressCallback:
             return
         said, at = message, now
         elapsed = now - started
-        left = f", about {_duration(elapsed / done * (total - done))} left" if 0 < done < total else ""
-        print(f"{done} of {total} steps, {_duration(elapsed)}{left}: {message}", file=sys.stderr, flush=True)
+        left = (
+            f", about {_duration(elapsed / done * (total - done))} left" if 0 < done < total else ""
+        )
+        print(
+            f"{done} of {total} steps, {_duration(elapsed)}{left}: {message}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return report
 
@@ -58,4 +80,10 @@ def _lines() -> ProgressCallback:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )

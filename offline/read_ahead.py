@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of the source beside the work on it: while a decoder layer is converted, the next one is fetched from the disk."""
+"""Reading of the source beside the work on it: while a decoder layer is converted, the next one
+is fetched from the disk."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +23,14 @@ def load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerTens
     return checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
 
 
-def layers_ahead(checkpoint: Checkpoint, spec: ModelSpec, indices: Iterable[int]) -> Iterator[LayerTensors]:
-    """:func:`load_layer` of each of ``indices``, the next one read and checked by a thread while the caller works on one.
+def layers_ahead(
+    checkpoint: Checkpoint, spec: ModelSpec, indices: Iterable[int]
+) -> Iterator[LayerTensors]:
+    """:func:`load_layer` of each of ``indices``, the next one read and checked by a thread while
+    the caller works on one.
 
-    At most one layer waits, in the CPU's memory; what is wrong with it is raised when it is asked for.
+    At most one layer waits, in the CPU's memory; what is wrong with it is raised when it is asked
+    for.
     """
     unplaced = checkpoint.on(CPU)
     with ThreadPoolExecutor(1) as pool:

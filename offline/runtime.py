@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder layer as the server runs it: its linears read their inputs rotated, or rotated and quantised."""
+"""A decoder layer as the server runs it: its linears read their inputs rotated, or rotated and
+quantised."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,36 +19,48 @@ InputMap = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ops_on(device: torch.device) -> Any:
-    """What computes the served ops on a device: the compiled ones on the CPU; elsewhere their definitions in plain torch, which
-    give the same bits, as the library may have been built for the CPU alone.
-    """
+    """What computes the served ops on a device: the compiled ones on the CPU; elsewhere their
+    definitions in plain torch, which give the same bits, as the library may have been built for
+    the CPU alone."""
     return ops if device.type == "cpu" else reference
 
 
 def rotations(spec: ModelSpec, online: Online) -> dict[str, InputMap]:
-    """What the server does to the input of each rotated linear before it quantises, by name relative to the layer."""
+    """What the server does to the input of each rotated linear before it quantises, by name
+    relative to the layer."""
     found = {linear: online.rotation(linear) for linear in spec.architecture.linears}
-    return {linear: _rotator(rotation.block) for linear, rotation in found.items() if rotation is not None}
+    return {
+        linear: _rotator(rotation.block)
+        for linear, rotation in found.items()
+        if rotation is not None
+    }
 
 
 def quantisers(schemes: Mapping[str, LinearScheme | None], online: Online) -> dict[str, InputMap]:
-    """Rotation and quantisation of the input of each linear that has a scheme, with the served ops."""
+    """Rotation and quantisation of the input of each linear that has a scheme, with the served
+    ops."""
     maps = {}
     for linear, scheme in schemes.items():
         rotation = online.rotation(linear)
         if scheme is not None:
-            maps[linear] = _fake_quantiser(scheme.activations, 0 if rotation is None else rotation.block)
+            maps[linear] = _fake_quantiser(
+                scheme.activations, 0 if rotation is None else rotation.block
+            )
     return maps
 
 
 @contextmanager
 def inputs_through(layer: nn.Module, maps: Mapping[str, InputMap]) -> Iterator[None]:
-    """While the context lasts, each named linear of ``layer`` reads its input through the given function."""
+    """While the context lasts, each named linear of ``layer`` reads its input through the given
+    function."""
 
     def hook(function: InputMap) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
         return lambda _module, inputs: function(inputs[0])
 
-    handles = [layer.get_submodule(linear).register_forward_pre_hook(hook(function)) for linear, function in maps.items()]
+    handles = [
+        layer.get_submodule(linear).register_forward_pre_hook(hook(function))
+        for linear, function in maps.items()
+    ]
     try:
         yield
     finally:
@@ -62,10 +75,12 @@ def output_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class BuiltLayer:
-    """A decoder layer of a built model that can be run half by half, so that nothing runs twice for want of a rounded linear.
+    """A decoder layer of a built model that can be run half by half, so that nothing runs twice for
+    want of a rounded linear.
 
-    The attention half ends in the residual stream after o_proj; the feed-forward half begins there. Linears read their inputs
-    through ``maps``; set a linear's weight with :meth:`set_weight` and what follows it reads the new one.
+    The attention half ends in the residual stream after o_proj; the feed-forward half begins there.
+    Linears read their inputs through ``maps``; set a linear's weight with :meth:`set_weight` and
+    what follows it reads the new one.
 
     Args:
         model, layer: from :meth:`~smoothrot_offline.calibrate.LayerRunner.build`.
@@ -73,12 +88,17 @@ class BuiltLayer:
         maps: run-time inputs by linear, see :func:`rotations` and :func:`quantisers`.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module, table: Architecture, maps: Mapping[str, InputMap]) -> None:
+    def __init__(
+        self, model: nn.Module, layer: nn.Module, table: Architecture, maps: Mapping[str, InputMap]
+    ) -> None:
         self._model = model
         self._layer = layer
         self._table = table
         self._maps = maps
-        posts = [layer.get_submodule(name) for name in table.post_norms] or [nn.Identity(), nn.Identity()]
+        posts = [layer.get_submodule(name) for name in table.post_norms] or [
+            nn.Identity(),
+            nn.Identity(),
+        ]
         self._after_attention, self._after_feed_forward = posts
         self._norm = layer.get_submodule(list(table.readers)[1])
         self._feed_forward = layer.get_submodule(table.feed_forward)
@@ -88,17 +108,22 @@ class BuiltLayer:
         self._layer.get_submodule(linear).weight.data = weight
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What q, k and v multiply by their weights, ``(samples, seqlen, hidden)``, when the layer reads ``hidden``."""
+        """What q, k and v multiply by their weights, ``(samples, seqlen, hidden)``, when the
+        layer reads ``hidden``."""
         query = next(iter(self._table.readers.values()))[0]
         return self._stopped(query, lambda: output_of(self._model, hidden))
 
     def output_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What o_proj multiplies by its weight, ``(samples, seqlen, query width)``, when the layer reads ``hidden``."""
+        """What o_proj multiplies by its weight, ``(samples, seqlen, query width)``, when the
+        layer reads ``hidden``."""
         return self._stopped(self._table.output, lambda: output_of(self._model, hidden))
 
     def middle(self, hidden: torch.Tensor, output_input: torch.Tensor) -> torch.Tensor:
-        """The residual stream between the halves, from what the layer reads and what o_proj reads."""
-        added: torch.Tensor = self._after_attention(self._layer.get_submodule(self._table.output)(output_input))
+        """The residual stream between the halves, from what the layer reads and what o_proj
+        reads."""
+        added: torch.Tensor = self._after_attention(
+            self._layer.get_submodule(self._table.output)(output_input)
+        )
         return hidden + added
 
     def feed_forward_input(self, middle: torch.Tensor) -> torch.Tensor:
@@ -113,12 +138,13 @@ class BuiltLayer:
     def expert_inputs(
         self, middle: torch.Tensor, linears: Iterable[str], routing: torch.Tensor | None = None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What linears of experts multiply by their weights, and the routing: the router's output, ``(tokens, experts)``.
+        """What linears of experts multiply by their weights, and the routing: the router's output,
+        ``(tokens, experts)``.
 
         Args:
             middle: the residual stream between the halves.
-            linears: names relative to the layer. One whose expert gets no token is not in the result, which has for each other
-                the tokens routed to it, ``(tokens, channels)``.
+            linears: names relative to the layer. One whose expert gets no token is not in the
+                result, which has for each other the tokens routed to it, ``(tokens, channels)``.
             routing: the tokens are sent to experts by this in place of the router's own output.
         """
         assert self._table.experts is not None
@@ -129,13 +155,19 @@ class BuiltLayer:
         def watching(linear: str) -> InputMap:
             return lambda x: seen.setdefault(linear, x)
 
-        def route(_module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        def route(
+            _module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+        ) -> torch.Tensor:
             routed.append(output if routing is None else routing)
             return routed[0]
 
         handle = router.register_forward_hook(route)
-        # Hooks run in the order they were registered: a watcher sees what the run-time input map has made of the input.
-        with inputs_through(self._layer, self._maps), inputs_through(self._layer, {name: watching(name) for name in linears}):
+        # Hooks run in the order they were registered: a watcher sees what the run-time input map
+        # has made of the input.
+        with (
+            inputs_through(self._layer, self._maps),
+            inputs_through(self._layer, {name: watching(name) for name in linears}),
+        ):
             self._feed_forward(self._norm(middle))
         handle.remove()
         return seen, routed[0]
@@ -163,7 +195,8 @@ def _seen_by(linear: nn.Module, run: Callable[[], object]) -> torch.Tensor:
         seen.append(inputs[0])
         raise _InputSeenError
 
-    # Pre-hooks run in the order they were registered: this one sees what the run-time hook has made of the input.
+    # Pre-hooks run in the order they were registered: this one sees what the run-time hook has made
+    # of the input.
     handle = linear.register_forward_pre_hook(stop)
     try:
         run()

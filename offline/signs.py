@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which random signs to rotate with: the seed whose converted model predicts held-out calibration text best."""
+"""Which random signs to rotate with: the seed whose converted model predicts held-out
+calibration text best."""
 
 from collections.abc import Sequence
 
@@ -27,10 +28,11 @@ def trial_loss(
     studies: Sequence[LayerStudy],
     tokens: torch.Tensor,
 ) -> float:
-    """Mean negative log-likelihood in nats of ``tokens (samples, seqlen)`` under the model as a conversion would quantise it.
+    """Mean negative log-likelihood in nats of ``tokens (samples, seqlen)`` under the model as a
+    conversion would quantise it.
 
-    Weights are rounded to nearest whatever the conversion's own rounding, which would take as long as a conversion; the head
-    stays in full precision. One decoder layer is held at a time.
+    Weights are rounded to nearest whatever the conversion's own rounding, which would take as long
+    as a conversion; the head stays in full precision. One decoder layer is held at a time.
 
     Args:
         checkpoint, spec: the original model.
@@ -54,7 +56,9 @@ def trial_loss(
                 name = f"{linear}.weight"
                 layer[name] = quantize_rtn(layer[name], scheme.weights, prefix + name).dequantize()
         model, module = runner.build(index, layer)
-        with inputs_through(module, rotations(spec, schema.online) | quantisers(schemes, schema.online)):
+        with inputs_through(
+            module, rotations(spec, schema.online) | quantisers(schemes, schema.online)
+        ):
             hidden = torch.cat([output_of(model, part) for part in hidden.split(1)])
     return _loss(checkpoint, spec, runner, transform, hidden, tokens)
 
@@ -70,10 +74,17 @@ def _loss(
     table = spec.architecture
     gamma = checkpoint.load([f"{table.final_norm}.weight"])[f"{table.final_norm}.weight"].double()
     source = f"{table.embedding if spec.tied else table.lm_head}.weight"
-    head = torch.cat([transform.head(rows.double(), gamma).float() for rows in checkpoint.load([source])[source].split(4096)])
+    head = torch.cat(
+        [
+            transform.head(rows.double(), gamma).float()
+            for rows in checkpoint.load([source])[source].split(4096)
+        ]
+    )
     states = runner.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
     total = 0.0
     following = tokens[:, 1:].flatten().to(states.device)
     for rows, targets in zip(states.split(_LOGIT_ROWS), following.split(_LOGIT_ROWS), strict=True):
-        total += nn.functional.cross_entropy(spec.capped(rows @ head.T), targets, reduction="sum").item()
+        total += nn.functional.cross_entropy(
+            spec.capped(rows @ head.T), targets, reduction="sum"
+        ).item()
     return total / len(states)

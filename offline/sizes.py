@@ -17,7 +17,8 @@ TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Sizes(BaseModel):
-    """Bytes: decoder linears with their scales, embedding, head (0 if tied), and norms and biases."""
+    """Bytes: decoder linears with their scales, embedding, head (0 if tied), and norms and
+    biases."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,7 +43,11 @@ def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
             kind = "embedding"
         elif module == table.lm_head:
             kind = "lm_head"
-        elif suffix != "bias" and module.startswith(table.layers) and module.split(".", 3)[-1] in table.linears:
+        elif (
+            suffix != "bias"
+            and module.startswith(table.layers)
+            and module.split(".", 3)[-1] in table.linears
+        ):
             kind = "linears"
         else:
             kind = "other"
@@ -57,8 +62,8 @@ def header_table(checkpoint: Checkpoint, names: Iterable[str]) -> TensorTable:
         info = checkpoint.info(name)
         if info.dtype not in DTYPES:
             raise CheckpointError(
-                f"{checkpoint.path / info.file}: tensor {name}: expected dtype {', '.join(DTYPES)}, got {info.dtype}. Fetch or "
-                "convert the model again."
+                f"{checkpoint.path / info.file}: tensor {name}: expected dtype {', '.join(DTYPES)},"
+                f" got {info.dtype}. Fetch or convert the model again."
             )
         table[name] = (info.shape, DTYPES[info.dtype])
     return table
@@ -70,4 +75,6 @@ def output_sizes(spec: ModelSpec, config: ConvertConfig, dtype: torch.dtype) -> 
     Raises:
         ConfigError, UnsupportedModelError: the options do not fit the model.
     """
-    return measure(spec, spec.output_tensors(make_schema(spec, config), stays_tied(spec, config), dtype))
+    return measure(
+        spec, spec.output_tensors(make_schema(spec, config), stays_tied(spec, config), dtype)
+    )

@@ -18,14 +18,16 @@ from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme
 from smoothrot_vllm.reference import dequantize_weight, encode
 
 ERROR_TOLERANCE = 1e-9
-"""Relative; the recorded weight errors are sums in double precision, which another machine may add in another order."""
+"""Relative; the recorded weight errors are sums in double precision, which another machine may
+add in another order."""
 
 
 class SourceComparison(BaseModel):
     """What was compared with the source, and every difference.
 
-    ``layers`` were sampled. ``codes`` linears have been rounded again and compared code by code; ``errors`` linears have had
-    their relative weight error computed again and compared with the manifest's, where the rounding depends on the calibration.
+    ``layers`` were sampled. ``codes`` linears have been rounded again and compared code by code;
+    ``errors`` linears have had their relative weight error computed again and compared with the
+    manifest's, where the rounding depends on the calibration.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,7 +39,8 @@ class SourceComparison(BaseModel):
 
 
 def compare_with_source(directory: Path, source: Path) -> SourceComparison:
-    """Compare a converted directory with the model it says it was made from: first, middle and last decoder layer.
+    """Compare a converted directory with the model it says it was made from: first, middle and last
+    decoder layer.
 
     Raises:
         SmoothRotError: one of them cannot be opened.
@@ -62,7 +65,9 @@ def compare_with_source(directory: Path, source: Path) -> SourceComparison:
                 continue
             compared += 1
             weight = tensors[f"{linear}.weight"]
-            problems += _linear_problems(converted, spec, manifest, (index, linear), weight, scheme, exact)
+            problems += _linear_problems(
+                converted, spec, manifest, (index, linear), weight, scheme, exact
+            )
     return SourceComparison(
         layers=layers,
         codes=compared if exact else 0,
@@ -74,8 +79,8 @@ def compare_with_source(directory: Path, source: Path) -> SourceComparison:
 def _file_problems(original: Checkpoint, manifest: Manifest) -> list[str]:
     found = {name: file_digest(original.path / name) for name in [CONFIG_NAME, *original.files]}
     return [
-        f"{original.path / name}: not the file that was converted: expected SHA-256 {manifest.source.files.get(name)}, "
-        f"got {found.get(name)}"
+        f"{original.path / name}: not the file that was converted: expected SHA-256"
+        f" {manifest.source.files.get(name)}, got {found.get(name)}"
         for name in sorted({*found, *manifest.source.files})
         if found.get(name) != manifest.source.files.get(name)
     ]
@@ -95,11 +100,23 @@ def _linear_problems(
     packed, scale = converted.load([f"{name}.{WEIGHT_PACKED}", f"{name}.{WEIGHT_SCALE}"]).values()
     if exact:
         again = quantize_rtn(weight, scheme.weights, name)
-        differ = int((encode(again.codes, scheme.weights.bits) != packed).sum()) + int((again.scale != scale).sum())
-        return [f"tensor {name}: {differ} bytes of codes or scales are not those that the source leads to"] if differ else []
+        differ = int((encode(again.codes, scheme.weights.bits) != packed).sum()) + int(
+            (again.scale != scale).sum()
+        )
+        return (
+            [
+                f"tensor {name}: {differ} bytes of codes or scales are not those that the source"
+                " leads to"
+            ]
+            if differ
+            else []
+        )
     stored = dequantize_weight(packed, scale, scheme.weights.bits)
     error = relative_error(float((weight - stored).square().sum()), float(weight.square().sum()))
     recorded = manifest.layers[index].weight_error[linear]
     if abs(error - recorded) <= ERROR_TOLERANCE * recorded:
         return []
-    return [f"tensor {name}: relative weight error: expected {recorded} from the manifest, got {error} against the source"]
+    return [
+        f"tensor {name}: relative weight error: expected {recorded} from the manifest, got {error}"
+        " against the source"
+    ]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study before a conversion: what each decoder layer needs, found by running the original model once, layer by layer.
+"""The study before a conversion: what each decoder layer needs, found by running the original model
+once, layer by layer.
 
-What it finds of a layer: the smoothing scales of its down_proj, the activation clip of each input, and how much each group of
-linears would cost at the weight and activation bits asked for.
+What it finds of a layer: the smoothing scales of its down_proj, the activation clip of each input,
+and how much each group of linears would cost at the weight and activation bits asked for.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,17 +29,20 @@ PROBE_SAMPLES = 8
 """Calibration sequences on which clips and sensitivities are measured."""
 CLIP_TOKENS = 1024
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-"""Candidate clips of 4-bit activations; 8-bit ones keep all of their range (255 levels lose more to a clipped outlier)."""
+"""Candidate clips of 4-bit activations; 8-bit ones keep all of their range (255 levels lose more
+to a clipped outlier)."""
 
 
 @dataclass(frozen=True)
 class LayerStudy:
     """What was found for one decoder layer.
 
-    ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no calibration token was routed to.
-    ``clips`` and ``sensitivity`` are by the first linear of each group that reads one input, all of a layer's experts being one
-    group: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's output y when only that group is
-    quantised. Both are empty unless the configuration asks for them.
+    ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no
+    calibration token was routed to. ``clips`` and ``sensitivity`` are by the first linear of each
+    group that reads one input, all of a layer's experts being one
+    group: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's
+    output y when only that group is quantised. Both are empty unless the configuration asks for
+    them.
     """
 
     scales: LayerScales = field(default_factory=LayerScales)
@@ -57,8 +61,10 @@ class Study:
     """Studies the layers of one model in order.
 
     Args:
-        runner, spec, config, schema, transform: of the conversion; ``schema`` has the bits and groups asked for.
-        hidden: float32 ``(samples, seqlen, hidden)``, what the first layer of the original model reads; it is changed.
+        runner, spec, config, schema, transform: of the conversion; ``schema`` has the bits and
+            groups asked for.
+        hidden: float32 ``(samples, seqlen, hidden)``, what the first layer of the original model
+            reads; it is changed.
         dtype: of the output's 16-bit tensors.
     """
 
@@ -92,24 +98,45 @@ class Study:
         study = LayerStudy()
         if self._config.scales != "none":
             scales, found = self._smoothed(index, tensors)
-            study = LayerStudy(scales, experts=found) if self._spec.experts else LayerStudy(scales, smoothing=found[0])
-        return self._probed(index, self._folded(index, tensors, study.scales), study) if self._config.needs_probe else study
+            study = (
+                LayerStudy(scales, experts=found)
+                if self._spec.experts
+                else LayerStudy(scales, smoothing=found[0])
+            )
+        return (
+            self._probed(index, self._folded(index, tensors, study.scales), study)
+            if self._config.needs_probe
+            else study
+        )
 
-    def _folded(self, index: int, tensors: dict[str, torch.Tensor], scales: LayerScales) -> dict[str, torch.Tensor]:
+    def _folded(
+        self, index: int, tensors: dict[str, torch.Tensor], scales: LayerScales
+    ) -> dict[str, torch.Tensor]:
         """The transformed layer, float32."""
         folded = {name: tensor.double() for name, tensor in tensors.items()}
         self._transform.layer(index, folded, scales)
         return {name: folded.pop(name).float() for name in list(folded)}
 
-    def _smoothed(self, index: int, tensors: dict[str, torch.Tensor]) -> tuple[LayerScales, list[SmoothingRecord | None]]:
-        norms = NormStatistics(self._spec, self._transform.residual, tensors) if self._config.smooths_norms else None
+    def _smoothed(
+        self, index: int, tensors: dict[str, torch.Tensor]
+    ) -> tuple[LayerScales, list[SmoothingRecord | None]]:
+        norms = (
+            NormStatistics(self._spec, self._transform.residual, tensors)
+            if self._config.smooths_norms
+            else None
+        )
         observers = {} if norms is None else norms.observers()
         arguments = (self._hidden, self._runner, self._spec, self._config, self._schema, observers)
         found = smooth_layer(index, tensors, *arguments)
-        return LayerScales(found.scales, {} if norms is None else norms.scales(tensors, self._dtype)), found.records
+        return (
+            LayerScales(found.scales, {} if norms is None else norms.scales(tensors, self._dtype)),
+            found.records,
+        )
 
     @torch.no_grad()
-    def _probed(self, index: int, tensors: dict[str, torch.Tensor], study: LayerStudy) -> LayerStudy:
+    def _probed(
+        self, index: int, tensors: dict[str, torch.Tensor], study: LayerStudy
+    ) -> LayerStudy:
         """The study with what is measured on the transformed layer; moves the probe past it."""
         prefix = self._spec.layer_prefix(index)
         model, layer = self._runner.build(index, tensors)
@@ -121,7 +148,10 @@ class Study:
             if scheme is None:
                 continue
             if self._config.clip_search and scheme.activations.bits == 4:
-                read = ((inputs[group[0]], torch.cat([tensors[f"{linear}.weight"] for linear in group])) for group in groups)
+                read = (
+                    (inputs[group[0]], torch.cat([tensors[f"{linear}.weight"] for linear in group]))
+                    for group in groups
+                )
                 clips[first] = best_clip(read, scheme.activations)
             if self._config.keep_8bit:
                 scheme = with_clip(scheme, clips.get(first))
@@ -130,13 +160,19 @@ class Study:
         self._probe = exact
         return replace(study, clips=clips, sensitivity=sensitivity)
 
-    def _exact(self, model: nn.Module, layer: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What the layer makes of the probe, and a sample of what each group of linears reads: rotated, not quantised.
+    def _exact(
+        self, model: nn.Module, layer: nn.Module
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the layer makes of the probe, and a sample of what each group of linears reads:
+        rotated, not quantised.
 
         Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
         """
         groups = [group for groups in self._spec.architecture.scheme_groups() for group in groups]
-        seen = {group[0]: [self._probe.new_empty(0, self._spec.linear_shape(group[0])[1])] for group in groups}
+        seen = {
+            group[0]: [self._probe.new_empty(0, self._spec.linear_shape(group[0])[1])]
+            for group in groups
+        }
         stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1
 
         def watching(linear: str) -> InputMap:
@@ -151,12 +187,21 @@ class Study:
             exact = self._run(model)
         return exact, {linear: torch.cat(parts) for linear, parts in seen.items()}
 
-    def _cost(self, model: nn.Module, layer: nn.Module, schemes: Mapping[str, LinearScheme], exact: torch.Tensor) -> float:
-        """Relative error of the layer's output with only the given linears quantised, round-to-nearest."""
+    def _cost(
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        schemes: Mapping[str, LinearScheme],
+        exact: torch.Tensor,
+    ) -> float:
+        """Relative error of the layer's output with only the given linears quantised,
+        round-to-nearest."""
         modules = {linear: layer.get_submodule(linear) for linear in schemes}
         originals = {linear: module.weight.data for linear, module in modules.items()}
         for linear, module in modules.items():
-            module.weight.data = quantize_rtn(originals[linear], schemes[linear].weights).dequantize()
+            module.weight.data = quantize_rtn(
+                originals[linear], schemes[linear].weights
+            ).dequantize()
         with inputs_through(layer, self._rotations | quantisers(schemes, self._schema.online)):
             found = self._run(model)
         for linear, module in modules.items():
@@ -173,7 +218,8 @@ def best_clip(read: Iterable[tuple[torch.Tensor, torch.Tensor]], scheme: Activat
     Each token counts relative to its own output, so that a massive one does not decide for all.
 
     Args:
-        read: pairs of x ``(tokens, K)`` and W ``(N, K)``, float32: one, or those of all linears that must have the same clip.
+        read: pairs of x ``(tokens, K)`` and W ``(N, K)``, float32: one, or those of all linears
+            that must have the same clip.
         scheme: the bits.
     """
     errors = dict.fromkeys(CLIPS, 0.0)
@@ -189,4 +235,6 @@ def with_clip(scheme: LinearScheme, clip: float | None) -> LinearScheme:
     """The scheme with another activation clip, or as it is for None."""
     if clip is None:
         return scheme
-    return scheme.model_copy(update={"activations": scheme.activations.model_copy(update={"clip": clip})})
+    return scheme.model_copy(
+        update={"activations": scheme.activations.model_copy(update={"clip": clip})}
+    )

@@ -27,10 +27,12 @@ from smoothrot_vllm.format import Online
 
 @dataclass(frozen=True)
 class ModelTransform:
-    """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream is not rotated; ``heads`` (R2)
-    are the matrices of each layer, float64 ``(kv_heads, head_dim, head_dim)``, or None for Hadamard transforms.
+    """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream
+    is not rotated; ``heads`` (R2) are the matrices of each layer, float64 ``(kv_heads, head_dim,
+    head_dim)``, or None for Hadamard transforms.
 
-    The transformed model computes the original's logits, if the server applies the ``online`` rotations.
+    The transformed model computes the original's logits, if the server applies the ``online``
+    rotations.
     """
 
     spec: ModelSpec
@@ -63,7 +65,9 @@ class ModelTransform:
             rotate_reader_inputs(tensors, table, self.online.readers.block)
         if self.online.down_proj is not None:
             rotate_heads(tensors, self.spec, None if self.heads is None else self.heads[index])
-            signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}").to(next(iter(tensors.values())).device)
+            signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}").to(
+                next(iter(tensors.values())).device
+            )
             rotate_down_input(tensors, table, Rotation(signs, self.online.down_proj.block))
 
     def embedding(self, rows: torch.Tensor) -> torch.Tensor:
@@ -71,10 +75,15 @@ class ModelTransform:
         return rows if self.residual is None else self.residual.rotate(rows)
 
     def head(self, rows: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-        """Head rows, float64 ``(rows, hidden)``, with the final norm's stored weight ``gamma (hidden,)`` folded in, then R1."""
+        """Head rows, float64 ``(rows, hidden)``, with the final norm's stored weight ``gamma
+        (hidden,)`` folded in, then R1."""
         offset = self.spec.architecture.norm_offset
         return rows if self.residual is None else self.residual.rotate(rows * (gamma + offset))
 
     def final_norm(self, gamma: torch.Tensor) -> torch.Tensor:
         """What is left of the final norm's stored weight."""
-        return gamma if self.residual is None else torch.full_like(gamma, 1 - self.spec.architecture.norm_offset)
+        return (
+            gamma
+            if self.residual is None
+            else torch.full_like(gamma, 1 - self.spec.architecture.norm_offset)
+        )

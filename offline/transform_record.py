@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``smoothrot_transform.st``: what a conversion folded into the weights, for what has to be folded alike later (LoRA adapters).
+"""``smoothrot_transform.st``: what a conversion folded into the weights, for what has to be folded
+alike later (LoRA adapters).
 
-Signs and Hadamard transforms follow from the manifest's configuration and seed. Stored is what does not: smoothing scales, the
-weights of the norms that were folded, learned rotations.
+Signs and Hadamard transforms follow from the manifest's configuration and seed. Stored is what does
+not: smoothing scales, the weights of the norms that were folded, learned rotations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,8 @@ RESIDUAL = "residual"
 class RecordedTransform:
     """A conversion's transform read back.
 
-    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales`` are S by layer.
+    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales``
+    are S by layer.
     """
 
     transform: ModelTransform
@@ -41,9 +43,8 @@ class RecordedTransform:
 def transform_tensors(
     checkpoint: Checkpoint, transform: ModelTransform, studies: Sequence[LayerStudy]
 ) -> dict[str, torch.Tensor]:
-    """Tensors of the file: ``residual`` and ``{layer}heads`` where learned, ``{layer}smoothing``, ``{norm}.smoothing``, and the
-    weights of the folded norms.
-    """
+    """Tensors of the file: ``residual`` and ``{layer}heads`` where learned,
+    ``{layer}smoothing``, ``{norm}.smoothing``, and the weights of the folded norms."""
     spec, found = transform.spec, {}
     if isinstance(transform.residual, DenseRotation):
         found[RESIDUAL] = transform.residual.blocks
@@ -51,11 +52,15 @@ def transform_tensors(
         prefix = spec.layer_prefix(index)
         if study.scales.down is not None:
             found[f"{prefix}smoothing"] = study.scales.down
-        found |= {f"{prefix}{norm}.smoothing": scales for norm, scales in study.scales.norms.items()}
+        found |= {
+            f"{prefix}{norm}.smoothing": scales for norm, scales in study.scales.norms.items()
+        }
         if transform.heads is not None:
             found[f"{prefix}heads"] = transform.heads[index].contiguous()
         if transform.residual is not None:
-            found |= checkpoint.load([f"{prefix}{norm}.weight" for norm in spec.architecture.readers])
+            found |= checkpoint.load(
+                [f"{prefix}{norm}.weight" for norm in spec.architecture.readers]
+            )
     return found
 
 
@@ -68,16 +73,22 @@ def read_transform(directory: Path) -> RecordedTransform:
     """
     path = directory / TRANSFORM_NAME
     if not path.exists():
-        raise CheckpointError(f"{path}: expected the transform of a converted model, found none. Convert the model again.")
+        raise CheckpointError(
+            f"{path}: expected the transform of a converted model, found none. Convert the model"
+            " again."
+        )
     checkpoint, spec, schema = open_converted(directory)
     manifest = read_manifest(directory)
     expected = spec.output_tensors(schema, spec.tied, model_dtype(checkpoint.config))
     if problem := next(structure_problems(checkpoint, expected, manifest), None):
-        raise CheckpointError(f"{directory}: {problem}. Copy the directory again, or convert the model again.")
+        raise CheckpointError(
+            f"{directory}: {problem}. Copy the directory again, or convert the model again."
+        )
     named = schema.transform_sha256
     if (found := file_digest(path)) != named:
         raise CheckpointError(
-            f"{path}: expected SHA-256 {named} (quantization_config.transform_sha256), got {found}. Copy the directory again."
+            f"{path}: expected SHA-256 {named} (quantization_config.transform_sha256), got {found}."
+            " Copy the directory again."
         )
     tensors = read_tensors(path, "Convert the model again.")
     config = manifest.config
@@ -96,33 +107,52 @@ def read_transform(directory: Path) -> RecordedTransform:
         names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.readers]
         _refuse_missing(path, tensors, [f"{name}.weight" for name in names])
         norms = {name: tensors[f"{name}.weight"] for name in names}
-    return RecordedTransform(transform, norms, [_scales(tensors, prefix, spec.architecture.readers) for prefix in prefixes])
+    return RecordedTransform(
+        transform,
+        norms,
+        [_scales(tensors, prefix, spec.architecture.readers) for prefix in prefixes],
+    )
 
 
 def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that are no part of this model's transform, or of other shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix in (spec.layer_prefix(index) for index in range(spec.layers)):
-        shapes |= {f"{prefix}smoothing": spec.smoothed, f"{prefix}heads": (spec.kv_heads, spec.head_dim, spec.head_dim)}
-        shapes |= {f"{prefix}{norm}.{of}": (spec.hidden,) for norm in spec.architecture.readers for of in ("smoothing", "weight")}
+        shapes |= {
+            f"{prefix}smoothing": spec.smoothed,
+            f"{prefix}heads": (spec.kv_heads, spec.head_dim, spec.head_dim),
+        }
+        shapes |= {
+            f"{prefix}{norm}.{of}": (spec.hidden,)
+            for norm in spec.architecture.readers
+            for of in ("smoothing", "weight")
+        }
     for name, tensor in tensors.items():
         found = tuple(tensor.shape)
         # Blocks of R1, each of them square.
         fits = (
-            found[1:] == found[-1:] * 2 and found[0] * found[-1] == spec.hidden if name == RESIDUAL else found == shapes.get(name)
+            found[1:] == found[-1:] * 2 and found[0] * found[-1] == spec.hidden
+            if name == RESIDUAL
+            else found == shapes.get(name)
         )
         if not fits or not tensor.is_floating_point() or not tensor.isfinite().all():
             raise CheckpointError(
-                f"{path}: tensor {name}: expected finite floats of shape {shapes.get(name, 'none by this name')}, got "
-                f"{tensor.dtype} {found}. Convert the model again."
+                f"{path}: tensor {name}: expected finite floats of shape"
+                f" {shapes.get(name, 'none by this name')}, got {tensor.dtype} {found}. Convert the"
+                " model again."
             )
 
 
 def _refuse_missing(path: Path, tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
     if missing := [name for name in names if name not in tensors]:
-        raise CheckpointError(f"{path}: tensor {missing[0]} (one of {len(missing)}) is missing. Convert the model again.")
+        raise CheckpointError(
+            f"{path}: tensor {missing[0]} (one of {len(missing)}) is missing. Convert the model"
+            " again."
+        )
 
 
 def _scales(tensors: dict[str, torch.Tensor], prefix: str, norms: Iterable[str]) -> LayerScales:
-    smoothed = {norm: tensors[name] for norm in norms if (name := f"{prefix}{norm}.smoothing") in tensors}
+    smoothed = {
+        norm: tensors[name] for norm in norms if (name := f"{prefix}{norm}.smoothing") in tensors
+    }
     return LayerScales(tensors.get(f"{prefix}smoothing"), smoothed)

@@ -9,7 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.checkpoint import DTYPES, Checkpoint, file_digest, open_checkpoint, tensor_digest
+from smoothrot_offline.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    file_digest,
+    open_checkpoint,
+    tensor_digest,
+)
 from smoothrot_offline.manifest import Manifest, read_manifest
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_vllm.errors import CheckpointError, ConfigError
@@ -39,7 +45,10 @@ def open_converted(directory: Path) -> tuple[Checkpoint, ModelSpec, Quantization
     checkpoint = open_checkpoint(directory)
     quantization = checkpoint.config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{directory}: expected quantization_config with quant_method {QUANT_METHOD!r} in config.json.")
+        raise CheckpointError(
+            f"{directory}: expected quantization_config with quant_method {QUANT_METHOD!r} in"
+            " config.json."
+        )
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return checkpoint, resolve(plain), parse_schema(quantization)
 
@@ -58,7 +67,8 @@ def model_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def verify(directory: Path, progress: ProgressCallback = no_progress) -> Verification:
-    """Read everything: structure against the schema, every tensor and file against the manifest's digests.
+    """Read everything: structure against the schema, every tensor and file against the manifest's
+    digests.
 
     Raises:
         SmoothRotError: the directory cannot be opened as a converted checkpoint at all.
@@ -90,22 +100,31 @@ def verify(directory: Path, progress: ProgressCallback = no_progress) -> Verific
 
 
 def structure_problems(
-    checkpoint: Checkpoint, expected: dict[str, tuple[tuple[int, ...], torch.dtype]], manifest: Manifest
+    checkpoint: Checkpoint,
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    manifest: Manifest,
 ) -> Iterator[str]:
-    """Every tensor whose header is not the one that ``expected`` has, or that the manifest has not in its file."""
+    """Every tensor whose header is not the one that ``expected`` has, or that the manifest has
+    not in its file."""
     for name, (shape, dtype) in expected.items():
         info = checkpoint.tensors.get(name)
         if info is None:
             yield f"tensor {name}: missing"
         elif (info.shape, DTYPES.get(info.dtype)) != (shape, dtype):
-            yield f"tensor {name} in {info.file}: expected {dtype} {shape}, got {info.dtype} {info.shape}"
+            yield (
+                f"tensor {name} in {info.file}: expected {dtype} {shape}, got {info.dtype}"
+                f" {info.shape}"
+            )
     for name, info in checkpoint.tensors.items():
         if name not in expected:
             yield f"tensor {name} in {info.file}: not part of this model"
         elif name not in manifest.tensors:
             yield f"tensor {name} in {info.file}: not in the manifest"
         elif manifest.tensors[name].file != info.file:
-            yield f"tensor {name}: the manifest has it in {manifest.tensors[name].file}, the index in {info.file}"
+            yield (
+                f"tensor {name}: the manifest has it in {manifest.tensors[name].file}, the index in"
+                f" {info.file}"
+            )
 
 
 def _tensor_problems(checkpoint: Checkpoint, manifest: Manifest, name: str) -> Iterator[str]:
@@ -116,7 +135,11 @@ def _tensor_problems(checkpoint: Checkpoint, manifest: Manifest, name: str) -> I
         yield str(error)
         return
     # Scales of another dtype, which may have no order, are a problem of the structure.
-    if name.endswith(f".{WEIGHT_SCALE}") and tensor.dtype == torch.float32 and not (tensor > 0).all():
+    if (
+        name.endswith(f".{WEIGHT_SCALE}")
+        and tensor.dtype == torch.float32
+        and not (tensor > 0).all()
+    ):
         yield f"{where}: expected positive scales, got {int((tensor <= 0).sum())} others"
     if tensor_digest(tensor) != manifest.tensors[name].sha256:
         yield f"{where}: its bytes are not the ones that were written (SHA-256 differs)"

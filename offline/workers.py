@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoder layers converted by several processes at once, where no layer waits for another: rounding to nearest.
+"""Decoder layers converted by several processes at once, where no layer waits for another: rounding
+to nearest.
 
-Each worker reads, folds, rounds and writes a layer's file; this process takes the finished ones in order, so that reading,
-computing and writing overlap and the output does not depend on who is first. A worker ends with the process that it works for.
+Each worker reads, folds, rounds and writes a layer's file; this process takes the finished ones in
+order, so that reading, computing and writing overlap and the output does not depend on who is
+first. A worker ends with the process that it works for.
 """
 
 import os
@@ -27,7 +29,8 @@ from smoothrot_vllm.errors import OutputError
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """A finished layer in a file of the work folder: its entry in the manifest, the names of its tensors in order, the file."""
+    """A finished layer in a file of the work folder: its entry in the manifest, the names of its
+    tensors in order, the file."""
 
     record: LayerRecord
     names: list[str]
@@ -39,23 +42,30 @@ def threads_of_worker(workers: int) -> int:
     return max(1, torch.get_num_threads() // workers)
 
 
-def convert_layers(converter: LayerConverter, indices: Iterable[int], folder: Path, workers: int) -> Iterator[KeptLayer]:
-    """Convert layers in ``workers`` processes into files of ``folder``; they are given in the order of ``indices``.
+def convert_layers(
+    converter: LayerConverter, indices: Iterable[int], folder: Path, workers: int
+) -> Iterator[KeptLayer]:
+    """Convert layers in ``workers`` processes into files of ``folder``; they are given in the order
+    of ``indices``.
 
     Raises:
         CheckpointError: a tensor is damaged.
         OutputError: the file system refuses, or a worker was killed.
     """
-    # Without torch's own pickling, which would hand tensors over in shared memory: containers have little of it.
+    # Without torch's own pickling, which would hand tensors over in shared memory: containers have
+    # little of it.
     job = pickle.dumps((converter, folder, threads_of_worker(workers)))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(job,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(job,)
+    )
     try:
         for future in [pool.submit(_convert, index) for index in indices]:
             yield future.result()
     except BrokenProcessPool as error:
         raise OutputError(
-            "a worker process ended before its layer was finished, killed by the system for want of memory, most likely. "
-            "Use fewer --workers; the same command then goes on from the last finished layer."
+            "a worker process ended before its layer was finished, killed by the system for want of"
+            " memory, most likely. Use fewer --workers; the same command then goes on from the last"
+            " finished layer."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -89,5 +99,7 @@ def _end_with_parent() -> None:
 
 def _convert(index: int) -> KeptLayer:
     assert _this.converter is not None
-    done = _this.converter.layer(index, load_layer(_this.converter.checkpoint, _this.converter.spec, index))
+    done = _this.converter.layer(
+        index, load_layer(_this.converter.checkpoint, _this.converter.spec, index)
+    )
     return KeptLayer(done.record, list(done.tensors), keep_layer(_this.folder, index, done.tensors))

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint so that it is either there as a whole or not at all.
 
-Everything goes into a sibling directory, ``OUT.partial``, or ``OUT.partial-XXXXXXXX`` where nothing can be resumed: shards
-as they fill up, then index, side files and configuration, the manifest last; each file is flushed to disk, then the directory
-is renamed to OUT. An empty directory OUT may be a mount point, which nothing can be renamed to: it is filled itself, and has its
-``config.json`` under another name until it is whole. The writer locks what it writes into, so a later run knows a dead run's
-leftovers from a live run.
+Everything goes into a sibling directory, ``OUT.partial``, or ``OUT.partial-XXXXXXXX`` where nothing
+can be resumed: shards as they fill up, then index, side files and configuration, the manifest last;
+each file is flushed to disk, then the directory is renamed to OUT. An empty directory OUT may be a
+mount point, which nothing can be renamed to: it is filled itself, and has its ``config.json`` under
+another name until it is whole. The writer locks what it writes into, so a later run knows a dead
+run's leftovers from a live run.
 """
 
 import errno
@@ -42,7 +43,8 @@ _OF_FILE_SYSTEM = "lost+found"
 
 
 class OutputDirectory:
-    """A directory being written: use as a context manager, then :meth:`commit`. Without a commit nothing is left.
+    """A directory being written: use as a context manager, then :meth:`commit`. Without a commit
+    nothing is left.
 
     ``removed`` lists the leftovers of dead runs that were cleaned, ``path`` is where to write.
 
@@ -72,7 +74,12 @@ class OutputDirectory:
             self._lock = _try_lock(self.path)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if not self._committed:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -93,7 +100,8 @@ class OutputDirectory:
             write_tensors(self.path / name, tensors)
 
     def copy(self, source: Path, file: Path) -> None:
-        """Copy the content of ``file``, a path relative to the directory ``source``, to the same place in this one."""
+        """Copy the content of ``file``, a path relative to the directory ``source``, to the same
+        place in this one."""
         with writing(self.path / file):
             (self.path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, self.path / file)
@@ -120,7 +128,12 @@ class OutputDirectory:
 
     def _files(self) -> list[Path]:
         """Every file that was written, sorted."""
-        return sorted(path for entry in self._entries() for path in (entry, *entry.rglob("*")) if path.is_file())
+        return sorted(
+            path
+            for entry in self._entries()
+            for path in (entry, *entry.rglob("*"))
+            if path.is_file()
+        )
 
     def _entries(self) -> list[Path]:
         return [entry for entry in self.path.iterdir() if entry.name != _OF_FILE_SYSTEM]
@@ -129,10 +142,12 @@ class OutputDirectory:
         if not self._out.exists():
             return
         if not self._out.is_dir() or any(
-            entry.name not in self._tolerated and not self._leftover.fullmatch(entry.name) for entry in self._out.iterdir()
+            entry.name not in self._tolerated and not self._leftover.fullmatch(entry.name)
+            for entry in self._out.iterdir()
         ):
             raise ConfigError(
-                f"{self._out}: expected no such path or an empty directory. Choose another output, or remove it first."
+                f"{self._out}: expected no such path or an empty directory. Choose another output,"
+                " or remove it first."
             )
 
     @property
@@ -146,8 +161,8 @@ class OutputDirectory:
             lock = _try_lock(path)
             if lock is None:
                 raise ConfigError(
-                    f"{path}: another conversion into {self._out} is running, or its file system has no locks. Wait for it, or "
-                    "remove the directory if no conversion runs."
+                    f"{path}: another conversion into {self._out} is running, or its file system"
+                    " has no locks. Wait for it, or remove the directory if no conversion runs."
                 )
             shutil.rmtree(path)
             os.close(lock)
@@ -155,11 +170,12 @@ class OutputDirectory:
 
 
 class ResumableDirectory(OutputDirectory):
-    """An output that an interrupted run leaves as ``OUT.partial``, or in OUT if that was there, and that the next goes on with.
+    """An output that an interrupted run leaves as ``OUT.partial``, or in OUT if that was there, and
+    that the next goes on with.
 
-    Its ``config.json``, without which nothing opens it, has another name until the directory has its own. ``resumable`` is to be
-    set when there is something worth keeping, ``resumed`` when it was there before. A refusal of a source that was begun in
-    this run leaves nothing.
+    Its ``config.json``, without which nothing opens it, has another name until the directory has
+    its own. ``resumable`` is to be set when there is something worth keeping, ``resumed`` when it
+    was there before. A refusal of a source that was begun in this run leaves nothing.
     """
 
     _tolerated = (_OF_FILE_SYSTEM, JOURNAL_NAME, _HOLDER)
@@ -171,34 +187,54 @@ class ResumableDirectory(OutputDirectory):
 
     def __enter__(self) -> Self:
         begun = unfinished_output(self._out)
-        # A journal in OUT itself may also be that of a run that was killed while it gave the files their final names.
+        # A journal in OUT itself may also be that of a run that was killed while it gave the files
+        # their final names.
         if begun != self._out:
             self._refuse_existing()
         self.path = begun or (self._out if self._out.is_dir() else _partial(self._out))
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            strangers = [entry.name for entry in self._entries() if entry.name not in (JOURNAL_NAME, _HOLDER)]
+            strangers = [
+                entry.name for entry in self._entries() if entry.name not in (JOURNAL_NAME, _HOLDER)
+            ]
             if strangers and begun is None:
                 raise ConfigError(
-                    f"{self.path}: expected the work of an interrupted conversion, got {strangers[0]} and "
-                    f"no {JOURNAL_NAME}. Choose another output, or remove it first."
+                    f"{self.path}: expected the work of an interrupted conversion, got"
+                    f" {strangers[0]} and no {JOURNAL_NAME}. Choose another output, or remove it"
+                    " first."
                 )
             self._lock = _try_lock(self.path)
             if self._lock is None:
                 holder = self.path / _HOLDER
-                who = holder.read_text(encoding="utf-8").strip() if holder.is_file() else "another process"
+                who = (
+                    holder.read_text(encoding="utf-8").strip()
+                    if holder.is_file()
+                    else "another process"
+                )
                 raise ConfigError(
-                    f"{self.path}: {who} is converting into {self._out}, or its file system has no locks. Wait for it, or choose "
-                    "another output."
+                    f"{self.path}: {who} is converting into {self._out}, or its file system has no"
+                    " locks. Wait for it, or choose another output."
                 )
             if not self.path.exists() or os.fstat(self._lock).st_ino != self.path.stat().st_ino:
                 os.close(self._lock)
-                raise ConfigError(f"{self._out}: another conversion into it has ended just now. Run the command again.")
-            (self.path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+                raise ConfigError(
+                    f"{self._out}: another conversion into it has ended just now. Run the command"
+                    " again."
+                )
+            (self.path / _HOLDER).write_text(
+                f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8"
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        refused = isinstance(error, SmoothRotError) and not isinstance(error, OutputError | DeviceMemoryError)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        refused = isinstance(error, SmoothRotError) and not isinstance(
+            error, OutputError | DeviceMemoryError
+        )
         keep = self.resumed or (self.resumable and not refused)
         if not self._committed and not keep:
             self._remove()
@@ -211,16 +247,28 @@ class ResumableDirectory(OutputDirectory):
             shutil.rmtree(self.path, ignore_errors=True)
             return
         for entry in self._entries():
-            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+            (
+                shutil.rmtree(entry, ignore_errors=True)
+                if entry.is_dir()
+                else entry.unlink(missing_ok=True)
+            )
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write one JSON file, keys in the order given; ``config.json`` under a name that nothing opens."""
+        """Write one JSON file, keys in the order given; ``config.json`` under a name that
+        nothing opens."""
         super().write_json(name + _INCOMPLETE if name == CONFIG_NAME else name, content)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file that is no shard, by its final name."""
-        files = [file for file in self._files() if file.suffix != ".safetensors" and not file.name.startswith(WORK_PREFIX)]
-        return {str(file.relative_to(self.path)).removesuffix(_INCOMPLETE): file_digest(file) for file in files}
+        files = [
+            file
+            for file in self._files()
+            if file.suffix != ".safetensors" and not file.name.startswith(WORK_PREFIX)
+        ]
+        return {
+            str(file.relative_to(self.path)).removesuffix(_INCOMPLETE): file_digest(file)
+            for file in files
+        }
 
     def flush(self) -> None:
         """Flush every file to disk."""
@@ -228,7 +276,8 @@ class ResumableDirectory(OutputDirectory):
             self._sync_all()
 
     def commit(self) -> None:
-        """Give the directory its name, then its configuration, which makes it a model; then drop the journal."""
+        """Give the directory its name, then its configuration, which makes it a model; then drop
+        the journal."""
         with writing(self.path):
             if self.path != self._out:
                 self._refuse_existing()
@@ -257,14 +306,16 @@ def _partial(out: Path) -> Path:
 
 
 class ShardWriter:
-    """Collects tensors into safetensors shards of a limited size, so that no more than one shard is held in memory.
+    """Collects tensors into safetensors shards of a limited size, so that no more than one shard is
+    held in memory.
 
     ``records`` describes every tensor in a shard, in order.
 
     Args:
         directory: where to write.
         limit: bytes of a shard.
-        whole: the tensors of each shard that is there already; they are passed over when they are added again.
+        whole: the tensors of each shard that is there already; they are passed over when they are
+            added again.
         finished: told the file and the tensors of each new shard.
     """
 
@@ -317,7 +368,10 @@ class ShardWriter:
         self._directory.write_tensors(file.name, self._pending)
         records = {
             name: TensorRecord(
-                file=file.name, dtype=_DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape), sha256=tensor_digest(tensor)
+                file=file.name,
+                dtype=_DTYPE_NAMES[tensor.dtype],
+                shape=list(tensor.shape),
+                sha256=tensor_digest(tensor),
             )
             for name, tensor in self._pending.items()
         }
@@ -329,14 +383,17 @@ class ShardWriter:
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write contiguous tensors, wherever they are, to a safetensors file and flush it to disk."""
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.cpu() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
+    )
     # safetensors makes its files private; a checkpoint has the permissions of any other file.
     file.chmod(0o666 & ~_umask())
     _sync(file)
 
 
 def _try_lock(path: Path) -> int | None:
-    """Descriptor of a directory locked for this process, or None if another process holds it (or locks do not work here)."""
+    """Descriptor of a directory locked for this process, or None if another process holds it (or
+    locks do not work here)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -367,9 +424,15 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in reason
-        advice = "Free some space or choose another disk" if full else "Check the disk and its permissions"
+        full = (
+            isinstance(error, OSError) and error.errno == errno.ENOSPC
+        ) or "No space left" in reason
+        advice = (
+            "Free some space or choose another disk"
+            if full
+            else "Check the disk and its permissions"
+        )
         raise OutputError(
-            f"{path}: the output could not be written: {reason}. {advice}; the same command then goes on from "
-            "the last finished layer, if there is one."
+            f"{path}: the output could not be written: {reason}. {advice}; the same command then"
+            " goes on from the last finished layer, if there is one."
         ) from error

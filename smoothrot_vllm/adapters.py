@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refusal of LoRA adapters that do not fit the served weights.
 
-vLLM would load an adapter of the original model and add it to weights in another basis: answers would be wrong without a word.
-An adapter made by ``smoothrot-convert lora`` names in its configuration the transform it was given.
+vLLM would load an adapter of the original model and add it to weights in another basis: answers
+would be wrong without a word. An adapter made by ``smoothrot-convert lora`` names in its
+configuration the transform it was given.
 """
 
 from pathlib import Path
@@ -24,20 +25,27 @@ def check_adapter(adapter: Path, transform_sha256: str | None) -> None:
         transform_sha256: of the served checkpoint's ``quantization_config``.
 
     Raises:
-        ConfigError: the adapter was not transformed, or for another model, or the checkpoint does not say how it was.
+        ConfigError: the adapter was not transformed, or for another model, or the checkpoint does
+            not say how it was.
     """
     if transform_sha256 is None:
         raise ConfigError(
-            f"LoRA adapter {adapter}: the served checkpoint does not say how its weights were transformed "
-            "(quantization_config.transform_sha256). Convert the model again, then the adapter."
+            f"LoRA adapter {adapter}: the served checkpoint does not say how its weights were"
+            " transformed (quantization_config.transform_sha256). Convert the model again, then"
+            " the adapter."
         )
     path = adapter / CONFIG_NAME
     found = _base_of(path) if path.exists() else None
     if found != transform_sha256:
-        what = "is of the original model" if found is None else "was transformed for another conversion"
+        what = (
+            "is of the original model"
+            if found is None
+            else "was transformed for another conversion"
+        )
         raise ConfigError(
-            f"LoRA adapter {adapter} {what}: expected {BASE_KEY} {transform_sha256} in {CONFIG_NAME}, got {found}. "
-            "Run `smoothrot-convert lora ADAPTER OUT --base DIR` with the served directory, and serve OUT."
+            f"LoRA adapter {adapter} {what}: expected {BASE_KEY} {transform_sha256} in"
+            f" {CONFIG_NAME}, got {found}. Run `smoothrot-convert lora ADAPTER OUT --base DIR` with"
+            " the served directory, and serve OUT."
         )
 
 
@@ -64,7 +72,9 @@ class AdapterGuard:
 
         read = PEFTHelper.from_local_dir
 
-        def checked(_: type[PEFTHelper], lora_path: str, *arguments: Any, **options: Any) -> PEFTHelper:
+        def checked(
+            _: type[PEFTHelper], lora_path: str, *arguments: Any, **options: Any
+        ) -> PEFTHelper:
             check_adapter(Path(lora_path), self._transform_sha256)
             return read(lora_path, *arguments, **options)
 

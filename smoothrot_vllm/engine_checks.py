@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of vLLM's engine with which a converted model would answer wrongly: refused by name.
 
-Each is accepted by vLLM and would change answers without a word. docs/compat.md goes through all engine arguments.
+Each is accepted by vLLM and would change answers without a word. docs/compat.md goes through all
+engine arguments.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +15,17 @@ from smoothrot_vllm.format import QuantizationSchema
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-LOAD_FORMATS = ("auto", "hf", "safetensors", "dummy", "runai_streamer", "fastsafetensors", "instanttensor")
-"""Those that hand each tensor of a safetensors checkpoint to the layer that checks it, or make weights up."""
+LOAD_FORMATS = (
+    "auto",
+    "hf",
+    "safetensors",
+    "dummy",
+    "runai_streamer",
+    "fastsafetensors",
+    "instanttensor",
+)
+"""Those that hand each tensor of a safetensors checkpoint to the layer that checks it, or make
+weights up."""
 TOKEN_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Methods of speculative decoding whose drafts see the target's tokens only."""
 CPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
@@ -24,7 +34,8 @@ STORED_KEYS = ("quantization_config", "compression_config", "tie_word_embeddings
 """Keys of ``config.json`` that say what the stored tensors are."""
 
 _ROTATED = (
-    "what enters and leaves the decoder layers of this checkpoint is rotated, and the final norm's weight lies in the output head"
+    "what enters and leaves the decoder layers of this checkpoint is rotated, and the final norm's"
+    " weight lies in the output head"
 )
 _SERVE_SOURCE = "Serve the 16-bit model for that."
 
@@ -50,7 +61,11 @@ class Refusal:
 
 def _pooling(config: "VllmConfig") -> object:
     model = config.model_config
-    return f"runner {model.runner_type}, convert {model.convert_type}" if model.runner_type == "pooling" else None
+    return (
+        f"runner {model.runner_type}, convert {model.convert_type}"
+        if model.runner_type == "pooling"
+        else None
+    )
 
 
 def _draft(config: "VllmConfig") -> object:
@@ -63,7 +78,12 @@ def _hidden_states_connector(config: "VllmConfig") -> object:
     if transfer is None:
         return None
     return next(
-        (name for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config) if "Hidden" in name), None
+        (
+            name
+            for name in _connectors(transfer.kv_connector, transfer.kv_connector_extra_config)
+            if "Hidden" in name
+        ),
+        None,
     )
 
 
@@ -86,7 +106,11 @@ def _ignored_files(config: "VllmConfig") -> object:
 
 def _stored_keys(config: "VllmConfig") -> object:
     overrides = config.model_config.hf_overrides
-    return next((key for key in STORED_KEYS if key in overrides), None) if isinstance(overrides, dict) else None
+    return (
+        next((key for key in STORED_KEYS if key in overrides), None)
+        if isinstance(overrides, dict)
+        else None
+    )
 
 
 def _cpu_cache_dtype(config: "VllmConfig") -> object:
@@ -112,12 +136,14 @@ REFUSALS = (
         f"Take one of {', '.join(TOKEN_DRAFTS)}, or serve the 16-bit model.",
         rotated_only=True,
     ),
-    Refusal("--kv-transfer-config", _hidden_states_connector, _ROTATED, _SERVE_SOURCE, rotated_only=True),
+    Refusal(
+        "--kv-transfer-config", _hidden_states_connector, _ROTATED, _SERVE_SOURCE, rotated_only=True
+    ),
     Refusal(
         "--load-format",
         _load_format,
-        f"a converted model is read from safetensors, tensor by tensor ({', '.join(LOAD_FORMATS)}); what a running server "
-        "saved is laid out for that machine's kernels",
+        f"a converted model is read from safetensors, tensor by tensor ({', '.join(LOAD_FORMATS)});"
+        " what a running server saved is laid out for that machine's kernels",
         "Leave it out, and serve the directory that smoothrot-convert wrote.",
     ),
     Refusal(
@@ -147,8 +173,8 @@ REFUSALS = (
     Refusal(
         "--kv-cache-dtype",
         _cpu_cache_dtype,
-        f"vLLM's attention for CPUs computes with {', '.join(CPU_CACHE_DTYPES)}, and answers wrongly or ignores the option "
-        "with any other",
+        f"vLLM's attention for CPUs computes with {', '.join(CPU_CACHE_DTYPES)}, and answers"
+        " wrongly or ignores the option with any other",
         "Take one of these.",
     ),
     Refusal(
@@ -166,7 +192,8 @@ def check_engine(config: "VllmConfig", schema: QuantizationSchema) -> None:
 
     Args:
         config: vLLM's.
-        schema: of the model that is about to be built. With ``online.readers`` its residual stream is the source's.
+        schema: of the model that is about to be built. With ``online.readers`` its residual stream
+            is the source's.
 
     Raises:
         ConfigError: the first setting of :data:`REFUSALS` that is given.
@@ -175,4 +202,7 @@ def check_engine(config: "VllmConfig", schema: QuantizationSchema) -> None:
         if refusal.rotated_only and schema.online.readers is not None:
             continue
         if (found := refusal.given(config)) is not None:
-            raise ConfigError(f"{refusal.option}: not with this converted model, got {found}: {refusal.why}. {refusal.instead}")
+            raise ConfigError(
+                f"{refusal.option}: not with this converted model, got {found}: {refusal.why}."
+                f" {refusal.instead}"
+            )

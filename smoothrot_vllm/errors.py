@@ -23,7 +23,8 @@ class OutputError(CheckpointError):
 
 
 class ResumeError(ConfigError):
-    """An interrupted conversion cannot go on: it was another one, or its files are not those that were written."""
+    """An interrupted conversion cannot go on: it was another one, or its files are not those
+    that were written."""
 
 
 class DeviceMemoryError(SmoothRotError):

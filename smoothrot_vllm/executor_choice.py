@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has vLLM run a converted model on CPUs by :class:`smoothrot_vllm.executor.InEngineExecutor` unless told otherwise.
+"""Has vLLM run a converted model on CPUs by :class:`smoothrot_vllm.executor.InEngineExecutor`
+unless told otherwise.
 
-vLLM lets the command line name an executor, but gives a quantisation method no say in it, and on CPUs replaces its own
-single-process one by one with a process for the worker. So the platform's last word on a configuration is preceded by ours.
+vLLM lets the command line name an executor, but gives a quantisation method no say in it, and on
+CPUs replaces its own single-process one by one with a process for the worker. So the platform's
+last word on a configuration is preceded by ours.
 """
 
 import os
@@ -21,7 +23,8 @@ EXECUTOR = "smoothrot_vllm.executor.InEngineExecutor"
 def applies(config: "VllmConfig") -> bool:
     """Whether a configuration is of a converted model with a single worker, and names no executor.
 
-    vLLM writes ``uni`` where none is named. With ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` it keeps to that by itself.
+    vLLM writes ``uni`` where none is named. With ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` it keeps to
+    that by itself.
     """
     parallel = config.parallel_config
     return (
@@ -36,7 +39,8 @@ def applies(config: "VllmConfig") -> bool:
 
 @cache
 def install() -> None:
-    """From now on choose the executor of the configurations that :func:`applies` to; vLLM's own run as they did."""
+    """From now on choose the executor of the configurations that :func:`applies` to; vLLM's own
+    run as they did."""
     from vllm.platforms import current_platform
 
     platform = type(current_platform)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised experts: load the stored codes and scales of each, repack them once, run one opaque op for all of them."""
+"""Quantised experts: load the stored codes and scales of each, repack them once, run one opaque
+op for all of them."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
@@ -11,8 +12,19 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.platforms import current_platform
 
 from smoothrot_vllm import ops
-from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError, UnsupportedPlatformError
-from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard, weight_tensors
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    UnsupportedPlatformError,
+)
+from smoothrot_vllm.format import (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    LinearScheme,
+    OnlineHadamard,
+    weight_tensors,
+)
 from smoothrot_vllm.loading import StoredTensors
 
 if TYPE_CHECKING:
@@ -46,13 +58,14 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
     }.items():
         if given:
             raise ConfigError(
-                f"{prefix}: expected no {option}, which quantised experts do not support. Serve without it; "
-                "--tensor-parallel-size divides each expert."
+                f"{prefix}: expected no {option}, which quantised experts do not support. Serve"
+                " without it; --tensor-parallel-size divides each expert."
             )
     if moe.activation != MoEActivation.SILU or moe.has_bias or moe.swiglu_limit is not None:
         raise UnsupportedModelError(
-            f"{prefix}: expected experts of the form down(silu(gate(x)) * up(x)) without biases and limits, got activation "
-            f"{moe.activation.value}, bias {moe.has_bias}, limit {moe.swiglu_limit}. Serve the 16-bit model instead."
+            f"{prefix}: expected experts of the form down(silu(gate(x)) * up(x)) without biases and"
+            f" limits, got activation {moe.activation.value}, bias {moe.has_bias}, limit"
+            f" {moe.swiglu_limit}. Serve the 16-bit model instead."
         )
 
 
@@ -64,25 +77,38 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         scheme: bits, group size and activation clip of all its linears.
         rotation: the online Hadamard of down_proj's whole input, or None.
         moe: vLLM's description of the layer.
-        names: what the checkpoint calls gate, down and up, by vLLM's shard id (``w1``, ``w2``, ``w3``).
+        names: what the checkpoint calls gate, down and up, by vLLM's shard id (``w1``, ``w2``,
+            ``w3``).
 
     Raises:
         ConfigError, UnsupportedModelError: see :func:`check_experts`.
     """
 
     def __init__(
-        self, prefix: str, scheme: LinearScheme, rotation: OnlineHadamard | None, moe: FusedMoEConfig, names: dict[str, str]
+        self,
+        prefix: str,
+        scheme: LinearScheme,
+        rotation: OnlineHadamard | None,
+        moe: FusedMoEConfig,
+        names: dict[str, str],
     ) -> None:
         super().__init__(moe)
         check_experts(prefix, moe)
         self.prefix, self.names = prefix, names
         self.weights, self.rotation = scheme.weights, rotation
-        # Plain numbers, so that torch.compile sees constants: block, clip, bits of inputs and of weights.
+        # Plain numbers, so that torch.compile sees constants: block, clip, bits of inputs and of
+        # weights.
         block = 0 if rotation is None else rotation.block
-        self.numbers = (block, scheme.activations.clip, scheme.activations.bits, scheme.weights.bits)
+        self.numbers = (
+            block,
+            scheme.activations.clip,
+            scheme.activations.bits,
+            scheme.weights.bits,
+        )
         self.stored = StoredTensors(prefix)
 
-    # As in vLLM's own base class of these methods, the signatures are narrower than those of its base.
+    # As in vLLM's own base class of these methods, the signatures are narrower than those of its
+    # base.
     def create_weights(  # type: ignore[override]
         self,
         layer: "RoutedExperts",
@@ -92,16 +118,21 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Callable[..., bool | None],
     ) -> None:
-        """Register ``w13_*`` and ``w2_*`` of this rank's shard: those of ``format.weight_tensors`` for each expert, stacked.
+        """Register ``w13_*`` and ``w2_*`` of this rank's shard: those of ``format.weight_tensors``
+        for each expert, stacked.
 
         Raises:
-            ConfigError: the experts' width, or a rank's share of it, does not suit the Hadamard block or the group size.
+            ConfigError: the experts' width, or a rank's share of it, does not suit the Hadamard
+                block or the group size.
             UnsupportedPlatformError: a width does not suit the CUDA kernels that are to compute it.
         """
         self._check_widths(self.moe.intermediate_size, intermediate_size_per_partition)
         if not current_platform.is_cpu():
             self._check_granules(
-                {"hidden channels": hidden_size, "channels of a rank's experts": intermediate_size_per_partition}
+                {
+                    "hidden channels": hidden_size,
+                    "channels of a rank's experts": intermediate_size_per_partition,
+                }
             )
         self.stored.begin()
         weights, whole = self.weights, self.moe.intermediate_size
@@ -109,20 +140,31 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             "w13": weight_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
             "w2": weight_tensors(hidden_size, intermediate_size_per_partition, weights),
         }
-        stored = {"w13": weight_tensors(whole, hidden_size, weights), "w2": weight_tensors(hidden_size, whole, weights)}
+        stored = {
+            "w13": weight_tensors(whole, hidden_size, weights),
+            "w2": weight_tensors(hidden_size, whole, weights),
+        }
         for stack, tensors in shards.items():
             for suffix, (shape, dtype) in tensors.items():
-                data = torch.full((num_experts, *shape), torch.nan if dtype.is_floating_point else 0, dtype=dtype)
+                data = torch.full(
+                    (num_experts, *shape), torch.nan if dtype.is_floating_point else 0, dtype=dtype
+                )
                 parameter = torch.nn.Parameter(data, requires_grad=False)
-                load = self._recording_loader(extra_weight_attrs["weight_loader"], suffix, *stored[stack][suffix])
+                load = self._recording_loader(
+                    extra_weight_attrs["weight_loader"], suffix, *stored[stack][suffix]
+                )
                 # What vLLM's loader of expert weights asks of a parameter.
-                attributes = {"weight_loader": load, "quant_method": "channel" if weights.group_size == -1 else "group"}
+                attributes = {
+                    "weight_loader": load,
+                    "quant_method": "channel" if weights.group_size == -1 else "group",
+                }
                 for name, value in attributes.items():
                     setattr(parameter, name, value)
                 layer.register_parameter(f"{stack}_{suffix}", parameter)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that every tensor arrived with usable scales, then repack the codes for the kernels and free the originals.
+        """Check that every tensor arrived with usable scales, then repack the codes for the kernels
+        and free the originals.
 
         Raises:
             CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
@@ -137,14 +179,20 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             self._check_scales(layer)
         if self.rotation is not None:
             # A cached compiled graph calls the op without going through this process's tracing.
-            ops.prepare_rotation(self.rotation.block, layer.get_parameter(f"w2_{WEIGHT_SCALE}").device)
+            ops.prepare_rotation(
+                self.rotation.block, layer.get_parameter(f"w2_{WEIGHT_SCALE}").device
+            )
         for stack in _STACKS:
             codes = layer.get_parameter(f"{stack}_{WEIGHT_PACKED}").data
             scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
             packed = ops.prepack_weight(codes, scales, self.weights.bits)
             # Plain parameters, without what only loading needed.
-            layer.register_parameter(f"{stack}_{WEIGHT_PACKED}", torch.nn.Parameter(packed, requires_grad=False))
-            layer.register_parameter(f"{stack}_{WEIGHT_SCALE}", torch.nn.Parameter(scales, requires_grad=False))
+            layer.register_parameter(
+                f"{stack}_{WEIGHT_PACKED}", torch.nn.Parameter(packed, requires_grad=False)
+            )
+            layer.register_parameter(
+                f"{stack}_{WEIGHT_SCALE}", torch.nn.Parameter(scales, requires_grad=False)
+            )
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig | None:
         """None: it configures vLLM's own kernels, none of which run."""
@@ -173,32 +221,39 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             units["Hadamard blocks"] = self.rotation.block
         if self.rotation is not None and self.rotation.size != width:
             raise ConfigError(
-                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert, got {self.rotation.size}: "
-                "config.json is that of another model. Convert again."
+                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert,"
+                f" got {self.rotation.size}: config.json is that of another model. Convert again."
             )
         for what, unit in units.items():
             if unit > 0 and shard % unit:
                 raise ConfigError(
-                    f"{self.prefix}: {shard} of an expert's {width} channels on each of {width // shard} tensor-parallel ranks: "
-                    f"expected a whole number of {what} of {unit}. Choose a smaller --tensor-parallel-size, or convert again "
-                    f"with --max-tp {width // shard} and a smaller --group-size."
+                    f"{self.prefix}: {shard} of an expert's {width} channels on each of"
+                    f" {width // shard} tensor-parallel ranks: expected a whole number of {what} of"
+                    f" {unit}. Choose a smaller --tensor-parallel-size, or convert again with"
+                    f" --max-tp {width // shard} and a smaller --group-size."
                 )
 
     def _check_granules(self, widths: dict[str, int]) -> None:
         for what, size in widths.items():
             if size % _GRANULE:
                 raise UnsupportedPlatformError(
-                    f"{self.prefix}: {size} {what}: expected a multiple of {_GRANULE}, as the CUDA kernels multiply that many "
-                    "at a time. Choose a smaller --tensor-parallel-size, or serve on a CPU."
+                    f"{self.prefix}: {size} {what}: expected a multiple of {_GRANULE}, as the CUDA"
+                    " kernels multiply that many at a time. Choose a smaller"
+                    " --tensor-parallel-size, or serve on a CPU."
                 )
 
     def _tensor_name(self, expert: int, shard: str, tensor: str) -> str:
         return f"{self.prefix}.{expert}.{self.names[shard]}.{tensor}"
 
     def _recording_loader(
-        self, load: Callable[..., bool | None], tensor: str, shape: tuple[int, int], dtype: torch.dtype
+        self,
+        load: Callable[..., bool | None],
+        tensor: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
     ) -> Callable[..., bool | None]:
-        """Wrap vLLM's loader: check the stored tensor of one expert's linear, of ``shape`` on all ranks, and remember it."""
+        """Wrap vLLM's loader: check the stored tensor of one expert's linear, of ``shape`` on
+        all ranks, and remember it."""
 
         def loader(
             param: torch.nn.Parameter,
@@ -225,7 +280,8 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                 expert, row, group = bad.nonzero()[0].tolist()
                 shard = shards[row * len(shards) // scales.shape[1]]
                 raise CheckpointError(
-                    f"{self._tensor_name(expert, shard, WEIGHT_SCALE)}: expected finite scales > 0, got "
-                    f"{float(scales[expert, row, group])} in row {row % (scales.shape[1] // len(shards))} of this rank. "
-                    "The checkpoint is damaged: convert or download it again."
+                    f"{self._tensor_name(expert, shard, WEIGHT_SCALE)}: expected finite scales > 0,"
+                    f" got {float(scales[expert, row, group])} in row"
+                    f" {row % (scales.shape[1] // len(shards))} of this rank. The checkpoint is"
+                    " damaged: convert or download it again."
                 )

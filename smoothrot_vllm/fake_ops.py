@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fake kernels of the compiled ops: shape and dtype of what each returns, for tracing. :mod:`smoothrot_vllm.ops` imports it."""
+"""Fake kernels of the compiled ops: shape and dtype of what each returns, for tracing.
+:mod:`smoothrot_vllm.ops` imports it."""
 
 from typing import Any
 
@@ -12,29 +13,44 @@ PANEL_COLUMNS = 32
 @torch.library.register_fake("smoothrot::quant")
 def _quant_fake(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, inputs = x.shape
-    codes = x.new_empty((tokens, inputs // 2), dtype=torch.uint8) if bits == 4 else x.new_empty(x.shape, dtype=torch.int8)
+    codes = (
+        x.new_empty((tokens, inputs // 2), dtype=torch.uint8)
+        if bits == 4
+        else x.new_empty(x.shape, dtype=torch.int8)
+    )
     return codes, x.new_empty((tokens,), dtype=torch.float32)
 
 
 @torch.library.register_fake("smoothrot::hadamard_quant")
-def _hadamard_quant_fake(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _hadamard_quant_fake(
+    x: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(x, clip, bits)
 
 
 @torch.library.register_fake("smoothrot::silu_mul_hadamard_quant")
-def _silu_mul_hadamard_quant_fake(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _silu_mul_hadamard_quant_fake(
+    gate_up: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(gate_up[:, : gate_up.shape[1] // 2], clip, bits)
 
 
 @torch.library.register_fake("smoothrot::rms_norm_quant")
 def _rms_norm_quant_fake(
-    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, clip: float, bits: int, residual: Any
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    clip: float,
+    bits: int,
+    residual: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(x, clip, bits)
 
 
 @torch.library.register_fake("smoothrot::prepack_weight")
-def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+def _prepack_weight_fake(
+    weight: torch.Tensor, weight_scale: torch.Tensor, bits: int
+) -> torch.Tensor:
     if weight.device.type == "cuda":
         return torch.empty_like(weight)
     *experts, outputs, inputs = weight.shape
@@ -42,12 +58,18 @@ def _prepack_weight_fake(weight: torch.Tensor, weight_scale: torch.Tensor, bits:
     groups = weight_scale.shape[-1]
     steps = (inputs // groups + 3) // 4
     panels = (outputs + PANEL_COLUMNS - 1) // PANEL_COLUMNS
-    return weight.new_empty((*experts, panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8)
+    return weight.new_empty(
+        (*experts, panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8
+    )
 
 
 @torch.library.register_fake("smoothrot::gemm")
 def _gemm_fake(
-    codes: torch.Tensor, scale: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    *others: Any,
 ) -> torch.Tensor:
     _bias, out_dtype, *_bits = others
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=out_dtype)
@@ -55,5 +77,7 @@ def _gemm_fake(
 
 @torch.library.register_fake("smoothrot::linear")
 @torch.library.register_fake("smoothrot::silu_mul_linear")
-def _linear_fake(x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any) -> torch.Tensor:
+def _linear_fake(
+    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))

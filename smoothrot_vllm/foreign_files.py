@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door through which files of others are read: JSON and safetensors, by the converter and by the plugin.
+"""The one door through which files of others are read: JSON and safetensors, by the converter and
+by the plugin.
 
-What comes out is a value or a :class:`CheckpointError` that names the file. No more is read than a file of its kind can need,
-nothing but regular files is opened, and nothing in a file is ever run. ``offline/foreign_models.py`` is the door to whatever
-transformers reads.
+What comes out is a value or a :class:`CheckpointError` that names the file. No more is read than a
+file of its kind can need, nothing but regular files is opened, and nothing in a file is ever run.
+``offline/foreign_models.py`` is the door to whatever transformers reads.
 """
 
 import json
@@ -47,8 +48,14 @@ def refuse_pointer(path: Path, advice: str = "") -> None:
     """
     try:
         if not path.is_file():
-            what = "got something else, such as a directory" if path.exists() else "the file is missing"
-            raise CheckpointError(f"{path}: expected a file, {what}. {advice or 'Fetch the checkpoint again.'}")
+            what = (
+                "got something else, such as a directory"
+                if path.exists()
+                else "the file is missing"
+            )
+            raise CheckpointError(
+                f"{path}: expected a file, {what}. {advice or 'Fetch the checkpoint again.'}"
+            )
         if path.stat().st_size > _LFS_POINTER_BYTES:
             return
         with path.open("rb") as file:
@@ -57,8 +64,8 @@ def refuse_pointer(path: Path, advice: str = "") -> None:
         raise CheckpointError(f"{path}: cannot be read: {error}. {advice}".rstrip()) from error
     if start == _LFS_SPEC:
         raise CheckpointError(
-            f"{path}: expected the file itself, got a Git LFS pointer to it. Run `git lfs pull` in the repository, or download "
-            "the model from the hub."
+            f"{path}: expected the file itself, got a Git LFS pointer to it. Run `git lfs pull` in"
+            " the repository, or download the model from the hub."
         )
 
 
@@ -72,7 +79,9 @@ def read_bytes(path: Path, limit: int, advice: str = "") -> bytes:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}. {advice}".rstrip())
+            raise CheckpointError(
+                f"{path}: expected at most {limit} bytes, got {size}. {advice}".rstrip()
+            )
         with path.open("rb") as file:
             # No more than this, as so much memory is taken before the first byte is there.
             return file.read(size)
@@ -132,15 +141,22 @@ def read_json(path: Path, advice: str = "") -> dict[str, Any]:
     try:
         content = parse_json(data)
     except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, cannot be read as JSON: {error}. {advice}".rstrip()) from error
+        raise CheckpointError(
+            f"{path}: expected JSON, cannot be read as JSON: {error}. {advice}".rstrip()
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}. {advice}".rstrip())
+        raise CheckpointError(
+            f"{path}: expected a JSON object, got {type(content).__name__}. {advice}".rstrip()
+        )
     return content
 
 
 @contextmanager
-def opened_safetensors(path: Path, advice: str, framework: Literal["pt", "np"] = "pt") -> Iterator[Any]:
-    """A safetensors file, as ``safe_open`` gives it to torch or to NumPy, for as long as the context lasts.
+def opened_safetensors(
+    path: Path, advice: str, framework: Literal["pt", "np"] = "pt"
+) -> Iterator[Any]:
+    """A safetensors file, as ``safe_open`` gives it to torch or to NumPy, for as long as the
+    context lasts.
 
     Raises:
         CheckpointError: it is missing or not whole, or a tensor cannot be read.
@@ -152,8 +168,18 @@ def opened_safetensors(path: Path, advice: str, framework: Literal["pt", "np"] =
     except CheckpointError:
         raise
     # A dtype that torch lacks is a KeyError or a ValueError of the library's.
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected a whole safetensors file: {_one_line(error)}. {advice}") from error
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file: {_one_line(error)}. {advice}"
+        ) from error
 
 
 def read_header(path: Path, advice: str) -> dict[str, TensorHeader]:
@@ -164,19 +190,28 @@ def read_header(path: Path, advice: str) -> dict[str, TensorHeader]:
     """
     with opened_safetensors(path, advice, "np") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        return {name: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        return {
+            name: TensorHeader(part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
 
 
-def read_tensors(path: Path, advice: str, names: Iterable[str] | None = None) -> "dict[str, torch.Tensor]":
+def read_tensors(
+    path: Path, advice: str, names: Iterable[str] | None = None
+) -> "dict[str, torch.Tensor]":
     """Tensors of a safetensors file, all of them or those of ``names``, in their stored dtype.
 
     Raises:
         CheckpointError: see :func:`opened_safetensors`.
     """
     with opened_safetensors(path, advice) as tensors:
-        return {name: tensors.get_tensor(name) for name in (tensors.keys() if names is None else names)}
+        return {
+            name: tensors.get_tensor(name) for name in (tensors.keys() if names is None else names)
+        }
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, SafetensorError | OSError) else f"{type(error).__name__}: {text}"
+    return (
+        text if isinstance(error, SafetensorError | OSError) else f"{type(error).__name__}: {text}"
+    )

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint format: one schema, used by the converter that writes it and the plugin that loads it.
+"""The checkpoint format: one schema, used by the converter that writes it and the plugin that loads
+it.
 
-``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantised linear ``P``
-stores ``P.weight_packed``, ``P.weight_scale`` and, if it has one, ``P.bias``. ``docs/format.md`` is the
-byte-level description.
+``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantised linear
+``P`` stores ``P.weight_packed``, ``P.weight_scale`` and, if it has one, ``P.bias``.
+``docs/format.md`` is the byte-level description.
 """
 
 from typing import Any, Literal, Self
@@ -18,16 +19,17 @@ QUANT_METHOD: Literal["smoothrot"] = "smoothrot"
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "smoothrot_manifest.json"
 TRANSFORMERS_WEIGHTS = (
-    "none: these are the codes of a SmoothRot model. Serve it with vLLM and the smoothrot-vllm plugin, or load it with "
-    "smoothrot_offline.model.load_model"
+    "none: these are the codes of a SmoothRot model. Serve it with vLLM and the smoothrot-vllm"
+    " plugin, or load it with smoothrot_offline.model.load_model"
 )
 """``transformers_weights`` of config.json, which vLLM does not read.
 
-transformers takes it for a file's name and ends with a ValueError that quotes it. Of a method that it does not know it would
-only warn, and go on with random linears.
+transformers takes it for a file's name and ends with a ValueError that quotes it. Of a method that
+it does not know it would only warn, and go on with random linears.
 """
 TRANSFORM_NAME = "smoothrot_transform.st"
-"""What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader takes for weights."""
+"""What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader
+takes for weights."""
 GROUP_SIZES = (-1, 32, 64, 128)
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 """Names of the linears that read the residual stream through a norm, and of the fusions of them."""
@@ -42,7 +44,8 @@ class _Model(BaseModel):
 
 
 class WeightScheme(_Model):
-    """Symmetric weight quantisation: per output channel (``group_size`` -1) or per group of consecutive inputs."""
+    """Symmetric weight quantisation: per output channel (``group_size`` -1) or per group of
+    consecutive inputs."""
 
     bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1
@@ -50,7 +53,8 @@ class WeightScheme(_Model):
 
 
 class ActivationScheme(_Model):
-    """Dynamic symmetric per-token activation quantisation with ``scale = clip * max|x| / quant_max``."""
+    """Dynamic symmetric per-token activation quantisation with ``scale = clip * max|x| /
+    quant_max``."""
 
     bits: Literal[4, 8] = 4
     dynamic: Literal[True] = True
@@ -66,7 +70,8 @@ class LinearScheme(_Model):
 
 
 class OnlineHadamard(_Model):
-    """Rotation of a linear's input at run time by ``I (x) H_block``; ``size`` is the whole (unsharded) input width.
+    """Rotation of a linear's input at run time by ``I (x) H_block``; ``size`` is the whole
+    (unsharded) input width.
 
     Random signs need no place here: they are folded into the layer that produces the input.
     """
@@ -77,21 +82,25 @@ class OnlineHadamard(_Model):
     @model_validator(mode="after")
     def _block_is_usable(self) -> Self:
         if self.size % self.block or factorize(self.block) is None:
-            raise ValueError(f"block {self.block} must divide size {self.size} and be a Hadamard order")
+            raise ValueError(
+                f"block {self.block} must divide size {self.size} and be a Hadamard order"
+            )
         return self
 
 
 class Online(_Model):
     """The rotations a server applies to what linears read.
 
-    ``readers`` are the linears that read the residual stream through a norm, whose rotation could not be folded.
+    ``readers`` are the linears that read the residual stream through a norm, whose rotation could
+    not be folded.
     """
 
     down_proj: OnlineHadamard | None = None
     readers: OnlineHadamard | None = None
 
     def rotation(self, name: str) -> OnlineHadamard | None:
-        """Rotation of the input of the linear with this module name, stored or fused by a server, or None."""
+        """Rotation of the input of the linear with this module name, stored or fused by a
+        server, or None."""
         leaf = name.rpartition(".")[2]
         if leaf in DOWN:
             return self.down_proj
@@ -101,10 +110,11 @@ class Online(_Model):
 class QuantizationSchema(_Model):
     """The whole of ``config.json["quantization_config"]``.
 
-    ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses instead of the
-    default; ``ignore`` lists full module names of linears that stay 16-bit. ``lm_head`` is None for a 16-bit head.
-    ``transform_sha256`` is the digest of ``smoothrot_transform.st``, which names the transform that an adapter must have
-    been given too; None where the checkpoint does not hold one.
+    ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses
+    instead of the default; ``ignore`` lists full module names of linears that stay 16-bit.
+    ``lm_head`` is None for a 16-bit head. ``transform_sha256`` is the digest of
+    ``smoothrot_transform.st``, which names the transform that an adapter must have been given too;
+    None where the checkpoint does not hold one.
     """
 
     quant_method: Literal["smoothrot"] = QUANT_METHOD
@@ -129,7 +139,8 @@ class QuantizationSchema(_Model):
         return self
 
     def scheme(self, name: str) -> LinearScheme | None:
-        """Scheme of the linear with this full module name (``lm_head`` included), or None if it stays 16-bit."""
+        """Scheme of the linear with this full module name (``lm_head`` included), or None if it
+        stays 16-bit."""
         if name in self.ignore:
             return None
         if name in self.overrides:
@@ -143,19 +154,25 @@ def parse_schema(config: dict[str, Any]) -> QuantizationSchema:
     """Validate ``quantization_config``.
 
     Raises:
-        ConfigError: an unknown version, an unknown or missing field, or a value out of range; the message names each.
+        ConfigError: an unknown version, an unknown or missing field, or a value out of range; the
+            message names each.
     """
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(
-            f"quantization_config.format_version: expected {FORMAT_VERSION}, got {version!r}. "
-            "Convert the model again with this version of smoothrot, or install the version that wrote it."
+            f"quantization_config.format_version: expected {FORMAT_VERSION}, got {version!r}."
+            " Convert the model again with this version of smoothrot, or install the version that"
+            " wrote it."
         )
     try:
         return QuantizationSchema.model_validate(config)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"quantization_config of quant_method {QUANT_METHOD!r} is not valid: {problems}") from None
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors()
+        )
+        raise ConfigError(
+            f"quantization_config of quant_method {QUANT_METHOD!r} is not valid: {problems}"
+        ) from None
 
 
 def check_tensor_parallel(schema: QuantizationSchema, size: int) -> None:
@@ -167,14 +184,16 @@ def check_tensor_parallel(schema: QuantizationSchema, size: int) -> None:
     rotation = schema.online.down_proj
     if rotation is not None and rotation.size % (rotation.block * size):
         raise ConfigError(
-            f"tensor parallel size {size}: each rank would hold {rotation.size}/{size} down_proj inputs, not a whole number "
-            f"of Hadamard blocks of {rotation.block} (this checkpoint serves up to {schema.max_tensor_parallel}). "
-            f"Serve with --tensor-parallel-size {schema.max_tensor_parallel} or less, "
-            f"or convert again with --max-tp {size}."
+            f"tensor parallel size {size}: each rank would hold {rotation.size}/{size} down_proj"
+            f" inputs, not a whole number of Hadamard blocks of {rotation.block} (this checkpoint"
+            f" serves up to {schema.max_tensor_parallel}). Serve with --tensor-parallel-size"
+            f" {schema.max_tensor_parallel} or less, or convert again with --max-tp {size}."
         )
 
 
-def weight_tensors(out_features: int, in_features: int, scheme: WeightScheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+def weight_tensors(
+    out_features: int, in_features: int, scheme: WeightScheme
+) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Shape and dtype of each stored tensor of a quantised linear, by the suffix of its name.
 
     Raises:
@@ -182,9 +201,13 @@ def weight_tensors(out_features: int, in_features: int, scheme: WeightScheme) ->
     """
     if in_features % 2 or (scheme.group_size != -1 and in_features % scheme.group_size):
         raise ConfigError(
-            f"linear with {in_features} inputs: expected an even number and a multiple of group size {scheme.group_size}. "
-            "Choose another --group-size."
+            f"linear with {in_features} inputs: expected an even number and a multiple of group"
+            f" size {scheme.group_size}. Choose another --group-size."
         )
     groups = 1 if scheme.group_size == -1 else in_features // scheme.group_size
-    packed = ((out_features, in_features // 2), torch.uint8) if scheme.bits == 4 else ((out_features, in_features), torch.int8)
+    packed = (
+        ((out_features, in_features // 2), torch.uint8)
+        if scheme.bits == 4
+        else ((out_features, in_features), torch.int8)
+    )
     return {WEIGHT_PACKED: packed, WEIGHT_SCALE: ((out_features, groups), torch.float32)}

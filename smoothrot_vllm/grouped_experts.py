@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experts of a mixture: the tokens sorted by expert, then one op a linear for all experts.
 
-Every shape follows from those of the arguments and nothing waits for the device, so a CUDA graph may hold all of it.
+Every shape follows from those of the arguments and nothing waits for the device, so a CUDA graph
+may hold all of it.
 """
 
 from dataclasses import dataclass
@@ -14,18 +15,21 @@ TILE_TOKENS = 64
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Tiles that ``rows`` rows need at most, whoever they are routed to: each expert with rows has one that is not full."""
+    """Tiles that ``rows`` rows need at most, whoever they are routed to: each expert with rows
+    has one that is not full."""
     used = min(rows, experts)
     return used + (rows - used) // TILE_TOKENS
 
 
 @dataclass(frozen=True)
 class Route:
-    """Where each token goes. A row is one expert's work on one token; rows are sorted by expert, then by token.
+    """Where each token goes. A row is one expert's work on one token; rows are sorted by expert,
+    then by token.
 
     Args:
         token: of each row, int64 ``(T * top_k,)``.
-        tiles: int32 ``(3, most_tiles)``: expert, first row, and the end of the expert's rows; no rows in surplus tiles.
+        tiles: int32 ``(3, most_tiles)``: expert, first row, and the end of the expert's rows; no
+            rows in surplus tiles.
         sources: the rows of each token, int32 ``(T, top_k)``, in the order of their experts.
         slots: which of a token's ``top_k`` each of these is, int64 ``(T, top_k)``.
     """
@@ -37,19 +41,29 @@ class Route:
 
     @classmethod
     def of(cls, chosen: torch.Tensor, experts: int) -> "Route":
-        """The route of ``chosen``, integers ``(T, top_k)``; rows of a number that is no expert are in no tile."""
+        """The route of ``chosen``, integers ``(T, top_k)``; rows of a number that is no expert
+        are in no tile."""
         top_k = chosen.shape[1]
         numbers, order = chosen.flatten().sort(stable=True)
-        row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        row_of = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         sources, slots = row_of.view(-1, top_k).sort(dim=1)
-        first = torch.searchsorted(numbers, torch.arange(experts + 1, dtype=numbers.dtype, device=numbers.device))
+        first = torch.searchsorted(
+            numbers, torch.arange(experts + 1, dtype=numbers.dtype, device=numbers.device)
+        )
         tile_counts = (first.diff() + TILE_TOKENS - 1) // TILE_TOKENS
         tile_ends = tile_counts.cumsum(0)
         tile = torch.arange(most_tiles(len(order), experts), device=order.device)
         # Past the last tile it is the last expert's, from beyond its rows on.
         expert = torch.searchsorted(tile_ends, tile, right=True).clamp(max=experts - 1)
         begin = first[expert] + (tile - (tile_ends - tile_counts)[expert]) * TILE_TOKENS
-        return cls(order // top_k, torch.stack((expert, begin, first[expert + 1])).int(), sources.int(), slots)
+        return cls(
+            order // top_k,
+            torch.stack((expert, begin, first[expert + 1])).int(),
+            sources.int(),
+            slots,
+        )
 
 
 def grouped_experts(
@@ -66,7 +80,8 @@ def grouped_experts(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """:func:`reference.experts` by the ops of the device: codes and integer sums bit for bit, sums over experts in its order.
+    """:func:`reference.experts` by the ops of the device: codes and integer sums bit for bit, sums
+    over experts in its order.
 
     Args:
         library: the namespace of the ops.
@@ -78,7 +93,9 @@ def grouped_experts(
     route = Route.of(chosen, len(w13))
     bits = (act_bits, weight_bits)
     codes, scale = library.quant(x, clip, act_bits)
-    both = library.gemm_experts(codes[route.token], scale[route.token], w13, w13_scale, route.tiles, x.dtype, *bits)
+    both = library.gemm_experts(
+        codes[route.token], scale[route.token], w13, w13_scale, route.tiles, x.dtype, *bits
+    )
     own = library.silu_mul_hadamard_quant(both, block, clip, act_bits)
     down = library.gemm_experts(*own, w2, w2_scale, route.tiles, torch.float32, *bits)
     return library.combine_experts(down, route.sources, weights.gather(1, route.slots), x.dtype)

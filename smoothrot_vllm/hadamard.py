@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hadamard matrices: which orders exist here, how they are built, and how a size is split into blocks.
+"""Hadamard matrices: which orders exist here, how they are built, and how a size is split into
+blocks.
 
-A Hadamard matrix of order ``m * 2**k`` is used as ``H_m (x) H_{2**k}`` (Kronecker product), where the
-power of two is Sylvester's and ``H_m`` is a base matrix built by Paley's first or second construction
-or from a Williamson quadruple. ``size * (m + k)`` additions apply it, instead of ``size ** 2``.
+A Hadamard matrix of order ``m * 2**k`` is used as ``H_m (x) H_{2**k}`` (Kronecker product), where
+the power of two is Sylvester's and ``H_m`` is a base matrix built by Paley's first or second
+construction or from a Williamson quadruple. ``size * (m + k)`` additions apply it, instead of
+``size ** 2``.
 """
 
 from collections.abc import Callable
@@ -18,10 +20,15 @@ from smoothrot_vllm.errors import UnsupportedModelError
 MAX_BASE = 256
 """Largest base order that is built: beyond it the dense base step costs more than it spreads."""
 
-# First rows of four symmetric circulants A, B, C, D with A^2 + B^2 + C^2 + D^2 = 4nI (Williamson 1944),
-# for the orders 4n that neither Paley construction reaches.
+# First rows of four symmetric circulants A, B, C, D with A^2 + B^2 + C^2 + D^2 = 4nI (Williamson
+# 1944), for the orders 4n that neither Paley construction reaches.
 _WILLIAMSON_ROWS = {
-    23: ("+++++----+-++-+----++++", "+-----++-+-++-+-++-----", "++-+-+++-++--++-+++-+-+", "++-+--+++--++--+++--+-+"),
+    23: (
+        "+++++----+-++-+----++++",
+        "+-----++-+-++-+-++-----",
+        "++-+-+++-++--++-+++-+-+",
+        "++-+--+++--++--+++--+-+",
+    ),
     29: (
         "+-+----++++--+--+--++++----+-",
         "+-+-+--+-++-++--++-++-+--+-+-",
@@ -54,7 +61,8 @@ class HadamardFactors:
 
 
 def factorize(size: int) -> HadamardFactors | None:
-    """Split ``size`` into base order and power of two with the cheapest base, or None if no order fits."""
+    """Split ``size`` into base order and power of two with the cheapest base, or None if no
+    order fits."""
     if size < 1:
         return None
     power = size & -size
@@ -81,18 +89,23 @@ def choose_block(size: int, shards: int = 1) -> HadamardFactors:
     """
     if shards < 1 or size % shards:
         raise UnsupportedModelError(
-            f"Hadamard rotation of size {size}: expected a tensor-parallel size that divides it, got {shards}. "
-            "Choose a --max-tp that divides the dimension."
+            f"Hadamard rotation of size {size}: expected a tensor-parallel size that divides it,"
+            f" got {shards}. Choose a --max-tp that divides the dimension."
         )
     shard = size // shards
-    # Each base with as many factors of two as the shard has beside it: quick whatever size a configuration claims.
-    bases = [base for base in range(1, MAX_BASE + 1) if shard % base == 0 and (base == 1 or _constructor(base) is not None)]
+    # Each base with as many factors of two as the shard has beside it: quick whatever size a
+    # configuration claims.
+    bases = [
+        base
+        for base in range(1, MAX_BASE + 1)
+        if shard % base == 0 and (base == 1 or _constructor(base) is not None)
+    ]
     order = max(base * (shard // base & -(shard // base)) for base in bases)
     if order > 1 and (factors := factorize(order)) is not None:
         return factors
     raise UnsupportedModelError(
-        f"Hadamard rotation of size {size} over {shards} shard(s): no Hadamard order divides {shard}. "
-        "Lower --max-tp or convert with --no-rotate."
+        f"Hadamard rotation of size {size} over {shards} shard(s): no Hadamard order divides"
+        f" {shard}. Lower --max-tp or convert with --no-rotate."
     )
 
 
@@ -106,8 +119,9 @@ def base_matrix(order: int) -> torch.Tensor:
     build = _constructor(order)
     if build is None:
         raise UnsupportedModelError(
-            f"Hadamard base order {order}: expected 1, 2, or a multiple of 4 up to {MAX_BASE} reached by Paley's or "
-            "Williamson's construction. Use a block size that has one (see choose_block)."
+            f"Hadamard base order {order}: expected 1, 2, or a multiple of 4 up to {MAX_BASE}"
+            " reached by Paley's or Williamson's construction. Use a block size that has one (see"
+            " choose_block)."
         )
     return torch.tensor(build(), dtype=torch.int8, device="cpu")
 
@@ -120,7 +134,9 @@ def hadamard_matrix(size: int, dtype: torch.dtype = torch.float64) -> torch.Tens
     """
     factors = factorize(size)
     if factors is None:
-        raise UnsupportedModelError(f"Hadamard matrix of order {size}: no base order up to {MAX_BASE} times a power of two.")
+        raise UnsupportedModelError(
+            f"Hadamard matrix of order {size}: no base order up to {MAX_BASE} times a power of two."
+        )
     matrix = torch.kron(base_matrix(factors.base).to(dtype), _sylvester(factors.power).to(dtype))
     return matrix / matrix.new_tensor(size).sqrt()
 
@@ -159,7 +175,8 @@ def _paley_one(q: int) -> list[list[int]]:
 
 
 def _paley_two(q: int) -> list[list[int]]:
-    """Order 2(q + 1) from the symmetric conference matrix of a prime power q = 1 (mod 4) (Paley 1933)."""
+    """Order 2(q + 1) from the symmetric conference matrix of a prime power q = 1 (mod 4) (Paley
+    1933)."""
     character = _jacobsthal(q)
     conference = [[0] + [1] * q] + [[1] + character[i] for i in range(q)]
     n = q + 1
@@ -199,7 +216,8 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 
 def _jacobsthal(q: int) -> list[list[int]]:
-    """``chi(a_i - a_j)`` over GF(q), where chi is 1 on non-zero squares, -1 on non-squares, 0 at 0."""
+    """``chi(a_i - a_j)`` over GF(q), where chi is 1 on non-zero squares, -1 on non-squares, 0 at
+    0."""
     prime_and_degree = _prime_power(q)
     assert prime_and_degree is not None
     p, degree = prime_and_degree
@@ -210,11 +228,17 @@ def _jacobsthal(q: int) -> list[list[int]]:
     def chi(a: tuple[int, ...]) -> int:
         return 0 if not any(a) else (1 if a in squares else -1)
 
-    return [[chi(tuple((x - y) % p for x, y in zip(a, b, strict=True))) for b in elements] for a in elements]
+    return [
+        [chi(tuple((x - y) % p for x, y in zip(a, b, strict=True))) for b in elements]
+        for a in elements
+    ]
 
 
-def _multiply(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: int) -> tuple[int, ...]:
-    """Product in GF(p)[t] / modulus; coefficients lowest degree first, modulus monic without its leading 1."""
+def _multiply(
+    a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...], p: int
+) -> tuple[int, ...]:
+    """Product in GF(p)[t] / modulus; coefficients lowest degree first, modulus monic without its
+    leading 1."""
     degree = len(a)
     out = [0] * (2 * degree - 1)
     for i, j in product(range(degree), range(degree)):

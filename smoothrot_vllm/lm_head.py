@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantised output head: a linear over vocabulary shards that vLLM pads to a multiple of 64 rows."""
+"""The quantised output head: a linear over vocabulary shards that vLLM pads to a multiple of 64
+rows."""
 
 from typing import Any, cast
 
@@ -15,7 +16,8 @@ from smoothrot_vllm.linear import SmoothRotLinearMethod
 
 @register_weight_loader_v2_supported_method
 class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
-    """``logits = linear(hidden)`` with stored codes; rows that pad the vocabulary have zero codes and scales.
+    """``logits = linear(hidden)`` with stored codes; rows that pad the vocabulary have zero codes
+    and scales.
 
     vLLM's loader for vocabulary shards zeroes the padding and cuts its logits off.
     """
@@ -23,16 +25,24 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
     def __init__(self, prefix: str, scheme: LinearScheme) -> None:
         super().__init__(prefix, scheme, rotation=None, parts=[prefix.rpartition(".")[2]])
 
-    def create_weights(self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
+    def create_weights(
+        self, layer: torch.nn.Module, *sizes: Any, **extra_weight_attrs: Any
+    ) -> None:
         """As for any linear."""
         super().create_weights(layer, *sizes, **extra_weight_attrs)
         config = get_current_vllm_config_or_none()
-        self.is_read = config is None or config.model_config is None or config.model_config.runner_type != "pooling"
+        self.is_read = (
+            config is None
+            or config.model_config is None
+            or config.model_config.runner_type != "pooling"
+        )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and device.
+        """As for any linear; and an empty ``weight``, which vLLM's LoRA asks for its dtype and
+        device.
 
-        Nothing at all in a model that is served for pooling: vLLM drops the head's tensors and never calls it.
+        Nothing at all in a model that is served for pooling: vLLM drops the head's tensors and
+        never calls it.
         """
         if not self.is_read:
             return
@@ -51,6 +61,6 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
             ConfigError: always.
         """
         raise ConfigError(
-            f"{self.prefix}: expected an untied output head, got one tied to the embedding, which stays 16-bit. "
-            "Convert the model again with smoothrot-convert, which unties them."
+            f"{self.prefix}: expected an untied output head, got one tied to the embedding, which"
+            " stays 16-bit. Convert the model again with smoothrot-convert, which unties them."
         )

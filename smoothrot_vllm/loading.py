@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer takes from a checkpoint: each stored tensor is checked as it arrives, and all of them must have arrived.
+"""What a layer takes from a checkpoint: each stored tensor is checked as it arrives, and all of
+them must have arrived.
 
-vLLM does not notice tensors that a quantised checkpoint lacks, neither at the first load nor when weights are loaded again.
+vLLM does not notice tensors that a quantised checkpoint lacks, neither at the first load nor when
+weights are loaded again.
 """
 
 from collections.abc import Iterable
@@ -13,7 +15,8 @@ from smoothrot_vllm.errors import CheckpointError
 
 
 class StoredTensors:
-    """The tensors of one layer, from the first that arrives to the last, and over again when weights are loaded again.
+    """The tensors of one layer, from the first that arrives to the last, and over again when
+    weights are loaded again.
 
     Args:
         prefix: vLLM's full name of the layer.
@@ -34,7 +37,9 @@ class StoredTensors:
         config = get_current_vllm_config_or_none()
         self.random = config is not None and config.load_config.load_format == "dummy"
 
-    def check(self, where: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, int]) -> None:
+    def check(
+        self, where: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, int]
+    ) -> None:
         """Refuse a tensor that is not what the configuration says is stored.
 
         Args:
@@ -44,12 +49,17 @@ class StoredTensors:
         Raises:
             CheckpointError: another dtype or shape.
         """
-        fits = tensor.ndim == 2 and all(size in (None, got) for size, got in zip(shape, tensor.shape, strict=True))
+        fits = tensor.ndim == 2 and all(
+            size in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
+        )
         if tensor.dtype != dtype or not fits:
-            expected = f"{dtype} with {shape[1]} columns" if shape[0] is None else f"{dtype} {shape}"
+            expected = (
+                f"{dtype} with {shape[1]} columns" if shape[0] is None else f"{dtype} {shape}"
+            )
             raise CheckpointError(
-                f"{where}: expected {expected}, got {tensor.dtype} {tuple(tensor.shape)}. "
-                "The checkpoint is damaged or its config.json belongs to another model: convert it again."
+                f"{where}: expected {expected}, got {tensor.dtype} {tuple(tensor.shape)}. The"
+                " checkpoint is damaged or its config.json belongs to another model: convert it"
+                " again."
             )
 
     def arrived(self, names: Iterable[str]) -> None:
@@ -71,8 +81,9 @@ class StoredTensors:
         self._arrived.clear()
         if missing:
             raise CheckpointError(
-                f"{self.prefix}: expected {len(expected)} tensors in the checkpoint, got none named {', '.join(missing[:4])} "
-                f"({len(missing)} missing). The checkpoint is incomplete: convert or download it again."
+                f"{self.prefix}: expected {len(expected)} tensors in the checkpoint, got none named"
+                f" {', '.join(missing[:4])} ({len(missing)} missing). The checkpoint is incomplete:"
+                " convert or download it again."
             )
         self.loads += 1
         return True

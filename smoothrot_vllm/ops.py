@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled ops: Python signatures and the loading of the library.
 
-Each function computes what its namesake in :mod:`smoothrot_vllm.reference` defines, codes and integer sums bit for
-bit. They are ``torch.ops.smoothrot.*`` ops, so ``torch.compile`` keeps each as one opaque call. Importing this
-module loads ``_C.abi3.so``; the first call picks the best kernels of the CPU, or those named by the environment
-variable ``SMOOTHROT_CPU_ISA`` (``avx512_vnni``, ``avx2`` or ``portable``).
+Each function computes what its namesake in :mod:`smoothrot_vllm.reference` defines, codes and
+integer sums bit for bit. They are ``torch.ops.smoothrot.*`` ops, so ``torch.compile`` keeps each as
+one opaque call. Importing this module loads ``_C.abi3.so``; the first call picks the best kernels
+of the CPU, or those named by the environment variable ``SMOOTHROT_CPU_ISA`` (``avx512_vnni``,
+``avx2`` or ``portable``).
 """
 
 import logging
@@ -27,14 +28,16 @@ LIBRARY = Path(__file__).parent / "_C.abi3.so"
 def _load_library() -> None:
     if not LIBRARY.exists():
         raise UnsupportedPlatformError(
-            f"compiled ops: expected the library {LIBRARY}, found none. "
-            "Install the package with pip (a C++17 compiler is needed), or build it with `python setup.py build_ext --inplace`."
+            f"compiled ops: expected the library {LIBRARY}, found none. Install the package with"
+            " pip (a C++17 compiler is needed), or build it with `python setup.py build_ext"
+            " --inplace`."
         )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         raise UnsupportedPlatformError(
-            f"compiled ops: {LIBRARY} does not load into torch {torch.__version__}: {error}. Rebuild it with this torch."
+            f"compiled ops: {LIBRARY} does not load into torch {torch.__version__}: {error}."
+            " Rebuild it with this torch."
         ) from error
 
 
@@ -44,7 +47,8 @@ import_module("smoothrot_vllm.fake_ops")  # it can only describe ops that are th
 
 
 def _call(op: Any, *args: Any) -> Any:
-    """Call an op and give its refusals, which the library can only raise as RuntimeError, their own types."""
+    """Call an op and give its refusals, which the library can only raise as RuntimeError, their
+    own types."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
@@ -62,7 +66,8 @@ def kernel_name() -> str:
     """Instruction-set path of the kernels: ``avx512_vnni``, ``avx2`` or ``portable``. Logged once.
 
     Raises:
-        UnsupportedPlatformError: ``SMOOTHROT_CPU_ISA`` names an unknown path or one this CPU cannot run.
+        UnsupportedPlatformError: ``SMOOTHROT_CPU_ISA`` names an unknown path or one this CPU cannot
+            run.
     """
     name: str = _call(_OPS.kernel_name)
     _log_kernel(name)
@@ -70,7 +75,8 @@ def kernel_name() -> str:
 
 
 def select_kernel(isa: str) -> str:
-    """Switch every op to another path from now on, the best one for an empty name: for tests and benchmarks.
+    """Switch every op to another path from now on, the best one for an empty name: for tests and
+    benchmarks.
 
     Raises:
         UnsupportedPlatformError: ``isa`` is unknown or this CPU cannot run it.
@@ -86,7 +92,8 @@ def _log_kernel(name: str) -> None:
 
 @cache
 def cuda_architectures() -> tuple[str, ...]:
-    """GPU architectures that the library holds machine code for (``80``, ``90a``), empty for a build without CUDA."""
+    """GPU architectures that the library holds machine code for (``80``, ``90a``), empty for a
+    build without CUDA."""
     return tuple(_OPS.cuda_architectures().split()) if hasattr(_OPS, "cuda_architectures") else ()
 
 
@@ -101,25 +108,31 @@ def check_cuda(capability: int) -> None:
     """
     rebuild = "Install again with pip, nvcc on PATH and SMOOTHROT_CUDA=1"
     if not cuda_architectures():
-        raise UnsupportedPlatformError(f"GPU of sm_{capability}: expected CUDA kernels in {LIBRARY}, found none. {rebuild}.")
+        raise UnsupportedPlatformError(
+            f"GPU of sm_{capability}: expected CUDA kernels in {LIBRARY}, found none. {rebuild}."
+        )
     for name in cuda_architectures():
         number = int(name.rstrip("af"))
-        if number == capability or (name.isdigit() and number // 10 == capability // 10 and number <= capability):
+        if number == capability or (
+            name.isdigit() and number // 10 == capability // 10 and number <= capability
+        ):
             return
     raise UnsupportedPlatformError(
-        f"GPU of sm_{capability}: expected one that runs the code for {', '.join(f'sm_{a}' for a in cuda_architectures())}. "
-        f"{rebuild} and TORCH_CUDA_ARCH_LIST={capability / 10}; the oldest supported is 8.0."
+        f"GPU of sm_{capability}: expected one that runs the code for"
+        f" {', '.join(f'sm_{a}' for a in cuda_architectures())}. {rebuild} and"
+        f" TORCH_CUDA_ARCH_LIST={capability / 10}; the oldest supported is 8.0."
     )
 
 
 @torch.compiler.assume_constant_result
 def prepare_rotation(block: int, device: torch.device | None = None) -> int:
-    """Make the rotation by ``H_block`` known to the kernels of a device, once per process; returns ``block``.
+    """Make the rotation by ``H_block`` known to the kernels of a device, once per process; returns
+    ``block``.
 
     On a GPU this allocates and waits, so it must have been done before a CUDA graph is captured.
 
-    The functions below do it on their own. Code that runs a compiled graph without tracing it in the same process
-    must call it when it loads the layer.
+    The functions below do it on their own. Code that runs a compiled graph without tracing it in
+    the same process must call it when it loads the layer.
 
     Raises:
         ConfigError: ``block`` is not a Hadamard order.
@@ -128,12 +141,16 @@ def prepare_rotation(block: int, device: torch.device | None = None) -> int:
     return _prepare_rotation(block, (device.index or 0) if device is not None and cuda else None)
 
 
-# The cache lies inside: torch.compile looks through a cached function, and would trace it instead of calling it.
+# The cache lies inside: torch.compile looks through a cached function, and would trace it instead
+# of calling it.
 @cache
 def _prepare_rotation(block: int, cuda_device: int | None) -> int:
     factors = factorize(block)
     if factors is None:
-        raise ConfigError(f"Hadamard block {block}: no such order is implemented. Use hadamard.choose_block to pick one.")
+        raise ConfigError(
+            f"Hadamard block {block}: no such order is implemented. Use hadamard.choose_block to"
+            " pick one."
+        )
     if cuda_device is None:
         _OPS.prepare_rotation(base_matrix(factors.base), factors.power)
     else:
@@ -158,12 +175,17 @@ def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.
     return _call(_OPS.quant, x, clip, bits)
 
 
-def hadamard_quant(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`; ``block`` divides K."""
+def hadamard_quant(
+    x: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`;
+    ``block`` divides K."""
     return _call(_OPS.hadamard_quant, x, prepare_rotation(block, x.device), clip, bits)
 
 
-def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def silu_mul_hadamard_quant(
+    gate_up: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`hadamard_quant` of ``silu(gate) * up``, :func:`reference.silu_mul_hadamard_quant`.
 
     Args:
@@ -182,9 +204,15 @@ def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits
 
 
 def rms_norm_quant(
-    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, clip: float, bits: int, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    clip: float,
+    bits: int,
+    residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quant` of the RMS norm of ``x``, or of ``x + residual``, :func:`reference.rms_norm_quant`.
+    """:func:`quant` of the RMS norm of ``x``, or of ``x + residual``,
+    :func:`reference.rms_norm_quant`.
 
     Args:
         x: ``(T, K)`` contiguous float32, bfloat16 or float16; K a multiple of 8.
@@ -206,14 +234,15 @@ def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) 
     """Stored codes and scales to the kernels' own layout, once at load.
 
     Args:
-        weight: ``(N, K/2)`` uint8 (4 bits, low nibble = even input) or ``(N, K)`` int8 (8 bits), or those of several experts,
-            stacked.
-        weight_scale: ``(N, G)`` float32; G = 1 per channel, else groups of K/G consecutive inputs. Stacked where ``weight`` is.
+        weight: ``(N, K/2)`` uint8 (4 bits, low nibble = even input) or ``(N, K)`` int8 (8 bits), or
+            those of several experts, stacked.
+        weight_scale: ``(N, G)`` float32; G = 1 per channel, else groups of K/G consecutive inputs.
+            Stacked where ``weight`` is.
         bits: 4 or 8.
 
     Returns:
-        One opaque tensor, stacked where ``weight`` is: on a CPU uint8, which holds codes and scales, N padded to a multiple
-        of 32; on a GPU the codes alone, as they are stored.
+        One opaque tensor, stacked where ``weight`` is: on a CPU uint8, which holds codes and
+        scales, N padded to a multiple of 32; on a GPU the codes alone, as they are stored.
 
     Raises:
         ConfigError: an argument has another dtype or shape; the message names it.
@@ -238,7 +267,8 @@ def gemm(
     Args:
         codes, scale: from :func:`quant` or :func:`hadamard_quant` with ``act_bits``.
         packed: from :func:`prepack_weight` with ``weight_bits``.
-        weight_scale: ``(N, G)`` float32, as given to :func:`prepack_weight`; only its shape is read here.
+        weight_scale: ``(N, G)`` float32, as given to :func:`prepack_weight`; only its shape is read
+            here.
         bias: ``(N,)`` of any of the three float dtypes, or None.
         out_dtype: float32, bfloat16 or float16.
 
@@ -248,7 +278,9 @@ def gemm(
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
-    return _call(_OPS.gemm, codes, scale, packed, weight_scale, bias, out_dtype, act_bits, weight_bits)
+    return _call(
+        _OPS.gemm, codes, scale, packed, weight_scale, bias, out_dtype, act_bits, weight_bits
+    )
 
 
 def linear(
@@ -281,7 +313,11 @@ def linear(
 
 
 def silu_mul_linear(
-    gate_up: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None, *numbers: Any
+    gate_up: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *numbers: Any,
 ) -> torch.Tensor:
     """:func:`linear` of ``silu(gate) * up``: :func:`silu_mul_hadamard_quant`, then :func:`gemm`.
 
@@ -316,14 +352,16 @@ def experts(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """The experts of a mixture, :func:`reference.experts`: the input is quantised once, then each expert computes its own tokens.
+    """The experts of a mixture, :func:`reference.experts`: the input is quantised once, then each
+    expert computes its own tokens.
 
     Arguments are positional.
 
     Args:
         x, weights, chosen, block, clip, act_bits, weight_bits: as there.
         w13, w2: what :func:`prepack_weight` makes of all experts' stored codes.
-        w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a CPU.
+        w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a
+            CPU.
 
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
@@ -331,7 +369,9 @@ def experts(
     if block:
         prepare_rotation(block, x.device)
     numbers = (block, clip, act_bits, weight_bits)
-    result: torch.Tensor = _call(grouped_experts, _OPS, x, weights, chosen, w13, w13_scale, w2, w2_scale, *numbers)
+    result: torch.Tensor = _call(
+        grouped_experts, _OPS, x, weights, chosen, w13, w13_scale, w2, w2_scale, *numbers
+    )
     return result
 
 

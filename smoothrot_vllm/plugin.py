@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the ``vllm.general_plugins`` group: makes ``quant_method: smoothrot`` known to vLLM.
+"""Entry point of the ``vllm.general_plugins`` group: makes ``quant_method: smoothrot`` known to
+vLLM.
 
-vLLM calls :func:`register` in every process it starts (front end, engine core, each worker), so nothing heavy is
-imported before it is called, and calling it again changes nothing.
+vLLM calls :func:`register` in every process it starts (front end, engine core, each worker), so
+nothing heavy is imported before it is called, and calling it again changes nothing.
 """
 
 import logging
@@ -27,35 +28,44 @@ logger = logging.getLogger("vllm.smoothrot")
 
 
 def unsupported_version() -> str | None:
-    """What is wrong with the installed vLLM, whose interface may be another than the one used here; None for nothing."""
+    """What is wrong with the installed vLLM, whose interface may be another than the one used
+    here; None for nothing."""
     import vllm
 
     if tuple(getattr(vllm, "__version_tuple__", ())[:2]) in SUPPORTED_VLLM:
         return None
     expected = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VLLM)
-    return f"the smoothrot plugin expects vLLM {expected}, got {getattr(vllm, '__version__', 'an unknown version')}"
+    return (
+        f"the smoothrot plugin expects vLLM {expected}, got"
+        f" {getattr(vllm, '__version__', 'an unknown version')}"
+    )
 
 
 def warn_without_cuda() -> None:
-    """Say that the installed build has no CUDA kernels, which its version tells: once, and without loading its library."""
+    """Say that the installed build has no CUDA kernels, which its version tells: once, and
+    without loading its library."""
     installed = version("smoothrot-vllm")
     if installed.endswith(WITHOUT_CUDA) and parent_process() is None:
         logger.warning(
-            "smoothrot-vllm %s was built without CUDA kernels: models converted with SmoothRot cannot be served on this GPU. "
-            "Install it again from a checkout with `SMOOTHROT_CUDA=1 pip install .`",
+            "smoothrot-vllm %s was built without CUDA kernels: models converted with SmoothRot"
+            " cannot be served on this GPU. Install it again from a checkout with `SMOOTHROT_CUDA=1"
+            " pip install .`",
             installed,
         )
 
 
 def register() -> None:
-    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our executor for it on CPUs.
+    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our
+    executor for it on CPUs.
 
-    Under another vLLM than :data:`SUPPORTED_VLLM` converted models are refused, and all others served as if there were no
-    plugin, unless ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is set.
+    Under another vLLM than :data:`SUPPORTED_VLLM` converted models are refused, and all others
+    served as if there were no plugin, unless ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is set.
     """
     if (problem := unsupported_version()) is not None:
         if os.environ.get(ALLOW_ANY_VLLM) != "1":
-            logger.warning("%s: converted models are refused, others are served without it", problem)
+            logger.warning(
+                "%s: converted models are refused, others are served without it", problem
+            )
             _refuse_converted_models(problem)
             return
         logger.warning("%s; going on because %s=1: answers may be wrong", problem, ALLOW_ANY_VLLM)
@@ -80,7 +90,8 @@ def _refuse_converted_models(problem: str) -> None:
     Where even registering has changed, it refuses a method that it does not know by itself.
     """
     error = UnsupportedPlatformError(
-        f"{problem}. Install one of these versions, or set {ALLOW_ANY_VLLM}=1 to try this one at your own risk."
+        f"{problem}. Install one of these versions, or set {ALLOW_ANY_VLLM}=1 to try this one at"
+        " your own risk."
     )
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config

@@ -15,12 +15,14 @@ QUANT_MIN_SCALE = 2.0**-100
 
 
 def quant_max(bits: int) -> int:
-    """Largest code of a symmetric signed quantiser: 7 for 4 bits, 127 for 8; the smallest is ``-quant_max - 1``."""
+    """Largest code of a symmetric signed quantiser: 7 for 4 bits, 127 for 8; the smallest is
+    ``-quant_max - 1``."""
     return (1 << (bits - 1)) - 1
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """Pack int8 codes in [-8, 7], ``(..., K)`` with K even, to uint8 ``(..., K/2)``: low nibble = even index."""
+    """Pack int8 codes in [-8, 7], ``(..., K)`` with K even, to uint8 ``(..., K/2)``: low nibble
+    = even index."""
     nibbles = codes.to(torch.uint8) & 0xF
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
@@ -42,15 +44,19 @@ def decode(stored: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Unnormalised ``x (I (x) H_base (x) H_power)`` in float32 (float64 stays float64), ``(..., K)``, ``block`` divides K.
+    """Unnormalised ``x (I (x) H_base (x) H_power)`` in float32 (float64 stays float64), ``(...,
+    K)``, ``block`` divides K.
 
     Dividing by ``sqrt(block)`` makes it orthonormal. The order of float additions is part of the
-    definition: butterflies at strides 1, 2, 4 ... within each run of ``power`` values, then, for a base
-    above 1, the sum from left to right over groups of four runs, each ``(+-r0 +-r1) + (+-r2 +-r3)``.
+    definition: butterflies at strides 1, 2, 4 ... within each run of ``power`` values, then, for a
+    base above 1, the sum from left to right over groups of four runs, each ``(+-r0 +-r1) + (+-r2
+    +-r3)``.
     """
     factors = factorize(block)
     if factors is None or x.shape[-1] % block:
-        raise UnsupportedModelError(f"block {block}: expected a Hadamard order that divides {x.shape[-1]}")
+        raise UnsupportedModelError(
+            f"block {block}: expected a Hadamard order that divides {x.shape[-1]}"
+        )
     y = x if x.dtype == torch.float64 else x.float()
     stride = 1
     while stride < factors.power:
@@ -76,19 +82,24 @@ def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.
         bits: 4 or 8.
 
     Returns:
-        codes ``(T, K/2)`` uint8 or ``(T, K)`` int8, and scale ``(T,)`` float32. A zero row gets scale 1;
-        a row with a NaN or an infinity gets scale NaN and zero codes, so that its output is NaN.
+        codes ``(T, K/2)`` uint8 or ``(T, K)`` int8, and scale ``(T,)`` float32. A zero row gets
+        scale 1; a row with a NaN or an infinity gets scale NaN and zero codes, so that its output
+        is NaN.
     """
     return _quant_float32(x.float(), clip, bits, 1.0)
 
 
-def hadamard_quant(x: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hadamard_quant(
+    x: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`quant` of ``x`` rotated by ``I (x) H_block`` (orthonormal), ``block`` dividing K."""
     norm = float(torch.tensor(block, dtype=torch.float64).rsqrt().to(torch.float32))
     return _quant_float32(hadamard_transform(x, block), clip, bits, norm)
 
 
-def _quant_float32(y: torch.Tensor, clip: float, bits: int, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _quant_float32(
+    y: torch.Tensor, clip: float, bits: int, norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     top = quant_max(bits)
     factor = torch.tensor(clip / top, dtype=torch.float32)
     scale = y.abs().amax(dim=-1) * factor
@@ -100,11 +111,16 @@ def _quant_float32(y: torch.Tensor, clip: float, bits: int, norm: float) -> tupl
     return encode(codes, bits), scale
 
 
-def accumulate(codes: torch.Tensor, weight: torch.Tensor, act_bits: int, weight_bits: int, group: int = -1) -> torch.Tensor:
-    """Exact int32 sums of code products: ``(G, T, N)`` for stored ``codes (T, ...)`` and ``weight (N, ...)``."""
+def accumulate(
+    codes: torch.Tensor, weight: torch.Tensor, act_bits: int, weight_bits: int, group: int = -1
+) -> torch.Tensor:
+    """Exact int32 sums of code products: ``(G, T, N)`` for stored ``codes (T, ...)`` and
+    ``weight (N, ...)``."""
     a, w = decode(codes, act_bits).double(), decode(weight, weight_bits).double()
     size = a.shape[-1] if group == -1 else group
-    return torch.stack([p @ q.T for p, q in zip(a.split(size, 1), w.split(size, 1), strict=True)]).to(torch.int32)
+    return torch.stack(
+        [p @ q.T for p, q in zip(a.split(size, 1), w.split(size, 1), strict=True)]
+    ).to(torch.int32)
 
 
 def gemm(
@@ -117,12 +133,14 @@ def gemm(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """``y = scale * sum_g(accumulator_g * weight_scale_g) + bias``, float32 epilogue, rounded once to ``out_dtype``.
+    """``y = scale * sum_g(accumulator_g * weight_scale_g) + bias``, float32 epilogue, rounded once
+    to ``out_dtype``.
 
     Args:
         codes, scale: from :func:`quant` or :func:`hadamard_quant`.
         weight: stored codes ``(N, K/2)`` uint8 (4 bits) or ``(N, K)`` int8 (8 bits).
-        weight_scale: float32 ``(N, G)``; G = 1 for per-channel, else G groups of K/G consecutive inputs.
+        weight_scale: float32 ``(N, G)``; G = 1 for per-channel, else G groups of K/G consecutive
+            inputs.
         bias: ``(N,)`` of any float dtype, or None.
 
     Returns:
@@ -143,11 +161,15 @@ def dequantize_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: in
     return codes * weight_scale.repeat_interleave(codes.shape[1] // weight_scale.shape[1], dim=1)
 
 
-def silu_mul_hadamard_quant(gate_up: torch.Tensor, block: int, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`hadamard_quant` of ``silu(gate) * up``, ``(T, 2 K)`` with gate before up; ``block`` 0 leaves the rotation out.
+def silu_mul_hadamard_quant(
+    gate_up: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quant` of ``silu(gate) * up``, ``(T, 2 K)`` with gate before up; ``block`` 0
+    leaves the rotation out.
 
-    SiLU and product are each rounded to the dtype of ``gate_up``, as torch and vLLM's SiluAndMul do outside a compiled graph: in
-    bfloat16 and float16 these are their bits for every gate above -88.5, below which SiLU is under 1e-36 in magnitude either way.
+    SiLU and product are each rounded to the dtype of ``gate_up``, as torch and vLLM's SiluAndMul do
+    outside a compiled graph: in bfloat16 and float16 these are their bits for every gate above
+    -88.5, below which SiLU is under 1e-36 in magnitude either way.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     silu = gate.float() / (1.0 + _exp(-gate.float()))
@@ -166,16 +188,19 @@ def experts(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear quantised as in :func:`gemm`.
+    """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear
+    quantised as in :func:`gemm`.
 
-    What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see :func:`silu_mul_hadamard_quant`; what
-    down gives is weighed and summed in float32, in the order of the experts, and rounded once.
+    What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see
+    :func:`silu_mul_hadamard_quant`; what down gives is weighed and summed in float32, in the order
+    of the experts, and rounded once.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16.
         weights: of each token's experts, float32 ``(T, top_k)``.
         chosen: their numbers, integers ``(T, top_k)`` from 0 to E - 1, of one token all different.
-        gate_up: stored codes of gate above up, ``(E, 2 F, K/2)`` uint8 or ``(E, 2 F, K)`` int8; float32 scales ``(E, 2 F, G)``.
+        gate_up: stored codes of gate above up, ``(E, 2 F, K/2)`` uint8 or ``(E, 2 F, K)`` int8;
+            float32 scales ``(E, 2 F, G)``.
         down: the same of down, codes ``(E, N, F/2)`` or ``(E, N, F)`` and scales ``(E, N, G)``.
         block: Hadamard block that rotates down's input, 0 for none.
         clip: of both inputs.
@@ -187,7 +212,9 @@ def experts(
     total = torch.zeros(x.shape[0], down[0].shape[1], device=x.device)
     for expert, (w13, w13_scale, w2, w2_scale) in enumerate(zip(*gate_up, *down, strict=True)):
         token, place = (chosen == expert).nonzero(as_tuple=True)
-        both = gemm(codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits)
+        both = gemm(
+            codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits
+        )
         own, own_scale = silu_mul_hadamard_quant(both, block, clip, act_bits)
         y = gemm(own, own_scale, w2, w2_scale, None, torch.float32, act_bits, weight_bits)
         total.index_add_(0, token, y * weights[token, place, None])
@@ -195,11 +222,13 @@ def experts(
 
 
 EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
-"""Taylor coefficients of exp, highest degree first: for ``|r| <= ln(2) / 2`` the remainder is below float32's last place."""
+"""Taylor coefficients of exp, highest degree first: for ``|r| <= ln(2) / 2`` the remainder is
+below float32's last place."""
 
 
 def _exp(x: torch.Tensor) -> torch.Tensor:
-    """``exp(x)`` in float32, the same bits on every device: x is held in [-87, 88], each operation is rounded once."""
+    """``exp(x)`` in float32, the same bits on every device: x is held in [-87, 88], each
+    operation is rounded once."""
     x = x.clamp(-87.0, 88.0)
     n = (x * 1.4426950408889634).round()
     r = (x - n * 0.693359375) - n * -2.12194440e-4
@@ -223,15 +252,17 @@ def rms_norm_quant(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """:func:`quant` of ``x / sqrt(mean(x ** 2) + epsilon) * weight``, in float32.
 
-    The order of additions is part of the definition: accumulator i of ``NORM_ACCUMULATORS`` sums the squares of values i,
-    i + NORM_ACCUMULATORS ... from left to right, then neighbouring accumulators are added pairwise.
+    The order of additions is part of the definition: accumulator i of ``NORM_ACCUMULATORS`` sums
+    the squares of values i, i + NORM_ACCUMULATORS ... from left to right, then neighbouring
+    accumulators are added pairwise.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16; K a multiple of ``NORM_VECTOR``.
         weight: ``(K,)`` of any float dtype, or None for ones.
         epsilon: added to the mean.
         clip, bits: as for :func:`quant`.
-        residual: ``(T, K)`` of x's dtype, or None: x is added to it first and the sum rounded to that dtype.
+        residual: ``(T, K)`` of x's dtype, or None: x is added to it first and the sum rounded to
+            that dtype.
 
     Returns:
         codes and scale as from :func:`quant`, and the new residual or None.

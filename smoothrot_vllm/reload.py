@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusal of weights that a running server is told to load again (``reload_weights``) and that are not whole or do not fit.
+"""Refusal of weights that a running server is told to load again (``reload_weights``) and that are
+not whole or do not fit.
 
-vLLM keeps the first configuration and the tensors of layers that are not in the new weights, and serves on after an error.
+vLLM keeps the first configuration and the tensors of layers that are not in the new weights, and
+serves on after an error.
 """
 
 from functools import cache
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 @cache
 def install() -> None:
-    """From now on check what converted models are reloaded from in this process; others reload as they did."""
+    """From now on check what converted models are reloaded from in this process; others reload
+    as they did."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from smoothrot_vllm.quant_config import SmoothRotConfig
@@ -40,14 +43,19 @@ def install() -> None:
             return
         if not is_checkpoint_format:
             raise ConfigError(
-                "reload_weights: expected is_checkpoint_format true for a converted model, got false: packed weights are laid "
-                "out for the machine they are on. Reload from a directory that smoothrot-convert wrote."
+                "reload_weights: expected is_checkpoint_format true for a converted model, got"
+                " false: packed weights are laid out for the machine they are on. Reload from a"
+                " directory that smoothrot-convert wrote."
             )
         schema, directory = config.stored, Path(weights_path or self.model_config.model)
         # What vLLM downloaded from a hub for the first load is checked by the layers alone.
         if weights_iterator is None and (weights_path is not None or directory.is_dir()):
             schema = check_same_schema(directory, config.stored)
-        _reload(self, lambda: reload(self, weights_iterator, weights_path), whole=weights_iterator is None)
+        _reload(
+            self,
+            lambda: reload(self, weights_iterator, weights_path),
+            whole=weights_iterator is None,
+        )
         adapters.guard.install(schema.transform_sha256)
 
     GPUModelRunner.reload_weights = checked  # type: ignore[method-assign]
@@ -61,19 +69,26 @@ def check_same_schema(directory: Path, served: QuantizationSchema) -> Quantizati
         ConfigError: its tensors mean something else than those of the served one.
     """
     path = directory / "config.json"
-    found = read_json(path, "Name a directory that smoothrot-convert wrote.").get("quantization_config")
+    found = read_json(path, "Name a directory that smoothrot-convert wrote.").get(
+        "quantization_config"
+    )
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(found, dict) or method != QUANT_METHOD:
         raise ConfigError(
-            f"reload_weights: {path}: expected quant_method {QUANT_METHOD!r}, got {method!r}. Name a directory that "
-            "smoothrot-convert wrote, or start another server."
+            f"reload_weights: {path}: expected quant_method {QUANT_METHOD!r}, got {method!r}. Name"
+            " a directory that smoothrot-convert wrote, or start another server."
         )
     schema = parse_schema(found)
-    others = [name for name in QuantizationSchema.model_fields if getattr(schema, name) != getattr(served, name)]
+    others = [
+        name
+        for name in QuantizationSchema.model_fields
+        if getattr(schema, name) != getattr(served, name)
+    ]
     if others := [name for name in others if name != "transform_sha256"]:
         raise ConfigError(
-            f"reload_weights: {path}: quantization_config.{others[0]}: expected the served model's {getattr(served, others[0])}, "
-            f"got {getattr(schema, others[0])}. Convert it with the same options, or start another server for it."
+            f"reload_weights: {path}: quantization_config.{others[0]}: expected the served model's"
+            f" {getattr(served, others[0])}, got {getattr(schema, others[0])}. Convert it with the"
+            " same options, or start another server for it."
         )
     check_shards(directory)
     return schema
@@ -88,10 +103,13 @@ def _reload(runner: "GPUModelRunner", reload: Any, whole: bool) -> None:
     before = {stored: stored.loads for stored in _stored(runner)}
     try:
         reload()
-        if whole and (left := [stored.prefix for stored, loads in before.items() if stored.loads == loads]):
+        if whole and (
+            left := [stored.prefix for stored, loads in before.items() if stored.loads == loads]
+        ):
             raise CheckpointError(
-                f"reload_weights: expected tensors of every layer in the checkpoint, got none of {', '.join(left[:4])} "
-                f"({len(left)} missing). The checkpoint is incomplete: convert or download it again."
+                "reload_weights: expected tensors of every layer in the checkpoint, got none of"
+                f" {', '.join(left[:4])} ({len(left)} missing). The checkpoint is incomplete:"
+                " convert or download it again."
             )
     except Exception as error:
         runner.execute_model = _refusing(error)  # type: ignore[method-assign]
@@ -109,7 +127,8 @@ def _stored(runner: "GPUModelRunner") -> list[StoredTensors]:
 def _refusing(error: Exception) -> Any:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise CheckpointError(
-            f"the weights were not wholly loaded again: {error} Reload a whole checkpoint, or start the server again."
+            f"the weights were not wholly loaded again: {error} Reload a whole checkpoint, or start"
+            " the server again."
         )
 
     return refuse

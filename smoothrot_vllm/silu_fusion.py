@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves ``silu(gate) * up`` of an MLP into the op of its down_proj: one pass over the intermediate values, one op, fewer.
+"""Moves ``silu(gate) * up`` of an MLP into the op of its down_proj: one pass over the intermediate
+values, one op, fewer.
 
-vLLM has no interface for this that all model classes use. They do all keep an ``SiluAndMul`` beside a ``down_proj`` that reads
-it, so both are recognised when they become children of one module, and the activation is replaced by a module that hands gate
-and up on. What it hands on is no tensor: any reader but that down_proj fails, and no other arithmetic can happen to it.
+vLLM has no interface for this that all model classes use. They do all keep an ``SiluAndMul`` beside
+a ``down_proj`` that reads it, so both are recognised when they become children of one module, and
+the activation is replaced by a module that hands gate and up on. What it hands on is no tensor: any
+reader but that down_proj fails, and no other arithmetic can happen to it.
 """
 
 from functools import cache
@@ -19,7 +21,8 @@ from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.linear import GateUp, SmoothRotLinearMethod
 
 OPTION = "smoothrot_fuse_silu"
-"""Key of vLLM's ``--additional-config``: ``false`` leaves the activation to vLLM. It is part of the compile cache's key."""
+"""Key of vLLM's ``--additional-config``: ``false`` leaves the activation to vLLM. It is part of
+the compile cache's key."""
 
 
 class DeferredSiluAndMul(torch.nn.Module):
@@ -37,7 +40,8 @@ class DeferredSiluAndMul(torch.nn.Module):
 def wanted() -> bool:
     """Whether the current vLLM configuration lets activations be moved.
 
-    LoRA forbids it: vLLM multiplies the input of down_proj, the activation itself, with the adapter's weights.
+    LoRA forbids it: vLLM multiplies the input of down_proj, the activation itself, with the
+    adapter's weights.
 
     Raises:
         ConfigError: ``smoothrot_fuse_silu`` in ``--additional-config`` is no boolean.
@@ -48,13 +52,17 @@ def wanted() -> bool:
     options = config.additional_config
     option = options.get(OPTION, True) if isinstance(options, dict) else True
     if not isinstance(option, bool):
-        raise ConfigError(f"--additional-config: {OPTION}: expected true or false, got {option!r}. Leave it out for true.")
+        raise ConfigError(
+            f"--additional-config: {OPTION}: expected true or false, got {option!r}. Leave it out"
+            " for true."
+        )
     return option and config.lora_config is None
 
 
 @cache
 def install() -> None:
-    """From now on move the activations of modules that are built around one of our down_proj, and of no others."""
+    """From now on move the activations of modules that are built around one of our down_proj,
+    and of no others."""
     register_module_module_registration_hook(_on_registration)  # type: ignore[arg-type]  # it may return a module
 
 
@@ -67,7 +75,9 @@ def _takes_gate_up(module: torch.nn.Module | None) -> bool:
     )
 
 
-def _on_registration(parent: torch.nn.Module, name: str, child: torch.nn.Module | None) -> torch.nn.Module | None:
+def _on_registration(
+    parent: torch.nn.Module, name: str, child: torch.nn.Module | None
+) -> torch.nn.Module | None:
     """What to register in place of ``child``, None for itself."""
     if type(child) is not SiluAndMul and not _takes_gate_up(child):
         return None

@@ -7,7 +7,8 @@ import torch
 
 
 def awkward_rows(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Ordinary rows, rows of one outlier, ties, zeros, subnormals, the largest and the smallest values, NaN and infinities."""
+    """Ordinary rows, rows of one outlier, ties, zeros, subnormals, the largest and the smallest
+    values, NaN and infinities."""
     x = torch.randn(14, size) * torch.logspace(-3, 3, 14)[:, None]
     x[1] = 0.0
     x[2] = 1e-40

@@ -15,10 +15,13 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave tests/gpu out where they cannot run, unless they were asked for by name: then they say what is missing."""
+    """Leave tests/gpu out where they cannot run, unless they were asked for by name: then they
+    say what is missing."""
     if collection_path != GPU_TESTS:
         return None
-    named = (Path(argument.partition("::")[0]).resolve() for argument in config.invocation_params.args)
+    named = (
+        Path(argument.partition("::")[0]).resolve() for argument in config.invocation_params.args
+    )
     if any(path == GPU_TESTS or GPU_TESTS in path.parents for path in named):
         return None
     from gpu_ready import problems
@@ -36,7 +39,9 @@ def tiny_converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
             directory = tmp_path_factory.mktemp(family)
             source = save_tiny_model(directory / "source", family)
             calibration = ("--calib", "generated", "--calib-samples", "4", "--calib-seqlen", "64")
-            made[family, *options] = convert(source, directory / "converted", *calibration, *options)
+            made[family, *options] = convert(
+                source, directory / "converted", *calibration, *options
+            )
         return made[family, *options]
 
     return get
@@ -54,5 +59,24 @@ def smollm2() -> Path:
 def smollm2_w4a8(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 converted with the recipe of ``make demo``: W4A8, groups of 32, 8-bit head, GPTQ."""
     out = tmp_path_factory.mktemp("smollm2") / "w4a8"
-    recipe = ("--activation-bits", "8", "--group-size", "32", "--lm-head-bits", "8", "--rounding", "gptq")
-    return convert(smollm2, out, *recipe, "--calib", str(SHORT_TEXT), "--calib-samples", "8", "--calib-seqlen", "256")
+    recipe = (
+        "--activation-bits",
+        "8",
+        "--group-size",
+        "32",
+        "--lm-head-bits",
+        "8",
+        "--rounding",
+        "gptq",
+    )
+    return convert(
+        smollm2,
+        out,
+        *recipe,
+        "--calib",
+        str(SHORT_TEXT),
+        "--calib-samples",
+        "8",
+        "--calib-seqlen",
+        "256",
+    )

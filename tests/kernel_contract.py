@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each CUDA kernel and tile, forced by name, against smoothrot_vllm/reference.py: on a GPU and on the make-believe one."""
+"""Each CUDA kernel and tile, forced by name, against smoothrot_vllm/reference.py: on a GPU and
+on the make-believe one."""
 
 import re
 from collections.abc import Iterator
@@ -35,7 +36,10 @@ class Gemm:
 
 SM80, SM90 = range(80, 90), range(90, 91)
 GEMMS = [
-    *(Gemm(name, most_tokens=16) for name in ("small", "small_narrow", "small_medium", "small_wide")),
+    *(
+        Gemm(name, most_tokens=16)
+        for name in ("small", "small_narrow", "small_medium", "small_wide")
+    ),
     *(Gemm(name, groups=True) for name in ("s8", "s8_narrow", "s8_wide")),
     *(
         Gemm(f"cutlass_sm80_{tile}", SM80, ((4, 4),), tuple(HALVES), outputs_multiple=8)
@@ -68,7 +72,8 @@ NAMES = {gemm.name for gemm in GEMMS} | set(EXPERTS) | {name for name, *_ in ROW
 
 
 class KernelContract:
-    """Tests that a subclass runs on the target that its fixture ``target`` names, on shapes that suit that target."""
+    """Tests that a subclass runs on the target that its fixture ``target`` names, on shapes that
+    suit that target."""
 
     tokens = (1, 16, 17, 70)
     shapes = ((40, 96), (136, 416))
@@ -93,12 +98,16 @@ class KernelContract:
         assert set(target.ops.cuda_kernels().split()) <= NAMES
 
     def test_a_name_that_is_no_kernel_is_refused(self, target: Target) -> None:
-        with pytest.raises(RuntimeError, match=r"force_cuda_gemm: name: expected one of small .*, got marlin"):
+        with pytest.raises(
+            RuntimeError, match=r"force_cuda_gemm: name: expected one of small .*, got marlin"
+        ):
             target.ops.force_cuda_gemm("marlin")
 
     @pytest.mark.parametrize("gemm", GEMMS, ids=lambda gemm: gemm.name)
     @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "w{}a{}".format(*scheme))
-    def test_a_forced_gemm(self, target: Target, capability: int, gemm: Gemm, scheme: tuple[int, int]) -> None:
+    def test_a_forced_gemm(
+        self, target: Target, capability: int, gemm: Gemm, scheme: tuple[int, int]
+    ) -> None:
         self.require(target, gemm.name)
         weight_bits, act_bits = scheme
         runs = scheme in gemm.schemes and capability in gemm.capabilities
@@ -109,22 +118,32 @@ class KernelContract:
                     x = target.randn(tokens, inputs, dtype=dtype)
                     with self.forced(target, gemm.name):
                         if not runs:
-                            with pytest.raises(RuntimeError, match=f"linear: {gemm.name}: this kernel was forced; it needs"):
+                            with pytest.raises(
+                                RuntimeError,
+                                match=f"linear: {gemm.name}: this kernel was forced; it needs",
+                            ):
                                 target.linear(layer, x, 32)
                             return
                         assert_same(target.linear(layer, x, 32), layer.expected(x, 32))
 
-    @pytest.mark.parametrize("gemm", [gemm for gemm in GEMMS if gemm.groups], ids=lambda gemm: gemm.name)
+    @pytest.mark.parametrize(
+        "gemm", [gemm for gemm in GEMMS if gemm.groups], ids=lambda gemm: gemm.name
+    )
     @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: "w{}a{}".format(*scheme))
-    def test_a_forced_gemm_with_groups(self, target: Target, gemm: Gemm, scheme: tuple[int, int]) -> None:
-        """At most twice torch's error: the sums of groups are added in another order than in torch's einsum."""
+    def test_a_forced_gemm_with_groups(
+        self, target: Target, gemm: Gemm, scheme: tuple[int, int]
+    ) -> None:
+        """At most twice torch's error: the sums of groups are added in another order than in
+        torch's einsum."""
         self.require(target, gemm.name)
         for tokens in self.tokens:
             outputs, inputs, group = 136, 192, 32
             layer = target.layer(outputs, inputs, inputs // group, *scheme, None)
             x = target.randn(tokens, inputs)
             codes, scale = reference.quant(x, CLIP, layer.act_bits)
-            sums = reference.accumulate(codes, layer.stored, layer.act_bits, layer.weight_bits, group).double()
+            sums = reference.accumulate(
+                codes, layer.stored, layer.act_bits, layer.weight_bits, group
+            ).double()
             exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
             with self.forced(target, gemm.name):
                 error = (target.linear(layer, x).double() - exact).abs().max()
@@ -139,7 +158,11 @@ class KernelContract:
             ("cutlass_sm80_32x64", {"dtype": torch.float32}, "16-bit outputs"),
             ("cutlass_sm80_32x64", {"outputs": 33}, "outputs in multiples of 8"),
             ("cutlass_sm90_128x32", {"outputs": 33}, "outputs in multiples of 8"),
-            ("cutlass_sm90_128x32", {"bias": torch.float32}, "16-bit outputs and a bias of their dtype"),
+            (
+                "cutlass_sm90_128x32",
+                {"bias": torch.float32},
+                "16-bit outputs and a bias of their dtype",
+            ),
         ],
     )
     def test_a_forced_gemm_names_what_it_needs(
@@ -148,16 +171,29 @@ class KernelContract:
         self.require(target, name)
         if capability not in next(gemm for gemm in GEMMS if gemm.name == name).capabilities:
             needed = "a GPU of sm_"
-        c: dict[str, Any] = {"tokens": 1, "outputs": 40, "groups": 1, "dtype": torch.float16, "bias": torch.float16} | change
+        c: dict[str, Any] = {
+            "tokens": 1,
+            "outputs": 40,
+            "groups": 1,
+            "dtype": torch.float16,
+            "bias": torch.float16,
+        } | change
         if c["dtype"] == torch.float32:
             c["bias"] = torch.float32
         layer = target.layer(c["outputs"], 96, c["groups"], 4, 4, c["bias"])
-        with self.forced(target, name), pytest.raises(RuntimeError, match=f"linear: {name}: this kernel was forced; .*{needed}"):
+        with (
+            self.forced(target, name),
+            pytest.raises(
+                RuntimeError, match=f"linear: {name}: this kernel was forced; .*{needed}"
+            ),
+        ):
             target.linear(layer, target.randn(c["tokens"], 96, dtype=c["dtype"]))
 
     @pytest.mark.parametrize("name", EXPERTS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), SCHEMES)
-    def test_forced_experts(self, target: Target, name: str, weight_bits: int, act_bits: int) -> None:
+    def test_forced_experts(
+        self, target: Target, name: str, weight_bits: int, act_bits: int
+    ) -> None:
         for dtype in FLOATS:
             given, gate_up, down = target.experts(70, 2, 3, 64, 96, weight_bits, dtype)
             numbers: list[Any] = [target.prepare(32), CLIP, act_bits, weight_bits]
@@ -166,20 +202,28 @@ class KernelContract:
             arguments: list[Any] = [*given, gate_up, down, *numbers]
             assert_same(got, reference.experts(*arguments))
 
-    @pytest.mark.parametrize(("name", "producer", "inputs", "block"), ROWS, ids=[name for name, *_ in ROWS])
+    @pytest.mark.parametrize(
+        ("name", "producer", "inputs", "block"), ROWS, ids=[name for name, *_ in ROWS]
+    )
     @pytest.mark.parametrize("bits", [4, 8])
-    def test_a_kernel_that_quantizes(self, target: Target, name: str, producer: str, inputs: int, block: int, bits: int) -> None:
+    def test_a_kernel_that_quantizes(
+        self, target: Target, name: str, producer: str, inputs: int, block: int, bits: int
+    ) -> None:
         prepared = target.prepare(block) if block else 0
         assert target.ops.cuda_quant_kernel(producer, inputs, prepared, target.index) == name
         for dtype in self.row_dtypes:
-            x = target.randn(self.row_count, inputs * (2 if producer == "silu_mul" else 1), dtype=dtype)
+            x = target.randn(
+                self.row_count, inputs * (2 if producer == "silu_mul" else 1), dtype=dtype
+            )
             refusal = ""
             try:
                 got = self.quantize(target, producer, x, prepared, bits)
             except RuntimeError as error:
                 refusal = str(error)
             if refusal:
-                refused = re.search(r"fit into the (\d+) bytes of shared memory .* which take (\d+)", refusal)
+                refused = re.search(
+                    r"fit into the (\d+) bytes of shared memory .* which take (\d+)", refusal
+                )
                 assert refused is not None, refusal
                 assert int(refused[1]) < int(refused[2])
             elif producer == "silu_mul":
@@ -192,13 +236,19 @@ class KernelContract:
                 assert_same_codes(got, reference.quant(x, CLIP, bits))
 
     @staticmethod
-    def quantize(target: Target, producer: str, x: torch.Tensor, block: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(
+        target: Target, producer: str, x: torch.Tensor, block: int, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales by the producer's op."""
         if producer == "silu_mul":
             return target.ops.silu_mul_hadamard_quant(x, block, CLIP, bits)
         if producer == "rms_norm":
             return target.ops.rms_norm_quant(x, None, EPSILON, CLIP, bits, None)
-        return target.ops.hadamard_quant(x, block, CLIP, bits) if block else target.ops.quant(x, CLIP, bits)
+        return (
+            target.ops.hadamard_quant(x, block, CLIP, bits)
+            if block
+            else target.ops.quant(x, CLIP, bits)
+        )
 
     @staticmethod
     def require(target: Target, name: str) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of the CUDA library against smoothrot_vllm/reference.py: on a GPU, and on the make-believe one of tests/cuda.
+"""Every op of the CUDA library against smoothrot_vllm/reference.py: on a GPU, and on the
+make-believe one of tests/cuda.
 
-The reference computes on the target's device, too: on a GPU it takes a fraction of the time, and its float64 sums are exact.
+The reference computes on the target's device, too: on a GPU it takes a fraction of the time, and
+its float64 sums are exact.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,8 @@ CLIP, EPSILON = 0.9, 1e-5
 
 @dataclass(frozen=True)
 class Target:
-    """Where the ops run: their namespace, the device of their tensors, and one where these must not be."""
+    """Where the ops run: their namespace, the device of their tensors, and one where these must
+    not be."""
 
     ops: Any
     device: torch.device
@@ -41,12 +44,24 @@ class Target:
         """``linear`` of ``x``."""
         packed = self.ops.prepack_weight(layer.stored, layer.scale, layer.weight_bits)
         prepared = self.prepare(block) if block else 0
-        return self.ops.linear(x, packed, layer.scale, layer.bias, prepared, CLIP, layer.act_bits, layer.weight_bits)
+        return self.ops.linear(
+            x, packed, layer.scale, layer.bias, prepared, CLIP, layer.act_bits, layer.weight_bits
+        )
 
-    def layer(self, outputs: int, inputs: int, groups: int, weight_bits: int, act_bits: int, bias: torch.dtype | None) -> "Layer":
+    def layer(
+        self,
+        outputs: int,
+        inputs: int,
+        groups: int,
+        weight_bits: int,
+        act_bits: int,
+        bias: torch.dtype | None,
+    ) -> "Layer":
         """A random layer: codes over the whole range and scales that keep outputs near one."""
         top = reference.quant_max(weight_bits)
-        codes = torch.randint(-top - 1, top + 1, (outputs, inputs), dtype=torch.int8, device=self.device)
+        codes = torch.randint(
+            -top - 1, top + 1, (outputs, inputs), dtype=torch.int8, device=self.device
+        )
         return Layer(
             reference.encode(codes, weight_bits),
             torch.rand(outputs, groups, device=self.device) * (0.1 / top),
@@ -60,13 +75,23 @@ class Target:
         return torch.randn(sizes, device=self.device).to(dtype)
 
     def experts(
-        self, tokens: int, top_k: int, experts: int, hidden: int, intermediate: int, weight_bits: int, dtype: torch.dtype
+        self,
+        tokens: int,
+        top_k: int,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        weight_bits: int,
+        dtype: torch.dtype,
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], "Pair", "Pair"]:
-        """``x``, weights and numbers of its experts, the last left out if it can be; codes and scales of both linears."""
+        """``x``, weights and numbers of its experts, the last left out if it can be; codes and
+        scales of both linears."""
 
         def stack(outputs: int, inputs: int) -> Pair:
             layers = [self.layer(outputs, inputs, 1, weight_bits, 8, None) for _ in range(experts)]
-            return torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
+            return torch.stack([layer.stored for layer in layers]), torch.stack(
+                [layer.scale for layer in layers]
+            )
 
         logits = self.randn(tokens, experts)
         if top_k < experts:
@@ -89,8 +114,14 @@ class Layer:
     def expected(self, x: torch.Tensor, block: int = 0) -> torch.Tensor:
         """What ``linear`` must give for ``x``."""
         bits = self.act_bits
-        quantised = reference.hadamard_quant(x, block, CLIP, bits) if block else reference.quant(x, CLIP, bits)
-        return reference.gemm(*quantised, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits)
+        quantised = (
+            reference.hadamard_quant(x, block, CLIP, bits)
+            if block
+            else reference.quant(x, CLIP, bits)
+        )
+        return reference.gemm(
+            *quantised, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits
+        )
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -101,14 +132,17 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_same_codes(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+def assert_same_codes(
+    got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     """Codes and scales bit for bit."""
     assert_same(got[0], expected[0])
     assert_same(got[1], expected[1])
 
 
 class OpsContract:
-    """Tests that a subclass runs on the target that its fixture ``target`` names, on shapes that suit that target."""
+    """Tests that a subclass runs on the target that its fixture ``target`` names, on shapes that
+    suit that target."""
 
     inputs = (32, 192, 1056)
     rotations = ((192, 96), (192, 192), (256, 256), (1024, 64))
@@ -156,7 +190,9 @@ class OpsContract:
             x, weight = target.randn(5, inputs, dtype=dtype), target.randn(inputs, dtype=dtype)
             residual = target.randn(5, inputs, dtype=dtype) if has_residual else None
             for own in (weight, None):
-                codes, scale, expected = reference.rms_norm_quant(x, own, EPSILON, CLIP, 8, residual)
+                codes, scale, expected = reference.rms_norm_quant(
+                    x, own, EPSILON, CLIP, 8, residual
+                )
                 updated = None if residual is None else residual.clone()
                 got = target.ops.rms_norm_quant(x, own, EPSILON, CLIP, 8, updated)
                 assert_same_codes(got, (codes, scale))
@@ -174,7 +210,9 @@ class OpsContract:
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
-    def test_linear(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
+    def test_linear(
+        self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype
+    ) -> None:
         for tokens, outputs, inputs in self.linears:
             layer = target.layer(outputs, inputs, 1, weight_bits, act_bits, dtype)
             x = target.randn(tokens, inputs, dtype=dtype)
@@ -189,24 +227,35 @@ class OpsContract:
         gate_up, block = target.randn(tokens, 2 * inputs, dtype=dtype), target.prepare(32)
         quantised = reference.silu_mul_hadamard_quant(gate_up, block, CLIP, act_bits)
         packed = target.ops.prepack_weight(layer.stored, layer.scale, 4)
-        got = target.ops.silu_mul_linear(gate_up, packed, layer.scale, layer.bias, block, CLIP, act_bits, 4)
-        assert_same(got, reference.gemm(*quantised, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4))
+        got = target.ops.silu_mul_linear(
+            gate_up, packed, layer.scale, layer.bias, block, CLIP, act_bits, 4
+        )
+        assert_same(
+            got,
+            reference.gemm(*quantised, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4),
+        )
 
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
-    def test_group_scales_err_at_most_twice_as_much_as_torch(self, target: Target, weight_bits: int, act_bits: int) -> None:
+    def test_group_scales_err_at_most_twice_as_much_as_torch(
+        self, target: Target, weight_bits: int, act_bits: int
+    ) -> None:
         """Group sums are added in another order than torch's einsum does."""
         for tokens, outputs, inputs, groups in self.groups:
             layer = target.layer(outputs, inputs, groups, weight_bits, act_bits, None)
             x = target.randn(tokens, inputs)
             codes, scale = reference.quant(x, CLIP, act_bits)
-            sums = reference.accumulate(codes, layer.stored, act_bits, weight_bits, inputs // groups).double()
+            sums = reference.accumulate(
+                codes, layer.stored, act_bits, weight_bits, inputs // groups
+            ).double()
             exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
             error = (target.linear(layer, x).double() - exact).abs().max()
             assert error <= 2 * (layer.expected(x).double() - exact).abs().max()
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
-    def test_experts(self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype) -> None:
+    def test_experts(
+        self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype
+    ) -> None:
         for shape in self.experts:
             given, gate_up, down = target.experts(*shape, weight_bits, dtype)
             arguments: list[Any] = [*given, *gate_up, *down]
@@ -218,10 +267,15 @@ class OpsContract:
 
     def test_a_stack_is_packed_as_its_members_are(self, target: Target) -> None:
         layers = [target.layer(40, 64, 1, 4, 8, None) for _ in range(3)]
-        weight, scale = torch.stack([layer.stored for layer in layers]), torch.stack([layer.scale for layer in layers])
+        weight, scale = (
+            torch.stack([layer.stored for layer in layers]),
+            torch.stack([layer.scale for layer in layers]),
+        )
         members = [target.ops.prepack_weight(layer.stored, layer.scale, 4) for layer in layers]
         assert_same(target.ops.prepack_weight(weight, scale, 4), torch.stack(members))
-        with pytest.raises(RuntimeError, match=r"weight_scale: expected contiguous float32 \(3, any, any\), got"):
+        with pytest.raises(
+            RuntimeError, match=r"weight_scale: expected contiguous float32 \(3, any, any\), got"
+        ):
             target.ops.prepack_weight(weight, scale[:2], 4)
 
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
@@ -234,7 +288,10 @@ class OpsContract:
 
     def test_no_tokens_give_no_codes(self, target: Target) -> None:
         x = target.put(torch.ones(0, 64))
-        for codes, scale in (target.ops.quant(x, 1.0, 4), target.ops.hadamard_quant(x, target.prepare(64), 1.0, 4)):
+        for codes, scale in (
+            target.ops.quant(x, 1.0, 4),
+            target.ops.hadamard_quant(x, target.prepare(64), 1.0, 4),
+        ):
             assert codes.shape == (0, 32)
             assert scale.shape == (0,)
 
@@ -244,10 +301,19 @@ class OpsContract:
         x, misaligned = target.put(torch.ones(2, 64)), target.put(torch.ones(129))[1:].view(2, 64)
         away = layer.stored.to(target.elsewhere)
         cases: list[tuple[str, tuple[Any, ...]]] = [
-            ("x: expected float32, bfloat16 or float16, got float64", (x.double(), weight, scale, None, 0, 1.0, 4, 4)),
+            (
+                "x: expected float32, bfloat16 or float16, got float64",
+                (x.double(), weight, scale, None, 0, 1.0, 4, 4),
+            ),
             ("x: expected a contiguous", (x.T, weight, scale, None, 0, 1.0, 4, 4)),
-            ("x: expected data at a multiple of 16 bytes", (misaligned, weight, scale, None, 0, 1.0, 4, 4)),
-            ("x: expected inputs in multiples of 32", (x[:, :48].contiguous(), weight, scale, None, 0, 1.0, 4, 4)),
+            (
+                "x: expected data at a multiple of 16 bytes",
+                (misaligned, weight, scale, None, 0, 1.0, 4, 4),
+            ),
+            (
+                "x: expected inputs in multiples of 32",
+                (x[:, :48].contiguous(), weight, scale, None, 0, 1.0, 4, 4),
+            ),
             ("packed: expected contiguous uint8", (x, away, scale, None, 0, 1.0, 4, 4)),
             ("bias: expected contiguous", (x, weight, scale, x[0, :39].contiguous(), 0, 1.0, 4, 4)),
             ("block: expected a divisor of 64, got 128", (x, weight, scale, None, 128, 1.0, 4, 4)),

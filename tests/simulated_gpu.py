@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU that is none: tensors "on" it compute on the CPU, and torch calls are refused where a real GPU would refuse them.
+"""A GPU that is none: tensors "on" it compute on the CPU, and torch calls are refused where a real
+GPU would refuse them.
 
-``SimulatedGpu`` sees every call of torch from Python while it is entered. Tensors made on ``cuda`` or moved there are marked (a
-subclass with the same values), and so is what is computed from them. A call that mixes marked and plain tensors, or that only
-works on memory of the CPU, raises what torch raises there. The values are the CPU's own, so that whatever was computed on the
-simulated GPU can be compared bit for bit; how a real one rounds, its memory and its speed are not simulated.
+``SimulatedGpu`` sees every call of torch from Python while it is entered. Tensors made on ``cuda``
+or moved there are marked (a subclass with the same values), and so is what is computed from them. A
+call that mixes marked and plain tensors, or that only works on memory of the CPU, raises what torch
+raises there. The values are the CPU's own, so that whatever was computed on the simulated GPU can
+be compared bit for bit; how a real one rounds, its memory and its speed are not simulated.
 """
 
 from collections import Counter
@@ -24,39 +26,64 @@ _HOST_ONLY = ("numpy", "__array__", "data_ptr", "untyped_storage", "__dlpack__")
 _MOVES = ("to", "cpu", "cuda")
 _GETTERS = {"device": GPU, "is_cuda": True, "is_cpu": False}
 _PRODUCTS = (
-    *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm_", "addr_", "einsum", "linear", "scaled_dot_product_attention"),
+    *(
+        "matmul",
+        "__matmul__",
+        "__rmatmul__",
+        "mm",
+        "bmm",
+        "addmm_",
+        "addr_",
+        "einsum",
+        "linear",
+        "scaled_dot_product_attention",
+    ),
     *("linalg_cholesky_ex", "linalg_solve", "linalg_solve_triangular"),
 )
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that counts as one of the simulated GPU; only used while a :class:`SimulatedGpu` is entered."""
+    """A tensor that counts as one of the simulated GPU; only used while a :class:`SimulatedGpu`
+    is entered."""
 
 
 class SimulatedGpu(TorchFunctionMode):
-    """The GPU, as a context; ``products`` counts matrix products and factorisations by where they ran: ``gpu`` or ``cpu``."""
+    """The GPU, as a context; ``products`` counts matrix products and factorisations by where
+    they ran: ``gpu`` or ``cpu``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.products: Counter[str] = Counter()
 
     def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = _name(func)
         tensors = list(_tensors((args, kwargs)))
         marked = any(isinstance(tensor, OnGpu) for tensor in tensors)
-        if name == "__get__" and marked and (attribute := getattr(func.__self__, "__name__", "")) in _GETTERS:
+        if (
+            name == "__get__"
+            and marked
+            and (attribute := getattr(func.__self__, "__name__", "")) in _GETTERS
+        ):
             return _GETTERS[attribute]
         if marked and name in _HOST_ONLY:
             raise TypeError(
-                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory."
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the"
+                " tensor to host memory."
             )
         if marked and "smoothrot" in str(func):
-            raise NotImplementedError(f"Could not run '{func}' with arguments from the 'CUDA' backend.")
+            raise NotImplementedError(
+                f"Could not run '{func}' with arguments from the 'CUDA' backend."
+            )
         if name == "_has_compatible_shallow_copy_type":
-            # A module that moves to another device gets new parameters instead of other data in the old ones.
+            # A module that moves to another device gets new parameters instead of other data in the
+            # old ones.
             return len({isinstance(tensor, OnGpu) for tensor in tensors}) == 1
         if name in _MOVES:
             return _moved(name, args, kwargs)
@@ -102,16 +129,23 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _refuse_mixed(name: str, args: tuple[Any, ...], tensors: list[torch.Tensor]) -> None:
-    """Numbers, which are tensors without an axis, go with any device; copies go between them, but not through an index tensor."""
+    """Numbers, which are tensors without an axis, go with any device; copies go between them,
+    but not through an index tensor."""
     if name == "copy_" or (name == "__setitem__" and not list(_tensors(args[1]))):
         return
     if any(tensor.ndim and not isinstance(tensor, OnGpu) for tensor in tensors):
-        places = ", ".join(f"{tuple(t.shape)} on {'cuda:0' if isinstance(t, OnGpu) else 'cpu'}" for t in tensors)
-        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found at least two devices: {places}")
+        places = ", ".join(
+            f"{tuple(t.shape)} on {'cuda:0' if isinstance(t, OnGpu) else 'cpu'}" for t in tensors
+        )
+        raise RuntimeError(
+            f"{name}: Expected all tensors to be on the same device, but found at least two"
+            f" devices: {places}"
+        )
 
 
 def _moved(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``Tensor.to``, ``cpu`` and ``cuda``: the device is that named, that of a tensor given as an example, or the old one."""
+    """``Tensor.to``, ``cpu`` and ``cuda``: the device is that named, that of a tensor given as
+    an example, or the old one."""
     source, *rest = args
     wanted = {"cpu": CPU, "cuda": GPU}.get(name) or kwargs.get("device")
     dtype = kwargs.get("dtype")
@@ -124,7 +158,9 @@ def _moved(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             dtype = value
     on_gpu = isinstance(source, OnGpu) if wanted is None else torch.device(wanted).type == "cuda"
     crosses = on_gpu != isinstance(source, OnGpu)
-    result = torch.Tensor.to(source, dtype=dtype or source.dtype, copy=crosses or kwargs.get("copy", False))
+    result = torch.Tensor.to(
+        source, dtype=dtype or source.dtype, copy=crosses or kwargs.get("copy", False)
+    )
     return _mark(result) if on_gpu else _unmark(result)
 
 
@@ -151,7 +187,8 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_mapped(item, change) for item in value]
     if isinstance(value, tuple):
-        # The named tuples of torch take one sequence, those of collections.namedtuple as many arguments as they have fields.
+        # The named tuples of torch take one sequence, those of collections.namedtuple as many
+        # arguments as they have fields.
         items = [_mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value

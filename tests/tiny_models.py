@@ -42,7 +42,8 @@ FAMILIES = {
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
 }
-# A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is shorter than most prompts.
+# A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is
+# shorter than most prompts.
 GEMMA_SIZES: dict[str, Any] = {
     "hidden_size": 160,
     "head_dim": 64,
@@ -50,7 +51,8 @@ GEMMA_SIZES: dict[str, Any] = {
     "sliding_window": 16,
     "query_pre_attn_scalar": 100,
 }
-# Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of each head of 32.
+# Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of
+# each head of 32.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 10.0},
@@ -65,7 +67,12 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
             "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
         },
     },
-    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0], "use_sliding_window": True, "sliding_window": 16},
+    "smollm3": {
+        "pad_token_id": 0,
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 16,
+    },
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {
         "head_dim": 64,
@@ -85,17 +92,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def save_tiny_model(directory: Path, family: str) -> Path:
-    """A random two-layer model that tensor parallelism can split in two, with embeddings tied and grouped heads.
+    """A random two-layer model that tensor parallelism can split in two, with embeddings tied and
+    grouped heads.
 
-    The intermediate size 192 = 12 * 16 needs a Hadamard base beyond powers of two, whole or halved. The weights are
-    larger than those of a fresh training run, so that the next token is seldom a close call; norm weights differ from
-    one and biases, where the family has them, from zero.
+    The intermediate size 192 = 12 * 16 needs a Hadamard base beyond powers of two, whole or halved.
+    The weights are larger than those of a fresh training run, so that the next token is seldom a
+    close call; norm weights differ from one and biases, where the family has them, from zero.
     """
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)

@@ -31,7 +31,8 @@ static inline float f16_to_f32(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16;
   const uint32_t magnitude = half & 0x7FFF;
   if (magnitude >= 0x7C00) return f32_from_bits(sign | 0x7F800000 | (magnitude & 0x3FF) << 13);
-  // Placed in float32's exponent field the value is too small by 2^112, subnormals included: scale it back.
+  // Placed in float32's exponent field the value is too small by 2^112, subnormals included: scale
+  // it back.
   const float value = f32_from_bits(magnitude << 13) * f32_from_bits(0x77800000);
   return f32_from_bits(f32_bits(value) | sign);
 }
@@ -41,7 +42,7 @@ static inline uint16_t f32_to_f16(float value) {
   const uint32_t magnitude = f32_bits(value) & 0x7FFFFFFF;
   if (magnitude > 0x7F800000) return uint16_t(sign | 0x7E00);
   if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7C00);  // rounds past 65504
-  if (magnitude < 0x38800000) {                                 // subnormal: adding 0.5 puts its last place at 2^-24
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 puts its last place at 2^-24
     return uint16_t(sign | (f32_bits(f32_from_bits(magnitude) + 0.5f) - 0x3F000000));
   }
   const uint32_t rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);

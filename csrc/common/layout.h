@@ -12,12 +12,12 @@ namespace smoothrot {
 // A panel is 32 output columns; it holds, one after the other,
 //   scales: float [groups][32]
 //   codes:  [groups][steps][64 bytes] for 4 bits, [groups][steps][128 bytes] for 8 bits
-// where a step is 4 consecutive inputs. Byte 4*c + j of a 4-bit step holds input j of column c in its
-// low nibble and of column 16 + c in its high nibble; byte 4*c + j of an 8-bit step holds input j of
-// column c. So a 32-bit lane is one column and four inputs, which is what vpdpbusd and its kin consume
-// without any horizontal sum. Codes are stored unsigned, code + offset, with offset 8 or 128; the
-// kernels take offset * sum(activation codes) back. Groups are padded to whole steps with the
-// activation side zero, columns to whole panels.
+// where a step is 4 consecutive inputs. Byte 4*c + j of a 4-bit step holds input j of column c in
+// its low nibble and of column 16 + c in its high nibble; byte 4*c + j of an 8-bit step holds input
+// j of column c. So a 32-bit lane is one column and four inputs, which is what vpdpbusd and its kin
+// consume without any horizontal sum. Codes are stored unsigned, code + offset, with offset 8 or
+// 128; the kernels take offset * sum(activation codes) back. Groups are padded to whole steps with
+// the activation side zero, columns to whole panels.
 static constexpr int kPanelColumns = 32;
 static constexpr int kHalfColumns = kPanelColumns / 2;
 static constexpr int kStepInputs = 4;
@@ -34,7 +34,8 @@ struct WeightLayout {
   int32_t offset;  // stored code = code + offset
 };
 
-static inline WeightLayout weight_layout(int64_t columns, int64_t inputs, int64_t groups, int64_t bits) {
+static inline WeightLayout weight_layout(int64_t columns, int64_t inputs, int64_t groups,
+                                         int64_t bits) {
   WeightLayout w{};
   w.columns = columns;
   w.inputs = inputs;

@@ -7,7 +7,8 @@ namespace smoothrot {
 
 enum class Float : int { f32, bf16, f16 };
 
-// Tokens of one expert that a tile of gemm_experts computes at most; smoothrot_vllm.grouped_experts.TILE_TOKENS.
+// Tokens of one expert that a tile of gemm_experts computes at most;
+// smoothrot_vllm.grouped_experts.TILE_TOKENS.
 constexpr int64_t kExpertTileTokens = 64;
 
 }  // namespace smoothrot

@@ -23,10 +23,11 @@ Paths paths() {
   Paths p;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   p.add(kAvx512VnniKernels, avx512);
   p.add(kAvx2Kernels, avx2);
 #endif
@@ -44,12 +45,14 @@ const Kernels& select_kernels(const char* name) {
     const Path& path = p.list[i];
     if (wanted.empty() ? path.runs_here : wanted == path.kernels->name) {
       if (path.runs_here) return *path.kernels;
-      throw std::runtime_error("SMOOTHROT_CPU_ISA: expected an instruction set that this CPU has, got " + wanted +
-                               ". Unset the variable to use the best one.");
+      throw std::runtime_error(
+          "SMOOTHROT_CPU_ISA: expected an instruction set that this CPU has, got " + wanted +
+          ". Unset the variable to use the best one.");
     }
     known += (i ? ", " : "") + std::string(path.kernels->name);
   }
-  throw std::runtime_error("SMOOTHROT_CPU_ISA: expected one of " + known + ", got '" + wanted + "'.");
+  throw std::runtime_error("SMOOTHROT_CPU_ISA: expected one of " + known + ", got '" + wanted +
+                           "'.");
 }
 
 }  // namespace smoothrot

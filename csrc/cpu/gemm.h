@@ -13,7 +13,8 @@
 namespace smoothrot {
 namespace {
 
-// Bytes ahead of the weights in use that are asked for: far enough to hide DRAM latency at full bandwidth.
+// Bytes ahead of the weights in use that are asked for: far enough to hide DRAM latency at full
+// bandwidth.
 constexpr int64_t kPrefetchBytes = 4096;
 
 // One tile against one panel.
@@ -94,10 +95,11 @@ SMOOTHROT_INLINE void step(const int32_t* words, const uint8_t* codes, Sums<S, R
 
 // The integer sums of one group of inputs.
 template <class S, int Rows, int Bits>
-SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, const uint8_t* codes, int64_t steps,
-                                 Sums<S, Rows>& sum) {
+SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, const uint8_t* codes,
+                                 int64_t steps, Sums<S, Rows>& sum) {
   constexpr int64_t kStepBytes = kPanelColumns * kStepInputs * Bits / 8;
-  // Few rows give few chains: split the inputs over several sets of sums so that latency stays hidden.
+  // Few rows give few chains: split the inputs over several sets of sums so that latency stays
+  // hidden.
   constexpr int kSets = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
   Sums<S, Rows> sets[kSets];
   unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
@@ -105,7 +107,8 @@ SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, con
       sets[set].at[r][0] = sets[set].at[r][1] = set == 0 ? S::set1(start[r]) : S::zero();
     });
   });
-  // A group has at least one step; loops that test at their end keep the sums in place in registers.
+  // A group has at least one step; loops that test at their end keep the sums in place in
+  // registers.
   if constexpr (kSets > 1) {
     for (int64_t turns = steps / kSets; turns > 0; --turns) {
       unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
@@ -115,7 +118,8 @@ SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, con
       codes += kSets * kStepBytes;
     }
     steps %= kSets;
-    for (; steps > 0; --steps, words += Rows, codes += kStepBytes) step<S, Rows, Bits>(words, codes, sets[0]);
+    for (; steps > 0; --steps, words += Rows, codes += kStepBytes)
+      step<S, Rows, Bits>(words, codes, sets[0]);
   } else {
     do {
       step<S, Rows, Bits>(words, codes, sets[0]);
@@ -126,7 +130,8 @@ SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, con
   unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
     unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
       typename S::I32 total = sets[0].at[r][h];
-      unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA { total = S::add(total, sets[set + 1].at[r][h]); });
+      unroll<kSets - 1>(
+          [&](auto set) SMOOTHROT_INLINE_LAMBDA { total = S::add(total, sets[set + 1].at[r][h]); });
       sum.at[r][h] = total;
     });
   });
@@ -136,13 +141,15 @@ template <class S, int Rows, int Bits, bool Grouped>
 void multiply(const Task& t) {
   using F32 = typename S::F32;
   constexpr int64_t kStepBytes = kPanelColumns * kStepInputs * Bits / 8;
-  // A vector of codes narrower than a step's half is a part of its columns: go over the parts one by one.
+  // A vector of codes narrower than a step's half is a part of its columns: go over the parts one
+  // by one.
   for (int first = 0; first < kHalfColumns; first += S::kLanes) {
     F32 y[Rows][2];
     const auto add_group = [&](int64_t g, auto is_first) SMOOTHROT_INLINE_LAMBDA {
       Sums<S, Rows> sum;
       accumulate<S, Rows, Bits>(t.words + g * t.steps * Rows, t.start + g * Rows,
-                                t.codes + g * t.steps * kStepBytes + first * kStepInputs, t.steps, sum);
+                                t.codes + g * t.steps * kStepBytes + first * kStepInputs, t.steps,
+                                sum);
       unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
         const F32 scale = S::load(t.column_scale + g * kPanelColumns + h * kHalfColumns + first);
         unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
@@ -189,7 +196,8 @@ Multiply choose_multiply(int64_t rows, int bits, bool grouped) {
 
 // Tiles [first, last) against one panel; `t` holds what all panels share.
 template <class S>
-void multiply_panel(const GemmArgs& g, Task t, int64_t panel, int64_t first_tile, int64_t last_tile) {
+void multiply_panel(const GemmArgs& g, Task t, int64_t panel, int64_t first_tile,
+                    int64_t last_tile) {
   const WeightLayout& w = g.act.weight;
   const bool grouped = w.groups > 1;
   const int64_t out_bytes = g.out_dtype == Float::f32 ? 4 : 2;
@@ -204,7 +212,8 @@ void multiply_panel(const GemmArgs& g, Task t, int64_t panel, int64_t first_tile
     t.bias = bias;
   }
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    const int64_t first = tile_begin(g.act.tiles, tile), rows = tile_begin(g.act.tiles, tile + 1) - first;
+    const int64_t first = tile_begin(g.act.tiles, tile),
+                  rows = tile_begin(g.act.tiles, tile + 1) - first;
     t.words = g.act.words + first * w.groups * w.group_steps;
     t.start = g.act.start + first * w.groups;
     t.row_scale = g.act.scale + first;
@@ -221,8 +230,8 @@ void gemm(const GemmArgs& g, int64_t begin, int64_t end) {
   t.steps = w.group_steps;
   t.out_dtype = g.out_dtype;
   t.out_pitch = w.columns;
-  // Tasks number the blocks of one panel after the other, so that ranges share the panels out evenly; within a range
-  // one block's tiles meet all of its panels before the next block comes.
+  // Tasks number the blocks of one panel after the other, so that ranges share the panels out
+  // evenly; within a range one block's tiles meet all of its panels before the next block comes.
   for (int64_t block = 0; block < g.blocks; ++block) {
     const int64_t first_tile = g.act.tiles.tiles * block / g.blocks;
     const int64_t last_tile = g.act.tiles.tiles * (block + 1) / g.blocks;

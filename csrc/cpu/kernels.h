@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a CPU instruction-set path offers. The kernels know nothing of torch and start no threads: the
-// caller splits the range and gives each thread its scratch.
+// What a CPU instruction-set path offers. The kernels know nothing of torch and start no threads:
+// the caller splits the range and gives each thread its scratch.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ namespace smoothrot {
 struct Rotation {
   int64_t base;
   int64_t power;
-  // uint8 [base][base / 4]: bit i of entry (j, g) is set where H_base[4 g + i][j] is -1. Null for base 1.
+  // uint8 [base][base / 4]: bit i of entry (j, g) is set where H_base[4 g + i][j] is -1. Null for
+  // base 1.
   const uint8_t* signs;
 };
 
@@ -56,7 +57,8 @@ struct GemmArgs {
   Float bias_dtype;
   void* out;  // [tokens][columns]
   Float out_dtype;
-  int64_t blocks;  // the tiles in parts of nearly equal size, each of which stays in cache while panels go by
+  int64_t blocks;  // the tiles in parts of nearly equal size, each of which stays in cache while
+                   // panels go by
 };
 
 struct Kernels {
@@ -64,14 +66,17 @@ struct Kernels {
   // Tallest tile the gemm takes, for one scale per column and for group scales.
   int max_rows;
   int max_rows_grouped;
-  // Bytes of scratch that quant_rows, quant_tiles and decode_tiles want, 64-byte aligned, per thread.
+  // Bytes of scratch that quant_rows, quant_tiles and decode_tiles want, 64-byte aligned, per
+  // thread.
   int64_t (*scratch_bytes)(const QuantArgs&, int64_t max_rows);
   // Rows [begin, end) to stored codes and scales.
-  void (*quant_rows)(const QuantArgs&, void* codes, float* scale, int64_t begin, int64_t end, void* scratch);
+  void (*quant_rows)(const QuantArgs&, void* codes, float* scale, int64_t begin, int64_t end,
+                     void* scratch);
   // Tiles [begin, end): quantise straight into the gemm's layout.
   void (*quant_tiles)(const QuantArgs&, const TileArgs&, int64_t begin, int64_t end, void* scratch);
   // Tiles [begin, end): stored codes, already quantised, into the gemm's layout.
-  void (*decode_tiles)(const void* codes, int bits, const TileArgs&, int64_t begin, int64_t end, void* scratch);
+  void (*decode_tiles)(const void* codes, int bits, const TileArgs&, int64_t begin, int64_t end,
+                       void* scratch);
   // Tasks [begin, end) of gemm_tasks(): task = panel * blocks + block.
   void (*gemm)(const GemmArgs&, int64_t begin, int64_t end);
 };
@@ -84,12 +89,13 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512VnniKernels;
 #endif
 
-// The path named, or the best one for an empty name. Throws std::runtime_error for an unknown name and for a
-// path that this CPU cannot run.
+// The path named, or the best one for an empty name. Throws std::runtime_error for an unknown name
+// and for a path that this CPU cannot run.
 const Kernels& select_kernels(const char* name);
 
-// Stored codes [columns][inputs / 2] or [columns][inputs] and scales [columns][groups] to panels [begin, end).
-void prepack(const void* codes, const float* scale, int bits, const WeightLayout& layout, uint8_t* packed,
-             int64_t begin, int64_t end);
+// Stored codes [columns][inputs / 2] or [columns][inputs] and scales [columns][groups] to panels
+// [begin, end).
+void prepack(const void* codes, const float* scale, int bits, const WeightLayout& layout,
+             uint8_t* packed, int64_t begin, int64_t end);
 
 }  // namespace smoothrot

@@ -6,13 +6,14 @@
 namespace smoothrot {
 namespace {
 
-// Inputs at a time of all columns of a panel, so that what is laid out stays in the first-level cache.
+// Inputs at a time of all columns of a panel, so that what is laid out stays in the first-level
+// cache.
 constexpr int64_t kSliceInputs = 512;
 
 uint8_t nibble(const uint8_t* row, int64_t k) { return row[k / 2] >> (k % 2 * 4) & 0xF; }
 
-// `count` bytes of two columns, two inputs in each, to a byte for each input: codes of `low` in its low nibble, offset
-// to unsigned.
+// `count` bytes of two columns, two inputs in each, to a byte for each input: codes of `low` in its
+// low nibble, offset to unsigned.
 void join_bytes(const uint8_t* __restrict low, const uint8_t* __restrict high, int64_t count,
                 uint8_t* __restrict joined) {
   for (int64_t i = 0; i < count; ++i) {
@@ -22,23 +23,26 @@ void join_bytes(const uint8_t* __restrict low, const uint8_t* __restrict high, i
   }
 }
 
-// Inputs [begin, end) of columns c and 16 + c of a panel, which share their bytes; `high` may be null past the last
-// column.
-void join_columns(const uint8_t* low, const uint8_t* high, int64_t begin, int64_t end, uint8_t* joined) {
+// Inputs [begin, end) of columns c and 16 + c of a panel, which share their bytes; `high` may be
+// null past the last column.
+void join_columns(const uint8_t* low, const uint8_t* high, int64_t begin, int64_t end,
+                  uint8_t* joined) {
   int64_t k = begin;
   if (high && begin % 2 == 0) {
     join_bytes(low + begin / 2, high + begin / 2, (end - begin) / 2, joined);
     k += (end - begin) / 2 * 2;
   }
-  for (; k < end; ++k) joined[k - begin] = uint8_t((nibble(low, k) | (high ? nibble(high, k) << 4 : 0)) ^ 0x88);
+  for (; k < end; ++k)
+    joined[k - begin] = uint8_t((nibble(low, k) | (high ? nibble(high, k) << 4 : 0)) ^ 0x88);
 }
 
 // Inputs [begin, end) of the `columns` columns at `rows`, in steps of four inputs.
-void pack_slice(const uint8_t* rows, int64_t columns, int bits, const WeightLayout& w, int64_t begin, int64_t end,
-                uint8_t* out) {
+void pack_slice(const uint8_t* rows, int64_t columns, int bits, const WeightLayout& w,
+                int64_t begin, int64_t end, uint8_t* out) {
   uint8_t slice[kPanelColumns][kSliceInputs];
   const int64_t row_bytes = w.inputs * bits / 8, count = end - begin;
-  const int64_t lanes = bits == 8 ? kPanelColumns : kHalfColumns, filled = columns < lanes ? columns : lanes;
+  const int64_t lanes = bits == 8 ? kPanelColumns : kHalfColumns,
+                filled = columns < lanes ? columns : lanes;
   const int64_t steps = (count + kStepInputs - 1) / kStepInputs;
   for (int64_t c = 0; c < lanes; ++c) {
     // Columns and inputs past the last are zeros.
@@ -49,18 +53,20 @@ void pack_slice(const uint8_t* rows, int64_t columns, int bits, const WeightLayo
     if (bits == 8) {
       for (int64_t k = 0; k < count; ++k) slice[c][k] = row[begin + k] ^ 0x80;
     } else {
-      join_columns(row, c + kHalfColumns < columns ? row + kHalfColumns * row_bytes : nullptr, begin, end, slice[c]);
+      join_columns(row, c + kHalfColumns < columns ? row + kHalfColumns * row_bytes : nullptr,
+                   begin, end, slice[c]);
     }
   }
   for (int64_t step = 0; step < steps; ++step, out += lanes * kStepInputs) {
-    for (int64_t c = 0; c < lanes; ++c) std::memcpy(out + c * kStepInputs, &slice[c][step * kStepInputs], kStepInputs);
+    for (int64_t c = 0; c < lanes; ++c)
+      std::memcpy(out + c * kStepInputs, &slice[c][step * kStepInputs], kStepInputs);
   }
 }
 
 }  // namespace
 
-void prepack(const void* codes, const float* scale, int bits, const WeightLayout& w, uint8_t* packed, int64_t begin,
-             int64_t end) {
+void prepack(const void* codes, const float* scale, int bits, const WeightLayout& w,
+             uint8_t* packed, int64_t begin, int64_t end) {
   const auto* stored = static_cast<const uint8_t*>(codes);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns;

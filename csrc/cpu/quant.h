@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Per-token quantisation, with or without the rotation before it, into stored codes or into the gemm's tiles.
+// Per-token quantisation, with or without the rotation before it, into stored codes or into the
+// gemm's tiles.
 #pragma once
 
 #include <cstdint>
@@ -50,10 +51,12 @@ int64_t scratch_bytes(const QuantArgs& q, int64_t max_rows) {
   return padded(padded(q.inputs) * (floats * int64_t{sizeof(float)} + max_rows) + rotation);
 }
 
-// Codes of a row whose largest value is `top`, see S::max_abs_bits, one signed code a byte and zeros up to a multiple
-// of 64; values(i, left) is the vector at i, of which `left` exist. Returns the scale.
+// Codes of a row whose largest value is `top`, see S::max_abs_bits, one signed code a byte and
+// zeros up to a multiple of 64; values(i, left) is the vector at i, of which `left` exist. Returns
+// the scale.
 template <class S, typename Values>
-SMOOTHROT_INLINE float encode_row(const QuantArgs& q, typename S::I32 top, int8_t* codes, const Values& values) {
+SMOOTHROT_INLINE float encode_row(const QuantArgs& q, typename S::I32 top, int8_t* codes,
+                                  const Values& values) {
   const int64_t width = padded(q.inputs);
   const int32_t top_bits = S::reduce_max(top);
   if (top_bits >= kInfinityBits) {
@@ -75,11 +78,13 @@ SMOOTHROT_INLINE float encode_row(const QuantArgs& q, typename S::I32 top, int8_
 // A row as it is: read twice, which is less than to write it as float in between.
 template <class S, Float D>
 float quant_plain_row(const QuantArgs& q, int64_t row, int8_t* codes) {
-  const auto load = [x = q.x, first = row * q.inputs](int64_t i, int64_t left)
-                        SMOOTHROT_INLINE_LAMBDA { return Elements<S, D>::load(x, first + i, left); };
+  const auto load =
+      [x = q.x, first = row * q.inputs](int64_t i, int64_t left)
+          SMOOTHROT_INLINE_LAMBDA { return Elements<S, D>::load(x, first + i, left); };
   typename S::I32 top = S::zero();
-  for_vectors<S>(q.inputs,
-                 [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA { top = S::max_abs_bits(top, load(i, left)); });
+  for_vectors<S>(q.inputs, [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA {
+    top = S::max_abs_bits(top, load(i, left));
+  });
   return encode_row<S>(q, top, codes, load);
 }
 
@@ -99,8 +104,8 @@ float quant_made_row(const QuantArgs& q, int64_t row, const Scratch& scratch, in
   const int64_t block = q.rotation ? q.rotation->base * q.rotation->power : kChunkValues;
   for (int64_t b = 0; b < q.inputs; b += block) {
     if (q.rotation) {
-      top = rotate_block<S>(scratch.values + b, scratch.rotated + b, *q.rotation, scratch.rotation, top,
-                            [&](int64_t i, int64_t count) { load(b + i, count); });
+      top = rotate_block<S>(scratch.values + b, scratch.rotated + b, *q.rotation, scratch.rotation,
+                            top, [&](int64_t i, int64_t count) { load(b + i, count); });
     } else {
       const int64_t count = q.inputs - b < block ? q.inputs - b : block;
       load(b, count);
@@ -109,7 +114,8 @@ float quant_made_row(const QuantArgs& q, int64_t row, const Scratch& scratch, in
   }
   float* y = scratch.rotated;
   for (int64_t i = q.inputs; i < round_up(q.inputs, S::kLanes); ++i) y[i] = 0.0f;
-  return encode_row<S>(q, top, codes, [y](int64_t i, int64_t) SMOOTHROT_INLINE_LAMBDA { return S::load(y + i); });
+  return encode_row<S>(q, top, codes,
+                       [y](int64_t i, int64_t) SMOOTHROT_INLINE_LAMBDA { return S::load(y + i); });
 }
 
 // Row `row` to one signed code a byte; returns its scale.
@@ -140,7 +146,8 @@ inline void split_nibbles(const uint8_t* in, int8_t* codes, int64_t inputs) {
 }
 
 template <class S>
-void quant_rows(const QuantArgs& q, void* codes, float* scale, int64_t begin, int64_t end, void* scratch) {
+void quant_rows(const QuantArgs& q, void* codes, float* scale, int64_t begin, int64_t end,
+                void* scratch) {
   const Scratch s = divide(scratch, q, 1);
   auto* out = static_cast<uint8_t*>(codes);
   for (int64_t row = begin; row < end; ++row) {
@@ -159,7 +166,8 @@ int32_t sum_of(const int8_t* codes, int64_t count) {
   const typename S::I32 ones = S::set1(0x01010101);
   typename S::I32 sums = S::zero();
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) sums = S::template dot4<4>(sums, ones, S::load_bytes(codes + i));
+  for (; i + kWidth <= count; i += kWidth)
+    sums = S::template dot4<4>(sums, ones, S::load_bytes(codes + i));
   int32_t sum = S::reduce_add(sums);
   for (; i < count; ++i) sum += codes[i];
   return sum;
@@ -176,7 +184,8 @@ void interleave(const int8_t* codes, int64_t pitch, int64_t rows, int64_t steps,
   if constexpr (S::kInterleavedSteps > 0) {
     // Its last vectors reach up to 16 - rows words beyond, over steps that are written after them.
     constexpr int64_t kBeyond = 4;
-    for (; rows * kBeyond >= S::kLanes && s + S::kInterleavedSteps + kBeyond <= steps; s += S::kInterleavedSteps) {
+    for (; rows * kBeyond >= S::kLanes && s + S::kInterleavedSteps + kBeyond <= steps;
+         s += S::kInterleavedSteps) {
       S::interleave(codes + s * kStepInputs, pitch, rows, words + s * rows);
     }
   }
@@ -196,7 +205,8 @@ void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pit
   int32_t* start = t.start + first * w.groups;
   for (int64_t g = 0; g < w.groups; ++g) {
     for (int64_t r = 0; r < rows; ++r) {
-      start[g * rows + r] = -w.offset * sum_of<S>(codes + r * pitch + g * w.group_size, w.group_size);
+      start[g * rows + r] =
+          -w.offset * sum_of<S>(codes + r * pitch + g * w.group_size, w.group_size);
     }
   }
   const int64_t whole = w.group_size / kStepInputs;
@@ -205,7 +215,8 @@ void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pit
     interleave<S>(codes, pitch, rows, whole, words);
     for (int64_t r = 0; r < rows; ++r) {
       int32_t word = 0;
-      std::memcpy(&word, codes + r * pitch + whole * kStepInputs, size_t(w.group_size - whole * kStepInputs));
+      std::memcpy(&word, codes + r * pitch + whole * kStepInputs,
+                  size_t(w.group_size - whole * kStepInputs));
       words[whole * rows + r] = word;
     }
   }
@@ -217,13 +228,15 @@ void quant_tiles(const QuantArgs& q, const TileArgs& t, int64_t begin, int64_t e
   const int64_t pitch = padded(q.inputs);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
-    for (int64_t r = 0; r < rows; ++r) t.scale[first + r] = quant_row<S>(q, first + r, s, s.codes + r * pitch);
+    for (int64_t r = 0; r < rows; ++r)
+      t.scale[first + r] = quant_row<S>(q, first + r, s, s.codes + r * pitch);
     pack_tile<S>(t, tile, s.codes, pitch);
   }
 }
 
 template <class S>
-void decode_tiles(const void* codes, int bits, const TileArgs& t, int64_t begin, int64_t end, void* scratch) {
+void decode_tiles(const void* codes, int bits, const TileArgs& t, int64_t begin, int64_t end,
+                  void* scratch) {
   const int64_t inputs = t.weight.inputs, pitch = padded(inputs);
   auto* rows_of_codes = static_cast<int8_t*>(scratch);
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -233,7 +246,8 @@ void decode_tiles(const void* codes, int bits, const TileArgs& t, int64_t begin,
       continue;
     }
     for (int64_t r = 0; r < rows; ++r) {
-      split_nibbles(static_cast<const uint8_t*>(codes) + (first + r) * inputs / 2, rows_of_codes + r * pitch, inputs);
+      split_nibbles(static_cast<const uint8_t*>(codes) + (first + r) * inputs / 2,
+                    rows_of_codes + r * pitch, inputs);
     }
     pack_tile<S>(t, tile, rows_of_codes, pitch);
   }

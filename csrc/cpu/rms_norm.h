@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Residual addition and RMS norm of one row, in the order of additions that reference.rms_norm_quant defines.
+// Residual addition and RMS norm of one row, in the order of additions that
+// reference.rms_norm_quant defines.
 #pragma once
 
 #include <cmath>
@@ -24,15 +25,16 @@ SMOOTHROT_INLINE typename S::F32 squares(const float* y, int64_t count, int64_t 
   return sum;
 }
 
-// 2^Depth vectors of accumulators from i on, neighbours added pairwise Depth times: one vector. Stores are what costs
-// here.
+// 2^Depth vectors of accumulators from i on, neighbours added pairwise Depth times: one vector.
+// Stores are what costs here.
 template <class S, int Depth>
 SMOOTHROT_INLINE typename S::F32 add_pairwise(const float* y, int64_t count, int64_t i) {
   if constexpr (Depth == 0) {
     return squares<S>(y, count, i);
   } else {
     constexpr int64_t half = S::kLanes << (Depth - 1);
-    return S::add_neighbours(add_pairwise<S, Depth - 1>(y, count, i), add_pairwise<S, Depth - 1>(y, count, i + half));
+    return S::add_neighbours(add_pairwise<S, Depth - 1>(y, count, i),
+                             add_pairwise<S, Depth - 1>(y, count, i + half));
   }
 }
 
@@ -71,8 +73,9 @@ inline void load_normed_values(const QuantArgs& q, int64_t row, float* y) {
       S::store(y + i, Row::store_rounding(residual, first + i, left, sum));
     });
   } else {
-    for_vectors<S>(inputs, [&](int64_t i, int64_t left)
-                               SMOOTHROT_INLINE_LAMBDA { S::store(y + i, Row::load(x, first + i, left)); });
+    for_vectors<S>(inputs, [&](int64_t i, int64_t left) SMOOTHROT_INLINE_LAMBDA {
+      S::store(y + i, Row::load(x, first + i, left));
+    });
   }
   const float mean = sum_of_squares<S>(y, inputs) * float(1.0 / double(inputs));
   const F32 inverse = S::set1(1.0f / std::sqrt(mean + q.norm_args.epsilon));
@@ -81,8 +84,9 @@ inline void load_normed_values(const QuantArgs& q, int64_t row, float* y) {
       S::store(y + i, S::mul(S::mul(S::load(y + i), inverse), Row::load(weight, i, left)));
     });
   } else {
-    for_vectors<S>(
-        inputs, [&](int64_t i, int64_t) SMOOTHROT_INLINE_LAMBDA { S::store(y + i, S::mul(S::load(y + i), inverse)); });
+    for_vectors<S>(inputs, [&](int64_t i, int64_t) SMOOTHROT_INLINE_LAMBDA {
+      S::store(y + i, S::mul(S::load(y + i), inverse));
+    });
   }
 }
 

@@ -43,7 +43,8 @@ inline void load_row(const void* x, Float dtype, int64_t first, int64_t count, f
   }
 }
 
-// Calls work(i, values left) for each vector of a row; for whole ones the second is a constant to the compiler.
+// Calls work(i, values left) for each vector of a row; for whole ones the second is a constant to
+// the compiler.
 template <class S, typename F>
 SMOOTHROT_INLINE void for_vectors(int64_t count, const F& work) {
   int64_t i = 0;
@@ -51,7 +52,8 @@ SMOOTHROT_INLINE void for_vectors(int64_t count, const F& work) {
   if (i < count) work(i, count - i);
 }
 
-// A vector of values of type D at index i, of which `left` exist; the others read as zero and are not written.
+// A vector of values of type D at index i, of which `left` exist; the others read as zero and are
+// not written.
 template <class S, Float D>
 struct Elements {
   using F32 = typename S::F32;
@@ -60,7 +62,8 @@ struct Elements {
   static SMOOTHROT_INLINE F32 load(const void* x, int64_t i, int64_t left) {
     const Type* from = static_cast<const Type*>(x) + i;
     Type tail[S::kLanes] = {};
-    if (left < S::kLanes) from = static_cast<const Type*>(std::memcpy(tail, from, size_t(left) * sizeof(Type)));
+    if (left < S::kLanes)
+      from = static_cast<const Type*>(std::memcpy(tail, from, size_t(left) * sizeof(Type)));
     if constexpr (D == Float::f32) {
       return S::load(from);
     } else if constexpr (D == Float::bf16) {

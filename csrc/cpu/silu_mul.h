@@ -16,18 +16,20 @@ inline typename S::F32 exponential(typename S::F32 x) {
   constexpr float kCoefficients[] = {
       float(1.0 / 720), float(1.0 / 120), float(1.0 / 24), float(1.0 / 6), 0.5f, 1.0f, 1.0f};
   using F32 = typename S::F32;
-  const F32 round = S::set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const F32 round =
+      S::set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   x = S::clamp(x, -87.0f, 88.0f);
   const F32 shifted = S::add(S::mul(x, S::set1(1.4426950408889634f)), round);
   const F32 n = S::sub(shifted, round);
-  const F32 r = S::sub(S::sub(x, S::mul(n, S::set1(0.693359375f))), S::mul(n, S::set1(-2.12194440e-4f)));
+  const F32 r =
+      S::sub(S::sub(x, S::mul(n, S::set1(0.693359375f))), S::mul(n, S::set1(-2.12194440e-4f)));
   F32 y = S::set1(float(1.0 / 5040));
   for (const float c : kCoefficients) y = S::add(S::mul(y, r), S::set1(c));
   return S::mul(y, S::power_of_two(shifted));
 }
 
-// silu(gate) * up, both steps rounded to `dtype`, of whole vectors of `count` values; the result takes the gates'
-// place.
+// silu(gate) * up, both steps rounded to `dtype`, of whole vectors of `count` values; the result
+// takes the gates' place.
 template <class S>
 inline void silu_mul(Float dtype, int64_t count, float* gate, const float* up) {
   const auto each = [&](auto round) SMOOTHROT_INLINE_LAMBDA {
@@ -49,9 +51,11 @@ inline void silu_mul(Float dtype, int64_t count, float* gate, const float* up) {
   }
 }
 
-// silu(gate) * up of `count` values, whose gates begin at `gate` and whose ups at `up`; `y` has room for whole vectors.
+// silu(gate) * up of `count` values, whose gates begin at `gate` and whose ups at `up`; `y` has
+// room for whole vectors.
 template <class S>
-inline void load_gated(const void* x, Float dtype, int64_t gate, int64_t up, int64_t count, float* y) {
+inline void load_gated(const void* x, Float dtype, int64_t gate, int64_t up, int64_t count,
+                       float* y) {
   constexpr int64_t kChunk = 256;
   float ups[kChunk] = {};
   for (int64_t i = 0; i < count; i += kChunk) {

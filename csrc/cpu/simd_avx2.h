@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector vocabulary of the kernels, for AVX2 with FMA and F16C. See simd_avx512.h for what each word means.
+// The vector vocabulary of the kernels, for AVX2 with FMA and F16C. See simd_avx512.h for what each
+// word means.
 #pragma once
 
 #include <immintrin.h>
@@ -28,12 +29,16 @@ struct Avx2 {
   static F32 round_bf16(F32 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
     const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
     const __m256i upper = _mm256_and_si256(rounded, _mm256_set1_epi32(int32_t(0xFFFF0000)));
-    return _mm256_blendv_ps(_mm256_castsi256_ps(upper), _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), nan);
+    return _mm256_blendv_ps(_mm256_castsi256_ps(upper),
+                            _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), nan);
   }
-  static F32 round_f16(F32 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static F32 round_f16(F32 v) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   static void store_rounded_bf16(uint16_t* p, F32 v) {
     const __m256i out = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0b1000);
@@ -68,8 +73,8 @@ struct Avx2 {
     if constexpr (Stride == 2) partner = _mm256_permute_ps(v, 0b01001110);
     if constexpr (Stride == 4) partner = _mm256_permute2f128_ps(v, v, 1);
     const auto sign = [](int lane) { return lane & Stride ? INT32_MIN : 0; };
-    const __m256 signs =
-        _mm256_castsi256_ps(_mm256_setr_epi32(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7)));
+    const __m256 signs = _mm256_castsi256_ps(
+        _mm256_setr_epi32(sign(0), sign(1), sign(2), sign(3), sign(4), sign(5), sign(6), sign(7)));
     return _mm256_add_ps(partner, _mm256_xor_ps(v, signs));
   }
 
@@ -79,7 +84,8 @@ struct Avx2 {
   static F32 to_f32(I32 v) { return _mm256_cvtepi32_ps(v); }
 
   static I32 max_abs_bits(I32 top, F32 v) {
-    return _mm256_max_epi32(top, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)));
+    return _mm256_max_epi32(
+        top, _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7FFFFFFF)));
   }
   static int32_t reduce_max(I32 v) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -97,13 +103,16 @@ struct Avx2 {
     const __m256i words = _mm256_cvtps_epi32(v);
     const __m256i pairs = _mm256_packs_epi32(words, words);
     const __m256i bytes = _mm256_packs_epi16(pairs, pairs);
-    const __m256i joined = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    const __m256i joined =
+        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
   }
 
   static constexpr int kInterleavedSteps = 0;  // tiles are too low to gain by it
 
-  static I32 load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static I32 load_bytes(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
   static void split_nibbles(I32 packed, I32& low, I32& high) {
     const __m256i mask = _mm256_set1_epi8(0x0F);
     low = _mm256_and_si256(packed, mask);
@@ -113,7 +122,8 @@ struct Avx2 {
   static I32 dot4(I32 sum, I32 w, I32 a) {
     if constexpr (Bits == 4) {
       // Pairs stay below 2 * 15 * 128, far from vpmaddubsw's saturation.
-      return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
+      return _mm256_add_epi32(sum,
+                              _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
     } else {
       // 255 * 128 * 2 would saturate there: widen both sides to 16 bits, even and odd bytes apart.
       const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xFF)),

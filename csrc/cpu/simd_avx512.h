@@ -14,7 +14,8 @@ struct Avx512 {
   static constexpr int kMaxRows = 14;        // 28 accumulators, 2 weights, 1 activation
   static constexpr int kMaxRowsGrouped = 7;  // the same again in float
   using F32 = __m512;
-  // Not __m512i, whose lanes are 64-bit to the compiler: it would keep each sum twice, once as either type.
+  // Not __m512i, whose lanes are 64-bit to the compiler: it would keep each sum twice, once as
+  // either type.
   using I32 = int32_t __attribute__((vector_size(64)));
 
   static F32 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -35,14 +36,17 @@ struct Avx512 {
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
     return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(int32_t(0xFFFF0000))));
   }
-  static F32 round_f16(F32 v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+  static F32 round_f16(F32 v) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   static void store_rounded_bf16(uint16_t* p, F32 v) {
     const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
   }
   static void store_bf16(uint16_t* p, F32 v) { store_rounded_bf16(p, round_bf16(v)); }
   static void store_f16(uint16_t* p, F32 v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   static F32 set1(float v) { return _mm512_set1_ps(v); }
   static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
@@ -51,7 +55,8 @@ struct Avx512 {
   static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
   // a0 + a1, a2 + a3 ... b0 + b1 ...
   static F32 add_neighbours(F32 a, F32 b) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
     return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
   }
@@ -73,9 +78,13 @@ struct Avx512 {
     if constexpr (Stride == 2) partner = _mm512_permute_ps(v, 0b01001110);
     if constexpr (Stride == 4) partner = _mm512_shuffle_f32x4(v, v, 0b10110001);
     if constexpr (Stride == 8) partner = _mm512_shuffle_f32x4(v, v, 0b01001110);
-    constexpr int32_t kUpper = Stride == 1 ? 0xAAAA : Stride == 2 ? 0xCCCC : Stride == 4 ? 0xF0F0 : 0xFF00;
+    constexpr int32_t kUpper = Stride == 1   ? 0xAAAA
+                               : Stride == 2 ? 0xCCCC
+                               : Stride == 4 ? 0xF0F0
+                                             : 0xFF00;
     const __m512i signs = _mm512_maskz_set1_epi32(__mmask16(kUpper), INT32_MIN);
-    return _mm512_add_ps(partner, _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), signs)));
+    return _mm512_add_ps(partner,
+                         _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), signs)));
   }
 
   static I32 zero() { return I32{}; }
@@ -83,9 +92,11 @@ struct Avx512 {
   static I32 add(I32 a, I32 b) { return a + b; }
   static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps((__m512i)v); }
 
-  // Largest |v| so far, as float bits: their integer order is that of the values, infinity then NaN on top.
+  // Largest |v| so far, as float bits: their integer order is that of the values, infinity then NaN
+  // on top.
   static I32 max_abs_bits(I32 top, F32 v) {
-    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+    const __m512i magnitude =
+        _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
     return (I32)_mm512_max_epi32((__m512i)top, magnitude);
   }
   static int32_t reduce_max(I32 v) { return _mm512_reduce_max_epi32((__m512i)v); }
@@ -98,10 +109,12 @@ struct Avx512 {
   }
 
   static constexpr int kInterleavedSteps = 16;
-  // Word s of each of `rows` <= 16 rows, `pitch` bytes apart, at words[s * rows ...], s = 0 .. 15. Writes up to 16 -
-  // rows words beyond.
+  // Word s of each of `rows` <= 16 rows, `pitch` bytes apart, at words[s * rows ...], s = 0 .. 15.
+  // Writes up to 16 - rows words beyond.
   static void interleave(const void* first, int64_t pitch, int64_t rows, int32_t* words) {
-    const auto row = [&](int64_t r) { return static_cast<const char*>(first) + (r < rows ? r : rows - 1) * pitch; };
+    const auto row = [&](int64_t r) {
+      return static_cast<const char*>(first) + (r < rows ? r : rows - 1) * pitch;
+    };
     __m512i columns[4][4];  // [word of a lane][rows 4 * i ... of each lane]
     for (int i = 0; i < 4; ++i) {
       const __m512i a = _mm512_loadu_si512(row(4 * i)), b = _mm512_loadu_si512(row(4 * i + 1));
@@ -116,8 +129,10 @@ struct Avx512 {
     __m512i steps[16];
     for (int c = 0; c < 4; ++c) {
       const __m512i* v = columns[c];
-      const __m512i even = _mm512_shuffle_i32x4(v[0], v[1], 0x88), even_high = _mm512_shuffle_i32x4(v[2], v[3], 0x88);
-      const __m512i odd = _mm512_shuffle_i32x4(v[0], v[1], 0xDD), odd_high = _mm512_shuffle_i32x4(v[2], v[3], 0xDD);
+      const __m512i even = _mm512_shuffle_i32x4(v[0], v[1], 0x88),
+                    even_high = _mm512_shuffle_i32x4(v[2], v[3], 0x88);
+      const __m512i odd = _mm512_shuffle_i32x4(v[0], v[1], 0xDD),
+                    odd_high = _mm512_shuffle_i32x4(v[2], v[3], 0xDD);
       steps[c] = _mm512_shuffle_i32x4(even, even_high, 0x88);
       steps[4 + c] = _mm512_shuffle_i32x4(odd, odd_high, 0x88);
       steps[8 + c] = _mm512_shuffle_i32x4(even, even_high, 0xDD);
@@ -133,7 +148,8 @@ struct Avx512 {
     low = (I32)_mm512_and_si512((__m512i)packed, mask);
     high = (I32)_mm512_and_si512(_mm512_srli_epi16((__m512i)packed, 4), mask);
   }
-  // sum + four products a lane: unsigned bytes of w (at most 15 for Bits == 4) times signed bytes of a.
+  // sum + four products a lane: unsigned bytes of w (at most 15 for Bits == 4) times signed bytes
+  // of a.
   template <int Bits>
   static I32 dot4(I32 sum, I32 w, I32 a) {
     return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)a);

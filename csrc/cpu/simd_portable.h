@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector vocabulary of the kernels in the vector extensions of GCC and Clang: four lanes on whatever the
-// target's baseline is. See simd_avx512.h for what each word means.
+// The vector vocabulary of the kernels in the vector extensions of GCC and Clang: four lanes on
+// whatever the target's baseline is. See simd_avx512.h for what each word means.
 #pragma once
 
 #include <cmath>
@@ -50,12 +50,16 @@ struct Portable {
   static F32 mul(F32 a, F32 b) { return a * b; }
   static F32 div(F32 a, F32 b) { return a / b; }
   // a0 + a1, a2 + a3, b0 + b1, b2 + b3
-  static F32 add_neighbours(F32 a, F32 b) { return F32{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
+  static F32 add_neighbours(F32 a, F32 b) {
+    return F32{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+  }
   static F32 clamp(F32 v, float low, float high) {
     v = v < low ? set1(low) : v;
     return v > high ? set1(high) : v;
   }
-  static F32 power_of_two(F32 v) { return reinterpret_cast<F32>((reinterpret_cast<I32>(v) << 23) + 0x3F800000); }
+  static F32 power_of_two(F32 v) {
+    return reinterpret_cast<F32>((reinterpret_cast<I32>(v) << 23) + 0x3F800000);
+  }
 
   template <int Stride>
   static F32 butterfly(F32 v) {
@@ -99,7 +103,8 @@ struct Portable {
   static I32 dot4(I32 sum, I32 w, I32 a) {
     // Sixteen-bit lanes, even and odd bytes apart; a product of an unsigned and a signed byte fits.
     const I16 even = reinterpret_cast<I16>(w & 0x00FF00FF) * ((reinterpret_cast<I16>(a) << 8) >> 8);
-    const I16 odd = reinterpret_cast<I16>(reinterpret_cast<U16>(w) >> 8) * (reinterpret_cast<I16>(a) >> 8);
+    const I16 odd =
+        reinterpret_cast<I16>(reinterpret_cast<U16>(w) >> 8) * (reinterpret_cast<I16>(a) >> 8);
     if constexpr (Bits == 4) return sum + both_halves(even + odd);
     return sum + (both_halves(even) + both_halves(odd));
   }

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the CUDA kernels for every architecture and assert on their machine code; no GPU is needed.
+"""Compile the CUDA kernels for every architecture and assert on their machine code; no GPU is
+needed.
 
-``check_sass.py`` writes docs/sass.md, ``--check`` compares it instead. What must hold: the int4 kernels of sm_80 use the
-native MMA, those of sm_90 use wgmma that ptxas did not serialise, no matrix kernel calls an emulation, none spills.
+``check_sass.py`` writes docs/sass.md, ``--check`` compares it instead. What must hold: the int4
+kernels of sm_80 use the native MMA, those of sm_90 use wgmma that ptxas did not serialise, no
+matrix kernel calls an emulation, none spills.
 """
 
 import argparse
@@ -30,7 +32,8 @@ MOST_REGISTERS = 255
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of one architecture: registers a thread, bytes of stack, and instructions counted in its code."""
+    """One kernel of one architecture: registers a thread, bytes of stack, and instructions
+    counted in its code."""
 
     source: str
     architecture: str
@@ -51,7 +54,12 @@ class Kernel:
             found.append(f"{self.counts['calls']} calls, expected none")
         if self.registers > MOST_REGISTERS:
             found.append(f"{self.registers} registers")
-        wanted = {"cutlass_sm80": "s4 MMA", "cutlass_sm90": "wgmma", "gemm_s8": "s8 MMA", "gemm_experts": "s8 MMA"}
+        wanted = {
+            "cutlass_sm80": "s4 MMA",
+            "cutlass_sm90": "wgmma",
+            "gemm_s8": "s8 MMA",
+            "gemm_experts": "s8 MMA",
+        }
         for prefix, instruction in wanted.items():
             if multiplies and self.source.startswith(prefix) and not self.counts[instruction]:
                 found.append(f"no {instruction}")
@@ -67,9 +75,14 @@ def find_cuobjdump() -> str:
         NvccError: neither is there.
     """
     packaged = [Path(p) / "nvidia" for p in sys.path]
-    found = shutil.which("cuobjdump") or next((str(f) for p in packaged for f in p.glob("cu*/bin/cuobjdump")), None)
+    found = shutil.which("cuobjdump") or next(
+        (str(f) for p in packaged for f in p.glob("cu*/bin/cuobjdump")), None
+    )
     if found is None:
-        raise nvcc.NvccError("cuobjdump: expected on PATH, found none. pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise nvcc.NvccError(
+            "cuobjdump: expected on PATH, found none. pip install nvidia-cuda-cuobjdump"
+            " nvidia-cuda-nvdisasm"
+        )
     return found
 
 
@@ -81,7 +94,9 @@ def read_kernels(tool: str, obj: Path, source: str, architecture: str) -> list[K
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout
 
     usage = {}
-    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", run("-res-usage")):
+    for name, registers, stack in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", run("-res-usage")
+    ):
         usage[name] = (int(registers), int(stack))
     kernels = []
     for part in run("-sass").split("Function : ")[1:]:
@@ -96,7 +111,9 @@ def short_name(mangled: str) -> str:
     """Enough of a kernel's name to tell it from the others of its file."""
     if "cutlass" in mangled:
         return "bfloat16" if "bfloat16_t" in mangled else "float16"
-    shown = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    shown = subprocess.run(
+        ["c++filt", "-p", mangled], capture_output=True, text=True, check=True
+    ).stdout.strip()
     return re.sub(r"smoothrot::(cuda::)?|\(anonymous namespace\)::", "", shown)
 
 
@@ -119,7 +136,14 @@ def page(kernels: list[Kernel]) -> str:
     """docs/sass.md."""
     head = ["source", "sm", "kernel", "registers", "stack", *INSTRUCTIONS]
     rows = sorted(
-        [k.source, k.architecture, f"`{short_name(k.name)}`", str(k.registers), str(k.stack), *map(str, k.counts.values())]
+        [
+            k.source,
+            k.architecture,
+            f"`{short_name(k.name)}`",
+            str(k.registers),
+            str(k.stack),
+            *map(str, k.counts.values()),
+        ]
         for k in kernels
     )
     table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
@@ -127,7 +151,10 @@ def page(kernels: list[Kernel]) -> str:
         [
             "# Machine code of the CUDA kernels",
             "",
-            "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0 compiled. Counts are of instructions.",
+            (
+                "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0"
+                " compiled. Counts are of instructions."
+            ),
             "",
             *table,
             "",
@@ -138,7 +165,9 @@ def page(kernels: list[Kernel]) -> str:
 def main() -> None:
     """Compile, assert, and write or compare the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare docs/sass.md instead of writing it")
+    parser.add_argument(
+        "--check", action="store_true", help="compare docs/sass.md instead of writing it"
+    )
     args = parser.parse_args()
     compiler = nvcc.find_nvcc()
     if compiler is None:
@@ -147,7 +176,9 @@ def main() -> None:
     kernels, problems = inspect(units, compiler, REPOSITORY / "build" / "cuda")
     text = page(kernels)
     if args.check and (not PAGE.exists() or PAGE.read_text() != text):
-        problems.append(f"{PAGE.name} is not what the kernels compile to: run make sass and commit it")
+        problems.append(
+            f"{PAGE.name} is not what the kernels compile to: run make sass and commit it"
+        )
     if problems:
         sys.exit("\n".join(problems))
     if not args.check:

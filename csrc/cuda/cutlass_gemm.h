@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUTLASS kernels: y = (accumulator * channel_scale) * token_scale + bias in float32, rounded once.
-// Plain C++ without CUTLASS or torch headers.
+// Launchers of the CUTLASS kernels: y = (accumulator * channel_scale) * token_scale + bias in
+// float32, rounded once. Plain C++ without CUTLASS or torch headers.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// int4 x int4 with the native m16n8k64 of sm_80 to sm_89, CUTLASS 2.x. Both scales, the bias and the rounding are nodes
-// of an epilogue visitor tree, so that no int32 result is ever written to memory.
+// int4 x int4 with the native m16n8k64 of sm_80 to sm_89, CUTLASS 2.x. Both scales, the bias and
+// the rounding are nodes of an epilogue visitor tree, so that no int32 result is ever written to
+// memory.
 #pragma once
 
 // clang-format off: visitors.hpp uses what the others declare, but does not include them.
@@ -26,15 +27,18 @@ struct Gemm {
   static constexpr int kAlignInt4 = 32;
   static constexpr int kAlignOut = 8;
 
-  using Threads = cutlass::epilogue::threadblock::OutputTileThreadLayout<Tile, Warp, Out, kAlignOut, 1>;
+  using Threads =
+      cutlass::epilogue::threadblock::OutputTileThreadLayout<Tile, Warp, Out, kAlignOut, 1>;
   template <typename Element>
   using PerColumn =
-      cutlass::epilogue::threadblock::VisitorRowBroadcast<Threads, Element, cute::Stride<_0, _1, int32_t>>;
-  using PerToken = cutlass::epilogue::threadblock::VisitorColBroadcast<Threads, float, cute::Stride<_1, _0, int32_t>>;
+      cutlass::epilogue::threadblock::VisitorRowBroadcast<Threads, Element,
+                                                          cute::Stride<_0, _1, int32_t>>;
+  using PerToken =
+      cutlass::epilogue::threadblock::VisitorColBroadcast<Threads, float,
+                                                          cute::Stride<_1, _0, int32_t>>;
   using Accumulator = cutlass::epilogue::threadblock::VisitorAccFetch;
-  using Store =
-      cutlass::epilogue::threadblock::VisitorAuxStore<Threads, Out, cutlass::FloatRoundStyle::round_to_nearest,
-                                                      cute::Stride<int64_t, _1, int64_t>>;
+  using Store = cutlass::epilogue::threadblock::VisitorAuxStore<
+      Threads, Out, cutlass::FloatRoundStyle::round_to_nearest, cute::Stride<int64_t, _1, int64_t>>;
   template <typename Node, typename... Children>
   using Tree = cutlass::epilogue::threadblock::Sm80EVT<Node, Children...>;
 
@@ -45,18 +49,20 @@ struct Gemm {
 
   using Kernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
       Int4, Row, cutlass::ComplexTransform::kNone, kAlignInt4, Int4, cutlass::layout::ColumnMajor,
-      cutlass::ComplexTransform::kNone, kAlignInt4, Out, Row, kAlignOut, int32_t, float, cutlass::arch::OpClassTensorOp,
-      cutlass::arch::Sm80, Tile, Warp, Shape<16, 8, 64>, Epilogue,
-      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, Stages, cutlass::arch::OpMultiplyAddSaturate,
-      1>::GemmKernel;
+      cutlass::ComplexTransform::kNone, kAlignInt4, Out, Row, kAlignOut, int32_t, float,
+      cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Tile, Warp, Shape<16, 8, 64>, Epilogue,
+      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, Stages,
+      cutlass::arch::OpMultiplyAddSaturate, 1>::GemmKernel;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static typename Device::Arguments arguments(const CutlassArgs& a) {
     const typename ChannelScaled::Arguments channel_scaled{{}, {a.channel_scale, 1.0f, {}}, {}};
     const typename Scaled::Arguments scaled{channel_scaled, {a.token_scale, 1.0f, {}}, {}};
-    const typename Biased::Arguments biased{scaled, {static_cast<const Out*>(a.bias), Out(0), {}}, {}};
+    const typename Biased::Arguments biased{
+        scaled, {static_cast<const Out*>(a.bias), Out(0), {}}, {}};
     const int64_t outputs = a.outputs;
-    const typename Epilogue::Arguments epilogue{biased, {static_cast<Out*>(a.out), {outputs, _1{}, 0}}};
+    const typename Epilogue::Arguments epilogue{biased,
+                                                {static_cast<Out*>(a.out), {outputs, _1{}, 0}}};
     return {cutlass::gemm::GemmUniversalMode::kGemm,
             {a.tokens, a.outputs, a.inputs},
             1,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic nodes of the sm_80 epilogue, apart from the kernels so that a host program can evaluate them.
+// The arithmetic nodes of the sm_80 epilogue, apart from the kernels so that a host program can
+// evaluate them.
 #pragma once
 
 // clang-format off: visitors.hpp uses what the others declare, but does not include them.
@@ -16,8 +17,9 @@ namespace smoothrot::cuda::sm80 {
 
 // Float32 throughout: the reference rounds after each of these, so none may be fused (-fmad=false).
 template <template <typename> class Operation, typename Output>
-using Compute = cutlass::epilogue::threadblock::VisitorCompute<Operation, Output, float,
-                                                               cutlass::FloatRoundStyle::round_to_nearest>;
+using Compute =
+    cutlass::epilogue::threadblock::VisitorCompute<Operation, Output, float,
+                                                   cutlass::FloatRoundStyle::round_to_nearest>;
 
 using ScaleNode = Compute<cutlass::multiplies, float>;
 template <typename Out>

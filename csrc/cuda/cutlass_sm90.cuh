@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed int4 weights x int8 activation codes on sm_90a, CUTLASS 3.x: the weights are operand A, widened to int8 in
-// registers on their way to wgmma, so the product computed is the transpose: rows are outputs, columns are tokens.
+// Packed int4 weights x int8 activation codes on sm_90a, CUTLASS 3.x: the weights are operand A,
+// widened to int8 in registers on their way to wgmma, so the product computed is the transpose:
+// rows are outputs, columns are tokens.
 #pragma once
 
-// clang-format off: the visitors and builders use what the earlier headers declare, but do not include them.
+// clang-format off: visitors and builders use what earlier headers declare, but do not include it.
 #include "cutlass_sm90_compute.h"
 
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -31,8 +32,10 @@ struct Gemm {
   template <typename Node, typename... Children>
   using Tree = cutlass::epilogue::fusion::Sm90EVT<Node, Children...>;
   template <typename Element>
-  using PerOutput = cutlass::epilogue::fusion::Sm90ColBroadcast<0, Tile, Element, float, cute::Stride<_1, _0, int64_t>>;
-  using PerToken = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float, cute::Stride<_0, _1, int64_t>>;
+  using PerOutput = cutlass::epilogue::fusion::Sm90ColBroadcast<0, Tile, Element, float,
+                                                                cute::Stride<_1, _0, int64_t>>;
+  using PerToken = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float,
+                                                               cute::Stride<_0, _1, int64_t>>;
   using Accumulator = cutlass::epilogue::fusion::Sm90AccFetch;
 
   using ChannelScaled = Tree<ScaleNode, Accumulator, PerOutput<float>>;
@@ -41,31 +44,38 @@ struct Gemm {
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, ColumnMajor, kAlignOut, Out, ColumnMajor,
-      kAlignOut, EpilogueSchedule, Biased>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, ColumnMajor, kAlignOut,
+      Out, ColumnMajor, kAlignOut, EpilogueSchedule, Biased>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::int4b_t, RowMajor, kAlignWeight, int8_t,
-      ColumnMajor, kAlignCodes, int32_t, Tile, Cluster,
-      cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::int4b_t, RowMajor, kAlignWeight,
+      int8_t, ColumnMajor, kAlignCodes, int32_t, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<int(
+          sizeof(typename Epilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static cutlass::Status run(const CutlassArgs& a) {
-    const auto weight_stride = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {a.outputs, a.inputs, 1});
-    const auto codes_stride = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {a.tokens, a.inputs, 1});
-    const auto out_stride = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {a.outputs, a.tokens, 1});
+    const auto weight_stride =
+        cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, {a.outputs, a.inputs, 1});
+    const auto codes_stride =
+        cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, {a.tokens, a.inputs, 1});
+    const auto out_stride =
+        cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, {a.outputs, a.tokens, 1});
     const typename ChannelScaled::Arguments channel_scaled{{}, {a.channel_scale, 1.0f, {}}, {}};
     const typename Scaled::Arguments scaled{channel_scaled, {a.token_scale, 1.0f, {}}, {}};
-    const typename Biased::Arguments biased{scaled, {static_cast<const Out*>(a.bias), Out(0), {}}, {}};
+    const typename Biased::Arguments biased{
+        scaled, {static_cast<const Out*>(a.bias), Out(0), {}}, {}};
     cutlass::KernelHardwareInfo hardware;
     hardware.sm_count = a.multiprocessors;
-    const typename Device::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
-                                               {a.outputs, a.tokens, a.inputs, 1},
-                                               {static_cast<const cutlass::int4b_t*>(a.weight), weight_stride,
-                                                static_cast<const int8_t*>(a.codes), codes_stride},
-                                               {biased, nullptr, {}, static_cast<Out*>(a.out), out_stride},
-                                               hardware};
+    const typename Device::Arguments arguments{
+        cutlass::gemm::GemmUniversalMode::kGemm,
+        {a.outputs, a.tokens, a.inputs, 1},
+        {static_cast<const cutlass::int4b_t*>(a.weight), weight_stride,
+         static_cast<const int8_t*>(a.codes), codes_stride},
+        {biased, nullptr, {}, static_cast<Out*>(a.out), out_stride},
+        hardware};
     if (Device::get_workspace_size(arguments)) return cutlass::Status::kErrorWorkspaceNull;
     Device gemm;
     const auto stream = static_cast<cudaStream_t>(a.stream);
@@ -77,8 +87,9 @@ struct Gemm {
 template <int Tokens, typename Mainloop, typename Epilogue>
 const char* launch(const CutlassArgs& a) {
   using Tile = cute::Shape<cute::_128, cute::Int<Tokens>, cute::_128>;
-  const cutlass::Status status = a.bfloat16 ? Gemm<Tile, Mainloop, Epilogue, cutlass::bfloat16_t>::run(a)
-                                            : Gemm<Tile, Mainloop, Epilogue, cutlass::half_t>::run(a);
+  const cutlass::Status status = a.bfloat16
+                                     ? Gemm<Tile, Mainloop, Epilogue, cutlass::bfloat16_t>::run(a)
+                                     : Gemm<Tile, Mainloop, Epilogue, cutlass::half_t>::run(a);
   return status == cutlass::Status::kSuccess ? nullptr : cutlass::cutlassGetStatusString(status);
 }
 

@@ -3,6 +3,8 @@
 
 namespace smoothrot::cuda {
 
-const char* cutlass_sm90_128x128(const CutlassArgs& args) { return sm90::launch_cooperative<128>(args); }
+const char* cutlass_sm90_128x128(const CutlassArgs& args) {
+  return sm90::launch_cooperative<128>(args);
+}
 
 }  // namespace smoothrot::cuda

@@ -3,6 +3,8 @@
 
 namespace smoothrot::cuda {
 
-const char* cutlass_sm90_128x32(const CutlassArgs& args) { return sm90::launch_cooperative<32>(args); }
+const char* cutlass_sm90_128x32(const CutlassArgs& args) {
+  return sm90::launch_cooperative<32>(args);
+}
 
 }  // namespace smoothrot::cuda

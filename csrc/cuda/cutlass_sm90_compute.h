@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic nodes of the sm_90a epilogue, apart from the kernels so that a host program can evaluate them.
+// The arithmetic nodes of the sm_90a epilogue, apart from the kernels so that a host program can
+// evaluate them.
 #pragma once
 
 // clang-format off: the visitors use what the earlier headers declare, but do not include them.
@@ -13,8 +14,8 @@ namespace smoothrot::cuda::sm90 {
 
 // Float32 throughout: the reference rounds after each of these, so none may be fused (-fmad=false).
 template <template <typename> class Operation, typename Output>
-using Compute =
-    cutlass::epilogue::fusion::Sm90Compute<Operation, Output, float, cutlass::FloatRoundStyle::round_to_nearest>;
+using Compute = cutlass::epilogue::fusion::Sm90Compute<Operation, Output, float,
+                                                       cutlass::FloatRoundStyle::round_to_nearest>;
 
 using ScaleNode = Compute<cutlass::multiplies, float>;
 template <typename Out>

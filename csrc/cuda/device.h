@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the hand-written kernels ask of the machine. They hold no assembly and no <<<>>>, so that the same source runs
-// under nvcc and, in tests, under the emulator.
+// What the hand-written kernels ask of the machine. They hold no assembly and no <<<>>>, so that
+// the same source runs under nvcc and, in tests, under the emulator.
 #pragma once
 
 #ifdef SMOOTHROT_EMULATED

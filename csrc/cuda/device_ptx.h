@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The primitives of device.h as PTX and intrinsics. Float operations are single and rounded to nearest, whatever
-// -fmad says, because the order of additions is part of what the kernels promise.
+// The primitives of device.h as PTX and intrinsics. Float operations are single and rounded to
+// nearest, whatever -fmad says, because the order of additions is part of what the kernels promise.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,7 +23,8 @@ constexpr bool kNativeInt4 = true;
 #endif
 
 SMOOTHROT_DEVICE int thread_index() { return int(threadIdx.x); }
-// The same, opaque to the compiler: what follows from it is computed anew and not kept in registers.
+// The same, opaque to the compiler: what follows from it is computed anew and not kept in
+// registers.
 SMOOTHROT_DEVICE int thread_index_anew() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -54,7 +55,8 @@ SMOOTHROT_DEVICE T load_global(const T* address) {
   }
 }
 
-// The same for 16 bytes that no other thread wants, past the first-level cache; zeros where not `wanted`.
+// The same for 16 bytes that no other thread wants, past the first-level cache; zeros where not
+// `wanted`.
 template <class T>
 SMOOTHROT_DEVICE T load_once(const T* address, bool wanted) {
   static_assert(sizeof(T) == 16);
@@ -77,12 +79,14 @@ SMOOTHROT_DEVICE void store_global(T* address, const T& value) {
   *address = value;
 }
 
-SMOOTHROT_DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+SMOOTHROT_DEVICE uint32_t shared_address(const void* pointer) {
+  return uint32_t(__cvta_generic_to_shared(pointer));
+}
 
 // 16 bytes to shared memory, zeros where not `copied`.
 SMOOTHROT_DEVICE void copy_async16(void* target, const void* source, bool copied) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
-               "r"(copied ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)),
+               "l"(source), "r"(copied ? 16 : 0)
                : "memory");
 }
 SMOOTHROT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -91,7 +95,9 @@ SMOOTHROT_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-SMOOTHROT_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+SMOOTHROT_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
 SMOOTHROT_DEVICE uint32_t warp_max(uint32_t value) { return __reduce_max_sync(0xFFFFFFFFu, value); }
 
 SMOOTHROT_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
@@ -107,8 +113,12 @@ SMOOTHROT_DEVICE float clamp(float a, float low, float high) { return fminf(fmax
 
 SMOOTHROT_DEVICE float bf16_float(uint16_t half) { return __uint_as_float(uint32_t(half) << 16); }
 SMOOTHROT_DEVICE float f16_float(uint16_t half) { return __half2float(__ushort_as_half(half)); }
-SMOOTHROT_DEVICE uint16_t float_bf16(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
-SMOOTHROT_DEVICE uint16_t float_f16(float value) { return __half_as_ushort(__float2half_rn(value)); }
+SMOOTHROT_DEVICE uint16_t float_bf16(float value) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
+SMOOTHROT_DEVICE uint16_t float_f16(float value) {
+  return __half_as_ushort(__float2half_rn(value));
+}
 
 SMOOTHROT_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
@@ -124,41 +134,46 @@ SMOOTHROT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
 SMOOTHROT_DEVICE void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, {%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #else
-__device__ void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);  // not on this architecture
+__device__ void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4],
+                       const uint32_t (&b)[2]);  // not on this architecture
 #endif
 
 SMOOTHROT_DEVICE void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, {%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <class Args>
-inline cudaError_t launch(void (*kernel)(Args), int grid_x, int grid_y, int threads, int64_t shared_bytes,
-                          cudaStream_t stream, const Args& args) {
+inline cudaError_t launch(void (*kernel)(Args), int grid_x, int grid_y, int threads,
+                          int64_t shared_bytes, cudaStream_t stream, const Args& args) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) {
       (void)cudaGetLastError();
       return error;
     }
   }
-  kernel<<<dim3(unsigned(grid_x), unsigned(grid_y)), unsigned(threads), size_t(shared_bytes), stream>>>(args);
+  kernel<<<dim3(unsigned(grid_x), unsigned(grid_y)), unsigned(threads), size_t(shared_bytes),
+           stream>>>(args);
   return cudaGetLastError();
 }
 
 inline int multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
   return count;
 }
 

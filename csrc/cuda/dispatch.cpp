@@ -12,8 +12,8 @@ using Family = GemmKernel::Family;
 constexpr int64_t kCutlassOutputs = 8;  // a 16-byte store of 16-bit outputs
 constexpr int64_t kMostInt32 = INT32_MAX;
 
-// The first of a hand-written family chooses its own width; of CUTLASS tiles the largest come first. The build defines
-// SMOOTHROT_SM80 and SMOOTHROT_SM90 for the families it compiles.
+// The first of a hand-written family chooses its own width; of CUTLASS tiles the largest come
+// first. The build defines SMOOTHROT_SM80 and SMOOTHROT_SM90 for the families it compiles.
 constexpr GemmKernel kKernels[] = {
     {"small", Family::small},
     {"small_narrow", Family::small, Width::narrow},
@@ -39,7 +39,8 @@ struct NamedWidth {
   const char* name;
   Width width;
 };
-constexpr NamedWidth kExperts[] = {{"experts_narrow", Width::narrow}, {"experts_wide", Width::wide}};
+constexpr NamedWidth kExperts[] = {{"experts_narrow", Width::narrow},
+                                   {"experts_wide", Width::wide}};
 
 std::atomic<const GemmKernel*> forced_kernel{nullptr};
 std::atomic<Width> forced_experts{Width::automatic};
@@ -52,13 +53,15 @@ const GemmKernel& first_of(Family family) {
   return *kernel;
 }
 
-// Of the family's tiles that the tokens fill at least half, the largest whose grid gives every multiprocessor a block,
-// or the smallest: idle multiprocessors cost more than the operand traffic that larger tiles save.
+// Of the family's tiles that the tokens fill at least half, the largest whose grid gives every
+// multiprocessor a block, or the smallest: idle multiprocessors cost more than the operand traffic
+// that larger tiles save.
 const GemmKernel& choose_tile(Family family, const GpuFacts& gpu, const GemmArgs& args) {
   const GemmKernel* smallest = nullptr;
   for (const GemmKernel& tile : kKernels) {
     if (tile.family != family) continue;
-    const int64_t blocks = ceil_div(args.tokens, tile.tokens) * ceil_div(args.outputs, tile.outputs);
+    const int64_t blocks =
+        ceil_div(args.tokens, tile.tokens) * ceil_div(args.outputs, tile.outputs);
     if (2 * args.tokens > tile.tokens && blocks >= gpu.multiprocessors) return tile;
     smallest = &tile;
   }
@@ -72,7 +75,8 @@ std::string cutlass_obstacle(const GemmArgs& args) {
   if (args.group_size != args.inputs) return "a scale for each output channel";
   if (args.out_dtype == Float::f32 || !one_dtype) return "16-bit outputs and a bias of their dtype";
   if (args.outputs % kCutlassOutputs) return "outputs in multiples of 8";
-  if (args.tokens > kMostInt32 || args.outputs > kMostInt32) return "tokens and outputs that int32 holds";
+  if (args.tokens > kMostInt32 || args.outputs > kMostInt32)
+    return "tokens and outputs that int32 holds";
   return "";
 }
 
@@ -113,11 +117,13 @@ const GemmKernel& choose_gemm(const GpuFacts& gpu, const GemmArgs& args) {
 
 const char* GemmKernel::run(const GpuFacts& gpu, const GemmArgs& g, cudaStream_t stream) const {
   if (!launch) {
-    const cudaError_t error = family == Family::small ? gemm_small(g, stream, width) : gemm_s8(g, stream, width);
+    const cudaError_t error =
+        family == Family::small ? gemm_small(g, stream, width) : gemm_s8(g, stream, width);
     return error == cudaSuccess ? nullptr : error_text(error);
   }
-  return launch({g.codes, g.weight, g.scale, g.weight_scale, g.bias, g.out, int32_t(g.tokens), int32_t(g.outputs),
-                 int32_t(g.inputs), g.out_dtype == Float::bf16, gpu.multiprocessors, stream});
+  return launch({g.codes, g.weight, g.scale, g.weight_scale, g.bias, g.out, int32_t(g.tokens),
+                 int32_t(g.outputs), int32_t(g.inputs), g.out_dtype == Float::bf16,
+                 gpu.multiprocessors, stream});
 }
 
 Width experts_width() { return forced_experts.load(); }
@@ -146,7 +152,8 @@ bool architecture_runs(const std::string& architectures, int capability) {
   for (std::string one; list >> one;) {
     const int number = std::stoi(one);
     const bool own_only = one.find_first_not_of("0123456789") != std::string::npos;
-    if (own_only ? number == capability : number / 10 == capability / 10 && number <= capability) return true;
+    if (own_only ? number == capability : number / 10 == capability / 10 && number <= capability)
+      return true;
   }
   return false;
 }

@@ -29,8 +29,8 @@ struct GemmKernel {
   std::string obstacle(const GpuFacts& gpu, const GemmArgs& args) const;
 };
 
-// How the activations of a fused linear layer are best quantised: gemm_small takes packed codes everywhere, and they
-// are half as many bytes.
+// How the activations of a fused linear layer are best quantised: gemm_small takes packed codes
+// everywhere, and they are half as many bytes.
 Codes activation_form(const GpuFacts& gpu, int bits, int64_t tokens);
 
 const GemmKernel& choose_gemm(const GpuFacts& gpu, const GemmArgs& args);
@@ -41,15 +41,16 @@ Width experts_width();
 // Every kernel of this build that multiplies, a name for each tile, with spaces between them.
 std::string gemm_names();
 
-// From now on every product is the named kernel's; an empty name gives the choice back. For tests, which so reach each
-// kernel at any size. Names of gemm_experts leave the other products alone. False for a name that gemm_names lacks.
+// From now on every product is the named kernel's; an empty name gives the choice back. For tests,
+// which so reach each kernel at any size. Names of gemm_experts leave the other products alone.
+// False for a name that gemm_names lacks.
 bool force_gemm(const std::string& name);
 
 // Text of a CUDA error; defined where the CUDA runtime is.
 const char* error_text(cudaError_t error);
 
-// Whether one of the machine-code architectures of this build ("80 90a 100 120") runs on the device: sm_XY runs on
-// every X.Z with Z >= Y, and one with a suffix on its own capability only.
+// Whether one of the machine-code architectures of this build ("80 90a 100 120") runs on the
+// device: sm_XY runs on every X.Z with Z >= Y, and one with a suffix on its own capability only.
 bool architecture_runs(const std::string& architectures, int capability);
 
 }  // namespace smoothrot::cuda

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the hand-written GEMMs share: operands as int8 lanes, and the float epilogue of reference.gemm.
+// What the hand-written GEMMs share: operands as int8 lanes, and the float epilogue of
+// reference.gemm.
 #pragma once
 
 #include "device.h"
@@ -7,16 +8,18 @@
 
 namespace smoothrot::cuda {
 
-// Each nibble in the high half of an int8 lane is 16 times its value: even and odd inputs of a packed word, no shift of
-// the odd ones. Sums then carry 16 for each packed operand, which a right shift takes out exactly.
+// Each nibble in the high half of an int8 lane is 16 times its value: even and odd inputs of a
+// packed word, no shift of the odd ones. Sums then carry 16 for each packed operand, which a right
+// shift takes out exactly.
 SMOOTHROT_DEVICE uint32_t even_nibbles(uint32_t packed) { return packed << 4 & 0xF0F0F0F0u; }
 SMOOTHROT_DEVICE uint32_t odd_nibbles(uint32_t packed) { return packed & 0xF0F0F0F0u; }
 constexpr int kNibbleShift = 4;
 template <Codes Form, Codes Weight>
-constexpr int kOperandShift = kNibbleShift * ((Form == Codes::packed_int4) + (Weight == Codes::packed_int4));
+constexpr int kOperandShift =
+    kNibbleShift * ((Form == Codes::packed_int4) + (Weight == Codes::packed_int4));
 
-// Eight inputs of one operand, a word or two, as the two words of int8 lanes that an MMA takes. Against a packed
-// operand int8 codes go by even and odd inputs too.
+// Eight inputs of one operand, a word or two, as the two words of int8 lanes that an MMA takes.
+// Against a packed operand int8 codes go by even and odd inputs too.
 template <Codes Form, Codes Other>
 SMOOTHROT_DEVICE void eight_inputs(const uint32_t* words, uint32_t& first, uint32_t& second) {
   if constexpr (Form == Codes::packed_int4) {
@@ -73,9 +76,9 @@ cudaError_t launch_forms(const GemmArgs& g, const Args& args, Width width, cudaS
 }
 
 inline bool valid(const GemmArgs& g) {
-  return g.tokens >= 0 && g.tokens <= INT32_MAX && g.outputs > 0 && g.outputs <= INT32_MAX && g.inputs > 0 &&
-         g.inputs <= kMostGemmInputs && g.inputs % kInputMultiple == 0 && g.group_size > 0 &&
-         g.group_size % kInputMultiple == 0 && g.inputs % g.group_size == 0;
+  return g.tokens >= 0 && g.tokens <= INT32_MAX && g.outputs > 0 && g.outputs <= INT32_MAX &&
+         g.inputs > 0 && g.inputs <= kMostGemmInputs && g.inputs % kInputMultiple == 0 &&
+         g.group_size > 0 && g.group_size % kInputMultiple == 0 && g.inputs % g.group_size == 0;
 }
 
 }  // namespace smoothrot::cuda

@@ -10,15 +10,16 @@ static_assert(kExpertTileTokens == kTiledTokens);
 
 template <Codes Form, Codes Weight, bool Grouped, int Columns>
 cudaError_t launch_tiles(const ExpertsArgs& e, cudaStream_t stream) {
-  return launch_columns<Form, Weight, Columns>(gemm_experts_kernel<Form, Weight, Grouped, Columns>, e, e.tile_count,
-                                               e.gemm.outputs, stream);
+  return launch_columns<Form, Weight, Columns>(gemm_experts_kernel<Form, Weight, Grouped, Columns>,
+                                               e, e.tile_count, e.gemm.outputs, stream);
 }
 
 struct TiledExperts {
   template <Codes Form, Codes Weight>
   static cudaError_t launch(const ExpertsArgs& e, Width width, cudaStream_t stream) {
     // With group scales a wide tile would take more registers than there are.
-    if (e.gemm.group_size != e.gemm.inputs) return launch_tiles<Form, Weight, true, kNarrowColumns>(e, stream);
+    if (e.gemm.group_size != e.gemm.inputs)
+      return launch_tiles<Form, Weight, true, kNarrowColumns>(e, stream);
     return takes_wide_tiles(width, e.tile_count, e.gemm.outputs)
                ? launch_tiles<Form, Weight, false, kWideColumns>(e, stream)
                : launch_tiles<Form, Weight, false, kNarrowColumns>(e, stream);
@@ -28,8 +29,10 @@ struct TiledExperts {
 }  // namespace
 
 cudaError_t gemm_experts(const ExpertsArgs& e, cudaStream_t stream, Width width) {
-  const bool tiled = e.experts > 0 && e.experts <= INT32_MAX && e.tile_count >= 0 && e.tile_count <= INT32_MAX;
-  const bool has_width = width != Width::medium && (width != Width::wide || e.gemm.group_size == e.gemm.inputs);
+  const bool tiled =
+      e.experts > 0 && e.experts <= INT32_MAX && e.tile_count >= 0 && e.tile_count <= INT32_MAX;
+  const bool has_width =
+      width != Width::medium && (width != Width::wide || e.gemm.group_size == e.gemm.inputs);
   if (!valid(e.gemm) || !tiled || e.gemm.bias || !has_width) return cudaErrorInvalidValue;
   if (e.gemm.tokens == 0 || e.tile_count == 0) return cudaSuccess;
   return launch_forms<TiledExperts>(e.gemm, e, width, stream);
@@ -37,7 +40,8 @@ cudaError_t gemm_experts(const ExpertsArgs& e, cudaStream_t stream, Width width)
 
 cudaError_t combine_experts(const CombineArgs& c, cudaStream_t stream) {
   const int64_t blocks = c.outputs > 0 ? (c.outputs + kCombineThreads - 1) / kCombineThreads : 0;
-  if (c.tokens < 0 || c.tokens > INT32_MAX || c.top_k < 1 || blocks < 1 || blocks > kMostCombineBlocks) {
+  if (c.tokens < 0 || c.tokens > INT32_MAX || c.top_k < 1 || blocks < 1 ||
+      blocks > kMostCombineBlocks) {
     return cudaErrorInvalidValue;
   }
   if (c.tokens == 0) return cudaSuccess;

@@ -7,8 +7,8 @@ namespace {
 
 template <Codes Form, Codes Weight, bool Grouped, int Columns>
 cudaError_t launch_tiles(const GemmArgs& g, int64_t token_tiles, cudaStream_t stream) {
-  return launch_columns<Form, Weight, Columns>(gemm_s8_kernel<Form, Weight, Grouped, Columns>, g, token_tiles,
-                                               g.outputs, stream);
+  return launch_columns<Form, Weight, Columns>(gemm_s8_kernel<Form, Weight, Grouped, Columns>, g,
+                                               token_tiles, g.outputs, stream);
 }
 
 template <Codes Form, Codes Weight, bool Grouped>

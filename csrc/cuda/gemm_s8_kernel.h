@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T on the int8 MMA that every architecture has: a block computes 64 tokens by 32 * Warp columns, its four
-// warps 32 tokens each, with copies to shared memory running kStages - 1 steps ahead.
+// y = x W^T on the int8 MMA that every architecture has: a block computes 64 tokens by 32 * Warp
+// columns, its four warps 32 tokens each, with copies to shared memory running kStages - 1 steps
+// ahead.
 //
-// 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even ones in the first half
-// of the MMA's depth and odd ones in the second, on both sides (neighbours in each half where neither side is packed).
-// So a group of weights may be any multiple of 32 inputs.
+// 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even
+// ones in the first half of the MMA's depth and odd ones in the second, on both sides (neighbours
+// in each half where neither side is packed). So a group of weights may be any multiple of 32
+// inputs.
 //
-// The kernel of experts takes those and their tokens from a table on the device, so that one launch serves a layer
-// whoever its tokens were routed to: nothing waits for the device, and a CUDA graph may hold it.
+// The kernel of experts takes those and their tokens from a table on the device, so that one launch
+// serves a layer whoever its tokens were routed to: nothing waits for the device, and a CUDA graph
+// may hold it.
 #pragma once
 
 #include "gemm_common.h"
@@ -37,8 +40,8 @@ SMOOTHROT_DEVICE int swizzled(int row, int chunk) {
 
 // Rows [first, first + Rows) of inputs [input, input + kStepInputs), zeros beyond the matrix.
 template <Codes Form, int Rows>
-SMOOTHROT_DEVICE void copy_rows(unsigned char* target, const void* matrix, int64_t first, int64_t rows, int64_t inputs,
-                                int64_t input) {
+SMOOTHROT_DEVICE void copy_rows(unsigned char* target, const void* matrix, int64_t first,
+                                int64_t rows, int64_t inputs, int64_t input) {
   constexpr int kChunks = kRowBytes<Form> / kChunkBytes, kChunkInputs = kStepInputs / kChunks;
 #pragma unroll
   for (int i = 0; i < Rows * kChunks / kTiledThreads; ++i) {
@@ -46,28 +49,29 @@ SMOOTHROT_DEVICE void copy_rows(unsigned char* target, const void* matrix, int64
     const int64_t from = input + chunk * kChunkInputs;
     const bool inside = first + row < rows && from < inputs;
     const int64_t element = inside ? (first + row) * inputs + from : 0;
-    const auto* source = static_cast<const unsigned char*>(matrix) + element * kRowBytes<Form> / kStepInputs;
+    const auto* source =
+        static_cast<const unsigned char*>(matrix) + element * kRowBytes<Form> / kStepInputs;
     copy_async16(target + swizzled<kRowBytes<Form>>(row, chunk), source, inside);
   }
 }
 
 template <Codes Form, Codes Weight, int Columns>
-SMOOTHROT_DEVICE void copy_step(unsigned char* shared, const GemmArgs& g, int step, int64_t first_token,
-                                int64_t first_column) {
+SMOOTHROT_DEVICE void copy_step(unsigned char* shared, const GemmArgs& g, int step,
+                                int64_t first_token, int64_t first_column) {
   const int64_t input = int64_t{step} * kStepInputs;
   if (input < g.inputs) {
     unsigned char* stage = shared + step % kStages * kStageBytes<Form, Weight, Columns>;
     copy_rows<Form, kTiledTokens>(stage, g.codes, first_token, g.tokens, g.inputs, input);
-    copy_rows<Weight, Columns>(stage + kTiledTokens * kRowBytes<Form>, g.weight, first_column, g.outputs, g.inputs,
-                               input);
+    copy_rows<Weight, Columns>(stage + kTiledTokens * kRowBytes<Form>, g.weight, first_column,
+                               g.outputs, g.inputs, input);
   }
   commit_copies();
 }
 
 // A granule of 32 rows, eight a register.
 template <Codes Form, Codes Other>
-SMOOTHROT_DEVICE void load_rows(const unsigned char* rows, int first_row, int granule, uint32_t (&first)[4],
-                                uint32_t (&second)[4]) {
+SMOOTHROT_DEVICE void load_rows(const unsigned char* rows, int first_row, int granule,
+                                uint32_t (&first)[4], uint32_t (&second)[4]) {
   const int lane = thread_index() % 32;
   if constexpr (Form == Codes::packed_int4) {
     uint32_t words[4];
@@ -78,20 +82,22 @@ SMOOTHROT_DEVICE void load_rows(const unsigned char* rows, int first_row, int gr
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int chunk = granule * 2 + lane % 4 / 2, row = first_row + i * 8 + lane / 4;
-      const auto pair = *reinterpret_cast<const Words2*>(rows + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
+      const auto pair = *reinterpret_cast<const Words2*>(
+          rows + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
       eight_inputs<Form, Other>(pair.word, first[i], second[i]);
     }
   }
 }
 
-// A warp's part of the output: row and column of entry r of tile (i, j), within 32 tokens by 8 * Tiles columns.
+// A warp's part of the output: row and column of entry r of tile (i, j), within 32 tokens by 8 *
+// Tiles columns.
 SMOOTHROT_DEVICE int token_of(int i, int r) { return i * 16 + r / 2 * 8 + thread_index() % 32 / 4; }
 SMOOTHROT_DEVICE int column_of(int j) { return j * 8 + thread_index() % 4 * 2; }
 
 // Ends a group: its sums times its scales join the float sums.
 template <int Shift, int Tiles>
-SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_column, int32_t (&sums)[2][Tiles][4],
-                                 float (&totals)[2][Tiles][4]) {
+SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_column,
+                                 int32_t (&sums)[2][Tiles][4], float (&totals)[2][Tiles][4]) {
   const int groups = int(g.inputs) / int(g.group_size);
 #pragma unroll
   for (int j = 0; j < Tiles; ++j) {
@@ -105,7 +111,8 @@ SMOOTHROT_DEVICE void fold_group(const GemmArgs& g, int group, int64_t first_col
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        totals[i][j][r] = multiply_add(float(sums[i][j][r] >> Shift), scale[r % 2], totals[i][j][r]);
+        totals[i][j][r] =
+            multiply_add(float(sums[i][j][r] >> Shift), scale[r % 2], totals[i][j][r]);
         sums[i][j][r] = 0;
       }
     }
@@ -132,7 +139,8 @@ SMOOTHROT_DEVICE void store_outputs(const GemmArgs& g, int64_t first_token, int6
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           y[c] = multiply(totals[i][j][2 * half + c], scale);
-          if (g.bias && (c == 0 || second)) y[c] = add(y[c], load_float(g.bias, g.bias_dtype, column + c));
+          if (g.bias && (c == 0 || second))
+            y[c] = add(y[c], load_float(g.bias, g.bias_dtype, column + c));
         }
         const int64_t at = token * g.outputs + column;
         if (second && g.outputs % 2 == 0) {
@@ -150,19 +158,22 @@ SMOOTHROT_DEVICE void store_outputs(const GemmArgs& g, int64_t first_token, int6
 template <Codes Form, Codes Weight, bool Grouped, int Columns>
 SMOOTHROT_DEVICE void multiply_tile(const GemmArgs& g, int64_t first_token) {
   constexpr int kTiles = Columns / 2 / 8, kShift = kOperandShift<Form, Weight>;
-  const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens, warp_column = warp / 2 * (Columns / 2);
+  const int warp = thread_index() / 32, warp_token = warp % 2 * kWarpTokens,
+            warp_column = warp / 2 * (Columns / 2);
   const int64_t first_column = int64_t{block_index_y()} * Columns;
   const int steps = (int(g.inputs) + kStepInputs - 1) / kStepInputs;
   unsigned char* shared = shared_memory();
   int32_t sums[2][kTiles][4] = {};
   float totals[2][kTiles][4] = {};
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) copy_step<Form, Weight, Columns>(shared, g, s, first_token, first_column);
+  for (int s = 0; s < kStages - 1; ++s)
+    copy_step<Form, Weight, Columns>(shared, g, s, first_token, first_column);
   int left = int(g.group_size) / kGranule;
   int group = 0;
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
-    block_barrier();  // this step has landed for all, and all are done with the stage that is filled next
+    block_barrier();  // this step has landed for all, and all are done with the stage that is
+                      // filled next
     copy_step<Form, Weight, Columns>(shared, g, step + kStages - 1, first_token, first_column);
     const unsigned char* stage = shared + step % kStages * kStageBytes<Form, Weight, Columns>;
 #pragma unroll
@@ -174,7 +185,8 @@ SMOOTHROT_DEVICE void multiply_tile(const GemmArgs& g, int64_t first_token) {
 #pragma unroll
       for (int j = 0; j < kTiles; j += 4) {
         uint32_t columns[2][4];
-        load_rows<Weight, Form>(stage + kTiledTokens * kRowBytes<Form>, warp_column + j * 8, k, columns[0], columns[1]);
+        load_rows<Weight, Form>(stage + kTiledTokens * kRowBytes<Form>, warp_column + j * 8, k,
+                                columns[0], columns[1]);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const uint32_t b[2] = {columns[0][n], columns[1][n]};
@@ -183,7 +195,8 @@ SMOOTHROT_DEVICE void multiply_tile(const GemmArgs& g, int64_t first_token) {
         }
       }
       if constexpr (Grouped) {
-        if (--left == 0 && group * int(g.group_size) < int(g.inputs)) {  // a last step may reach past the inputs
+        if (--left == 0 &&
+            group * int(g.group_size) < int(g.inputs)) {  // a last step may reach past the inputs
           fold_group<kShift>(g, group++, first_column + warp_column, sums, totals);
           left = int(g.group_size) / kGranule;
         }
@@ -206,7 +219,8 @@ SMOOTHROT_DEVICE bool enter_expert(const ExpertsArgs& e, GemmArgs& g, int64_t& f
   const int32_t* tile = e.tiles + block_index_x();
   const int32_t expert = load_global(tile), first = load_global(tile + e.tile_count);
   const int32_t end = load_global(tile + 2 * e.tile_count);
-  if (expert < 0 || expert >= e.experts || first < 0 || end > g.tokens || first >= end) return false;
+  if (expert < 0 || expert >= e.experts || first < 0 || end > g.tokens || first >= end)
+    return false;
   const int64_t elements = g.outputs * g.inputs;
   const int64_t bytes = Weight == Codes::packed_int4 ? elements / 2 : elements;
   g.weight = static_cast<const unsigned char*>(g.weight) + expert * bytes;

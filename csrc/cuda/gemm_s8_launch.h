@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches the tiled GEMM; gemm_s8.cu has one weight for all tokens, gemm_experts.cu one for each expert.
+// Launches the tiled GEMM; gemm_s8.cu has one weight for all tokens, gemm_experts.cu one for each
+// expert.
 #pragma once
 
 #include "gemm_s8_kernel.h"
@@ -8,8 +9,8 @@ namespace smoothrot::cuda {
 
 // A grid of a block for each of `token_tiles` and each `Columns` outputs.
 template <Codes Form, Codes Weight, int Columns, class Args>
-cudaError_t launch_columns(void (*kernel)(Args), const Args& args, int64_t token_tiles, int64_t outputs,
-                           cudaStream_t stream) {
+cudaError_t launch_columns(void (*kernel)(Args), const Args& args, int64_t token_tiles,
+                           int64_t outputs, cudaStream_t stream) {
   const int64_t column_tiles = (outputs + Columns - 1) / Columns;
   constexpr int64_t kMostGridY = 65535;
   if (column_tiles > kMostGridY) return cudaErrorInvalidValue;
@@ -21,7 +22,8 @@ constexpr int kNarrowColumns = 64, kWideColumns = 128;
 
 // Asked for, or such that every multiprocessor has a block.
 inline bool takes_wide_tiles(Width width, int64_t token_tiles, int64_t outputs) {
-  return width == Width::automatic ? token_tiles * (outputs / kWideColumns) >= multiprocessors() : width == Width::wide;
+  return width == Width::automatic ? token_tiles * (outputs / kWideColumns) >= multiprocessors()
+                                   : width == Width::wide;
 }
 
 }  // namespace smoothrot::cuda

@@ -10,7 +10,8 @@ cudaError_t launch_small(const GemmArgs& g, cudaStream_t stream) {
   constexpr int64_t kOutputs = Tiles * kTileOutputs;
   constexpr int64_t kShared = sizeof(SmallShared<Tiles, Octets>);
   const int blocks = int((g.outputs + kOutputs - 1) / kOutputs);
-  return launch(gemm_small_kernel<Form, Weight, Tiles, Octets>, blocks, 1, kSmallThreads, kShared, stream, g);
+  return launch(gemm_small_kernel<Form, Weight, Tiles, Octets>, blocks, 1, kSmallThreads, kShared,
+                stream, g);
 }
 
 // The widest whose blocks occupy half of the multiprocessors, which draw all that DRAM gives.
@@ -43,7 +44,8 @@ struct Small {
 }  // namespace
 
 cudaError_t gemm_small(const GemmArgs& g, cudaStream_t stream, Width width) {
-  if (!valid(g) || g.tokens > kSmallGemmTokens || g.group_size != g.inputs) return cudaErrorInvalidValue;
+  if (!valid(g) || g.tokens > kSmallGemmTokens || g.group_size != g.inputs)
+    return cudaErrorInvalidValue;
   if (g.tokens == 0) return cudaSuccess;
   return launch_forms<Small>(g, g, width, stream);
 }

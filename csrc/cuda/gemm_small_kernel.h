@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T for at most 16 tokens: every weight is read once, straight into the registers of the warp that multiplies
-// it.
+// y = x W^T for at most 16 tokens: every weight is read once, straight into the registers of the
+// warp that multiplies it.
 //
-// A block holds 16 * Tiles outputs. Its warps take turns over the inputs and add their int32 sums in shared memory, so
-// the result does not depend on the order. Weights are operand A (16 outputs a tile), tokens operand B (eight a tile):
-// any order of inputs serves as long as both sides share it, so each lane takes 32 neighbouring inputs of a row.
+// A block holds 16 * Tiles outputs. Its warps take turns over the inputs and add their int32 sums
+// in shared memory, so the result does not depend on the order. Weights are operand A (16 outputs a
+// tile), tokens operand B (eight a tile): any order of inputs serves as long as both sides share
+// it, so each lane takes 32 neighbouring inputs of a row.
 #pragma once
 
 #include "gemm_common.h"
@@ -33,18 +34,21 @@ template <Codes Form, Codes Weight, int Tiles, int Octets>
 SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int first_input,
                                  SmallChunk<Form, Weight, Tiles, Octets>& chunk) {
   constexpr int kWeightWords = kLaneWords<Weight>, kCodeWords = kLaneWords<Form>;
-  const int lane = thread_index() % 32, inputs = int(g.inputs), input = first_input + lane % 4 * kLaneInputs;
+  const int lane = thread_index() % 32, inputs = int(g.inputs),
+            input = first_input + lane % 4 * kLaneInputs;
   const bool inside = input < inputs;
   // Within a block's rows offsets fit 32 bits.
-  const auto* weight =
-      static_cast<const unsigned char*>(g.weight) + int64_t{first_output} * (inputs / 2) * kWeightWords;
+  const auto* weight = static_cast<const unsigned char*>(g.weight) +
+                       int64_t{first_output} * (inputs / 2) * kWeightWords;
 #pragma unroll
   for (int i = 0; i < 2 * Tiles; ++i) {
     const int row = i * kOctet + lane / 4;
-    const auto* words = reinterpret_cast<const Words4*>(weight + (row * inputs + input) / 2 * kWeightWords);
+    const auto* words =
+        reinterpret_cast<const Words4*>(weight + (row * inputs + input) / 2 * kWeightWords);
     const bool wanted = inside && first_output + row < g.outputs;
 #pragma unroll
-    for (int w = 0; w < kWeightWords; ++w) chunk.weight[i / 2][i % 2][w] = load_once(words + w, wanted);
+    for (int w = 0; w < kWeightWords; ++w)
+      chunk.weight[i / 2][i % 2][w] = load_once(words + w, wanted);
   }
   const auto* codes = static_cast<const unsigned char*>(g.codes);
 #pragma unroll
@@ -62,11 +66,13 @@ SMOOTHROT_DEVICE void load_chunk(const GemmArgs& g, int first_output, int first_
 }
 
 template <Codes Form, Codes Weight>
-constexpr bool kUsesInt4 = kNativeInt4 && Form == Codes::packed_int4 && Weight == Codes::packed_int4;
+constexpr bool kUsesInt4 =
+    kNativeInt4 && Form == Codes::packed_int4 && Weight == Codes::packed_int4;
 
 // Eight inputs, the w-th of four, of what a lane holds of a row.
 template <Codes Form, Codes Other, int Words>
-SMOOTHROT_DEVICE void lane_inputs(const Words4 (&row)[Words], int w, uint32_t& first, uint32_t& second) {
+SMOOTHROT_DEVICE void lane_inputs(const Words4 (&row)[Words], int w, uint32_t& first,
+                                  uint32_t& second) {
   eight_inputs<Form, Other>(row[w * Words / 4].word + w * Words % 4, first, second);
 }
 
@@ -78,7 +84,8 @@ SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Weight, Tiles, Octet
     for (int w = 0; w < 4; w += 2) {
 #pragma unroll
       for (int i = 0; i < Tiles; ++i) {
-        const uint32_t *low = chunk.weight[i][0][0].word + w, *high = chunk.weight[i][1][0].word + w;
+        const uint32_t *low = chunk.weight[i][0][0].word + w,
+                       *high = chunk.weight[i][1][0].word + w;
         const uint32_t a[4] = {low[0], high[0], low[1], high[1]};
 #pragma unroll
         for (int o = 0; o < Octets; ++o) {
@@ -92,7 +99,8 @@ SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Weight, Tiles, Octet
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
-      for (int o = 0; o < Octets; ++o) lane_inputs<Form, Weight>(chunk.codes[o], w, b[w][o][0], b[w][o][1]);
+      for (int o = 0; o < Octets; ++o)
+        lane_inputs<Form, Weight>(chunk.codes[o], w, b[w][o][0], b[w][o][1]);
     }
 #pragma unroll
     for (int i = 0; i < Tiles; ++i) {
@@ -111,7 +119,8 @@ SMOOTHROT_DEVICE void multiply_chunk(const SmallChunk<Form, Weight, Tiles, Octet
 template <Codes Form, Codes Weight>
 constexpr int kSmallShift = kUsesInt4<Form, Weight> ? 0 : kOperandShift<Form, Weight>;
 
-// What the block needs at its end: int32 [warp][token][output] beside the scales and biases, each loaded once.
+// What the block needs at its end: int32 [warp][token][output] beside the scales and biases, each
+// loaded once.
 template <int Tiles, int Octets>
 struct SmallShared {
   static constexpr int kOutputs = Tiles * kTileOutputs;
@@ -123,7 +132,8 @@ struct SmallShared {
 };
 
 template <int Tiles, int Octets>
-SMOOTHROT_DEVICE void load_scales(const GemmArgs& g, int first_output, SmallShared<Tiles, Octets>& shared) {
+SMOOTHROT_DEVICE void load_scales(const GemmArgs& g, int first_output,
+                                  SmallShared<Tiles, Octets>& shared) {
   const int i = thread_index();
   if (i < shared.kTokens && i < g.tokens) shared.scale[i] = load_global(g.scale + i);
   const int output = first_output + i;
@@ -138,7 +148,8 @@ SMOOTHROT_KERNEL(kSmallThreads, 1)
 gemm_small_kernel(const GemmArgs g) {
   using Shared = SmallShared<Tiles, Octets>;
   auto& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const int warp = thread_index() / 32, lane = thread_index() % 32, first_output = block_index_x() * Shared::kOutputs;
+  const int warp = thread_index() / 32, lane = thread_index() % 32,
+            first_output = block_index_x() * Shared::kOutputs;
   load_scales(g, first_output, shared);
   int32_t sums[Tiles][Octets][4] = {};
   SmallChunk<Form, Weight, Tiles, Octets> chunk;
@@ -157,14 +168,16 @@ gemm_small_kernel(const GemmArgs g) {
     for (int o = 0; o < Octets; ++o) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const int output = i * kTileOutputs + lane / 4 + r / 2 * kOctet, token = o * kOctet + lane % 4 * 2 + r % 2;
+        const int output = i * kTileOutputs + lane / 4 + r / 2 * kOctet,
+                  token = o * kOctet + lane % 4 * 2 + r % 2;
         shared.sums[warp][token][output] = sums[i][o][r];
       }
     }
   }
   block_barrier();
   for (int i = thread_index(); i < Shared::kTokens * Shared::kOutputs; i += kSmallThreads) {
-    const int token = i / Shared::kOutputs, within = i % Shared::kOutputs, output = first_output + within;
+    const int token = i / Shared::kOutputs, within = i % Shared::kOutputs,
+              output = first_output + within;
     if (token >= g.tokens || output >= g.outputs) continue;
     int32_t sum = 0;
     for (int w = 0; w < kSmallWarps; ++w) sum += shared.sums[w][token][within];

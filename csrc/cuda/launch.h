@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The hand-written CUDA kernels as the torch binding sees them: plain structs and launchers, no torch.
+// The hand-written CUDA kernels as the torch binding sees them: plain structs and launchers, no
+// torch.
 //
-// Pointers are device pointers, arrays are contiguous and start at 16-byte boundaries, `inputs` is a multiple of
-// kInputMultiple. Launchers only enqueue work on the stream. They return cudaErrorInvalidValue for arguments
-// outside these bounds: naming the argument to the user is the binding's duty.
+// Pointers are device pointers, arrays are contiguous and start at 16-byte boundaries, `inputs` is
+// a multiple of kInputMultiple. Launchers only enqueue work on the stream. They return
+// cudaErrorInvalidValue for arguments outside these bounds: naming the argument to the user is the
+// binding's duty.
 #pragma once
 
 #ifdef SMOOTHROT_EMULATED
@@ -19,14 +21,15 @@
 
 namespace smoothrot::cuda {
 
-// How codes lie in memory. int8 with 4-bit activations holds values in [-8, 7], one a byte, for architectures whose
-// tensor cores have no int4.
+// How codes lie in memory. int8 with 4-bit activations holds values in [-8, 7], one a byte, for
+// architectures whose tensor cores have no int4.
 enum class Codes : int { packed_int4, int8 };
 
 constexpr int64_t kInputMultiple = 32;
 constexpr int64_t kMostInputs = 32768;
 constexpr int64_t kMostBase = 252;
-// |code product| <= 2^14, the scaling of packed operands included, keeps int32 sums exact below this.
+// |code product| <= 2^14, the scaling of packed operands included, keeps int32 sums exact below
+// this.
 constexpr int64_t kMostGemmInputs = 131072 - kInputMultiple;
 constexpr int64_t kSmallGemmTokens = 16;
 
@@ -40,7 +43,8 @@ struct Rotation {
 // Words that the signs of a base matrix take: [base / 4][ceil(base / 8)].
 constexpr int64_t sign_words(int64_t base) { return base > 1 ? base / 4 * ((base + 7) / 8) : 0; }
 
-// Bit 4 * (j % 8) + i of word (g, j / 8) is set where matrix[4 g + i][j] is -1; `matrix` is [base][base], host.
+// Bit 4 * (j % 8) + i of word (g, j / 8) is set where matrix[4 g + i][j] is -1; `matrix` is
+// [base][base], host.
 inline void pack_signs(const int8_t* matrix, int64_t base, uint32_t* words) {
   const int64_t pitch = (base + 7) / 8;
   for (int64_t w = 0; w < sign_words(base); ++w) words[w] = 0;
@@ -52,8 +56,8 @@ inline void pack_signs(const int8_t* matrix, int64_t base, uint32_t* words) {
   }
 }
 
-// Inputs of a row that a rotation with this base may have: its outputs are made in eights, which a block has
-// kMostInputs of. 24576 for base 12, and for base 28 the 28672 of the largest Llamas.
+// Inputs of a row that a rotation with this base may have: its outputs are made in eights, which a
+// block has kMostInputs of. 24576 for base 12, and for base 28 the 28672 of the largest Llamas.
 constexpr int64_t most_rotated_inputs(int64_t base) {
   return base > 1 ? kMostInputs / ((base + 7) / 8 * 8) * base : kMostInputs;
 }
@@ -72,7 +76,8 @@ struct QuantArgs {
   float* scale;  // [tokens]
   // rms_norm_quant only
   const void* norm_weight;  // [inputs] or null for ones
-  void* residual;           // [tokens][inputs] or null: x is added to it first, rounded to dtype and written back
+  void* residual;  // [tokens][inputs] or null: x is added to it first, rounded to dtype and written
+                   // back
   float epsilon;
 };
 
@@ -83,20 +88,22 @@ cudaError_t silu_mul_quant(const QuantArgs& args, cudaStream_t stream);
 // reference.rms_norm_quant.
 cudaError_t rms_norm_quant(const QuantArgs& args, cudaStream_t stream);
 
-// The kernel that these arguments need, for producer "plain", "silu_mul" or "rms_norm"; null where there is none.
+// The kernel that these arguments need, for producer "plain", "silu_mul" or "rms_norm"; null where
+// there is none.
 const char* quant_kernel_name(const std::string& producer, const QuantArgs& args);
 // Every kernel that quantises, with spaces between them.
 std::string quant_kernel_names();
 
-// Shared memory that a row takes. Above cudaDevAttrMaxSharedMemoryPerBlockOptin of the device the launchers
-// refuse; below 99 KiB (about 22000 inputs with a rotation) every architecture runs it.
+// Shared memory that a row takes. Above cudaDevAttrMaxSharedMemoryPerBlockOptin of the device the
+// launchers refuse; below 99 KiB (about 22000 inputs with a rotation) every architecture runs it.
 int64_t quant_shared_bytes(const QuantArgs& args);
 
 struct GemmArgs {
   const void* codes;  // [tokens][inputs / 2] packed or [tokens][inputs] int8
   Codes form;
   const float* scale;  // [tokens]
-  const void* weight;  // [outputs][inputs / 2] packed or [outputs][inputs] int8, as in the checkpoint
+  const void*
+      weight;  // [outputs][inputs / 2] packed or [outputs][inputs] int8, as in the checkpoint
   Codes weight_form;
   const float* weight_scale;  // [outputs][inputs / group_size]
   int64_t group_size;         // inputs: per channel; else a multiple of 32 that divides inputs
@@ -111,30 +118,34 @@ struct GemmArgs {
 
 // Both are reference.gemm: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
 
-// Outputs of a block of a hand-written GEMM. Wide blocks read the activations less often, narrow ones keep more
-// multiprocessors busy: `automatic` weighs these, the others are for tests.
+// Outputs of a block of a hand-written GEMM. Wide blocks read the activations less often, narrow
+// ones keep more multiprocessors busy: `automatic` weighs these, the others are for tests.
 enum class Width { automatic, narrow, medium, wide };
 
-// At most kSmallGemmTokens tokens, per-channel scales: reads each weight once. Every architecture from sm_80; packed
-// codes and weights use the native int4 MMA on sm_80 to sm_89 and are expanded to int8 elsewhere.
+// At most kSmallGemmTokens tokens, per-channel scales: reads each weight once. Every architecture
+// from sm_80; packed codes and weights use the native int4 MMA on sm_80 to sm_89 and are expanded
+// to int8 elsewhere.
 cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
-// Any number of tokens, per-channel or group scales, packed or int8 operands, every architecture from sm_80: packed
-// ones are expanded to int8 in registers. No medium width.
+// Any number of tokens, per-channel or group scales, packed or int8 operands, every architecture
+// from sm_80: packed ones are expanded to int8 in registers. No medium width.
 cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
-// Not part of GemmArgs: three more parameters cost the kernels that do not read them registers (nvcc 13.0).
+// Not part of GemmArgs: three more parameters cost the kernels that do not read them registers
+// (nvcc 13.0).
 struct ExpertsArgs {
   GemmArgs gemm;         // weight and weight_scale are [experts][outputs][...]; no bias
-  const int32_t* tiles;  // [3][tile_count]: of each tile its expert, its first token and the end of its expert's tokens
+  const int32_t* tiles;  // [3][tile_count]: of each tile its expert, its first token and the end of
+                         // its expert's tokens
   int64_t tile_count;
   int64_t experts;
 };
 
-// gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and a tile computes up
-// to kExpertTileTokens of them; with group scales narrow only. Tiles without tokens, of an unknown expert or past the
-// last token compute nothing.
-cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream, Width width = Width::automatic);
+// gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and
+// a tile computes up to kExpertTileTokens of them; with group scales narrow only. Tiles without
+// tokens, of an unknown expert or past the last token compute nothing.
+cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream,
+                         Width width = Width::automatic);
 
 struct CombineArgs {
   const float* rows;       // [row_count][outputs]
@@ -148,8 +159,8 @@ struct CombineArgs {
   int64_t row_count;
 };
 
-// The end of reference.experts: the sum over top_k of rows[source] * weight in float32, one after the other from zero,
-// rounded once. A source that is no row gives NaN.
+// The end of reference.experts: the sum over top_k of rows[source] * weight in float32, one after
+// the other from zero, rounded once. A source that is no row gives NaN.
 cudaError_t combine_experts(const CombineArgs& args, cudaStream_t stream);
 
 }  // namespace smoothrot::cuda

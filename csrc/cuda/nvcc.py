@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the CUDA sources are compiled: for setup.py, which links them, and for the checks, which read the machine code.
+"""How the CUDA sources are compiled: for setup.py, which links them, and for the checks, which read
+the machine code.
 
-Only machine code is built (``-real``), never PTX: the driver would compile the int4 kernels' PTX for newer devices
-into an emulation that is many times slower than the int8 kernels those devices get.
+Only machine code is built (``-real``), never PTX: the driver would compile the int4 kernels' PTX
+for newer devices into an emulation that is many times slower than the int8 kernels those devices
+get.
 """
 
 import os
@@ -19,7 +21,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0"
-"""Capabilities built for without TORCH_CUDA_ARCH_LIST; sm_80 code runs on 8.6 and 8.9, sm_100 on 10.3, sm_120 on 12.1."""
+"""Capabilities built for without TORCH_CUDA_ARCH_LIST; sm_80 code runs on 8.6 and 8.9, sm_100 on
+10.3, sm_120 on 12.1."""
 CUTLASS = "nvidia-cutlass==4.2.0.0"
 PACKAGED = (13, 0)
 """CUDA release of the packages below; its code runs under every driver for CUDA 13."""
@@ -77,14 +80,20 @@ class Unit:
 
 
 def find_nvcc(folders: Sequence[str] = sys.path) -> str | None:
-    """``$CUDACXX``; else nvcc in ``$CUDA_HOME``, or if not set on PATH or in /usr/local/cuda; else PyPI's in ``folders``."""
+    """``$CUDACXX``; else nvcc in ``$CUDA_HOME``, or if not set on PATH or in /usr/local/cuda;
+    else PyPI's in ``folders``."""
     named, home = os.environ.get("CUDACXX"), os.environ.get("CUDA_HOME")
-    toolkits = f"{home}/bin" if home else os.pathsep.join((os.environ.get("PATH", os.defpath), SYSTEM_FOLDER))
+    toolkits = (
+        f"{home}/bin"
+        if home
+        else os.pathsep.join((os.environ.get("PATH", os.defpath), SYSTEM_FOLDER))
+    )
     return named or shutil.which("nvcc", path=toolkits) or _packaged_nvcc(folders)
 
 
 def _packaged_nvcc(folders: Sequence[str]) -> str | None:
-    """``nvcc`` of the package nvidia-cuda-nvcc, if the packages that it compiles and links with are beside it."""
+    """``nvcc`` of the package nvidia-cuda-nvcc, if the packages that it compiles and links with
+    are beside it."""
     for folder in folders:
         root = Path(folder, "nvidia", "cu13")
         if all((root / part).exists() for part in PACKAGED_PARTS):
@@ -100,15 +109,22 @@ def version(nvcc: str) -> tuple[int, int]:
         NvccError: it does not run, or is older than :data:`OLDEST_NVCC`.
     """
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        said = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=False
+        ).stdout
     except OSError as error:
         raise NvccError(f"{nvcc}: expected a CUDA compiler, got: {error}") from None
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None:
-        raise NvccError(f"{nvcc}: expected a CUDA compiler, got: {said.strip()[:200] or 'no output'}")
+        raise NvccError(
+            f"{nvcc}: expected a CUDA compiler, got: {said.strip()[:200] or 'no output'}"
+        )
     found = int(release[1]), int(release[2])
     if found < OLDEST_NVCC:
-        raise NvccError(f"{nvcc}: expected CUDA 12.0 or newer, got {found[0]}.{found[1]}. Name a newer nvcc with CUDACXX.")
+        raise NvccError(
+            f"{nvcc}: expected CUDA 12.0 or newer, got {found[0]}.{found[1]}. Name a newer nvcc"
+            " with CUDACXX."
+        )
     return found
 
 
@@ -116,10 +132,17 @@ def version(nvcc: str) -> tuple[int, int]:
 def toolkit(nvcc: str) -> Path:
     """Root of the toolkit, which holds ``include`` and the libraries."""
     version(nvcc)
-    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False).stderr
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
     top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
     if top is None:
-        raise NvccError(f"{nvcc}: expected a CUDA compiler, got: {plan.strip()[:200] or 'no output'}")
+        raise NvccError(
+            f"{nvcc}: expected a CUDA compiler, got: {plan.strip()[:200] or 'no output'}"
+        )
     return Path(top.group(1).strip()).resolve()
 
 
@@ -133,13 +156,18 @@ def static_runtime(nvcc: str) -> Path:
         library = toolkit(nvcc) / name / "libcudart_static.a"
         if library.exists():
             return library
-    raise NvccError(f"{toolkit(nvcc)}: expected lib64/libcudart_static.a, found none. Install all of the CUDA toolkit.")
+    raise NvccError(
+        f"{toolkit(nvcc)}: expected lib64/libcudart_static.a, found none. Install all of the CUDA"
+        " toolkit."
+    )
 
 
 @cache
 def known_architectures(nvcc: str) -> frozenset[int]:
     """Machine-code architectures that this nvcc can write, as 10 * major + minor."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout
     return frozenset(map(int, re.findall(r"sm_(\d+)", listed)))
 
 
@@ -149,13 +177,17 @@ def architectures(nvcc: str, setting: str | None = None) -> tuple[str, ...]:
     Capabilities below 8.0 have no int4 MMA of the needed shape and are left out, and so is PTX.
 
     Raises:
-        NvccError: an entry is no capability, none is left, or nvcc cannot build one that was asked for.
+        NvccError: an entry is no capability, none is left, or nvcc cannot build one that was asked
+            for.
     """
     names = []
     for entry in re.split(r"[\s;,]+", (setting or DEFAULT_ARCHITECTURES).strip()):
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if parts is None:
-            raise NvccError(f"TORCH_CUDA_ARCH_LIST: expected capabilities such as {DEFAULT_ARCHITECTURES!r}, got {entry!r}")
+            raise NvccError(
+                f"TORCH_CUDA_ARCH_LIST: expected capabilities such as {DEFAULT_ARCHITECTURES!r},"
+                f" got {entry!r}"
+            )
         capability = int(parts[1]), int(parts[2])
         if capability >= OLDEST:
             # wgmma exists only in the architecture-specific code of 9.0; nothing else is specific.
@@ -165,8 +197,8 @@ def architectures(nvcc: str, setting: str | None = None) -> tuple[str, ...]:
         names = [name for name in names if _number(name) in known]
     if not names or any(_number(name) not in known for name in names):
         raise NvccError(
-            f"TORCH_CUDA_ARCH_LIST={setting!r}: expected capabilities from 8.0 on that {nvcc} can build "
-            f"(sm_ {' '.join(map(str, sorted(known)))}), got {' '.join(names) or 'none'}"
+            f"TORCH_CUDA_ARCH_LIST={setting!r}: expected capabilities from 8.0 on that {nvcc} can"
+            f" build (sm_ {' '.join(map(str, sorted(known)))}), got {' '.join(names) or 'none'}"
         )
     return tuple(sorted(set(names), key=_number))
 
@@ -176,9 +208,14 @@ def _number(architecture: str) -> int:
 
 
 def units(archs: tuple[str, ...]) -> list[Unit]:
-    """Every source with the architectures among ``archs`` that it is meant for; the slowest to compile come first."""
+    """Every source with the architectures among ``archs`` that it is meant for; the slowest to
+    compile come first."""
     native_int4 = tuple(a for a in archs if _number(a) < 90)
-    families = {"cutlass_sm90": ("90a",) if "90a" in archs else (), "cutlass_sm80": native_int4, "": archs}
+    families = {
+        "cutlass_sm90": ("90a",) if "90a" in archs else (),
+        "cutlass_sm80": native_int4,
+        "": archs,
+    }
     found = []
     for prefix, chosen in families.items():
         for source in sorted(FOLDER.glob("*.cu")):
@@ -200,7 +237,9 @@ def definitions(archs: tuple[str, ...]) -> list[str]:
 def find_cutlass(folders: Sequence[str] = sys.path) -> Path | None:
     """Sources of CUTLASS in the package nvidia-cutlass."""
     package = PathFinder.find_spec("cutlass_library", list(folders))
-    return Path(package.origin).parent / "source" if package is not None and package.origin else None
+    return (
+        Path(package.origin).parent / "source" if package is not None and package.origin else None
+    )
 
 
 def cutlass_includes() -> list[str]:
@@ -211,7 +250,10 @@ def cutlass_includes() -> list[str]:
     """
     source = find_cutlass()
     if source is None:
-        raise NvccError(f"CUTLASS headers: expected the package {CUTLASS}, found none. pip install --no-deps {CUTLASS}")
+        raise NvccError(
+            f"CUTLASS headers: expected the package {CUTLASS}, found none. pip install --no-deps"
+            f" {CUTLASS}"
+        )
     return [f"-I{source / 'include'}", f"-I{source / 'tools/util/include'}"]
 
 
@@ -222,12 +264,27 @@ def command(nvcc: str, unit: Unit, folder: Path) -> list[str]:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in unit.architectures]
     dependencies = ["-MD", "-MF", str(target.with_suffix(".d"))]
     flags = [flag for flag in FLAGS if flag != COMPRESS or version(nvcc) >= COMPRESSING_NVCC]
-    return [nvcc, *flags, *includes, *codes, *dependencies, "-c", str(unit.source), "-o", str(target)]
+    return [
+        nvcc,
+        *flags,
+        *includes,
+        *codes,
+        *dependencies,
+        "-c",
+        str(unit.source),
+        "-o",
+        str(target),
+    ]
 
 
 def _is_current(target: Path, call: list[str]) -> bool:
     record, dependencies = target.with_suffix(".cmd"), target.with_suffix(".d")
-    if not (target.exists() and dependencies.exists() and record.exists() and record.read_text() == " ".join(call)):
+    if not (
+        target.exists()
+        and dependencies.exists()
+        and record.exists()
+        and record.read_text() == " ".join(call)
+    ):
         return False
     made = target.stat().st_mtime
     files = re.findall(r"(?:\\ |[^\s\\])+", dependencies.read_text().partition(":")[2])
@@ -235,7 +292,8 @@ def _is_current(target: Path, call: list[str]) -> bool:
 
 
 def compile_unit(nvcc: str, unit: Unit, folder: Path) -> Path:
-    """Compile unless the object is newer than all it was made from; what ptxas said is kept beside it in ``.log``.
+    """Compile unless the object is newer than all it was made from; what ptxas said is kept beside
+    it in ``.log``.
 
     Raises:
         NvccError: with the compiler's output.
@@ -248,7 +306,9 @@ def compile_unit(nvcc: str, unit: Unit, folder: Path) -> Path:
     print("nvcc", unit.source.name, " ".join(unit.architectures), flush=True)
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NvccError(f"{unit.source.name} for {' '.join(unit.architectures)}:\n{done.stdout}{done.stderr}")
+        raise NvccError(
+            f"{unit.source.name} for {' '.join(unit.architectures)}:\n{done.stdout}{done.stderr}"
+        )
     target.with_suffix(".log").write_text(done.stdout + done.stderr)
     target.with_suffix(".cmd").write_text(" ".join(call))
     return target

@@ -18,9 +18,11 @@ bool valid(const QuantArgs& q) {
   const bool rotation =
       h.power == 0 ||
       ((h.base == 1 || (h.base > kVector && h.base <= kMostBase && h.base % 4 == 0)) &&
-       (h.power & (h.power - 1)) == 0 && q.inputs % (h.base * h.power) == 0 && (h.base == 1 || h.signs));
-  return rotation && q.inputs > 0 && q.inputs <= most_rotated_inputs(h.base) && q.inputs % kInputMultiple == 0 &&
-         q.tokens >= 0 && q.tokens <= INT32_MAX / 2 && (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
+       (h.power & (h.power - 1)) == 0 && q.inputs % (h.base * h.power) == 0 &&
+       (h.base == 1 || h.signs));
+  return rotation && q.inputs > 0 && q.inputs <= most_rotated_inputs(h.base) &&
+         q.inputs % kInputMultiple == 0 && q.tokens >= 0 && q.tokens <= INT32_MAX / 2 &&
+         (q.bits == 4 || (q.bits == 8 && q.form == Codes::int8));
 }
 
 RowArgs row_args(const QuantArgs& q) {
@@ -40,7 +42,8 @@ RowArgs row_args(const QuantArgs& q) {
   return a;
 }
 
-// Threads for `units` of eight values with at most `units_per_thread` each, or 0 where a block has too few.
+// Threads for `units` of eight values with at most `units_per_thread` each, or 0 where a block has
+// too few.
 int threads_for(int64_t units, int units_per_thread) {
   const int64_t threads = (units + units_per_thread - 1) / units_per_thread;
   const int64_t whole_warps = (threads + kWarp - 1) / kWarp * kWarp;
@@ -56,24 +59,26 @@ struct RowKernel {
   void (*kernel)(RowArgs);
 };
 
-#define ROW_KERNELS(source, units)                                                                            \
-  {"quant_" #source "_" #units, Source::source, false, Base::none, units, quant_rows<Source::source, units>}, \
-      {"rotate_" #source "_" #units,                                                                          \
-       Source::source,                                                                                        \
-       true,                                                                                                  \
-       Base::none,                                                                                            \
-       units,                                                                                                 \
-       rotate_rows<Source::source, units, Base::none>},                                                       \
-      {"rotate_" #source "_" #units "_floats",          Source::source, true, Base::floats, units,            \
-       rotate_rows<Source::source, units, Base::floats>},                                                     \
-  {                                                                                                           \
-    "rotate_" #source "_" #units "_words", Source::source, true, Base::words, units,                          \
-        rotate_rows<Source::source, units, Base::words>                                                       \
+#define ROW_KERNELS(source, units)                                                                 \
+  {"quant_" #source "_" #units,      Source::source, false, Base::none, units,                     \
+   quant_rows<Source::source, units>},                                                             \
+      {"rotate_" #source "_" #units,                                                               \
+       Source::source,                                                                             \
+       true,                                                                                       \
+       Base::none,                                                                                 \
+       units,                                                                                      \
+       rotate_rows<Source::source, units, Base::none>},                                            \
+      {"rotate_" #source "_" #units "_floats",          Source::source, true, Base::floats, units, \
+       rotate_rows<Source::source, units, Base::floats>},                                          \
+  {                                                                                                \
+    "rotate_" #source "_" #units "_words", Source::source, true, Base::words, units,               \
+        rotate_rows<Source::source, units, Base::words>                                            \
   }
 
 const RowKernel kRowKernels[] = {
-    ROW_KERNELS(plain, 1),    ROW_KERNELS(plain, 2),    ROW_KERNELS(plain, 4),    ROW_KERNELS(plain, 8),
-    ROW_KERNELS(silu_mul, 1), ROW_KERNELS(silu_mul, 2), ROW_KERNELS(silu_mul, 4), ROW_KERNELS(silu_mul, 8),
+    ROW_KERNELS(plain, 1),    ROW_KERNELS(plain, 2),    ROW_KERNELS(plain, 4),
+    ROW_KERNELS(plain, 8),    ROW_KERNELS(silu_mul, 1), ROW_KERNELS(silu_mul, 2),
+    ROW_KERNELS(silu_mul, 4), ROW_KERNELS(silu_mul, 8),
 };
 #undef ROW_KERNELS
 
@@ -84,13 +89,15 @@ struct NormKernel {
 };
 
 const NormKernel kNormKernels[] = {
-    {"rms_norm_1", 1, rms_norm_rows<1>}, {"rms_norm_2", 2, rms_norm_rows<2>},    {"rms_norm_4", 4, rms_norm_rows<4>},
-    {"rms_norm_8", 8, rms_norm_rows<8>}, {"rms_norm_16", 16, rms_norm_rows<16>},
+    {"rms_norm_1", 1, rms_norm_rows<1>},    {"rms_norm_2", 2, rms_norm_rows<2>},
+    {"rms_norm_4", 4, rms_norm_rows<4>},    {"rms_norm_8", 8, rms_norm_rows<8>},
+    {"rms_norm_16", 16, rms_norm_rows<16>},
 };
 
 int64_t units_of(const QuantArgs& q) {
   const int64_t runs_padded = (q.rotation.base + kVector - 1) / kVector * kVector;
-  return q.rotation.base == 1 ? q.inputs / kVector : q.inputs / q.rotation.base * runs_padded / kVector;
+  return q.rotation.base == 1 ? q.inputs / kVector
+                              : q.inputs / q.rotation.base * runs_padded / kVector;
 }
 
 // The one with the fewest units a thread; null where a block has too few threads for the row.
@@ -118,8 +125,8 @@ cudaError_t launch_source(Source source, const QuantArgs& q, cudaStream_t stream
   if (!k) return cudaErrorInvalidValue;
   const int64_t most = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
   const int64_t blocks = k->base == Base::none || q.tokens < most ? q.tokens : most;
-  return launch(k->kernel, int(blocks), 1, threads_for(units_of(q), k->units), quant_shared_bytes(q), stream,
-                row_args(q));
+  return launch(k->kernel, int(blocks), 1, threads_for(units_of(q), k->units),
+                quant_shared_bytes(q), stream, row_args(q));
 }
 
 }  // namespace
@@ -128,10 +135,13 @@ int64_t quant_shared_bytes(const QuantArgs& q) {
   if (!rotates_in_shared_memory(q.rotation)) return 2 * kReductionBytes + q.inputs;
   const int64_t floats = q.inputs + q.inputs / 32 * kPadding;
   const int64_t bits_of_sign = signs_kept(q.rotation.base) == Base::floats ? 32 : 1;
-  return kReductionBytes + (floats + sign_words(q.rotation.base) * bits_of_sign) * int64_t{sizeof(uint32_t)};
+  return kReductionBytes +
+         (floats + sign_words(q.rotation.base) * bits_of_sign) * int64_t{sizeof(uint32_t)};
 }
 
-cudaError_t quant(const QuantArgs& args, cudaStream_t stream) { return launch_source(Source::plain, args, stream); }
+cudaError_t quant(const QuantArgs& args, cudaStream_t stream) {
+  return launch_source(Source::plain, args, stream);
+}
 
 cudaError_t silu_mul_quant(const QuantArgs& args, cudaStream_t stream) {
   return launch_source(Source::silu_mul, args, stream);
@@ -142,7 +152,8 @@ cudaError_t rms_norm_quant(const QuantArgs& q, cudaStream_t stream) {
   if (q.tokens == 0) return cudaSuccess;
   const NormKernel* k = find_norm_kernel(q);
   if (!k) return cudaErrorInvalidValue;
-  return launch(k->kernel, int(q.tokens), 1, kNormThreads, quant_shared_bytes(q), stream, row_args(q));
+  return launch(k->kernel, int(q.tokens), 1, kNormThreads, quant_shared_bytes(q), stream,
+                row_args(q));
 }
 
 const char* quant_kernel_name(const std::string& producer, const QuantArgs& q) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantisation of rows that stay in registers: unrotated ones, those of a rotation within eight values, and RMS norm.
+// Quantisation of rows that stay in registers: unrotated ones, those of a rotation within eight
+// values, and RMS norm.
 #pragma once
 
 #include "butterflies.h"
@@ -45,11 +46,13 @@ SMOOTHROT_DEVICE float pairwise_sum(const float* s) {
   return add(add(add(s[0], s[1]), add(s[2], s[3])), add(add(s[4], s[5]), add(s[6], s[7])));
 }
 
-// Neighbouring accumulators are added pairwise, then those of lanes and warps, so every lane ends with the same bits.
+// Neighbouring accumulators are added pairwise, then those of lanes and warps, so every lane ends
+// with the same bits.
 SMOOTHROT_DEVICE float norm_sum(const float (&s)[kVector], float* scratch) {
   float sum = pairwise_sum(s);
 #pragma unroll
-  for (int mask = 1; mask < kWarp; mask *= 2) sum = add(sum, bits_float(shuffle_xor(float_bits(sum), mask)));
+  for (int mask = 1; mask < kWarp; mask *= 2)
+    sum = add(sum, bits_float(shuffle_xor(float_bits(sum), mask)));
   if (thread_index() % kWarp == 0) scratch[thread_index() / kWarp] = sum;
   block_barrier();
   return pairwise_sum(scratch);
@@ -57,8 +60,8 @@ SMOOTHROT_DEVICE float norm_sum(const float (&s)[kVector], float* scratch) {
 
 // residual += x, rounded to their dtype; y becomes the new residual.
 SMOOTHROT_DEVICE void add_residual(const QuantArgs& q, int64_t first, float (&y)[kVector]) {
-  Words4* words =
-      reinterpret_cast<Words4*>(static_cast<unsigned char*>(q.residual) + first * (q.dtype == Float::f32 ? 4 : 2));
+  Words4* words = reinterpret_cast<Words4*>(static_cast<unsigned char*>(q.residual) +
+                                            first * (q.dtype == Float::f32 ? 4 : 2));
   if (q.dtype == Float::f32) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

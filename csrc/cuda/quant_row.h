@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a row's values, spread over the registers of a block, to its codes and scale: reference._quant_float32.
+// From a row's values, spread over the registers of a block, to its codes and scale:
+// reference._quant_float32.
 #pragma once
 
 #include "device.h"
@@ -26,8 +27,8 @@ struct RowArgs {
   float mean_factor;            // 1 / inputs
 };
 
-// Shared memory: one word a warp, then the row, as floats padded against bank conflicts and later as codes, a byte
-// each.
+// Shared memory: one word a warp, then the row, as floats padded against bank conflicts and later
+// as codes, a byte each.
 constexpr int kReductionBytes = kMostThreads / kWarp * int(sizeof(uint32_t));
 
 SMOOTHROT_DEVICE uint32_t block_max(uint32_t value, uint32_t* scratch) {
@@ -41,7 +42,9 @@ SMOOTHROT_DEVICE uint32_t block_max(uint32_t value, uint32_t* scratch) {
 
 // The low nibbles of eight bytes.
 SMOOTHROT_DEVICE uint32_t join_nibbles(uint32_t low, uint32_t high) {
-  const auto join = [](uint32_t w) { return (w & 0xF) | (w >> 4 & 0xF0) | (w >> 8 & 0xF00) | (w >> 12 & 0xF000); };
+  const auto join = [](uint32_t w) {
+    return (w & 0xF) | (w >> 4 & 0xF0) | (w >> 8 & 0xF00) | (w >> 12 & 0xF000);
+  };
   return join(low) | join(high) << 16;
 }
 
@@ -63,10 +66,12 @@ SMOOTHROT_DEVICE void write_codes(const QuantArgs& q, int64_t row, const unsigne
   }
 }
 
-// Unused entries of `values` are zero. `put(k, codes)` writes the codes of values[k], a byte in each word, to staging.
+// Unused entries of `values` are zero. `put(k, codes)` writes the codes of values[k], a byte in
+// each word, to staging.
 template <int Units, class Put>
-SMOOTHROT_DEVICE void quantise_row(const RowArgs& a, int64_t row, const float (&values)[Units][kVector],
-                                   uint32_t* scratch, const unsigned char* staging, const Put& put) {
+SMOOTHROT_DEVICE void quantise_row(const RowArgs& a, int64_t row,
+                                   const float (&values)[Units][kVector], uint32_t* scratch,
+                                   const unsigned char* staging, const Put& put) {
   uint32_t top_bits = 0;
 #pragma unroll
   for (int k = 0; k < Units; ++k) {
@@ -86,8 +91,10 @@ SMOOTHROT_DEVICE void quantise_row(const RowArgs& a, int64_t row, const float (&
     uint32_t codes[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const float rounded = add(clamp(multiply(values[k][i], inverse), -high - 1.0f, high), 12582912.0f);
-      codes[i] = finite ? float_bits(rounded) & 0xFF : 0;  // 1.5 * 2^23 puts the integer in the low bits
+      const float rounded =
+          add(clamp(multiply(values[k][i], inverse), -high - 1.0f, high), 12582912.0f);
+      codes[i] =
+          finite ? float_bits(rounded) & 0xFF : 0;  // 1.5 * 2^23 puts the integer in the low bits
     }
     put(k, codes);
   }

@@ -22,7 +22,9 @@ SMOOTHROT_DEVICE void split_vector(const Words4& words, Float dtype, float (&y)[
 
 SMOOTHROT_DEVICE void load_vector(const void* x, Float dtype, int64_t first, float (&y)[kVector]) {
   if (dtype != Float::f32) {
-    split_vector(load_global(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(x) + first)), dtype, y);
+    split_vector(
+        load_global(reinterpret_cast<const Words4*>(static_cast<const uint16_t*>(x) + first)),
+        dtype, y);
     return;
   }
   const auto* words = reinterpret_cast<const Words4*>(static_cast<const float*>(x) + first);

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block Hadamard transform of a row in shared memory, then its quantisation: one read and one write of the row.
+// The block Hadamard transform of a row in shared memory, then its quantisation: one read and one
+// write of the row.
 //
-// The order of additions is reference.hadamard_transform's. The last stage leaves its results in registers: for base 1
-// three butterfly strides, eight values a unit; else the base step, up to eight outputs a unit.
+// The order of additions is reference.hadamard_transform's. The last stage leaves its results in
+// registers: for base 1 three butterfly strides, eight values a unit; else the base step, up to
+// eight outputs a unit.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +14,8 @@
 
 namespace smoothrot::cuda {
 
-// Floats of padding after every 32: keeps strided butterflies off each other's banks, and vectors aligned.
+// Floats of padding after every 32: keeps strided butterflies off each other's banks, and vectors
+// aligned.
 constexpr int kPadding = 4;
 
 SMOOTHROT_DEVICE int padded(int i, int padding) { return i + i / 32 * padding; }
@@ -38,7 +41,8 @@ SMOOTHROT_DEVICE void butterfly_pass(float* values, int inputs, int log2_stride,
   block_barrier();
 }
 
-SMOOTHROT_DEVICE void middle_passes(float* values, int inputs, int log2_stride, int stages, int padding) {
+SMOOTHROT_DEVICE void middle_passes(float* values, int inputs, int log2_stride, int stages,
+                                    int padding) {
   if (stages % 3 == 1) butterfly_pass<1>(values, inputs, log2_stride, padding);
   if (stages % 3 == 2) butterfly_pass<2>(values, inputs, log2_stride, padding);
   log2_stride += stages % 3;
@@ -46,8 +50,8 @@ SMOOTHROT_DEVICE void middle_passes(float* values, int inputs, int log2_stride, 
     butterfly_pass<3>(values, inputs, log2_stride, padding);
 }
 
-// How the signs of the base matrix are kept in shared memory: four floats +-1 for each output of a group of four runs,
-// or, where that would take too much, the words of pack_signs.
+// How the signs of the base matrix are kept in shared memory: four floats +-1 for each output of a
+// group of four runs, or, where that would take too much, the words of pack_signs.
 enum class Base { none, floats, words };
 
 constexpr int64_t kMostBaseOfFloats = 60;
@@ -61,7 +65,8 @@ using Signs = std::conditional_t<B == Base::floats, Words4, uint32_t>;
 
 template <Base B>
 SMOOTHROT_DEVICE void load_signs(const RowArgs& a, Signs<B>* signs) {
-  for (int i = thread_index(); i < int(a.q.rotation.base) / 4 * a.sign_pitch; i += block_threads()) {
+  for (int i = thread_index(); i < int(a.q.rotation.base) / 4 * a.sign_pitch;
+       i += block_threads()) {
     const uint32_t minus = load_global(a.q.rotation.signs + i);
     if constexpr (B == Base::words) {
       signs[i] = minus;
@@ -73,14 +78,18 @@ SMOOTHROT_DEVICE void load_signs(const RowArgs& a, Signs<B>* signs) {
   }
 }
 
-// (+-r0 +- r1) + (+-r2 +- r3): a product with +-1 is exact, so each multiply_add rounds once, as an addition does.
+// (+-r0 +- r1) + (+-r2 +- r3): a product with +-1 is exact, so each multiply_add rounds once, as an
+// addition does.
 SMOOTHROT_DEVICE float signed_sum(const float (&r)[4], const Words4& sign) {
-  const float u = multiply_add(r[1], bits_float(sign.word[1]), multiply(r[0], bits_float(sign.word[0])));
-  const float v = multiply_add(r[3], bits_float(sign.word[3]), multiply(r[2], bits_float(sign.word[2])));
+  const float u =
+      multiply_add(r[1], bits_float(sign.word[1]), multiply(r[0], bits_float(sign.word[0])));
+  const float v =
+      multiply_add(r[3], bits_float(sign.word[3]), multiply(r[2], bits_float(sign.word[2])));
   return add(u, v);
 }
 
-SMOOTHROT_DEVICE void add_signed_sums(const float (&r)[4], const Words4* signs, float (&sums)[kVector]) {
+SMOOTHROT_DEVICE void add_signed_sums(const float (&r)[4], const Words4* signs,
+                                      float (&sums)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) sums[i] = add(sums[i], signed_sum(r, signs[i]));
 }
@@ -89,7 +98,8 @@ SMOOTHROT_DEVICE float flip(float value, uint32_t sign_at_top) {
   return bits_float(float_bits(value) ^ (sign_at_top & 0x80000000u));
 }
 
-SMOOTHROT_DEVICE void add_signed_sums(const float (&r)[4], const uint32_t* signs, float (&sums)[kVector]) {
+SMOOTHROT_DEVICE void add_signed_sums(const float (&r)[4], const uint32_t* signs,
+                                      float (&sums)[kVector]) {
   const float sum01 = add(r[0], r[1]), difference01 = subtract(r[0], r[1]);
   const float sum23 = add(r[2], r[3]), difference23 = subtract(r[2], r[3]);
   const uint32_t minus = *signs, differ = minus ^ minus >> 1;
@@ -101,11 +111,11 @@ SMOOTHROT_DEVICE void add_signed_sums(const float (&r)[4], const uint32_t* signs
   }
 }
 
-// Eight outputs at one position of the base matrix's runs, which are `pitch` floats apart; `x` is that position in the
-// first run and `signs` are those of the first four runs.
+// Eight outputs at one position of the base matrix's runs, which are `pitch` floats apart; `x` is
+// that position in the first run and `signs` are those of the first four runs.
 template <class Sign>
-SMOOTHROT_DEVICE void base_step(const float* x, int pitch, int groups, const Sign* signs, int signs_per_group,
-                                float (&sums)[kVector]) {
+SMOOTHROT_DEVICE void base_step(const float* x, int pitch, int groups, const Sign* signs,
+                                int signs_per_group, float (&sums)[kVector]) {
 #pragma unroll
   for (float& sum : sums) sum = 0.0f;
 #pragma unroll 1
@@ -129,11 +139,14 @@ struct Unit {
 template <Base B>
 SMOOTHROT_DEVICE Unit unit_at(const RowArgs& a, int index) {
   if constexpr (B != Base::none) {
-    const int base = int(a.q.rotation.base), within = index & ((1 << a.power_log2) - 1), rest = index >> a.power_log2;
-    const int block = int(uint64_t{uint32_t(rest)} * a.sign_pitch_inverse >> 32), octet = rest - block * a.sign_pitch;
+    const int base = int(a.q.rotation.base), within = index & ((1 << a.power_log2) - 1),
+              rest = index >> a.power_log2;
+    const int block = int(uint64_t{uint32_t(rest)} * a.sign_pitch_inverse >> 32),
+              octet = rest - block * a.sign_pitch;
     const int block_start = (block * base << a.power_log2) + within, left = base - octet * kVector;
     const int count = block_start >= a.q.inputs ? 0 : left < kVector ? left : kVector;
-    return {block_start + (octet * kVector << a.power_log2), a.power_log2, count, block_start, octet};
+    return {block_start + (octet * kVector << a.power_log2), a.power_log2, count, block_start,
+            octet};
   } else {
     const int log2_stride = a.power_log2 - 3;
     const int count = index * kVector < a.q.inputs ? kVector : 0;
@@ -150,7 +163,8 @@ struct PutUnit {
     const Unit unit = unit_at<B>(a, thread_index_anew() + k * block_threads());
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < unit.count) staging[unit.first + (i << unit.log2_stride)] = static_cast<unsigned char>(codes[i]);
+      if (i < unit.count)
+        staging[unit.first + (i << unit.log2_stride)] = static_cast<unsigned char>(codes[i]);
     }
   }
 };
@@ -168,7 +182,8 @@ rotate_rows(const RowArgs a) {
   for (int row = block_index_x(); row < int(a.q.tokens); row += block_count_x()) {
     if (row != block_index_x()) block_barrier();  // the last row's codes have been read
 #pragma unroll kLoadsAhead
-    for (int first = thread_index_anew() * kVector; first < inputs; first += block_threads() * kVector) {
+    for (int first = thread_index_anew() * kVector; first < inputs;
+         first += block_threads() * kVector) {
       float v[kVector];
       load_values<S>(a.q, row, first, v);
       butterflies(v, a.first_stages);
@@ -188,9 +203,9 @@ rotate_rows(const RowArgs a) {
       if constexpr (B != Base::none) {
         constexpr int kSignsPerOctet = B == Base::floats ? kVector : 1;
         // Runs start at equal distances: they are whole multiples of 32, or nothing is padded.
-        base_step(values + padded(unit.count ? unit.block_start : 0, padding), padded(1 << a.power_log2, padding),
-                  int(a.q.rotation.base) / 4, signs + unit.octet * kSignsPerOctet, a.sign_pitch * kSignsPerOctet,
-                  results[k]);
+        base_step(values + padded(unit.count ? unit.block_start : 0, padding),
+                  padded(1 << a.power_log2, padding), int(a.q.rotation.base) / 4,
+                  signs + unit.octet * kSignsPerOctet, a.sign_pitch * kSignsPerOctet, results[k]);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           if (i >= unit.count) results[k][i] = 0.0f;
@@ -198,7 +213,8 @@ rotate_rows(const RowArgs a) {
       } else {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
-          results[k][i] = unit.count ? values[padded(unit.first + (i << unit.log2_stride), padding)] : 0.0f;
+          results[k][i] =
+              unit.count ? values[padded(unit.first + (i << unit.log2_stride), padding)] : 0.0f;
         }
         butterflies(results[k]);
       }

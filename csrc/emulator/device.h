@@ -73,7 +73,8 @@ inline uint32_t shuffle_xor(uint32_t value, int mask) {
 }
 
 inline uint32_t warp_max(uint32_t value) {
-  for (int mask = 1; mask < emu::kWarp; mask *= 2) value = std::max(value, shuffle_xor(value, mask));
+  for (int mask = 1; mask < emu::kWarp; mask *= 2)
+    value = std::max(value, shuffle_xor(value, mask));
   return value;
 }
 
@@ -97,11 +98,13 @@ inline uint16_t float_f16(float value) { return f32_to_f16(value); }
 inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t{high} << 32 | low;
   uint32_t out = 0;
-  for (int i = 0; i < 4; ++i) out |= uint32_t(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
+  for (int i = 0; i < 4; ++i)
+    out |= uint32_t(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
   return out;
 }
 
-// Lane i names row i % 8 of 8x8 16-bit matrix i / 8; register m receives the lane's word of matrix m.
+// Lane i names row i % 8 of 8x8 16-bit matrix i / 8; register m receives the lane's word of matrix
+// m.
 inline void load_matrices(uint32_t (&out)[4], const void* row) {
   emu::Exchange& x = emu::exchange();
   x.pointers[emu::lane()] = row;
@@ -148,8 +151,8 @@ inline void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&
 }
 
 template <class Args>
-inline cudaError_t launch(void (*kernel)(Args), int grid_x, int grid_y, int threads, int64_t shared_bytes, cudaStream_t,
-                          const Args& args) {
+inline cudaError_t launch(void (*kernel)(Args), int grid_x, int grid_y, int threads,
+                          int64_t shared_bytes, cudaStream_t, const Args& args) {
   return emu::launch(grid_x, grid_y, threads, shared_bytes, [&] { kernel(args); });
 }
 

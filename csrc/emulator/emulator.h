@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs CUDA kernels on the CPU, for tests: a fiber per thread, barriers are the points where fibers change.
+// Runs CUDA kernels on the CPU, for tests: a fiber per thread, barriers are the points where fibers
+// change.
 //
-// A thread runs alone until it must wait, so a missing barrier gives wrong data every time rather than now and then;
-// tests run both thread orders. Shared memory starts poisoned and asynchronous copies land only when they are
-// waited for. Kernels must keep whole warps together and not return before a barrier. Nothing here tells of speed,
-// bank conflicts or the memory model.
+// A thread runs alone until it must wait, so a missing barrier gives wrong data every time rather
+// than now and then; tests run both thread orders. Shared memory starts poisoned and asynchronous
+// copies land only when they are waited for. Kernels must keep whole warps together and not return
+// before a barrier. Nothing here tells of speed, bank conflicts or the memory model.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +30,9 @@ constexpr int kNone = -1;
 // What a test can set before a launch.
 struct Options {
   bool reverse_order = false;
-  int dropped_barrier = kNone;  // the block barrier, counted from 0 in each block, that threads run past
-  int wait_slack = 0;           // more groups of asynchronous copies than asked for may stay pending
+  int dropped_barrier =
+      kNone;           // the block barrier, counted from 0 in each block, that threads run past
+  int wait_slack = 0;  // more groups of asynchronous copies than asked for may stay pending
   int multiprocessors = 2;
   bool trace = false;
 };
@@ -99,7 +101,8 @@ inline Thread& self() { return block->threads[size_t(block->current)]; }
 inline int lane() { return block->current % kWarp; }
 inline Exchange& exchange() { return block->exchanges[size_t(block->current / kWarp)]; }
 
-// Saves the callee-saved registers and the stack pointer, and continues on another stack (System V ABI).
+// Saves the callee-saved registers and the stack pointer, and continues on another stack (System V
+// ABI).
 extern "C" void smoothrot_switch_fiber(void** saved, void* next);
 asm(R"(
   .pushsection .text
@@ -193,7 +196,8 @@ inline bool run_block(int threads) {
 
 inline cudaError_t launch(int grid_x, int grid_y, int threads, int64_t shared_bytes,
                           const std::function<void()>& body) {
-  static const std::unique_ptr<unsigned char[]> stacks(new unsigned char[kMostThreads * kStackBytes]);
+  static const std::unique_ptr<unsigned char[]> stacks(
+      new unsigned char[kMostThreads * kStackBytes]);
   if (threads % kWarp || threads < 1 || threads > kMostThreads || grid_x < 1 || grid_y < 1) {
     return cudaErrorInvalidValue;
   }
@@ -213,9 +217,11 @@ inline cudaError_t launch(int grid_x, int grid_y, int threads, int64_t shared_by
     state.all = {threads, 0, 0};
     state.warps.assign(size_t(threads / kWarp), {kWarp, 0, 0});
     std::memset(state.shared, 0xCD, size_t(shared_bytes));
-    for (int t = 0; t < threads; ++t) prepare(state.threads[size_t(t)], t, stacks.get() + size_t(t) * kStackBytes);
+    for (int t = 0; t < threads; ++t)
+      prepare(state.threads[size_t(t)], t, stacks.get() + size_t(t) * kStackBytes);
     finished = run_block(threads);
-    if (counters.barriers < state.threads[0].barriers) counters.barriers = state.threads[0].barriers;
+    if (counters.barriers < state.threads[0].barriers)
+      counters.barriers = state.threads[0].barriers;
   }
   block = nullptr;
   return finished ? cudaSuccess : cudaErrorLaunchFailure;
@@ -223,11 +229,12 @@ inline cudaError_t launch(int grid_x, int grid_y, int threads, int64_t shared_by
 
 inline void count(const void* address, int bytes, bool store) {
   (store ? counters.stored : counters.loaded) += bytes;
-  if (options.trace && !store) counters.trace.push_back({reinterpret_cast<uintptr_t>(address), bytes, block->number()});
+  if (options.trace && !store)
+    counters.trace.push_back({reinterpret_cast<uintptr_t>(address), bytes, block->number()});
 }
 
-// The copy's source is read at once and its target written when the copy is waited for: a wait that is missing or too
-// weak leaves the target as it was.
+// The copy's source is read at once and its target written when the copy is waited for: a wait that
+// is missing or too weak leaves the target as it was.
 inline void copy_async(void* target, const void* source, int bytes) {
   Copy copy{target, {}};
   if (bytes) {

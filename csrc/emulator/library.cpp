@@ -30,8 +30,8 @@ struct smoothrot_counters {
 
 // Sets the options and clears the counters.
 void smoothrot_set_options(const smoothrot_options* o) {
-  smoothrot::emulator::options = {o->reverse_order != 0, o->dropped_barrier, o->wait_slack, o->multiprocessors,
-                                  o->trace != 0};
+  smoothrot::emulator::options = {o->reverse_order != 0, o->dropped_barrier, o->wait_slack,
+                                  o->multiprocessors, o->trace != 0};
   smoothrot::emulator::counters = {};
 }
 
@@ -50,8 +50,9 @@ int64_t smoothrot_loaded_from(const void* begin, int64_t bytes) {
   return loaded;
 }
 
-// Bytes that the loads of the last launch take from DRAM through a cache of `cache_bytes`: 32-byte sectors, the least
-// recently used one leaves. `resident` blocks run at a time, each issuing one load in turn. Needs options.trace.
+// Bytes that the loads of the last launch take from DRAM through a cache of `cache_bytes`: 32-byte
+// sectors, the least recently used one leaves. `resident` blocks run at a time, each issuing one
+// load in turn. Needs options.trace.
 int64_t smoothrot_dram_loaded(int64_t cache_bytes, int resident) {
   constexpr uintptr_t kSector = 32;
   std::vector<std::vector<smoothrot::emulator::Access>> blocks;
@@ -93,7 +94,8 @@ int64_t smoothrot_dram_loaded(int64_t cache_bytes, int resident) {
 }
 
 // `base_matrix` is [base][base] of +1 and -1, or null: the launcher gets its packed signs.
-int smoothrot_quant(const char* producer, const smoothrot::cuda::QuantArgs* args, const int8_t* base_matrix) {
+int smoothrot_quant(const char* producer, const smoothrot::cuda::QuantArgs* args,
+                    const int8_t* base_matrix) {
   using namespace smoothrot::cuda;
   QuantArgs q = *args;
   std::vector<uint32_t> signs(size_t(sign_words(q.rotation.base)));
@@ -104,11 +106,17 @@ int smoothrot_quant(const char* producer, const smoothrot::cuda::QuantArgs* args
   return name == "silu_mul" ? silu_mul_quant(q, nullptr) : quant(q, nullptr);
 }
 
-int smoothrot_gemm_small(const smoothrot::cuda::GemmArgs* args) { return gemm_small(*args, nullptr); }
+int smoothrot_gemm_small(const smoothrot::cuda::GemmArgs* args) {
+  return gemm_small(*args, nullptr);
+}
 
 int smoothrot_gemm_s8(const smoothrot::cuda::GemmArgs* args) { return gemm_s8(*args, nullptr); }
 
-int smoothrot_gemm_experts(const smoothrot::cuda::ExpertsArgs* args) { return gemm_experts(*args, nullptr); }
+int smoothrot_gemm_experts(const smoothrot::cuda::ExpertsArgs* args) {
+  return gemm_experts(*args, nullptr);
+}
 
-int smoothrot_combine_experts(const smoothrot::cuda::CombineArgs* args) { return combine_experts(*args, nullptr); }
+int smoothrot_combine_experts(const smoothrot::cuda::CombineArgs* args) {
+  return combine_experts(*args, nullptr);
+}
 }

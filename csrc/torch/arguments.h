@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks that the CPU and the CUDA ops share: each refusal names the op, the argument, what was expected and
-// what was got.
+// Argument checks that the CPU and the CUDA ops share: each refusal names the op, the argument,
+// what was expected and what was got.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -92,10 +92,14 @@ inline std::string describe(ScalarType dtype, std::initializer_list<int64_t> siz
 
 inline void check_tensor(const char* op, const char* argument, const Tensor& t, ScalarType dtype,
                          std::initializer_list<int64_t> sizes, const Place& place) {
-  bool matches = place.holds(t) && t.scalar_type() == dtype && t.dim() == int64_t(sizes.size()) && t.is_contiguous();
+  bool matches = place.holds(t) && t.scalar_type() == dtype && t.dim() == int64_t(sizes.size()) &&
+                 t.is_contiguous();
   int64_t i = 0;
-  for (const int64_t size : sizes) matches = matches && (size == kAnySize || t.size(i) == size), ++i;
-  if (!matches) refuse(op, argument, "expected contiguous ", describe(dtype, sizes), ", got ", describe(t, place), ".");
+  for (const int64_t size : sizes)
+    matches = matches && (size == kAnySize || t.size(i) == size), ++i;
+  if (!matches)
+    refuse(op, argument, "expected contiguous ", describe(dtype, sizes), ", got ",
+           describe(t, place), ".");
 }
 
 inline Float float_type(const char* op, const char* argument, ScalarType dtype) {
@@ -120,31 +124,34 @@ inline void check_clip(const char* op, double clip) {
 }
 
 // Activations (..., K): contiguous, a float type, K even and positive.
-inline Float check_activations(const char* op, const char* argument, const Tensor& x, int64_t least_dims,
-                               int64_t most_dims, const Place& place) {
+inline Float check_activations(const char* op, const char* argument, const Tensor& x,
+                               int64_t least_dims, int64_t most_dims, const Place& place) {
   const Float dtype = float_type(op, argument, x.scalar_type());
   if (!place.holds(x) || !x.is_contiguous() || x.dim() < least_dims || x.dim() > most_dims) {
-    refuse(op, argument, "expected a contiguous ", least_dims == most_dims ? "(tokens, inputs)" : "(..., inputs)",
-           " tensor on ", place.name(), ", got ", describe(x, place), ".");
+    refuse(op, argument, "expected a contiguous ",
+           least_dims == most_dims ? "(tokens, inputs)" : "(..., inputs)", " tensor on ",
+           place.name(), ", got ", describe(x, place), ".");
   }
   const int64_t inputs = x.size(x.dim() - 1);
-  if (inputs < 2 || inputs % 2) refuse(op, argument, "expected an even number of inputs, got ", inputs, ".");
+  if (inputs < 2 || inputs % 2)
+    refuse(op, argument, "expected an even number of inputs, got ", inputs, ".");
   return dtype;
 }
 
 // Groups of `scale` (N, G) over `inputs`, and that no int32 accumulator can overflow.
-inline void check_weight_scale(const char* op, const Tensor& scale, int64_t inputs, int64_t weight_bits,
-                               int64_t act_bits, const Place& place) {
+inline void check_weight_scale(const char* op, const Tensor& scale, int64_t inputs,
+                               int64_t weight_bits, int64_t act_bits, const Place& place) {
   check_tensor(op, "weight_scale", scale, ScalarType::Float, {kAnySize, kAnySize}, place);
   const int64_t columns = scale.size(0), groups = scale.size(1);
   if (columns < 1 || groups < 1 || inputs % groups) {
-    refuse(op, "weight_scale", "expected (outputs, groups) with groups dividing the ", inputs, " inputs, got ",
-           describe(scale, place), ".");
+    refuse(op, "weight_scale", "expected (outputs, groups) with groups dividing the ", inputs,
+           " inputs, got ", describe(scale, place), ".");
   }
   const int64_t largest = inputs / groups << (weight_bits - 1 + act_bits - 1);
   if (largest > INT32_MAX) {
-    refuse(op, "weight_scale", "expected groups short enough for exact int32 sums, got ", inputs / groups,
-           " inputs a group at ", weight_bits, " x ", act_bits, " bits. Use more groups.");
+    refuse(op, "weight_scale", "expected groups short enough for exact int32 sums, got ",
+           inputs / groups, " inputs a group at ", weight_bits, " x ", act_bits,
+           " bits. Use more groups.");
   }
 }
 

@@ -14,20 +14,21 @@ inline void check_tensor(const char* op, const char* argument, const Tensor& t, 
   check_tensor(op, argument, t, dtype, sizes, cpu_place());
 }
 
-inline Float check_activations(const char* op, const char* argument, const Tensor& x, int64_t least_dims,
-                               int64_t most_dims) {
+inline Float check_activations(const char* op, const char* argument, const Tensor& x,
+                               int64_t least_dims, int64_t most_dims) {
   return check_activations(op, argument, x, least_dims, most_dims, cpu_place());
 }
 
-inline Float check_gate_up(const char* op, const Tensor& gate_up, int64_t least_dims, int64_t most_dims) {
+inline Float check_gate_up(const char* op, const Tensor& gate_up, int64_t least_dims,
+                           int64_t most_dims) {
   const Float dtype = check_activations(op, "gate_up", gate_up, least_dims, most_dims);
   if (gate_up.size(gate_up.dim() - 1) % 4)
     refuse(op, "gate_up", "expected 2 x an even number of columns, got ", describe(gate_up), ".");
   return dtype;
 }
 
-inline WeightLayout check_weight(const char* op, const Tensor& scale, int64_t inputs, int64_t weight_bits,
-                                 int64_t act_bits) {
+inline WeightLayout check_weight(const char* op, const Tensor& scale, int64_t inputs,
+                                 int64_t weight_bits, int64_t act_bits) {
   check_weight_scale(op, scale, inputs, weight_bits, act_bits, cpu_place());
   return weight_layout(scale.size(0), inputs, scale.size(1), weight_bits);
 }
@@ -38,8 +39,10 @@ struct CodesShape {
 };
 
 // Stored codes of activations and the scale of each row.
-inline CodesShape check_codes(const char* op, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
-  check_tensor(op, "codes", codes, act_bits == 4 ? ScalarType::Byte : ScalarType::Char, {kAnySize, kAnySize});
+inline CodesShape check_codes(const char* op, const Tensor& codes, const Tensor& scale,
+                              int64_t act_bits) {
+  check_tensor(op, "codes", codes, act_bits == 4 ? ScalarType::Byte : ScalarType::Char,
+               {kAnySize, kAnySize});
   const CodesShape shape{codes.size(0), codes.size(1) * (act_bits == 4 ? 2 : 1)};
   if (shape.inputs < 2 || shape.inputs % 2)
     refuse(op, "codes", "expected an even number of inputs, got ", describe(codes), ".");

@@ -56,11 +56,13 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs work(begin, end) over [0, tasks) on torch's threads. Each takes half of its share of what is left, at least
-// `grain` tasks, and comes back for more: a thread that the machine holds up is not waited for with half of the work.
+// Runs work(begin, end) over [0, tasks) on torch's threads. Each takes half of its share of what is
+// left, at least `grain` tasks, and comes back for more: a thread that the machine holds up is not
+// waited for with half of the work.
 template <typename Work>
 void share(int64_t tasks, int64_t grain, const Work& work) {
-  const int64_t wanted = ceil_div(tasks, grain), available = int64_t(torch::stable::get_num_threads());
+  const int64_t wanted = ceil_div(tasks, grain),
+                available = int64_t(torch::stable::get_num_threads());
   const int64_t threads = wanted < available ? wanted : available;
   if (threads <= 1) return work(0, tasks);
   std::atomic<int64_t> next{0};

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that the CUDA ops need of torch's accelerator interface and of the CUDA runtime. Tests put a CPU in its place.
+// All that the CUDA ops need of torch's accelerator interface and of the CUDA runtime. Tests put a
+// CPU in its place.
 #pragma once
 
 #include <memory>

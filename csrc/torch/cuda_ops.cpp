@@ -37,8 +37,8 @@ class Rotations {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = known_.find({device, block});
     if (found == known_.end() || !found->second.power) {
-      refuse(op, "block", "expected a prepared block, got ", block, ". Call smoothrot_vllm.ops.prepare_rotation(",
-             block, ", device) first.");
+      refuse(op, "block", "expected a prepared block, got ", block,
+             ". Call smoothrot_vllm.ops.prepare_rotation(", block, ", device) first.");
     }
     return found->second;
   }
@@ -56,27 +56,29 @@ Rotations& rotations() {
 void check_aligned(const char* op, const char* argument, const Tensor& t) {
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   if (address % kAlignment) {
-    refuse(op, argument, "expected data at a multiple of ", kAlignment, " bytes, got an address ", address % kAlignment,
-           " bytes past one. Pass a copy of the slice.");
+    refuse(op, argument, "expected data at a multiple of ", kAlignment, " bytes, got an address ",
+           address % kAlignment, " bytes past one. Pass a copy of the slice.");
   }
 }
 
 void check_inputs(const char* op, const char* argument, int64_t inputs, int64_t most) {
   if (inputs < kInputMultiple || inputs % kInputMultiple || inputs > most) {
-    refuse(op, argument, "expected inputs in multiples of ", kInputMultiple, ", at most ", most, ", got ", inputs, ".");
+    refuse(op, argument, "expected inputs in multiples of ", kInputMultiple, ", at most ", most,
+           ", got ", inputs, ".");
   }
 }
 
 // Checks the argument x, (..., factor * K), and fills in all but the results.
-QuantArgs quant_args(const char* op, const Device& device, const char* argument, const Tensor& x, int64_t most_dims,
-                     int64_t factor, int64_t block, double clip, int64_t bits) {
+QuantArgs quant_args(const char* op, const Device& device, const char* argument, const Tensor& x,
+                     int64_t most_dims, int64_t factor, int64_t block, double clip, int64_t bits) {
   QuantArgs q{};
   q.dtype = check_activations(op, argument, x, most_dims == 2 ? 2 : 1, most_dims, device.place);
   check_aligned(op, argument, x);
   check_bits(op, "bits", bits);
   check_clip(op, clip);
   const int64_t width = x.size(x.dim() - 1);
-  if (width % factor) refuse(op, argument, "expected gate and up side by side, got ", width, " inputs.");
+  if (width % factor)
+    refuse(op, argument, "expected gate and up side by side, got ", width, " inputs.");
   q.inputs = width / factor;
   check_inputs(op, argument, q.inputs, kMostInputs);
   q.x = x.const_data_ptr();
@@ -85,20 +87,23 @@ QuantArgs quant_args(const char* op, const Device& device, const char* argument,
   q.norm = 1.0f;
   q.bits = int(bits);
   if (block) {
-    if (block < 0 || q.inputs % block) refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    if (block < 0 || q.inputs % block)
+      refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
     q.rotation = rotations().find(op, device.place.index, block);
     q.norm = float(1.0 / std::sqrt(double(block)));
   }
   const int64_t shared = quant_shared_bytes(q);
   if (shared > device.shared_bytes) {
-    refuse(op, argument, "expected rows that fit into the ", device.shared_bytes, " bytes of shared memory of ",
-           device.place.name(), ", got ", q.inputs, " inputs, which take ", shared, ".");
+    refuse(op, argument, "expected rows that fit into the ", device.shared_bytes,
+           " bytes of shared memory of ", device.place.name(), ", got ", q.inputs,
+           " inputs, which take ", shared, ".");
   }
   return q;
 }
 
 void check_launched(const char* op, const char* problem) {
-  if (problem) throw std::runtime_error(std::string("smoothrot::") + op + ": CUDA kernel: " + problem);
+  if (problem)
+    throw std::runtime_error(std::string("smoothrot::") + op + ": CUDA kernel: " + problem);
 }
 
 void check_launched(const char* op, cudaError_t error) {
@@ -111,12 +116,12 @@ int64_t stored_width(int64_t inputs, int64_t bits) { return bits == 4 ? inputs /
 
 using QuantLauncher = cudaError_t (*)(const QuantArgs&, cudaStream_t);
 
-Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like, const Device& device,
-                   QuantLauncher launch) {
+Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like,
+                   const Device& device, QuantLauncher launch) {
   q.form = form;
   const int64_t stored_bits = form == Codes::packed_int4 ? 4 : 8;
-  Tensor codes =
-      torch::stable::new_empty(like, {q.tokens, stored_width(q.inputs, stored_bits)}, stored_dtype(stored_bits));
+  Tensor codes = torch::stable::new_empty(like, {q.tokens, stored_width(q.inputs, stored_bits)},
+                                          stored_dtype(stored_bits));
   Tensor scale = torch::stable::new_empty(like, {q.tokens}, ScalarType::Float);
   q.codes = codes.mutable_data_ptr();
   q.scale = static_cast<float*>(scale.mutable_data_ptr());
@@ -125,9 +130,9 @@ Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like,
 }
 
 // What gemm and linear share: the weight's side of the arguments.
-GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const char* weight_name, const Tensor& packed,
-                   const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t act_bits,
-                   int64_t weight_bits) {
+GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const char* weight_name,
+                   const Tensor& packed, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, int64_t act_bits, int64_t weight_bits) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
   check_inputs(op, weight_name, inputs, kMostGemmInputs);
@@ -137,10 +142,11 @@ GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const c
   g.outputs = weight_scale.size(0);
   g.group_size = inputs / weight_scale.size(1);
   if (g.group_size % kInputMultiple) {
-    refuse(op, "weight_scale", "expected groups of a multiple of ", kInputMultiple, " inputs, got ", g.group_size, ".");
+    refuse(op, "weight_scale", "expected groups of a multiple of ", kInputMultiple, " inputs, got ",
+           g.group_size, ".");
   }
-  check_tensor(op, weight_name, packed, stored_dtype(weight_bits), {g.outputs, stored_width(inputs, weight_bits)},
-               device.place);
+  check_tensor(op, weight_name, packed, stored_dtype(weight_bits),
+               {g.outputs, stored_width(inputs, weight_bits)}, device.place);
   check_aligned(op, weight_name, packed);
   check_aligned(op, "weight_scale", weight_scale);
   g.weight = packed.const_data_ptr();
@@ -156,7 +162,8 @@ GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const c
 }
 
 // The tokens' side, and the result.
-void set_tokens(GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out, Float out_dtype) {
+void set_tokens(GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out,
+                Float out_dtype) {
   g.codes = codes.const_data_ptr();
   g.form = form;
   g.scale = static_cast<const float*>(scale.const_data_ptr());
@@ -165,8 +172,8 @@ void set_tokens(GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scal
   g.out_dtype = out_dtype;
 }
 
-void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale, Tensor& out,
-              Float out_dtype, const Device& device) {
+void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, const Tensor& scale,
+              Tensor& out, Float out_dtype, const Device& device) {
   set_tokens(g, codes, form, scale, out, out_dtype);
   if (!g.tokens) return;
   const GemmKernel& kernel = choose_gemm(device.gpu, g);
@@ -176,7 +183,8 @@ void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, cons
 }
 
 // Codes that were quantised before; returns how many inputs they have.
-int64_t check_codes(const char* op, const Device& device, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
+int64_t check_codes(const char* op, const Device& device, const Tensor& codes, const Tensor& scale,
+                    int64_t act_bits) {
   check_bits(op, "act_bits", act_bits);
   check_tensor(op, "codes", codes, stored_dtype(act_bits), {kAnySize, kAnySize}, device.place);
   check_aligned(op, "codes", codes);
@@ -208,12 +216,13 @@ Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double c
   return quantise(op, q, stored_form(bits), gate_up, device, &silu_mul_quant);
 }
 
-Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip, int64_t bits,
-                         std::optional<Tensor> residual) {
+Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
+                         int64_t bits, std::optional<Tensor> residual) {
   constexpr const char* op = "rms_norm_quant";
   const Device device(op, "x", x);
   QuantArgs q = quant_args(op, device, "x", x, 2, 1, 0, clip, bits);
-  if (!(epsilon >= 0.0)) refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
+  if (!(epsilon >= 0.0))
+    refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
   q.epsilon = float(epsilon);
   if (weight) {
     check_tensor(op, "weight", *weight, x.scalar_type(), {q.inputs}, device.place);
@@ -234,28 +243,33 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
   const Device device(op, "weight", weight);
   const bool stacked = weight.dim() == 3 && weight.size(0) > 0;
   if (stacked) {
-    check_tensor(op, "weight", weight, stored_dtype(bits), {kAnySize, kAnySize, kAnySize}, device.place);
-    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {weight.size(0), kAnySize, kAnySize},
+    check_tensor(op, "weight", weight, stored_dtype(bits), {kAnySize, kAnySize, kAnySize},
                  device.place);
+    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float,
+                 {weight.size(0), kAnySize, kAnySize}, device.place);
   }
   // All experts have the shapes of the first.
   const Tensor own = stacked ? torch::stable::select(weight, 0, 0) : weight;
   check_tensor(op, "weight", own, stored_dtype(bits), {kAnySize, kAnySize}, device.place);
   gemm_args(op, device, own.size(1) * (bits == 4 ? 2 : 1), "weight", own,
-            stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale, std::nullopt, 4, bits);
-  // The kernels read the checkpoint's layout; a copy, because an op's result must not alias its argument.
+            stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale, std::nullopt, 4,
+            bits);
+  // The kernels read the checkpoint's layout; a copy, because an op's result must not alias its
+  // argument.
   Tensor packed = torch::stable::empty_like(weight);
   torch::stable::copy_(packed, weight);
   return packed;
 }
 
-Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-            std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
+Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
+            const Tensor& weight_scale, std::optional<Tensor> bias, ScalarType out_dtype,
+            int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "gemm";
   const Device device(op, "codes", codes);
   const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
   const Float dtype = float_type(op, "out_dtype", out_dtype);
-  GemmArgs g = gemm_args(op, device, inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
+  GemmArgs g =
+      gemm_args(op, device, inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
   Tensor out = torch::stable::new_empty(codes, {codes.size(0), g.outputs}, out_dtype);
   multiply(op, g, codes, stored_form(act_bits), scale, out, dtype, device);
   return out;
@@ -263,37 +277,45 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, cons
 
 namespace {
 
-Tensor linear_impl(const char* op, const char* argument, bool gated, const Tensor& x, const Tensor& packed,
-                   const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t block, double clip,
-                   int64_t act_bits, int64_t weight_bits) {
+Tensor linear_impl(const char* op, const char* argument, bool gated, const Tensor& x,
+                   const Tensor& packed, const Tensor& weight_scale,
+                   const std::optional<Tensor>& bias, int64_t block, double clip, int64_t act_bits,
+                   int64_t weight_bits) {
   const Device device(op, argument, x);
-  QuantArgs q = quant_args(op, device, argument, x, kMostDims, gated ? 2 : 1, block, clip, act_bits);
-  GemmArgs g = gemm_args(op, device, q.inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
+  QuantArgs q =
+      quant_args(op, device, argument, x, kMostDims, gated ? 2 : 1, block, clip, act_bits);
+  GemmArgs g =
+      gemm_args(op, device, q.inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(g.outputs);
   Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
   const Codes form = activation_form(device.gpu, int(act_bits), q.tokens);
-  const auto [codes, scale] = quantise(op, q, form, x, device, gated ? &silu_mul_quant : &cuda::quant);
+  const auto [codes, scale] =
+      quantise(op, q, form, x, device, gated ? &silu_mul_quant : &cuda::quant);
   multiply(op, g, codes, form, scale, out, q.dtype, device);
   return out;
 }
 
 }  // namespace
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
-              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  return linear_impl("linear", "x", false, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
-}
-
-Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
-                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  return linear_impl("silu_mul_linear", "gate_up", true, gate_up, packed, weight_scale, bias, block, clip, act_bits,
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+              std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
+              int64_t weight_bits) {
+  return linear_impl("linear", "x", false, x, packed, weight_scale, bias, block, clip, act_bits,
                      weight_bits);
 }
 
-Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-                    const Tensor& tiles, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
+Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
+                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
+                       int64_t weight_bits) {
+  return linear_impl("silu_mul_linear", "gate_up", true, gate_up, packed, weight_scale, bias, block,
+                     clip, act_bits, weight_bits);
+}
+
+Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
+                    const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
+                    int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "gemm_experts";
   const Device device(op, "codes", codes);
   const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
@@ -301,14 +323,18 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   check_bits(op, "weight_bits", weight_bits);
   const int64_t experts = packed.dim() ? packed.size(0) : 0;
   if (experts < 1)
-    refuse(op, "packed", "expected (experts, outputs, inputs), got ", describe(packed, device.place), ".");
-  check_tensor(op, "packed", packed, stored_dtype(weight_bits), {experts, kAnySize, kAnySize}, device.place);
-  check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize}, device.place);
+    refuse(op, "packed", "expected (experts, outputs, inputs), got ",
+           describe(packed, device.place), ".");
+  check_tensor(op, "packed", packed, stored_dtype(weight_bits), {experts, kAnySize, kAnySize},
+               device.place);
+  check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize},
+               device.place);
   check_tensor(op, "tiles", tiles, ScalarType::Int, {3, kAnySize}, device.place);
   // All experts have the shapes of the first.
   ExpertsArgs e{};
-  e.gemm = gemm_args(op, device, inputs, "packed", torch::stable::select(packed, 0, 0),
-                     torch::stable::select(weight_scale, 0, 0), std::nullopt, act_bits, weight_bits);
+  e.gemm =
+      gemm_args(op, device, inputs, "packed", torch::stable::select(packed, 0, 0),
+                torch::stable::select(weight_scale, 0, 0), std::nullopt, act_bits, weight_bits);
   e.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
   e.tile_count = tiles.size(1);
   e.experts = experts;
@@ -322,12 +348,14 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   return out;
 }
 
-Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights, ScalarType out_dtype) {
+Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights,
+                       ScalarType out_dtype) {
   constexpr const char* op = "combine_experts";
   const Device device(op, "rows", rows);
   check_tensor(op, "rows", rows, ScalarType::Float, {kAnySize, kAnySize}, device.place);
   check_tensor(op, "sources", sources, ScalarType::Int, {kAnySize, kAnySize}, device.place);
-  check_tensor(op, "weights", weights, ScalarType::Float, {sources.size(0), sources.size(1)}, device.place);
+  check_tensor(op, "weights", weights, ScalarType::Float, {sources.size(0), sources.size(1)},
+               device.place);
   CombineArgs c{};
   c.out_dtype = float_type(op, "out_dtype", out_dtype);
   c.tokens = sources.size(0);
@@ -335,8 +363,10 @@ Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& 
   c.row_count = rows.size(0);
   c.outputs = rows.size(1);
   if (c.top_k < 1)
-    refuse(op, "sources", "expected at least one source a token, got ", describe(sources, device.place), ".");
-  if (c.outputs < 1) refuse(op, "rows", "expected at least one output, got ", describe(rows, device.place), ".");
+    refuse(op, "sources", "expected at least one source a token, got ",
+           describe(sources, device.place), ".");
+  if (c.outputs < 1)
+    refuse(op, "rows", "expected at least one output, got ", describe(rows, device.place), ".");
   Tensor out = torch::stable::new_empty(rows, {c.tokens, c.outputs}, out_dtype);
   c.rows = static_cast<const float*>(rows.const_data_ptr());
   c.sources = static_cast<const int32_t*>(sources.const_data_ptr());
@@ -349,7 +379,8 @@ Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& 
 std::string cuda_kernels() { return gemm_names() + " " + quant_kernel_names(); }
 
 void force_cuda_gemm(std::string name) {
-  if (!force_gemm(name)) refuse("force_cuda_gemm", "name", "expected one of ", gemm_names(), ", got ", name, ".");
+  if (!force_gemm(name))
+    refuse("force_cuda_gemm", "name", "expected one of ", gemm_names(), ", got ", name, ".");
 }
 
 std::string cuda_quant_kernel(std::string producer, int64_t inputs, int64_t block, int64_t device) {
@@ -361,8 +392,8 @@ std::string cuda_quant_kernel(std::string producer, int64_t inputs, int64_t bloc
   if (block) q.rotation = rotations().find(op, int(device), block);
   const char* name = quant_kernel_name(producer, q);
   if (!name)
-    refuse(op, "producer", "expected plain, silu_mul or rms_norm and a row that it takes, got ", producer, " and ",
-           inputs, ".");
+    refuse(op, "producer", "expected plain, silu_mul or rms_norm and a row that it takes, got ",
+           producer, " and ", inputs, ".");
   return name;
 }
 
@@ -371,11 +402,13 @@ void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t dev
   check_tensor(op, "base_matrix", base_matrix, ScalarType::Char, {kAnySize, kAnySize}, cpu_place());
   const int64_t base = base_matrix.size(0);
   if (base_matrix.size(1) != base || (base != 1 && base % 4) || base > kMostBase) {
-    refuse(op, "base_matrix", "expected a square matrix of order 1 or a multiple of 4 up to ", kMostBase, ", got ",
-           describe(base_matrix, cpu_place()), ".");
+    refuse(op, "base_matrix", "expected a square matrix of order 1 or a multiple of 4 up to ",
+           kMostBase, ", got ", describe(base_matrix, cpu_place()), ".");
   }
-  if (power < 1 || (power & (power - 1))) refuse(op, "power", "expected a power of two, got ", power, ".");
-  rotations().add(int(device), base, power, static_cast<const int8_t*>(base_matrix.const_data_ptr()));
+  if (power < 1 || (power & (power - 1)))
+    refuse(op, "power", "expected a power of two, got ", power, ".");
+  rotations().add(int(device), base, power,
+                  static_cast<const int8_t*>(base_matrix.const_data_ptr()));
 }
 
 }  // namespace smoothrot::cuda::ops

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA ops. They refuse what the kernels cannot compute before anything is launched, only enqueue work on torch's
-// current stream, and take all memory from torch.
+// The CUDA ops. They refuse what the kernels cannot compute before anything is launched, only
+// enqueue work on torch's current stream, and take all memory from torch.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,26 +19,33 @@ using Quantised = std::tuple<Tensor, Tensor>;
 Quantised quant(const Tensor& x, double clip, int64_t bits);
 Quantised hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits);
 Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits);
-Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip, int64_t bits,
-                         std::optional<Tensor> residual);
+Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
+                         int64_t bits, std::optional<Tensor> residual);
 Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits);
-Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-            std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits);
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
-              int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
+Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
+            const Tensor& weight_scale, std::optional<Tensor> bias, ScalarType out_dtype,
+            int64_t act_bits, int64_t weight_bits);
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+              std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
+              int64_t weight_bits);
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
-                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits);
-// gemm where the tokens of an expert are neighbours: packed and weight_scale are stacked by expert, tiles is int32
-// (3, any): of each tile its expert, its first token and the end of its expert's tokens.
-Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-                    const Tensor& tiles, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits);
+                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
+                       int64_t weight_bits);
+// gemm where the tokens of an expert are neighbours: packed and weight_scale are stacked by expert,
+// tiles is int32 (3, any): of each tile its expert, its first token and the end of its expert's
+// tokens.
+Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
+                    const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
+                    int64_t act_bits, int64_t weight_bits);
 // Of each token the sum of rows[sources] * weights, (tokens, top_k) each, in the order of sources.
-Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights, ScalarType out_dtype);
+Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights,
+                       ScalarType out_dtype);
 // Names of every kernel of this build, with spaces between them.
 std::string cuda_kernels();
 // force_gemm of dispatch.h, for tests.
 void force_cuda_gemm(std::string name);
-// Name of the kernel that quantises rows of `inputs` values rotated by a prepared block, 0 for none.
+// Name of the kernel that quantises rows of `inputs` values rotated by a prepared block, 0 for
+// none.
 std::string cuda_quant_kernel(std::string producer, int64_t inputs, int64_t block, int64_t device);
 // `base_matrix` lies on the CPU; `device` is a CUDA device index.
 void prepare_cuda_rotation(const Tensor& base_matrix, int64_t power, int64_t device);

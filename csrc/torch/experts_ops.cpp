@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU ops of a mixture's experts: one call multiplies the tokens of all of them, so that threads share all the
-// work.
+// The CPU ops of a mixture's experts: one call multiplies the tokens of all of them, so that
+// threads share all the work.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -21,9 +21,11 @@ struct Part {
   int64_t first_task;
 };
 
-// Calls work(part, begin, end) for what [begin, end) means to each part; `first` is Part::first_tile or first_task.
+// Calls work(part, begin, end) for what [begin, end) means to each part; `first` is
+// Part::first_tile or first_task.
 template <typename Work>
-void for_parts(const std::vector<Part>& parts, int64_t Part::* first, int64_t begin, int64_t end, const Work& work) {
+void for_parts(const std::vector<Part>& parts, int64_t Part::* first, int64_t begin, int64_t end,
+               const Work& work) {
   auto part = std::upper_bound(parts.begin(), parts.end(), begin,
                                [&](int64_t index, const Part& p) { return index < p.*first; }) -
               1;
@@ -51,20 +53,23 @@ void store_row(const float* values, int64_t count, Float dtype, void* out, int64
   }
 }
 
-Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-                    const Tensor& tiles, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
+Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
+                    const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
+                    int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "gemm_experts";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
   const auto [rows, inputs] = check_codes(op, codes, scale, act_bits);
   const Float dtype = float_type(op, "out_dtype", out_dtype);
   const int64_t experts = packed.dim() ? packed.size(0) : 0;
-  if (experts < 1) refuse(op, "packed", "expected (experts, panels, bytes), got ", describe(packed), ".");
+  if (experts < 1)
+    refuse(op, "packed", "expected (experts, panels, bytes), got ", describe(packed), ".");
   check_tensor(op, "packed", packed, ScalarType::Byte, {experts, kAnySize, kAnySize});
   check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize});
   check_tensor(op, "tiles", tiles, ScalarType::Int, {3, kAnySize});
   // All experts have the shapes of the first.
-  const WeightLayout w = check_weight(op, torch::stable::select(weight_scale, 0, 0), inputs, weight_bits, act_bits);
+  const WeightLayout w =
+      check_weight(op, torch::stable::select(weight_scale, 0, 0), inputs, weight_bits, act_bits);
   check_packed(op, torch::stable::select(packed, 0, 0), w);
   Tensor out = empty({rows, w.columns}, out_dtype);
 
@@ -87,11 +92,14 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
     if (expert < 0 || expert >= experts || first < 0 || last > rows || first >= last) continue;
     const int64_t tokens = std::min(last - first, kExpertTileTokens);
     Part part{gemm_of(k, tokens, w, weight_bits, dtype), first, tile_count, task_count};
-    part.gemm.packed = static_cast<const uint8_t*>(packed.const_data_ptr()) + expert * w.panels * w.panel_bytes;
-    part.gemm.out = static_cast<uint8_t*>(out.mutable_data_ptr()) + first * w.columns * bytes_of(dtype);
+    part.gemm.packed =
+        static_cast<const uint8_t*>(packed.const_data_ptr()) + expert * w.panels * w.panel_bytes;
+    part.gemm.out =
+        static_cast<uint8_t*>(out.mutable_data_ptr()) + first * w.columns * bytes_of(dtype);
     part.gemm.act.words = arena.at<int32_t>(words) + first * w.groups * w.group_steps;
     part.gemm.act.start = arena.at<int32_t>(start) + first * w.groups;
-    part.gemm.act.scale = const_cast<float*>(static_cast<const float*>(scale.const_data_ptr())) + first;
+    part.gemm.act.scale =
+        const_cast<float*>(static_cast<const float*>(scale.const_data_ptr())) + first;
     tile_count += part.gemm.act.tiles.tiles;
     task_count += gemm_tasks(part.gemm);
     covered += tokens;
@@ -99,7 +107,8 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   }
   if (covered < rows) {
     // Rows of no tile: NaN rather than what the memory held.
-    std::fill_n(static_cast<uint8_t*>(out.mutable_data_ptr()), rows * w.columns * bytes_of(dtype), uint8_t{0xFF});
+    std::fill_n(static_cast<uint8_t*>(out.mutable_data_ptr()), rows * w.columns * bytes_of(dtype),
+                uint8_t{0xFF});
   }
   if (parts.empty()) return out;
 
@@ -112,19 +121,23 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
     });
   });
   share(task_count, gemm_grain(parts[0].gemm), [&](int64_t begin, int64_t end) {
-    for_parts(parts, &Part::first_task, begin, end, [&](const Part& p, int64_t b, int64_t e) { k.gemm(p.gemm, b, e); });
+    for_parts(parts, &Part::first_task, begin, end,
+              [&](const Part& p, int64_t b, int64_t e) { k.gemm(p.gemm, b, e); });
   });
   return out;
 }
 
-Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights, ScalarType out_dtype) {
+Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights,
+                       ScalarType out_dtype) {
   constexpr const char* op = "combine_experts";
   check_tensor(op, "rows", rows, ScalarType::Float, {kAnySize, kAnySize});
   check_tensor(op, "sources", sources, ScalarType::Int, {kAnySize, kAnySize});
   check_tensor(op, "weights", weights, ScalarType::Float, {sources.size(0), sources.size(1)});
   const Float dtype = float_type(op, "out_dtype", out_dtype);
-  const int64_t tokens = sources.size(0), top_k = sources.size(1), row_count = rows.size(0), outputs = rows.size(1);
-  if (top_k < 1) refuse(op, "sources", "expected at least one source a token, got ", describe(sources), ".");
+  const int64_t tokens = sources.size(0), top_k = sources.size(1), row_count = rows.size(0),
+                outputs = rows.size(1);
+  if (top_k < 1)
+    refuse(op, "sources", "expected at least one source a token, got ", describe(sources), ".");
   if (outputs < 1) refuse(op, "rows", "expected at least one output, got ", describe(rows), ".");
   Tensor out = empty({tokens, outputs}, out_dtype);
   const auto* values = static_cast<const float*>(rows.const_data_ptr());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory for weights that every decoded token streams through once: in huge pages, where the system has them, a token
-// costs far fewer address translations. A hint only: nothing depends on it but speed.
+// Memory for weights that every decoded token streams through once: in huge pages, where the system
+// has them, a token costs far fewer address translations. A hint only: nothing depends on it but
+// speed.
 #pragma once
 
 #include <sys/mman.h>
@@ -21,15 +22,17 @@ constexpr size_t kHugePage = 2 * 1024 * 1024;
 constexpr size_t kSlab = 16 * kHugePage;
 constexpr size_t kLine = 64;
 
-// Bytes from the start of a huge page on, handed out from front to back and given back to the system as one: by mmap,
-// so that it does not depend on how the process has set its allocator.
+// Bytes from the start of a huge page on, handed out from front to back and given back to the
+// system as one: by mmap, so that it does not depend on how the process has set its allocator.
 class Slab {
  public:
   explicit Slab(size_t bytes) : size_((bytes + kHugePage - 1) / kHugePage * kHugePage) {
     // What alignment leaves over is never touched.
-    mapping_ = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mapping_ = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                    -1, 0);
     if (mapping_ == MAP_FAILED) {
-      throw std::runtime_error("smoothrot::prepack_weight: weight: expected " + std::to_string(size_) +
+      throw std::runtime_error("smoothrot::prepack_weight: weight: expected " +
+                               std::to_string(size_) +
                                " bytes of memory for its packed codes, got none.");
     }
     const auto address = reinterpret_cast<uintptr_t>(mapping_);
@@ -58,7 +61,8 @@ class Slab {
   char* memory_;
 };
 
-// An uninitialised CPU tensor of bytes. Small ones share a slab, which lives as long as any of them.
+// An uninitialised CPU tensor of bytes. Small ones share a slab, which lives as long as any of
+// them.
 inline torch::stable::Tensor empty_in_huge_pages(std::initializer_list<int64_t> sizes) {
   static std::mutex mutex;
   static std::shared_ptr<Slab> open;
@@ -82,8 +86,8 @@ inline torch::stable::Tensor empty_in_huge_pages(std::initializer_list<int64_t> 
   }
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   // The deleter owns a share of the slab: to destroy the deleter is to let go of it.
-  return torch::stable::from_blob(memory, {sizes.begin(), sizes.size()}, {strides, sizes.size()}, cpu,
-                                  torch::headeronly::ScalarType::Byte, [slab](void*) {});
+  return torch::stable::from_blob(memory, {sizes.begin(), sizes.size()}, {strides, sizes.size()},
+                                  cpu, torch::headeronly::ScalarType::Byte, [slab](void*) {});
 }
 
 }  // namespace smoothrot

@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// A multiplication by one packed weight, for the ops that differ in where its activations come from.
+// A multiplication by one packed weight, for the ops that differ in where its activations come
+// from.
 #pragma once
 
 #include "cpu_runtime.h"
 
 namespace smoothrot {
 
-// Activations of `tokens` tokens in tiles, and one weight; pointers and bias are the caller's to set.
-inline GemmArgs gemm_of(const Kernels& k, int64_t tokens, const WeightLayout& w, int64_t weight_bits, Float out_dtype) {
+// Activations of `tokens` tokens in tiles, and one weight; pointers and bias are the caller's to
+// set.
+inline GemmArgs gemm_of(const Kernels& k, int64_t tokens, const WeightLayout& w,
+                        int64_t weight_bits, Float out_dtype) {
   GemmArgs g{};
   g.act.weight = w;
   g.act.tiles = tile_layout(tokens, w.groups == 1 ? k.max_rows : k.max_rows_grouped);
   g.weight_bits = int(weight_bits);
   g.out_dtype = out_dtype;
   const int64_t tile_bytes = (g.act.tiles.rows + 1) * w.groups * w.group_steps * kStepInputs;
-  const int64_t tiles_at_once = tile_bytes < kActivationBlockBytes ? kActivationBlockBytes / tile_bytes : 1;
+  const int64_t tiles_at_once =
+      tile_bytes < kActivationBlockBytes ? kActivationBlockBytes / tile_bytes : 1;
   g.blocks = ceil_div(g.act.tiles.tiles, tiles_at_once);
   return g;
 }
@@ -25,14 +29,16 @@ inline int64_t fill_grain(const GemmArgs& g) {
 }
 
 inline int64_t gemm_grain(const GemmArgs& g) {
-  return ceil_div(kGrainProducts, ceil_div(g.act.tiles.tokens, g.blocks) * g.act.weight.inputs * kPanelColumns);
+  return ceil_div(kGrainProducts,
+                  ceil_div(g.act.tiles.tokens, g.blocks) * g.act.weight.inputs * kPanelColumns);
 }
 
 // What gemm and linear share: the tiles' memory and the multiplication itself.
 class Multiplication {
  public:
-  Multiplication(const char* op, const Kernels& k, int64_t tokens, const WeightLayout& w, int64_t weight_bits,
-                 const Tensor& packed, const std::optional<Tensor>& bias, Float out_dtype)
+  Multiplication(const char* op, const Kernels& k, int64_t tokens, const WeightLayout& w,
+                 int64_t weight_bits, const Tensor& packed, const std::optional<Tensor>& bias,
+                 Float out_dtype)
       : args(gemm_of(k, tokens, w, weight_bits, out_dtype)), kernels_(k) {
     check_packed(op, packed, w);
     args.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
@@ -43,7 +49,8 @@ class Multiplication {
     }
   }
 
-  // Memory for the tiles and for each thread's scratch; `scale` is null where the arena shall hold it.
+  // Memory for the tiles and for each thread's scratch; `scale` is null where the arena shall hold
+  // it.
   void allocate(int64_t scratch_bytes, const float* scale) {
     const WeightLayout& w = args.act.weight;
     const int64_t tokens = args.act.tiles.tokens;
@@ -61,7 +68,8 @@ class Multiplication {
   void run_stored(void* out, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
     QuantArgs sizes{};
     sizes.inputs = args.act.weight.inputs;
-    allocate(kernels_.scratch_bytes(sizes, args.act.tiles.rows + 1), static_cast<const float*>(scale.const_data_ptr()));
+    allocate(kernels_.scratch_bytes(sizes, args.act.tiles.rows + 1),
+             static_cast<const float*>(scale.const_data_ptr()));
     const void* stored = codes.const_data_ptr();
     run(out, [&](int64_t begin, int64_t end, void* scratch) {
       kernels_.decode_tiles(stored, int(act_bits), args.act, begin, end, scratch);
@@ -75,7 +83,8 @@ class Multiplication {
     share(args.act.tiles.tiles, fill_grain(args), [&](int64_t begin, int64_t end) {
       fill(begin, end, arena_.at<void>(scratch_->offset + thread_index() * scratch_->bytes));
     });
-    share(gemm_tasks(args), gemm_grain(args), [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
+    share(gemm_tasks(args), gemm_grain(args),
+          [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
   }
 
   GemmArgs args;

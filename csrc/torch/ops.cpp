@@ -21,8 +21,8 @@ Rotations& rotations() {
   return known;
 }
 
-QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block, double clip, int64_t bits,
-                     Source source = Source::plain) {
+QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block, double clip,
+                     int64_t bits, Source source = Source::plain) {
   check_clip(op, clip);
   QuantArgs q{};
   q.x = x.const_data_ptr();
@@ -33,11 +33,12 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
   q.norm = 1.0f;
   q.bits = int(bits);
   if (block) {
-    if (block < 0 || q.inputs % block) refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    if (block < 0 || q.inputs % block)
+      refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
     q.rotation = rotations().find(block);
     if (!q.rotation) {
-      refuse(op, "block", "expected a prepared block, got ", block, ". Call smoothrot_vllm.ops.prepare_rotation(",
-             block, ") first.");
+      refuse(op, "block", "expected a prepared block, got ", block,
+             ". Call smoothrot_vllm.ops.prepare_rotation(", block, ") first.");
     }
     q.norm = float(1.0 / std::sqrt(double(block)));
   }
@@ -46,8 +47,8 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
 
 // Stored codes and scales, the rows shared between the threads.
 std::tuple<Tensor, Tensor> quantise(const QuantArgs& q, int64_t tokens) {
-  Tensor codes =
-      q.bits == 4 ? empty({tokens, q.inputs / 2}, ScalarType::Byte) : empty({tokens, q.inputs}, ScalarType::Char);
+  Tensor codes = q.bits == 4 ? empty({tokens, q.inputs / 2}, ScalarType::Byte)
+                             : empty({tokens, q.inputs}, ScalarType::Char);
   Tensor scale = empty({tokens}, ScalarType::Float);
   if (!tokens) return {codes, scale};
   const Kernels& k = kernels();
@@ -57,12 +58,14 @@ std::tuple<Tensor, Tensor> quantise(const QuantArgs& q, int64_t tokens) {
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   void* out = codes.mutable_data_ptr();
   share(tokens, ceil_div(kGrainValues, q.inputs), [&](int64_t begin, int64_t end) {
-    k.quant_rows(q, out, scales, begin, end, arena.at<uint8_t>(scratch.offset + thread_index() * scratch.bytes));
+    k.quant_rows(q, out, scales, begin, end,
+                 arena.at<uint8_t>(scratch.offset + thread_index() * scratch.bytes));
   });
   return {codes, scale};
 }
 
-std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t block, double clip, int64_t bits) {
+std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t block, double clip,
+                                      int64_t bits) {
   const Float dtype = check_activations(op, "x", x, 2, 2);
   check_bits(op, "bits", bits);
   return quantise(quant_args(op, x, dtype, block, clip, bits), x.size(0));
@@ -72,28 +75,35 @@ std::tuple<Tensor, Tensor> quant(const Tensor& x, double clip, int64_t bits) {
   return quant_impl("quant", x, 0, clip, bits);
 }
 
-std::tuple<Tensor, Tensor> hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits) {
-  if (block < 1) refuse("hadamard_quant", "block", "expected a positive block size, got ", block, ".");
+std::tuple<Tensor, Tensor> hadamard_quant(const Tensor& x, int64_t block, double clip,
+                                          int64_t bits) {
+  if (block < 1)
+    refuse("hadamard_quant", "block", "expected a positive block size, got ", block, ".");
   return quant_impl("hadamard_quant", x, block, clip, bits);
 }
 
-std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
+std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block,
+                                                   double clip, int64_t bits) {
   constexpr const char* op = "silu_mul_hadamard_quant";
   const Float dtype = check_gate_up(op, gate_up, 2, 2);
   check_bits(op, "bits", bits);
-  return quantise(quant_args(op, gate_up, dtype, block, clip, bits, Source::silu_mul), gate_up.size(0));
+  return quantise(quant_args(op, gate_up, dtype, block, clip, bits, Source::silu_mul),
+                  gate_up.size(0));
 }
 
-std::tuple<Tensor, Tensor> rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
-                                          int64_t bits, std::optional<Tensor> residual) {
+std::tuple<Tensor, Tensor> rms_norm_quant(const Tensor& x, std::optional<Tensor> weight,
+                                          double epsilon, double clip, int64_t bits,
+                                          std::optional<Tensor> residual) {
   constexpr const char* op = "rms_norm_quant";
   const Float dtype = check_activations(op, "x", x, 2, 2);
   check_bits(op, "bits", bits);
   const int64_t tokens = x.size(0), inputs = x.size(1);
   if (inputs % kNormVectorInputs) {
-    refuse(op, "x", "expected inputs in multiples of ", kNormVectorInputs, ", got ", describe(x), ".");
+    refuse(op, "x", "expected inputs in multiples of ", kNormVectorInputs, ", got ", describe(x),
+           ".");
   }
-  if (!(epsilon >= 0.0)) refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
+  if (!(epsilon >= 0.0))
+    refuse(op, "epsilon", "expected a number of at least 0, got ", epsilon, ".");
   QuantArgs q = quant_args(op, x, dtype, 0, clip, bits, Source::rms_norm);
   q.norm_args.epsilon = float(epsilon);
   if (weight) {
@@ -112,10 +122,11 @@ void prepare_rotation(const Tensor& base_matrix, int64_t power) {
   check_tensor(op, "base_matrix", base_matrix, ScalarType::Char, {kAnySize, kAnySize});
   const int64_t base = base_matrix.size(0);
   if (base_matrix.size(1) != base || (base != 1 && base % 4)) {
-    refuse(op, "base_matrix", "expected a square matrix of order 1 or a multiple of 4, got ", describe(base_matrix),
-           ".");
+    refuse(op, "base_matrix", "expected a square matrix of order 1 or a multiple of 4, got ",
+           describe(base_matrix), ".");
   }
-  if (power < 1 || (power & (power - 1))) refuse(op, "power", "expected a power of two, got ", power, ".");
+  if (power < 1 || (power & (power - 1)))
+    refuse(op, "power", "expected a power of two, got ", power, ".");
   const auto* signs = static_cast<const int8_t*>(base_matrix.const_data_ptr());
   for (int64_t i = 0; i < base * base; ++i) {
     if (signs[i] != 1 && signs[i] != -1)
@@ -132,18 +143,20 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
   const int64_t experts = stacked ? weight.size(0) : 1;
   if (stacked) {
     check_tensor(op, "weight", weight, dtype, {experts, kAnySize, kAnySize});
-    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize});
+    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float,
+                 {experts, kAnySize, kAnySize});
   }
   // All experts have the shapes of the first.
   const Tensor own = stacked ? torch::stable::select(weight, 0, 0) : weight;
   const Tensor own_scale = stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale;
   check_tensor(op, "weight", own, dtype, {kAnySize, kAnySize});
   const int64_t inputs = own.size(1) * (bits == 4 ? 2 : 1);
-  if (inputs < 2 || inputs % 2) refuse(op, "weight", "expected an even number of inputs, got ", describe(weight), ".");
+  if (inputs < 2 || inputs % 2)
+    refuse(op, "weight", "expected an even number of inputs, got ", describe(weight), ".");
   const WeightLayout w = check_weight(op, own_scale, inputs, bits, 4);
   if (w.columns != own.size(0)) {
-    refuse(op, "weight_scale", "expected a row for each of the ", own.size(0), " outputs, got ", describe(own_scale),
-           ".");
+    refuse(op, "weight_scale", "expected a row for each of the ", own.size(0), " outputs, got ",
+           describe(own_scale), ".");
   }
   Tensor packed = stacked ? empty_in_huge_pages({experts, w.panels, w.panel_bytes})
                           : empty_in_huge_pages({w.panels, w.panel_bytes});
@@ -152,37 +165,41 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
   const auto* scale = static_cast<const float*>(weight_scale.const_data_ptr());
   share(experts * w.panels, ceil_div(kGrainValues, w.panel_bytes), [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t expert = begin / w.panels, first = expert * w.panels, stop = std::min(end, first + w.panels);
-      prepack(codes + expert * w.columns * w.inputs * bits / 8, scale + expert * w.columns * w.groups, int(bits), w,
-              out + first * w.panel_bytes, begin - first, stop - first);
+      const int64_t expert = begin / w.panels, first = expert * w.panels,
+                    stop = std::min(end, first + w.panels);
+      prepack(codes + expert * w.columns * w.inputs * bits / 8,
+              scale + expert * w.columns * w.groups, int(bits), w, out + first * w.panel_bytes,
+              begin - first, stop - first);
       begin = stop;
     }
   });
   return packed;
 }
 
-Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed, const Tensor& weight_scale,
-            std::optional<Tensor> bias, ScalarType out_dtype, int64_t act_bits, int64_t weight_bits) {
+Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
+            const Tensor& weight_scale, std::optional<Tensor> bias, ScalarType out_dtype,
+            int64_t act_bits, int64_t weight_bits) {
   constexpr const char* op = "gemm";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
   const auto [tokens, inputs] = check_codes(op, codes, scale, act_bits);
   const WeightLayout w = check_weight(op, weight_scale, inputs, weight_bits, act_bits);
   const Kernels& k = kernels();
-  Multiplication m(op, k, tokens, w, weight_bits, packed, bias, float_type(op, "out_dtype", out_dtype));
+  Multiplication m(op, k, tokens, w, weight_bits, packed, bias,
+                   float_type(op, "out_dtype", out_dtype));
   Tensor out = empty({tokens, w.columns}, out_dtype);
   if (!tokens) return out;
   m.run_stored(out.mutable_data_ptr(), codes, scale, act_bits);
   return out;
 }
 
-Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
-                   const std::optional<Tensor>& bias, int64_t block, double clip, int64_t act_bits,
-                   int64_t weight_bits) {
+Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor& packed,
+                   const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t block,
+                   double clip, int64_t act_bits, int64_t weight_bits) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  const Float dtype =
-      source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims) : check_activations(op, "x", x, 1, kMostDims);
+  const Float dtype = source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims)
+                                                 : check_activations(op, "x", x, 1, kMostDims);
   const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, source);
   const WeightLayout w = check_weight(op, weight_scale, q.inputs, weight_bits, act_bits);
   const int64_t tokens = x.numel() / x.size(x.dim() - 1);
@@ -200,20 +217,24 @@ Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor&
     return out;
   }
   m.allocate(k.scratch_bytes(q, m.args.act.tiles.rows + 1), nullptr);
-  m.run(out.mutable_data_ptr(),
-        [&](int64_t begin, int64_t end, void* scratch) { k.quant_tiles(q, m.args.act, begin, end, scratch); });
+  m.run(out.mutable_data_ptr(), [&](int64_t begin, int64_t end, void* scratch) {
+    k.quant_tiles(q, m.args.act, begin, end, scratch);
+  });
   return out;
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale, std::optional<Tensor> bias,
-              int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  return linear_impl("linear", Source::plain, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits);
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
+              std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
+              int64_t weight_bits) {
+  return linear_impl("linear", Source::plain, x, packed, weight_scale, bias, block, clip, act_bits,
+                     weight_bits);
 }
 
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
-                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits, int64_t weight_bits) {
-  return linear_impl("silu_mul_linear", Source::silu_mul, gate_up, packed, weight_scale, bias, block, clip, act_bits,
-                     weight_bits);
+                       std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
+                       int64_t weight_bits) {
+  return linear_impl("silu_mul_linear", Source::silu_mul, gate_up, packed, weight_scale, bias,
+                     block, clip, act_bits, weight_bits);
 }
 
 std::string kernel_name() { return kernels().name; }

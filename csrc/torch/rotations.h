@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotations that have been prepared, by block size. smoothrot_vllm.hadamard builds the base matrices; the
-// kernels keep their signs in lookup form here for the life of the process.
+// The rotations that have been prepared, by block size. smoothrot_vllm.hadamard builds the base
+// matrices; the kernels keep their signs in lookup form here for the life of the process.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ class Rotations {
       entry->signs.resize(size_t(base * groups));
       for (int64_t b = 0; b < base; ++b) {
         for (int64_t j = 0; j < base; ++j) {
-          entry->signs[size_t(j * groups + b / 4)] |= uint8_t((matrix[b * base + j] < 0) << (b % 4));
+          entry->signs[size_t(j * groups + b / 4)] |=
+              uint8_t((matrix[b * base + j] < 0) << (b % 4));
         }
       }
     }

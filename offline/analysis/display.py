@@ -10,7 +10,15 @@ from smoothrot_offline.display import make_table
 
 def show_analysis(found: Analysis, out: str) -> RenderableType:
     """Massive activations, mean errors, down_proj layer by layer, and the policies against max."""
-    massive = make_table("input of", "largest |x|", "layer", "token", "channel", "/ median", "massive tokens in layers")
+    massive = make_table(
+        "input of",
+        "largest |x|",
+        "layer",
+        "token",
+        "channel",
+        "/ median",
+        "massive tokens in layers",
+    )
     for kind, record in found.massive.items():
         peak = record.peak
         massive.add_row(
@@ -28,9 +36,18 @@ def show_analysis(found: Analysis, out: str) -> RenderableType:
     difficulties, layers = (make_table(f"{DOWN} layer", *TRANSFORMS) for _ in range(2))
     for layer in found.layers:
         records = layer.inputs[DOWN].transforms
-        difficulties.add_row(str(layer.index), *(f"{records[name].activation_difficulty:.4g}" for name in TRANSFORMS))
+        difficulties.add_row(
+            str(layer.index), *(f"{records[name].activation_difficulty:.4g}" for name in TRANSFORMS)
+        )
         layers.add_row(str(layer.index), *(f"{records[name].error:.4g}" for name in TRANSFORMS))
-    policies = make_table("policy", "error / max", "as converted", "selects", "error / max there", "as converted there")
+    policies = make_table(
+        "policy",
+        "error / max",
+        "as converted",
+        "selects",
+        "error / max there",
+        "as converted there",
+    )
     for policy, summary in found.policies.items():
         policies.add_row(
             policy,

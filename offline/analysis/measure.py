@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation difficulty, layer error, occupied bins and massive activations of one linear's input (arXiv 2506.01967).
+"""Quantisation difficulty, layer error, occupied bins and massive activations of one linear's input
+(arXiv 2506.01967).
 
-The plain quantiser is that of the paper: symmetric, 4 bits, no clip, one scale per token and per output channel; the
-converter's clips activations and searches each output channel's scale.
-Everything is gathered a chunk of tokens at a time, so that no layer's activations are ever held as a whole.
+The plain quantiser is that of the paper: symmetric, 4 bits, no clip, one scale per token and per
+output channel; the converter's clips activations and searches each output channel's scale.
+Everything is gathered a chunk of tokens at a time, so that no layer's activations are ever held as
+a whole.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,19 +24,23 @@ BINS = 1 << BITS
 """Codes -8 to 7; without a clip the symmetric quantiser never uses -8."""
 
 MASSIVE_RATIO = 1000.0
-"""A token is massive if it holds a value of more than this many times the median magnitude of its sequence (arXiv 2402.17762)."""
+"""A token is massive if it holds a value of more than this many times the median magnitude of
+its sequence (arXiv 2402.17762)."""
 
 SURFACE_SHAPE = (64, 96)
-"""Tokens and channels that a picture of ``|X|`` shows; each of its points is the largest magnitude of what it stands for."""
+"""Tokens and channels that a picture of ``|X|`` shows; each of its points is the largest
+magnitude of what it stands for."""
 
 ActivationMap = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """An equivalent form of ``X W^T``: float32 ``(tokens, K)`` activations from the input as captured, and its W ``(out, K)``.
+    """An equivalent form of ``X W^T``: float32 ``(tokens, K)`` activations from the input as
+    captured, and its W ``(out, K)``.
 
-    ``converted``: quantise both as the converter does (W4A4, round to nearest), rather than plainly.
+    ``converted``: quantise both as the converter does (W4A4, round to nearest), rather than
+    plainly.
     """
 
     activations: ActivationMap
@@ -66,7 +72,8 @@ class Peak:
 
 
 def quantize(x: torch.Tensor, clip: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit symmetric quantisation of each row: int8 codes, and the float32 values that they stand for.
+    """4-bit symmetric quantisation of each row: int8 codes, and the float32 values that they stand
+    for.
 
     Args:
         x: float32 ``(rows, K)``, K even.
@@ -86,7 +93,8 @@ def quantize_weight(weight: torch.Tensor, converted: bool) -> tuple[torch.Tensor
 
 
 def difficulty(sum_of_squares: torch.Tensor) -> float:
-    """Unbiased standard deviation of the channel magnitudes ``||X[:, j]||_2``, from their squares, float64 ``(K,)``."""
+    """Unbiased standard deviation of the channel magnitudes ``||X[:, j]||_2``, from their
+    squares, float64 ``(K,)``."""
     return float(sum_of_squares.sqrt().std(correction=1))
 
 
@@ -104,7 +112,8 @@ class TransformMeter:
         self._error = 0.0
 
     def update(self, captured: torch.Tensor, exact: torch.Tensor) -> None:
-        """Add the tokens of ``captured (tokens, K)``, whose exact float32 output is ``exact (tokens, out)``."""
+        """Add the tokens of ``captured (tokens, K)``, whose exact float32 output is ``exact
+        (tokens, out)``."""
         x = self._transform.activations(captured)
         codes, quantized = quantize(x, self._clip)
         self._squares += x.double().square().sum(dim=0)
@@ -112,7 +121,8 @@ class TransformMeter:
         self._error += _square_sum(exact - quantized @ self._weight.T)
 
     def result(self, output_squares: float) -> Measured:
-        """What was measured; ``output_squares`` is ``||X W^T||_F^2``, of which the relative error is a share."""
+        """What was measured; ``output_squares`` is ``||X W^T||_F^2``, of which the relative
+        error is a share."""
         return Measured(
             activation_difficulty=difficulty(self._squares),
             weight_difficulty=difficulty(self._weight_squares),
@@ -129,12 +139,17 @@ class InputMeter:
     Args:
         transforms: by name; the first is the untransformed model, whose product is the exact one.
         seqlen: tokens of a sequence; what is observed are whole sequences, in order.
-        shown: names of the transforms whose ``peak_token_bins`` are kept; with ``surfaces``, their ``|X|`` for a picture too.
+        shown: names of the transforms whose ``peak_token_bins`` are kept; with ``surfaces``, their
+            ``|X|`` for a picture too.
         surfaces: keep ``|X|`` of the sequence with the largest value.
     """
 
     def __init__(
-        self, transforms: Mapping[str, Transform], seqlen: int, shown: tuple[str, ...] = (), surfaces: bool = False
+        self,
+        transforms: Mapping[str, Transform],
+        seqlen: int,
+        shown: tuple[str, ...] = (),
+        surfaces: bool = False,
     ) -> None:
         self._transforms = transforms
         self._meters = {name: TransformMeter(transform) for name, transform in transforms.items()}
@@ -156,7 +171,9 @@ class InputMeter:
         self._output_squares += _square_sum(exact)
         for meter in self._meters.values():
             meter.update(captured, exact)
-        for sequence, source in zip(x.abs().split(self._seqlen), captured.split(self._seqlen), strict=True):
+        for sequence, source in zip(
+            x.abs().split(self._seqlen), captured.split(self._seqlen), strict=True
+        ):
             self._look_for_massive(sequence, source)
             self._samples += 1
 
@@ -167,13 +184,20 @@ class InputMeter:
     def _look_for_massive(self, magnitudes: torch.Tensor, captured: torch.Tensor) -> None:
         median = float(magnitudes.median())
         largest = magnitudes.amax(dim=1)
-        self.massive += [(self._samples, int(token)) for token in (largest > MASSIVE_RATIO * median).nonzero()]
+        self.massive += [
+            (self._samples, int(token)) for token in (largest > MASSIVE_RATIO * median).nonzero()
+        ]
         position = int(largest.argmax())
         if self.peak is None or float(largest[position]) > self.peak.magnitude:
             channel = int(magnitudes[position].argmax())
             self.peak = Peak(float(largest[position]), self._samples, position, channel, median)
-            transformed = {name: self._transforms[name].activations(captured) for name in self._shown}
-            self.peak_token_bins = {name: _shares(_count(quantize(x[position, None])[0])) for name, x in transformed.items()}
+            transformed = {
+                name: self._transforms[name].activations(captured) for name in self._shown
+            }
+            self.peak_token_bins = {
+                name: _shares(_count(quantize(x[position, None])[0]))
+                for name, x in transformed.items()
+            }
             if self._surfaces:
                 self.surfaces = {name: _surface(x) for name, x in transformed.items()}
 

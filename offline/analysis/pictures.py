@@ -17,7 +17,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ConfigError("analyze: needs matplotlib, which is not installed: pip install 'smoothrot-vllm[plots]'.") from error
+    raise ConfigError(
+        "analyze: needs matplotlib, which is not installed: pip install 'smoothrot-vllm[plots]'."
+    ) from error
 
 COLOURS = {"none": "#7f7f7f", "S": "#e69f00", "R": "#0072b2", "S+R": "#009e73"}
 MARKERS = {"none": "o", "S": "^", "R": "s", "S+R": "D"}
@@ -29,9 +31,9 @@ _DPI = 110
 class LayerPictures:
     """What only the pictures show of a layer.
 
-    ``surfaces``: ``|X|`` at down_proj by transform, pooled, of the sequence with the layer's largest value; ``shape``: its tokens
-    and channels. ``learned`` and ``start``: the learned policy's scales and those it started from, float64 ``(f,)``; None if it
-    did not run.
+    ``surfaces``: ``|X|`` at down_proj by transform, pooled, of the sequence with the layer's
+    largest value; ``shape``: its tokens and channels. ``learned`` and ``start``: the learned
+    policy's scales and those it started from, float64 ``(f,)``; None if it did not run.
     """
 
     surfaces: Mapping[str, torch.Tensor]
@@ -41,17 +43,31 @@ class LayerPictures:
 
 
 def surfaces(layer: LayerAnalysis, pictures: LayerPictures) -> bytes:
-    """``|X|`` at down_proj over tokens and channels, one panel for each transform, each with its own height."""
+    """``|X|`` at down_proj over tokens and channels, one panel for each transform, each with its
+    own height."""
     figure = Figure(figsize=(13, 3.9))
     for number, name in enumerate(TRANSFORMS, start=1):
         panel: Any = figure.add_subplot(1, len(TRANSFORMS), number, projection="3d")
         values = pictures.surfaces[name]
         (rows, columns), (tokens, channels) = values.shape, pictures.shape
-        y, x = torch.meshgrid(torch.arange(rows) * tokens / rows, torch.arange(columns) * channels / columns, indexing="ij")
-        panel.plot_surface(
-            x.numpy(), y.numpy(), values.numpy(), cmap="viridis", rcount=rows, ccount=columns, linewidth=0, antialiased=False
+        y, x = torch.meshgrid(
+            torch.arange(rows) * tokens / rows,
+            torch.arange(columns) * channels / columns,
+            indexing="ij",
         )
-        panel.set_title(f"{name}: max {float(values.max()):.4g}", color=COLOURS[name], fontweight="bold")
+        panel.plot_surface(
+            x.numpy(),
+            y.numpy(),
+            values.numpy(),
+            cmap="viridis",
+            rcount=rows,
+            ccount=columns,
+            linewidth=0,
+            antialiased=False,
+        )
+        panel.set_title(
+            f"{name}: max {float(values.max()):.4g}", color=COLOURS[name], fontweight="bold"
+        )
         panel.set_xlabel("channel", fontsize=8)
         panel.set_ylabel("token", fontsize=8)
         panel.tick_params(labelsize=7)
@@ -65,14 +81,21 @@ def surfaces(layer: LayerAnalysis, pictures: LayerPictures) -> bytes:
 
 
 def by_layer(analysis: Analysis, value: Callable[[TransformRecord], float], label: str) -> bytes:
-    """A number of every transform of every kind of input against the layer, on a logarithmic scale."""
+    """A number of every transform of every kind of input against the layer, on a logarithmic
+    scale."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).flat
     for panel, kind in zip(panels, KINDS, strict=True):
         inputs = [(layer.index, layer.inputs[kind]) for layer in analysis.layers]
         for name in inputs[0][1].transforms:
             points = [(index, value(found.transforms[name])) for index, found in inputs]
-            style = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4, "linewidth": 1.5, "alpha": 0.9}
+            style = {
+                "color": COLOURS[name],
+                "marker": MARKERS[name],
+                "markersize": 4,
+                "linewidth": 1.5,
+                "alpha": 0.9,
+            }
             panel.plot(*zip(*points, strict=True), label=name, **style)
         for index in analysis.massive[kind].massive_layers:
             panel.axvspan(index - 0.4, index + 0.4, color="#f3d9d9", zorder=0)
@@ -87,7 +110,8 @@ def by_layer(analysis: Analysis, value: Callable[[TransformRecord], float], labe
 
 
 def bins(layer: LayerAnalysis) -> bytes:
-    """Share of down_proj's 4-bit activations and weights in each of the 16 codes, a column for each transform.
+    """Share of down_proj's 4-bit activations and weights in each of the 16 codes, a column for each
+    transform.
 
     Above all tokens on a logarithmic scale, below the token with the largest value.
     """
@@ -97,8 +121,12 @@ def bins(layer: LayerAnalysis) -> bytes:
     records = layer.inputs[DOWN].transforms
     for (every, peak), name in zip(panels.T, TRANSFORMS, strict=True):
         record = records[name]
-        every.bar(codes, record.activation_bins, color=COLOURS[name], width=0.9, label="activations")
-        every.step(codes, record.weight_bins, color="#1c1c1c", where="mid", linewidth=1, label="weights")
+        every.bar(
+            codes, record.activation_bins, color=COLOURS[name], width=0.9, label="activations"
+        )
+        every.step(
+            codes, record.weight_bins, color="#1c1c1c", where="mid", linewidth=1, label="weights"
+        )
         every.set_yscale("log")
         every.set_ylim(1e-5, 4)
         every.set_title(f"{name}: {record.activation_bins[BINS // 2]:.1%} are 0", fontsize=10)
@@ -116,15 +144,25 @@ def bins(layer: LayerAnalysis) -> bytes:
 
 
 def policy_ratios(analysis: Analysis) -> bytes:
-    """Error at down_proj of each policy with R4 over that of max, by layer: plainly quantised, and as the converter does."""
+    """Error at down_proj of each policy with R4 over that of max, by layer: plainly quantised,
+    and as the converter does."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
     for colour, policy in zip(_POLICY_COLOURS, analysis.policies, strict=False):
         records = [(layer.index, layer.policies[policy]) for layer in analysis.layers]
         style = {"label": policy, "color": colour, "marker": "o", "markersize": 4, "linewidth": 1.5}
-        panels[0].plot(*zip(*((index, record.ratio_to_max) for index, record in records), strict=True), **style)
-        panels[1].plot(*zip(*((index, record.converted_ratio_to_max) for index, record in records), strict=True), **style)
-    for panel, title in zip(panels, ("plain quantisers", "the converter's quantisers"), strict=True):
+        panels[0].plot(
+            *zip(*((index, record.ratio_to_max) for index, record in records), strict=True), **style
+        )
+        panels[1].plot(
+            *zip(
+                *((index, record.converted_ratio_to_max) for index, record in records), strict=True
+            ),
+            **style,
+        )
+    for panel, title in zip(
+        panels, ("plain quantisers", "the converter's quantisers"), strict=True
+    ):
         for index in analysis.massive[DOWN].massive_layers:
             panel.axvspan(index - 0.4, index + 0.4, color="#f3d9d9", zorder=0)
         panel.set_yscale("log")
@@ -142,13 +180,19 @@ def policy_ratios(analysis: Analysis) -> bytes:
 def learned_against_start(layers: Sequence[tuple[int, LayerPictures]]) -> bytes:
     """The learned scale of each channel against the one it started from, a panel for each layer."""
     figure = Figure(figsize=(5 * len(layers), 4.6), layout="constrained")
-    for panel, (index, pictures) in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+    for panel, (index, pictures) in zip(
+        figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True
+    ):
         assert pictures.start is not None
         assert pictures.learned is not None
-        panel.scatter(pictures.start.numpy(), pictures.learned.numpy(), s=5, alpha=0.5, color=COLOURS["S+R"])
+        panel.scatter(
+            pictures.start.numpy(), pictures.learned.numpy(), s=5, alpha=0.5, color=COLOURS["S+R"]
+        )
         both = torch.cat((pictures.start, pictures.learned))
         panel.axline((1, 1), slope=1, color="#7f7f7f", linewidth=1)
-        panel.set(xscale="log", yscale="log", xlabel="start", ylabel="learned", title=f"layer {index}")
+        panel.set(
+            xscale="log", yscale="log", xlabel="start", ylabel="learned", title=f"layer {index}"
+        )
         panel.set_xlim(float(both.min()) / 1.2, float(both.max()) * 1.2)
         panel.set_ylim(float(both.min()) / 1.2, float(both.max()) * 1.2)
         panel.grid(alpha=0.3)
@@ -158,5 +202,11 @@ def learned_against_start(layers: Sequence[tuple[int, LayerPictures]]) -> bytes:
 def _png(figure: Figure, tight: bool = True) -> bytes:
     buffer = io.BytesIO()
     # Without the metadata's software version the same numbers give the same bytes.
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None}, bbox_inches="tight" if tight else None)
+    figure.savefig(
+        buffer,
+        format="png",
+        dpi=_DPI,
+        metadata={"Software": None},
+        bbox_inches="tight" if tight else None,
+    )
     return buffer.getvalue()

@@ -18,7 +18,8 @@ class _Record(BaseModel):
 
 
 class AnalysisConfig(_Record):
-    """Options of ``smoothrot-convert analyze``. ``calib_samples`` sequences choose the scales, as many others measure."""
+    """Options of ``smoothrot-convert analyze``. ``calib_samples`` sequences choose the scales,
+    as many others measure."""
 
     calib: str = "generated"
     calib_samples: int = Field(default=8, ge=1, le=MOST)
@@ -31,9 +32,9 @@ class AnalysisConfig(_Record):
 class TransformRecord(_Record):
     """One transform of one input.
 
-    Difficulty: unbiased standard deviation of the channel magnitudes (2-norms) of activations and weight. Error:
-    ``||X W^T - Q(X) Q(W)^T||_F^2``, and its share of ``||X W^T||_F^2``. Bins: shares of the 16 codes -8 to 7, in
-    ``peak_token_bins`` of the one token with the largest value.
+    Difficulty: unbiased standard deviation of the channel magnitudes (2-norms) of activations and
+    weight. Error: ``||X W^T - Q(X) Q(W)^T||_F^2``, and its share of ``||X W^T||_F^2``. Bins: shares
+    of the 16 codes -8 to 7, in ``peak_token_bins`` of the one token with the largest value.
     """
 
     activation_difficulty: float
@@ -46,7 +47,8 @@ class TransformRecord(_Record):
 
 
 class PeakRecord(_Record):
-    """The largest ``|x|``; ``median`` is that of its sequence, ``ratio`` to it is None if that is zero."""
+    """The largest ``|x|``; ``median`` is that of its sequence, ``ratio`` to it is None if that
+    is zero."""
 
     magnitude: float
     sample: int
@@ -58,7 +60,8 @@ class PeakRecord(_Record):
 
 
 class InputRecord(_Record):
-    """One input of one decoder layer: the linears that read it, its largest activation, its massive tokens, its transforms."""
+    """One input of one decoder layer: the linears that read it, its largest activation, its
+    massive tokens, its transforms."""
 
     linears: list[str]
     peak: PeakRecord
@@ -68,10 +71,11 @@ class InputRecord(_Record):
 
 
 class PolicyRecord(_Record):
-    """One smoothing policy at one down_proj, with R4. ``selected``: its scales differ from those of max.
+    """One smoothing policy at one down_proj, with R4. ``selected``: its scales differ from those of
+    max.
 
-    ``statistic``, ``alpha`` and ``quantile`` are what the scales (or their start) are made of. ``converted_*``: the same error
-    with the converter's quantisers, W4A4 rounded to nearest.
+    ``statistic``, ``alpha`` and ``quantile`` are what the scales (or their start) are made of.
+    ``converted_*``: the same error with the converter's quantisers, W4A4 rounded to nearest.
     """
 
     statistic: str
@@ -97,7 +101,8 @@ class LayerAnalysis(_Record):
 
 
 class MassiveRecord(_Record):
-    """Massive activations of one kind of input: the largest, in which layer, and the layers that have massive tokens."""
+    """Massive activations of one kind of input: the largest, in which layer, and the layers that
+    have massive tokens."""
 
     layer: int
     peak: PeakRecord
@@ -105,7 +110,8 @@ class MassiveRecord(_Record):
 
 
 class PolicySummary(_Record):
-    """One policy over the layers: mean error, its ratio to that of max, and the same over the layers it selects.
+    """One policy over the layers: mean error, its ratio to that of max, and the same over the
+    layers it selects.
 
     ``converted_*``: with the converter's quantisers.
     """
@@ -122,8 +128,8 @@ class PolicySummary(_Record):
 class Analysis(_Record):
     """The whole file.
 
-    ``error_difficulty_correlation``: Pearson's, of error and activation difficulty over the layers without a massive token;
-    None where fewer than three such layers differ.
+    ``error_difficulty_correlation``: Pearson's, of error and activation difficulty over the layers
+    without a massive token; None where fewer than three such layers differ.
     """
 
     analysis_version: Literal[1] = 1

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analysis: one decoder layer at a time from the source's files, measured in the original model.
+"""The analysis: one decoder layer at a time from the source's files, measured in the original
+model.
 
-For each layer: run it on one half of the calibration text and choose smoothing scales; run it on the other half and
-measure every transform of every input. What is held in memory is one layer, the hidden states of both halves, and a
-chunk of activations.
+For each layer: run it on one half of the calibration text and choose smoothing scales; run it on
+the other half and measure every transform of every input. What is held in memory is one layer, the
+hidden states of both halves, and a chunk of activations.
 """
 
 import dataclasses
@@ -25,7 +26,13 @@ from smoothrot_offline.analysis.record import (
     PolicyRecord,
     TransformRecord,
 )
-from smoothrot_offline.analysis.transforms import DOWN, KINDS, TRANSFORMS, converted, layer_transforms
+from smoothrot_offline.analysis.transforms import (
+    DOWN,
+    KINDS,
+    TRANSFORMS,
+    converted,
+    layer_transforms,
+)
 from smoothrot_offline.architectures import ModelSpec
 from smoothrot_offline.calibrate import LayerRunner, embed, tokens_digest
 from smoothrot_offline.calibration_data import load_calibration
@@ -36,7 +43,13 @@ from smoothrot_offline.manifest import CalibrationRecord, package_versions
 from smoothrot_offline.preflight import admit_calibration, admit_model
 from smoothrot_offline.progress import ProgressCallback, no_progress
 from smoothrot_offline.rotate import fold_norms, random_rotation
-from smoothrot_offline.smooth import InputStatistics, LayerError, PolicyOptions, SmoothingChoice, choose_scales
+from smoothrot_offline.smooth import (
+    InputStatistics,
+    LayerError,
+    PolicyOptions,
+    SmoothingChoice,
+    choose_scales,
+)
 from smoothrot_offline.smooth.norms import NormStatistics
 from smoothrot_offline.smooth.policies import Policy
 from smoothrot_offline.write import OutputDirectory
@@ -47,21 +60,30 @@ from smoothrot_vllm.hadamard import choose_block
 JSON_NAME = "analysis.json"
 PAGE_NAME = "report.html"
 
-SCHEME = LinearScheme(weights=WeightScheme(bits=BITS), activations=ActivationScheme(bits=BITS, clip=ACTIVATION_CLIP[BITS]))
+SCHEME = LinearScheme(
+    weights=WeightScheme(bits=BITS),
+    activations=ActivationScheme(bits=BITS, clip=ACTIVATION_CLIP[BITS]),
+)
 """What the policies that try scales out assume of the conversion."""
 
 
 def analyze(
-    source: Path, out: Path, config: AnalysisConfig, progress: ProgressCallback = no_progress, device: torch.device = CPU
+    source: Path,
+    out: Path,
+    config: AnalysisConfig,
+    progress: ProgressCallback = no_progress,
+    device: torch.device = CPU,
 ) -> tuple[Analysis, list[Path]]:
-    """Analyse the checkpoint in ``source`` into a new directory ``out``, which appears only when it is complete.
+    """Analyse the checkpoint in ``source`` into a new directory ``out``, which appears only when it
+    is complete.
 
     Returns:
         What ``analysis.json`` holds, and the dead runs' leftovers that were removed.
 
     Raises:
         UnsupportedModelError: the architecture or one of its sizes is not one that converts.
-        ConfigError: an option does not fit the model, ``out`` is taken, or matplotlib is not installed.
+        ConfigError: an option does not fit the model, ``out`` is taken, or matplotlib is not
+            installed.
         CheckpointError: the source is damaged, or the output cannot be written.
         DeviceMemoryError: a GPU, if that is the ``device``, has too little memory.
     """
@@ -69,8 +91,9 @@ def analyze(
     spec = admit_model(checkpoint)
     if spec.experts:
         raise UnsupportedModelError(
-            f"{source}: {spec.architecture.class_name} has experts; analyze measures dense models only. "
-            "Convert the model as it is: the manifest records what the calibration found of each expert."
+            f"{source}: {spec.architecture.class_name} has experts; analyze measures dense models"
+            " only. Convert the model as it is: the manifest records what the calibration found of"
+            " each expert."
         )
     admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
     chosen = _chosen_layers(spec, config)
@@ -99,7 +122,8 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        """Steps of the progress: the calibration text, the layers up to the last chosen one, and the pictures."""
+        """Steps of the progress: the calibration text, the layers up to the last chosen one, and
+        the pictures."""
         return self.chosen[-1] + 3
 
     def everything(self) -> None:
@@ -108,10 +132,17 @@ class _Run:
         self.progress("calibration text", 0, self.steps)
         # Scales are judged by text that they were not chosen from.
         self.tokens = load_calibration(
-            config.calib, self.checkpoint.path, 2 * config.calib_samples, config.calib_seqlen, config.seed, self.checkpoint.device
+            config.calib,
+            self.checkpoint.path,
+            2 * config.calib_samples,
+            config.calib_seqlen,
+            config.seed,
+            self.checkpoint.device,
         )
         embedding = f"{self.spec.architecture.embedding}.weight"
-        hidden = embed(self.tokens, self.checkpoint.load([embedding])[embedding], self.spec.embedding_scale)
+        hidden = embed(
+            self.tokens, self.checkpoint.load([embedding])[embedding], self.spec.embedding_scale
+        )
         self._choosing, self._measuring = hidden.split(config.calib_samples)
         self._runner = LayerRunner(self.spec)
         for index in range(self.chosen[-1] + 1):
@@ -127,16 +158,27 @@ class _Run:
             architecture=self.spec.architecture.class_name,
             model_layers=self.spec.layers,
             # Without the place of a calibration file, as in a conversion's manifest.
-            config=self.config.model_copy(update={"calib": file.name}) if file.is_file() else self.config,
+            config=(
+                self.config.model_copy(update={"calib": file.name})
+                if file.is_file()
+                else self.config
+            ),
             packages=package_versions(),
             calibration=CalibrationRecord(
-                samples=self.tokens.shape[0], seqlen=self.tokens.shape[1], tokens_sha256=tokens_digest(self.tokens)
+                samples=self.tokens.shape[0],
+                seqlen=self.tokens.shape[1],
+                tokens_sha256=tokens_digest(self.tokens),
             ),
             massive_ratio=MASSIVE_RATIO,
             massive={kind: summary.massive_activations(self.layers, kind) for kind in KINDS},
             mean_error={kind: summary.mean_errors(self.layers, kind) for kind in KINDS},
-            error_difficulty_correlation={kind: summary.correlations(self.layers, kind) for kind in KINDS},
-            policies={policy: summary.policy_summary(self.layers, policy) for policy in self.layers[0].policies},
+            error_difficulty_correlation={
+                kind: summary.correlations(self.layers, kind) for kind in KINDS
+            },
+            policies={
+                policy: summary.policy_summary(self.layers, policy)
+                for policy in self.layers[0].policies
+            },
             layers=self.layers,
         )
 
@@ -164,12 +206,16 @@ class _Run:
             for kind in KINDS
         }
         groups = dict(zip(KINDS, self.spec.architecture.input_groups(), strict=True))
-        self._runner.run(index, folded, self._measuring, {groups[kind][0]: meters[kind].update for kind in KINDS})
+        self._runner.run(
+            index, folded, self._measuring, {groups[kind][0]: meters[kind].update for kind in KINDS}
+        )
         results = {kind: meters[kind].results() for kind in KINDS}
         self.layers.append(
             LayerAnalysis(
                 index=index,
-                inputs={kind: self._input(groups[kind], meters[kind], results[kind]) for kind in KINDS},
+                inputs={
+                    kind: self._input(groups[kind], meters[kind], results[kind]) for kind in KINDS
+                },
                 policies={policy: _policy(choices, policy, results[DOWN]) for policy in choices},
             )
         )
@@ -188,16 +234,29 @@ class _Run:
         down = self.spec.architecture.down
         tokens = self.config.calib_samples * self.config.calib_seqlen
         statistics = InputStatistics(self.spec.intermediate, tokens, self.checkpoint.device)
-        residual = random_rotation(self.spec.hidden, self.config.seed) if self.spec.architecture.rotates_residual else None
+        residual = (
+            random_rotation(self.spec.hidden, self.config.seed)
+            if self.spec.architecture.rotates_residual
+            else None
+        )
         norms = NormStatistics(self.spec, residual, layer)
-        self._runner.run(index, folded, self._choosing, {down: statistics.update, **norms.observers()})
+        self._runner.run(
+            index, folded, self._choosing, {down: statistics.update, **norms.observers()}
+        )
         block = choose_block(self.spec.intermediate).size
         error = LayerError(statistics.sample, layer[f"{down}.weight"].float(), SCHEME, block)
-        policies: list[Policy] = ["max", *(policy for policy in self.config.policies if policy != "max")]
-        choices = {policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies}
+        policies: list[Policy] = [
+            "max",
+            *(policy for policy in self.config.policies if policy != "max"),
+        ]
+        choices = {
+            policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies
+        }
         return choices, norms.scales(layer, torch.float64)
 
-    def _input(self, linears: tuple[str, ...], meter: InputMeter, results: dict[str, Measured]) -> InputRecord:
+    def _input(
+        self, linears: tuple[str, ...], meter: InputMeter, results: dict[str, Measured]
+    ) -> InputRecord:
         peak = meter.peak
         assert peak is not None
         sequences = self.tokens[self.config.calib_samples :]
@@ -211,14 +270,18 @@ class _Run:
             massive_tokens=len(meter.massive),
             massive_positions=sorted({position for _, position in meter.massive}),
             transforms={
-                name: TransformRecord(**dataclasses.asdict(results[name]), peak_token_bins=meter.peak_token_bins[name])
+                name: TransformRecord(
+                    **dataclasses.asdict(results[name]), peak_token_bins=meter.peak_token_bins[name]
+                )
                 for name in TRANSFORMS
                 if name in results
             },
         )
 
 
-def _policy(choices: dict[Policy, SmoothingChoice], policy: Policy, results: dict[str, Measured]) -> PolicyRecord:
+def _policy(
+    choices: dict[Policy, SmoothingChoice], policy: Policy, results: dict[str, Measured]
+) -> PolicyRecord:
     choice, plain, as_converted = choices[policy], results[policy], results[converted(policy)]
     return PolicyRecord(
         statistic=choice.statistic,
@@ -237,9 +300,12 @@ def _policy(choices: dict[Policy, SmoothingChoice], policy: Policy, results: dic
 
 
 def _chosen_layers(spec: ModelSpec, config: AnalysisConfig) -> tuple[int, ...]:
-    chosen = tuple(range(spec.layers)) if config.layers is None else tuple(sorted(set(config.layers)))
+    chosen = (
+        tuple(range(spec.layers)) if config.layers is None else tuple(sorted(set(config.layers)))
+    )
     if not chosen or chosen[0] < 0 or chosen[-1] >= spec.layers:
         raise ConfigError(
-            f"--layers {','.join(map(str, chosen))}: expected layers of this model, 0 to {spec.layers - 1}. Choose others."
+            f"--layers {','.join(map(str, chosen))}: expected layers of this model, 0 to"
+            f" {spec.layers - 1}. Choose others."
         )
     return chosen

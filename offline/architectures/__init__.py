@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model families can be converted: one table each, and the refusal of everything else by name."""
+"""Which model families can be converted: one table each, and the refusal of everything else by
+name."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,11 @@ MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
 MAX_LAYERS = 1 << 12
 MAX_EXPERTS = 1 << 16
-"""Of all layers: several times the largest model's, and what names of tensors can be written out for."""
+"""Of all layers: several times the largest model's, and what names of tensors can be written out
+for."""
 _MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-"""Keys of ``auto_map`` that name code which says what the model computes. No other code that it names is run either."""
+"""Keys of ``auto_map`` that name code which says what the model computes. No other code that it
+names is run either."""
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
@@ -51,7 +54,9 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
     parsed = parse_config(config, table.model_type)
     layers = _size(parsed, "num_hidden_layers", MAX_LAYERS)
     hidden, heads = (_size(parsed, key) for key in ("hidden_size", "num_attention_heads"))
-    if getattr(parsed, "head_dim", 0) is None:  # which some of transformers' classes take for a number
+    if (
+        getattr(parsed, "head_dim", 0) is None
+    ):  # which some of transformers' classes take for a number
         parsed.head_dim = hidden // heads
     experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
     spec = ModelSpec(
@@ -59,18 +64,25 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         config=parsed,
         layers=layers,
         hidden=hidden,
-        intermediate=_size(parsed, table.experts.intermediate if table.experts else "intermediate_size"),
+        intermediate=_size(
+            parsed, table.experts.intermediate if table.experts else "intermediate_size"
+        ),
         heads=heads,
         kv_heads=_size(parsed, "num_key_value_heads"),
         # Qwen2's configuration class has no default for it.
-        head_dim=_size(parsed, "head_dim") if getattr(parsed, "head_dim", None) is not None else hidden // heads,
+        head_dim=(
+            _size(parsed, "head_dim")
+            if getattr(parsed, "head_dim", None) is not None
+            else hidden // heads
+        ),
         vocab=_size(parsed, "vocab_size"),
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
     )
     if spec.heads % spec.kv_heads:
         raise UnsupportedModelError(
-            f"config.json: expected {spec.heads} attention heads to be a multiple of {spec.kv_heads} key-value heads."
+            f"config.json: expected {spec.heads} attention heads to be a multiple of"
+            f" {spec.kv_heads} key-value heads."
         )
     check_settings(spec, config)
     return spec
@@ -80,7 +92,8 @@ def _size(parsed: "PreTrainedConfig", key: str, most: int = MAX_SIZE) -> int:
     found = getattr(parsed, key)
     if type(found) is not int or not 1 <= found <= most:
         raise UnsupportedModelError(
-            f"config.json: {key}: expected a whole number from 1 to {most}, got {found!r}. Fetch config.json again."
+            f"config.json: {key}: expected a whole number from 1 to {most}, got {found!r}. Fetch"
+            " config.json again."
         )
     return found
 
@@ -89,17 +102,19 @@ def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) ->
     count, chosen = _size(parsed, experts.count), parsed.num_experts_per_tok
     if layers * count > MAX_EXPERTS:
         raise UnsupportedModelError(
-            f"config.json: {experts.count}: expected at most {MAX_EXPERTS} in all layers, got {count} in each of {layers}."
+            f"config.json: {experts.count}: expected at most {MAX_EXPERTS} in all layers, got"
+            f" {count} in each of {layers}."
         )
     if type(chosen) is not int or not 1 <= chosen <= count:
         raise UnsupportedModelError(
-            f"config.json: num_experts_per_tok: expected 1 to {experts.count} = {count} experts for each token, got {chosen}."
+            f"config.json: num_experts_per_tok: expected 1 to {experts.count} = {count} experts for"
+            f" each token, got {chosen}."
         )
     for key, value in experts.everywhere.items():
         if (found := getattr(parsed, key)) != value:
             raise UnsupportedModelError(
-                f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a model that mixes layers "
-                "with and without experts is not converted."
+                f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a"
+                " model that mixes layers with and without experts is not converted."
             )
     return int(count)
 
@@ -112,18 +127,28 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         fp8: whether block-scaled FP8 weights are let pass, which are dequantised as they are read.
 
     Raises:
-        UnsupportedModelError: there is none, or the weights are quantised, or the model needs code of its own.
+        UnsupportedModelError: there is none, or the weights are quantised, or the model needs code
+            of its own.
     """
     model_type = config.get("model_type")
     classes = config.get("architectures") or []
-    if not isinstance(model_type, str | None) or not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+    if (
+        not isinstance(model_type, str | None)
+        or not isinstance(classes, list)
+        or not all(isinstance(c, str) for c in classes)
+    ):
         raise UnsupportedModelError(
-            f"config.json: expected a text as model_type and a list of texts as architectures, got {model_type!r}, {classes!r}."
+            "config.json: expected a text as model_type and a list of texts as architectures, got"
+            f" {model_type!r}, {classes!r}."
         )
     names = ", ".join(classes or [str(model_type)])
     quantization = config.get("quantization_config")
     if quantization is not None and not (fp8 and is_fp8(config)):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unknown")
+            if isinstance(quantization, dict)
+            else quantization
+        )
         raise UnsupportedModelError(
             f"{names} is already quantised (quantization_config, quant_method {method!r}). "
             "Convert the 16-bit model it was made from."
@@ -131,32 +156,37 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
     table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if own_code := _own_code(config, table):
         raise UnsupportedModelError(
-            f"{names} needs its own Python code (auto_map in config.json: {own_code}), which is never run. "
-            "Convert a model whose architecture transformers itself implements."
+            f"{names} needs its own Python code (auto_map in config.json: {own_code}), which is"
+            " never run. Convert a model whose architecture transformers itself implements."
         )
     experts = next((key for key in _EXPERT_KEYS if config.get(key)), None)
     if experts is not None and (table is None or table.experts is None):
         mixtures = ", ".join(known.class_name for known in _TABLES if known.experts is not None)
         raise UnsupportedModelError(
-            f"{names} is a mixture of experts ({experts} = {config[experts]}): of those, only {mixtures} convert."
+            f"{names} is a mixture of experts ({experts} = {config[experts]}): of those, only"
+            f" {mixtures} convert."
         )
     if table is None:
         raise UnsupportedModelError(
-            f"{names} (model_type {model_type!r}) is not supported: no table says where its transforms are folded "
-            f"(docs/architectures.md). Supported model types: {', '.join(SUPPORTED)}."
+            f"{names} (model_type {model_type!r}) is not supported: no table says where its"
+            " transforms are folded (docs/architectures.md). Supported model types:"
+            f" {', '.join(SUPPORTED)}."
         )
     if classes == [table.class_name.replace("ForCausalLM", "Model")]:
         raise UnsupportedModelError(
-            f"config.json: architectures: {names} is an embedding model, a base model without a head: expected "
-            f"{table.class_name}. Its hidden states would come out rotated. Convert a causal language model."
+            f"config.json: architectures: {names} is an embedding model, a base model without a"
+            f" head: expected {table.class_name}. Its hidden states would come out rotated. Convert"
+            " a causal language model."
         )
     if classes and classes != [table.class_name]:
         raise UnsupportedModelError(
-            f"config.json: architectures: expected {table.class_name} for model_type {model_type!r}, got {', '.join(classes)}."
+            f"config.json: architectures: expected {table.class_name} for model_type"
+            f" {model_type!r}, got {', '.join(classes)}."
         )
     if not table.layer_types and config.get("layer_types"):
         raise UnsupportedModelError(
-            f"{names} mixes attention kinds (layer_types), which transformers ignores for {model_type!r}."
+            f"{names} mixes attention kinds (layer_types), which transformers ignores for"
+            f" {model_type!r}."
         )
     return table
 
@@ -169,7 +199,14 @@ def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
     # Where it names another repository, the class comes after two dashes.
     named = [own.get(key) for key in _MODEL_CODE] if isinstance(own, dict) else [own]
     allowed = () if table is None else table.replaced_code
-    return next((str(code) for code in named if code is not None and str(code).rpartition("--")[2] not in allowed), None)
+    return next(
+        (
+            str(code)
+            for code in named
+            if code is not None and str(code).rpartition("--")[2] not in allowed
+        ),
+        None,
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -23,10 +23,11 @@ EXPERT = "{e}"
 class Experts:
     """What the table of a family with a mixture of experts says beside the names of its linears.
 
-    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the width of one. ``router`` is the
-    linear that chooses among them, which stays 16-bit; ``gate`` the linear of an expert that the activation follows.
-    ``normalises`` is the configuration flag under which the weights of a token's experts are made to sum to one ("" = always),
-    ``everywhere`` the values of keys that say that every layer has experts.
+    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the
+    width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
+    linear of an expert that the activation follows. ``normalises`` is the configuration flag under
+    which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
+    values of keys that say that every layer has experts.
     """
 
     count: str
@@ -39,26 +40,31 @@ class Experts:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the rotations and scales of one model family are folded. Names are relative to a decoder layer.
+    """Where the rotations and scales of one model family are folded. Names are relative to a
+    decoder layer.
 
-    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query, value, or the sum of those
-    of the linears that the family stores as one (query_key_value, gate_up).
-    ``biases`` gives the linears that have a bias, under the configuration flag that says so ("" = always).
-    ``readers`` gives, for each norm, the linears that read its output; ``writers`` add to the residual stream, those of a
-    family with ``post_norms`` through one of them. ``head_norms`` normalise single heads of queries and keys.
-    A norm multiplies by ``norm_offset`` plus its stored weight.
-    ``value`` produces, in its last rows, the heads that ``output`` consumes; ``up`` produces, in its last rows, the factor of
-    the gated product ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
-    ``products`` are the pairs of an ``up`` and its ``down`` in a layer: one, or that of each expert.
-    ``settings`` gives the values of a configuration key that transformers and the server both compute, the one of a key that is
-    not there first; ``same`` are keys of the server's alone that must say what another says; ``partial_rotary``, ``one_window``
-    and ``head_dim_from_hidden`` that both rotate a part of each head if told so, and that the server has the same window in all
+    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query,
+    value, or the sum of those of the linears that the family stores as one (query_key_value,
+    gate_up). ``biases`` gives the linears that have a bias, under the configuration flag that says
+    so ("" = always). ``readers`` gives, for each norm, the linears that read its output;
+    ``writers`` add to the residual stream, those of a family with ``post_norms`` through one of
+    them. ``head_norms`` normalise single heads of queries and keys. A norm multiplies by
+    ``norm_offset`` plus its stored weight. ``value`` produces, in its last rows, the heads that
+    ``output`` consumes; ``up`` produces, in its last rows, the factor of the gated product
+    ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
+    ``products`` are the pairs of an ``up`` and its ``down`` in a layer: one, or that of each
+    expert. ``settings`` gives the values of a configuration key that transformers and the server
+    both compute, the one of a key that is not there first; ``same`` are keys of the server's alone
+    that must say what another says; ``partial_rotary``, ``one_window`` and ``head_dim_from_hidden``
+    that both rotate a part of each head if told so, and that the server has the same window in all
     layers and no other width of heads than ``hidden_size / num_attention_heads`` (see settings.py);
-    ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden size, ``layer_types``
-    that the configuration chooses each layer's kind of attention. ``attention`` is the implementation that transformers
-    computes all settings with. ``replaced_code`` are the classes by which ``auto_map`` names Python code that
-    transformers has its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
-    In a family with ``experts``, names that hold ``{e}`` are those of each expert; :meth:`with_experts` writes them out.
+    ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden
+    size, ``layer_types`` that the configuration chooses each layer's kind of attention.
+    ``attention`` is the implementation that transformers computes all settings with.
+    ``replaced_code`` are the classes by which ``auto_map`` names Python code that transformers has
+    its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
+    In a family with ``experts``, names that hold ``{e}`` are those of each expert;
+    :meth:`with_experts` writes them out.
     """
 
     model_type: str
@@ -93,19 +99,28 @@ class Architecture:
 
     @property
     def rotates_residual(self) -> bool:
-        """Whether R1 can be folded. A norm between a writer and the residual stream does not commute with a rotation."""
+        """Whether R1 can be folded. A norm between a writer and the residual stream does not
+        commute with a rotation."""
         return not self.post_norms
 
     def with_experts(self, count: int) -> Self:
-        """The table of one model of the family: the names of each of ``count`` experts in place of the one with ``{e}``."""
+        """The table of one model of the family: the names of each of ``count`` experts in place
+        of the one with ``{e}``."""
 
         def each(name: str) -> list[str]:
-            return [name.replace(EXPERT, str(e)) for e in range(count)] if EXPERT in name else [name]
+            return (
+                [name.replace(EXPERT, str(e)) for e in range(count)] if EXPERT in name else [name]
+            )
 
         return replace(
             self,
-            linears={expert: shape for name, shape in self.linears.items() for expert in each(name)},
-            readers={norm: tuple(e for name in names for e in each(name)) for norm, names in self.readers.items()},
+            linears={
+                expert: shape for name, shape in self.linears.items() for expert in each(name)
+            },
+            readers={
+                norm: tuple(e for name in names for e in each(name))
+                for norm, names in self.readers.items()
+            },
             writers=tuple(expert for name in self.writers for expert in each(name)),
             products=tuple(zip(each(self.up), each(self.down), strict=True)),
         )
@@ -118,8 +133,19 @@ class Architecture:
             up, down: of an expert.
             own: other fields that differ.
         """
-        attention, second_norm = {self.value, self.output, *next(iter(self.readers.values()))}, list(self.readers)[1]
-        gated = {experts.router: ("experts", "hidden"), experts.gate: ("intermediate", "hidden"), up: ("intermediate", "hidden")}
+        attention, second_norm = (
+            {
+                self.value,
+                self.output,
+                *next(iter(self.readers.values())),
+            },
+            list(self.readers)[1],
+        )
+        gated = {
+            experts.router: ("experts", "hidden"),
+            experts.gate: ("intermediate", "hidden"),
+            up: ("intermediate", "hidden"),
+        }
         return replace(
             self,
             linears={name: shape for name, shape in self.linears.items() if name in attention}
@@ -142,18 +168,22 @@ class Architecture:
         """Linears of each expert that read the same tensor: gate and up, then down."""
         assert self.experts is not None
         gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
-        first: list[tuple[str, ...]] = [(gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)]
+        first: list[tuple[str, ...]] = [
+            (gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)
+        ]
         return first, [(down,) for _, down in self.products]
 
     def scheme_groups(self) -> list[list[tuple[str, ...]]]:
-        """Linears that have one scheme, each as groups of those that read the same tensor. A layer's experts all have one."""
+        """Linears that have one scheme, each as groups of those that read the same tensor. A
+        layer's experts all have one."""
         if self.experts is None:
             return [[group] for group in self.input_groups()]
         gated, down = self.expert_groups()
         return [[next(iter(self.readers.values()))], [(self.output,)], gated + down]
 
     def input_groups(self) -> list[tuple[str, ...]]:
-        """Linears that read the same tensor, in the order data reaches them: attention first, then the feed-forward."""
+        """Linears that read the same tensor, in the order data reaches them: attention first,
+        then the feed-forward."""
         attention, feed_forward = self.readers.values()
         return [attention, (self.output,), feed_forward, *((down,) for _, down in self.products)]
 
@@ -176,7 +206,8 @@ class ModelSpec:
 
     @property
     def smoothed(self) -> Shape:
-        """Shape of a layer's smoothing scales: ``(intermediate,)``, or ``(experts, intermediate)``."""
+        """Shape of a layer's smoothing scales: ``(intermediate,)``, or ``(experts,
+        intermediate)``."""
         return (self.experts, self.intermediate) if self.experts else (self.intermediate,)
 
     @property
@@ -190,7 +221,8 @@ class ModelSpec:
         return self.kv_heads * self.head_dim
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)`` if it caps them."""
+        """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)``
+        if it caps them."""
         import torch
 
         cap = getattr(self.config, "final_logit_softcapping", None)
@@ -213,12 +245,21 @@ class ModelSpec:
     def biased(self) -> set[str]:
         """Decoder linears that have a bias, named relative to their layer."""
         flags = self.architecture.biases.items()
-        return {linear for flag, linears in flags if not flag or getattr(self.config, flag) for linear in linears}
+        return {
+            linear
+            for flag, linears in flags
+            if not flag or getattr(self.config, flag)
+            for linear in linears
+        }
 
     def routers(self) -> list[str]:
         """Full names of the linears that choose among experts, which stay 16-bit."""
         experts = self.architecture.experts
-        return [] if experts is None else [self.layer_prefix(index) + experts.router for index in range(self.layers)]
+        return (
+            []
+            if experts is None
+            else [self.layer_prefix(index) + experts.router for index in range(self.layers)]
+        )
 
     def layer_prefix(self, index: int) -> str:
         """Prefix of the tensors of decoder layer ``index``, with its final dot."""
@@ -232,30 +273,42 @@ class ModelSpec:
             shapes[f"{linear}.weight"] = shape
             if linear in self.biased():
                 shapes[f"{linear}.bias"] = shape[:1]
-        shapes |= {f"{norm}.weight": (self.hidden,) for norm in (*self.architecture.readers, *self.architecture.post_norms)}
-        return shapes | {f"{norm}.weight": (self.head_dim,) for norm in self.architecture.head_norms}
+        shapes |= {
+            f"{norm}.weight": (self.hidden,)
+            for norm in (*self.architecture.readers, *self.architecture.post_norms)
+        }
+        return shapes | {
+            f"{norm}.weight": (self.head_dim,) for norm in self.architecture.head_norms
+        }
 
     def source_tensors(self) -> dict[str, Shape]:
         """Shape of each tensor the source checkpoint must hold."""
         table = self.architecture
         shapes: dict[str, Shape] = {f"{table.embedding}.weight": (self.vocab, self.hidden)}
         for index in range(self.layers):
-            shapes |= {self.layer_prefix(index) + name: shape for name, shape in self.layer_tensors().items()}
+            shapes |= {
+                self.layer_prefix(index) + name: shape
+                for name, shape in self.layer_tensors().items()
+            }
         shapes[f"{table.final_norm}.weight"] = (self.hidden,)
         if not self.tied:
             shapes[f"{table.lm_head}.weight"] = (self.vocab, self.hidden)
         return shapes
 
     def output_linears(self, tied: bool) -> Iterator[tuple[str, int, int]]:
-        """``(full name, out_features, in_features)`` of each linear of the output; the head unless it stays ``tied``."""
+        """``(full name, out_features, in_features)`` of each linear of the output; the head
+        unless it stays ``tied``."""
         for index in range(self.layers):
             for linear in self.architecture.linears:
                 yield self.layer_prefix(index) + linear, *self.linear_shape(linear)
         if not tied:
             yield self.architecture.lm_head, self.vocab, self.hidden
 
-    def output_tensors(self, schema: QuantizationSchema, tied: bool, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
-        """Shape and dtype of each tensor of the converted checkpoint; ``dtype`` is that of the 16-bit tensors.
+    def output_tensors(
+        self, schema: QuantizationSchema, tied: bool, dtype: torch.dtype
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and dtype of each tensor of the converted checkpoint; ``dtype`` is that of the
+        16-bit tensors.
 
         Raises:
             ConfigError: a linear does not fit its scheme.

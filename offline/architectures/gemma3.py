@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3, the text models: Llama's linears between norms on both sides, and norms of each query and key head."""
+"""Gemma 3, the text models: Llama's linears between norms on both sides, and norms of each query
+and key head."""
 
 from dataclasses import replace
 

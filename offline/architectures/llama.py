@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama family: Llama 2 and 3, SmolLM2, and every model whose configuration says ``model_type: llama``."""
+"""Llama family: Llama 2 and 3, SmolLM2, and every model whose configuration says ``model_type:
+llama``."""
 
 from smoothrot_offline.architectures.base import Architecture
 
@@ -16,7 +17,12 @@ LLAMA = Architecture(
         "mlp.down_proj": ("hidden", "intermediate"),
     },
     biases={
-        "attention_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        "attention_bias": (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+        ),
         "mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     },
     readers={
@@ -29,6 +35,11 @@ LLAMA = Architecture(
     up="mlp.up_proj",
     down="mlp.down_proj",
     # vLLM's class reads these beside the flags of transformers' class.
-    settings={"hidden_act": ("silu",), "bias": (False, None), "logit_scale": (1.0,), "sliding_window": (None, 0)},
+    settings={
+        "hidden_act": ("silu",),
+        "bias": (False, None),
+        "logit_scale": (1.0,),
+        "sliding_window": (None, 0),
+    },
     same={"qkv_bias": "attention_bias"},
 )

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from smoothrot_offline.architectures.llama import LLAMA
 
-# What vLLM's class reads for the biases of a Llama, which transformers' classes of these families never have.
+# What vLLM's class reads for the biases of a Llama, which transformers' classes of these families
+# never have.
 WITHOUT_BIASES = {
     **{key: values for key, values in LLAMA.settings.items() if key != "sliding_window"},
     "attention_bias": (False, None),

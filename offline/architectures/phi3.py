@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi-3, Phi-3.5 and Phi-4: Llama's layer with q, k and v in one linear, and gate and up in another."""
+"""Phi-3, Phi-3.5 and Phi-4: Llama's layer with q, k and v in one linear, and gate and up in
+another."""
 
 from dataclasses import replace
 
@@ -24,5 +25,9 @@ PHI3 = replace(
     up="mlp.gate_up_proj",
     settings=WITHOUT_BIASES,
     partial_rotary=True,
-    replaced_code=("modeling_phi3.Phi3ForCausalLM", "modeling_phi3.Phi3Model", "configuration_phi3.Phi3Config"),
+    replaced_code=(
+        "modeling_phi3.Phi3ForCausalLM",
+        "modeling_phi3.Phi3Model",
+        "configuration_phi3.Phi3Config",
+    ),
 )

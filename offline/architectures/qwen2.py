@@ -11,7 +11,11 @@ QWEN2 = replace(
     class_name="Qwen2ForCausalLM",
     biases={"": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
     layer_types=True,
-    settings={"hidden_act": ("silu",), "qk_norm": (False, None), "dual_chunk_attention_config": (None,)},
+    settings={
+        "hidden_act": ("silu",),
+        "qk_norm": (False, None),
+        "dual_chunk_attention_config": (None,),
+    },
     same={},
     one_window=True,
     head_dim_from_hidden=True,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3, the dense models: Llama's layer with norms of each query and key head before their rotary embedding."""
+"""Qwen3, the dense models: Llama's layer with norms of each query and key head before their
+rotary embedding."""
 
 from dataclasses import replace
 

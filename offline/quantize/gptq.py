@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error-compensated rounding: GPTQ (arXiv 2210.17323), and its asymmetric form that also undoes earlier layers' errors."""
+"""Error-compensated rounding: GPTQ (arXiv 2210.17323), and its asymmetric form that also undoes
+earlier layers' errors."""
 
 import logging
 
@@ -26,24 +27,27 @@ def quantize_gptq(
     cross: torch.Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
-    """Round one input channel after the other, each rounding error made up for by the channels still to come.
+    """Round one input channel after the other, each rounding error made up for by the channels
+    still to come.
 
-    Minimises ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed beforehand by the clip search, so that
-    groups keep their meaning in any order.
+    Minimises ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed
+    beforehand by the clip search, so that groups keep their meaning in any order.
 
-    With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric calibration: GPTAQ,
-    arXiv 2504.02692; Qronos, arXiv 2505.11695). Before rounding it is least at ``W* = W + W C (H + dI)^-1``, and for d = 0
-    any Q adds exactly ``tr((W* - Q) H (W* - Q)^T)`` to that; so W* is rounded in place of W.
+    With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric
+    calibration: GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Before rounding it is least at
+    ``W* = W + W C (H + dI)^-1``, and for d = 0 any Q adds exactly ``tr((W* - Q) H (W* - Q)^T)`` to
+    that; so W* is rounded in place of W.
 
     Args:
         weight: ``(N, K)``, any float dtype, in the basis of the run-time input.
         hessian: symmetric positive semi-definite ``(K, K)``; see :class:`HessianAccumulator`.
         scheme: bits and group size.
-        act_order: round channels from the largest diagonal of H to the smallest, instead of from first to last.
-        damping: added to the diagonal of H, as a fraction of its mean; raised tenfold, with a warning, until
-            H factorises.
-        cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration text (GPTAQ takes a
-            quarter). None for plain GPTQ.
+        act_order: round channels from the largest diagonal of H to the smallest, instead of from
+            first to last.
+        damping: added to the diagonal of H, as a fraction of its mean; raised tenfold, with a
+            warning, until H factorises.
+        cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration
+            text (GPTAQ takes a quarter). None for plain GPTQ.
         name: the tensor's name, for messages.
 
     Raises:
@@ -52,47 +56,66 @@ def quantize_gptq(
     """
     check_weight(weight, scheme, name)
     if not hessian.isfinite().all() or (cross is not None and not cross.isfinite().all()):
-        raise CheckpointError(f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration text.")
+        raise CheckpointError(
+            f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration"
+            " text."
+        )
     hessian = _with_inactive_channels(hessian)
     diagonal = hessian.diagonal()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=weight.device)
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal), device=weight.device)
+    )
     damped, inverse_root = _factorise(hessian[order][:, order], damping, name)
     if cross is not None:
         weight = _corrected(weight, cross, damped, order)
         check_weight(weight, scheme, name)
     scale = weight_scale(weight, scheme)
     steps = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
-    codes = _round_in_order(weight.float()[:, order], steps[:, order], inverse_root.float(), quant_max(scheme.bits))
+    codes = _round_in_order(
+        weight.float()[:, order], steps[:, order], inverse_root.float(), quant_max(scheme.bits)
+    )
     return QuantizedWeight(codes[:, order.argsort()], scale)
 
 
 def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
-    """A copy with 1 on the diagonal of channels never seen active: they are rounded to nearest and touch no other."""
+    """A copy with 1 on the diagonal of channels never seen active: they are rounded to nearest
+    and touch no other."""
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal <= 0] = 1.0
     return hessian
 
 
-def _factorise(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _factorise(
+    hessian: torch.Tensor, damping: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorisation.
 
-    Factorising H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R = U^-1``: no inverse is formed
-    and factorised again.
+    Factorising H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
+    U^-1``: no inverse is formed and factorised again.
     """
     mean = hessian.diagonal().mean()
     while True:
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (damping * mean)
+        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
+            damping * mean
+        )
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)
             return damped, _inverse_of_upper(upper)
         damping = max(damping, 1e-6) * _DAMPING_STEP
-        _log.warning("%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal", name, damping)
+        _log.warning(
+            "%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal",
+            name,
+            damping,
+        )
 
 
 def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
-    """Inverse of an upper-triangular matrix by halves: a third of the work of solving for the dense identity."""
+    """Inverse of an upper-triangular matrix by halves: a third of the work of solving for the
+    dense identity."""
     half = len(upper) // 2
     if half < _BLOCK:
         identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
@@ -104,17 +127,22 @@ def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def _corrected(weight: torch.Tensor, cross: torch.Tensor, damped: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _corrected(
+    weight: torch.Tensor, cross: torch.Tensor, damped: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
     """``W + W C (H + dI)^-1``, with the damped H given in rounding order."""
     moment = (weight.to(cross.dtype) @ cross)[:, order]
     correction = torch.linalg.solve(damped, moment, left=False)
     return weight.to(cross.dtype) + correction[:, order.argsort()]
 
 
-def _round_in_order(weight: torch.Tensor, steps: torch.Tensor, inverse_root: torch.Tensor, top: int) -> torch.Tensor:
+def _round_in_order(
+    weight: torch.Tensor, steps: torch.Tensor, inverse_root: torch.Tensor, top: int
+) -> torch.Tensor:
     """int8 codes ``(N, K)`` of ``weight (N, K)``, both in rounding order.
 
-    Errors reach the rest of a block of channels at once and later blocks together, as one matrix product (GPTQ, section 3.3).
+    Errors reach the rest of a block of channels at once and later blocks together, as one matrix
+    product (GPTQ, section 3.3).
     """
     work, steps = weight.T.contiguous(), steps.T.contiguous()  # channels as contiguous rows
     codes = torch.empty_like(work, dtype=torch.int8)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of a linear's run-time input: what error-compensated rounding needs to know of the calibration data."""
+"""Second moments of a linear's run-time input: what error-compensated rounding needs to know of
+the calibration data."""
 
 import torch
 
@@ -7,10 +8,12 @@ from smoothrot_vllm.errors import CheckpointError
 
 
 class HessianAccumulator:
-    """``H = mean_t x_t^T x_t`` and, for asymmetric calibration, ``C = mean_t (x~_t - x_t)^T x_t``, added a batch at a time.
+    """``H = mean_t x_t^T x_t`` and, for asymmetric calibration, ``C = mean_t (x~_t - x_t)^T x_t``,
+    added a batch at a time.
 
-    ``x`` is what the quantised linear reads at run time: smoothed, rotated, quantised and dequantised. ``x~`` is what the
-    full-precision model has there, in the same smoothed and rotated basis.
+    ``x`` is what the quantised linear reads at run time: smoothed, rotated, quantised and
+    dequantised. ``x~`` is what the full-precision model has there, in the same smoothed and rotated
+    basis.
 
     Args:
         channels: inputs of the linear.
@@ -18,13 +21,16 @@ class HessianAccumulator:
         device: that of the batches.
     """
 
-    def __init__(self, channels: int, asymmetric: bool = False, device: torch.device | None = None) -> None:
+    def __init__(
+        self, channels: int, asymmetric: bool = False, device: torch.device | None = None
+    ) -> None:
         self._tokens = 0
         self._hessian = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._hessian) if asymmetric else None
 
     def add(self, x: torch.Tensor, full_precision: torch.Tensor | None = None) -> None:
-        """Add tokens ``x (..., channels)``, float32, and what the full-precision model has for the same tokens.
+        """Add tokens ``x (..., channels)``, float32, and what the full-precision model has for the
+        same tokens.
 
         Raises:
             CheckpointError: an input is NaN or infinite.

@@ -15,7 +15,8 @@ _CHUNK_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantised linear weight: int8 ``codes (N, K)`` and float32 ``scale (N, G)``, G groups of K/G consecutive inputs."""
+    """A quantised linear weight: int8 ``codes (N, K)`` and float32 ``scale (N, G)``, G groups of
+    K/G consecutive inputs."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -26,7 +27,9 @@ class QuantizedWeight:
         return (grouped * self.scale[:, :, None].to(dtype)).flatten(1)
 
 
-def quantize_rtn(weight: torch.Tensor, scheme: WeightScheme, name: str = "weight") -> QuantizedWeight:
+def quantize_rtn(
+    weight: torch.Tensor, scheme: WeightScheme, name: str = "weight"
+) -> QuantizedWeight:
     """Quantise by rounding each weight to the nearest code (ties to even) of a clip-searched scale.
 
     Args:
@@ -62,6 +65,6 @@ def check_weight(weight: torch.Tensor, scheme: WeightScheme, name: str) -> None:
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         raise CheckpointError(
-            f"{name}: expected finite weights, got {weight[row, column].item()} at row {row}, column {column}. "
-            "The source checkpoint is damaged: fetch it again."
+            f"{name}: expected finite weights, got {weight[row, column].item()} at row {row},"
+            f" column {column}. The source checkpoint is damaged: fetch it again."
         )

@@ -35,14 +35,22 @@ def report_tables(report: Report) -> list[ReportTable]:
     """The report's tables, the same on a terminal and on the page."""
     config = report.config
     size = {"weights": _disk, "against 16 bits": _ratio, "linear layers": _linears}
-    tables = [_table(report, "conversion", {"recipe": _recipe}), _table(report, "size on disk", size)]
+    tables = [
+        _table(report, "conversion", {"recipe": _recipe}),
+        _table(report, "size on disk", size),
+    ]
     for text in config.texts:
         first = "" if config.limit_chunks is None else f", the first {config.limit_chunks} only"
         columns = {"perplexity": _perplexity(text), "tokens": _tokens(text)}
-        tables.append(_table(report, f"perplexity on {text}, windows of {config.seqlen}{first}", columns))
+        tables.append(
+            _table(report, f"perplexity on {text}, windows of {config.seqlen}{first}", columns)
+        )
     if config.tasks:
         first = "" if config.limit is None else f", the first {config.limit} documents of each only"
-        columns = {f"{score.task} {score.metric}": _score(i) for i, score in enumerate(report.directories[0].tasks)}
+        columns = {
+            f"{score.task} {score.metric}": _score(i)
+            for i, score in enumerate(report.directories[0].tasks)
+        }
         tables.append(_table(report, f"lm-eval tasks{first} (± standard error)", columns))
     if report.speed_conditions is not None:
         columns = {"prefill": _speed("prefill"), "decode": _speed("decode")}
@@ -54,11 +62,15 @@ def report_notes(report: Report) -> list[str]:
     """What the numbers are of, in words."""
     dtypes = ", ".join(sorted({record.dtype for record in report.directories}))
     notes = [
-        f"Arithmetic: {dtypes} in every directory, whatever dtype its weights are stored in; quantised linears multiply integers."
+        f"Arithmetic: {dtypes} in every directory, whatever dtype its weights are stored in;"
+        " quantised linears multiply integers."
     ]
     conditions = report.speed_conditions
     if conditions is not None:
-        notes.append(f"Speed: {conditions.method}; {conditions.threads} threads, kernels: {conditions.kernel}.")
+        notes.append(
+            f"Speed: {conditions.method}; {conditions.threads} threads, kernels:"
+            f" {conditions.kernel}."
+        )
     return notes
 
 
@@ -80,13 +92,18 @@ def check_report_file(path: Path) -> None:
         ConfigError: either.
     """
     if path.suffix not in _SUFFIXES:
-        raise ConfigError(f"--out {path}: expected a name that ends in {' or '.join(_SUFFIXES)}, got {path.name}.")
+        raise ConfigError(
+            f"--out {path}: expected a name that ends in {' or '.join(_SUFFIXES)}, got {path.name}."
+        )
     if path.exists():
-        raise ConfigError(f"--out {path}: expected no such file. Choose another, or remove it first.")
+        raise ConfigError(
+            f"--out {path}: expected no such file. Choose another, or remove it first."
+        )
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the report as a page or as JSON, by the name's ending; the file appears whole or not at all.
+    """Write the report as a page or as JSON, by the name's ending; the file appears whole or not at
+    all.
 
     Raises:
         ConfigError: such a file has appeared meanwhile.
@@ -95,7 +112,12 @@ def write_report(report: Report, path: Path) -> None:
     if path.suffix == ".json":
         content = json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     else:
-        content = render("report.html.jinja", report=report, tables=report_tables(report), notes=report_notes(report))
+        content = render(
+            "report.html.jinja",
+            report=report,
+            tables=report_tables(report),
+            notes=report_notes(report),
+        )
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,13 +128,18 @@ def write_report(report: Report, path: Path) -> None:
         check_report_file(path)
         partial.rename(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: the report could not be written: {error}. Check the disk and its permissions.") from error
+        raise CheckpointError(
+            f"{path}: the report could not be written: {error}. Check the disk and its permissions."
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _table(report: Report, title: str, columns: Mapping[str, Cell]) -> ReportTable:
-    rows = [[record.directory, *(cell(record) for cell in columns.values())] for record in report.directories]
+    rows = [
+        [record.directory, *(cell(record) for cell in columns.values())]
+        for record in report.directories
+    ]
     return ReportTable(title, ["directory", *columns], rows)
 
 
@@ -147,10 +174,16 @@ def _tokens(text: str) -> Cell:
 def _score(number: int) -> Cell:
     def cell(record: DirectoryRecord) -> str:
         score = record.tasks[number]
-        return f"{score.value:.4f}" if score.standard_error is None else f"{score.value:.4f} ± {score.standard_error:.4f}"
+        return (
+            f"{score.value:.4f}"
+            if score.standard_error is None
+            else f"{score.value:.4f} ± {score.standard_error:.4f}"
+        )
 
     return cell
 
 
 def _speed(phase: str) -> Cell:
-    return lambda record: f"{getattr(record.speed, phase):.1f} ({getattr(record.speed, f'{phase}_ratio'):.2f}x)"
+    return lambda record: (
+        f"{getattr(record.speed, phase):.1f} ({getattr(record.speed, f'{phase}_ratio'):.2f}x)"
+    )

@@ -29,7 +29,8 @@ class ReportConfig(_Record):
 
 
 class SizeRecord(_Record):
-    """Bytes of the weight files on disk, bytes of the same model with 16 bits a weight, and their ratio.
+    """Bytes of the weight files on disk, bytes of the same model with 16 bits a weight, and their
+    ratio.
 
     ``linears_ratio`` is that of the decoder's linear layers alone, for a converted directory.
     """
@@ -41,7 +42,8 @@ class SizeRecord(_Record):
 
 
 class PerplexityRecord(_Record):
-    """Perplexity on one text in windows that do not overlap, tail included; ``nll`` in nats for each predicted token."""
+    """Perplexity on one text in windows that do not overlap, tail included; ``nll`` in nats for
+    each predicted token."""
 
     perplexity: float
     nll: float
@@ -61,7 +63,8 @@ class TaskScore(_Record):
 
 
 class SpeedRecord(_Record):
-    """Medians of the rounds, tokens a second, and their ratios to the first directory's; every round's in ``rounds_*``."""
+    """Medians of the rounds, tokens a second, and their ratios to the first directory's; every
+    round's in ``rounds_*``."""
 
     prefill: float
     decode: float
@@ -80,9 +83,8 @@ class SpeedConditions(_Record):
 
 
 class DirectoryRecord(_Record):
-    """One directory; ``kind`` is plain, SmoothRot or the name of another quantisation method, ``conversion`` the options in the
-    manifest of a SmoothRot one.
-    """
+    """One directory; ``kind`` is plain, SmoothRot or the name of another quantisation method,
+    ``conversion`` the options in the manifest of a SmoothRot one."""
 
     directory: str
     kind: str

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The comparison: each directory's size, then its accuracy with its model alone in memory, then all speeds side by side."""
+"""The comparison: each directory's size, then its accuracy with its model alone in memory, then
+all speeds side by side."""
 
 import math
 from collections.abc import Sequence
@@ -13,21 +14,31 @@ from smoothrot_offline.inspect import inspect
 from smoothrot_offline.manifest import package_versions
 from smoothrot_offline.model import load_model
 from smoothrot_offline.progress import ProgressCallback, no_progress
-from smoothrot_offline.reporting.record import DirectoryRecord, PerplexityRecord, Report, ReportConfig, SizeRecord, SpeedRecord
+from smoothrot_offline.reporting.record import (
+    DirectoryRecord,
+    PerplexityRecord,
+    Report,
+    ReportConfig,
+    SizeRecord,
+    SpeedRecord,
+)
 from smoothrot_offline.reporting.speed import check_context, measure_speed, speed_conditions
 from smoothrot_offline.reporting.tasks import Tasks
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import QUANT_METHOD
 
 
-def compare(directories: Sequence[Path], config: ReportConfig, progress: ProgressCallback = no_progress) -> Report:
+def compare(
+    directories: Sequence[Path], config: ReportConfig, progress: ProgressCallback = no_progress
+) -> Report:
     """Measure what ``config`` asks for of every directory.
 
-    Everything that can be refused from headers, texts and task files is, before a model runs. With ``config.speed`` all
-    the models are in memory at once.
+    Everything that can be refused from headers, texts and task files is, before a model runs. With
+    ``config.speed`` all the models are in memory at once.
 
     Raises:
-        ConfigError: a directory or a text's name given twice, an unreadable text, an unknown task, more tokens than a context.
+        ConfigError: a directory or a text's name given twice, an unreadable text, an unknown task,
+            more tokens than a context.
         CheckpointError: a directory is damaged.
         ConfigError: a directory is quantised by a method whose package is not installed.
     """
@@ -55,15 +66,23 @@ def compare(directories: Sequence[Path], config: ReportConfig, progress: Progres
             }
         ),
         packages=package_versions(),
-        speed_conditions=speed_conditions(config.prompt_tokens, config.new_tokens, config.rounds) if config.speed else None,
-        directories=[record.model_copy(update={"speed": speeds.get(record.directory)}) for record in records],
+        speed_conditions=(
+            speed_conditions(config.prompt_tokens, config.new_tokens, config.rounds)
+            if config.speed
+            else None
+        ),
+        directories=[
+            record.model_copy(update={"speed": speeds.get(record.directory)}) for record in records
+        ],
     )
 
 
 def _refuse_repeated(what: str, names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ConfigError(f"report: expected different {what}, got {', '.join(repeated)} more than once.")
+        raise ConfigError(
+            f"report: expected different {what}, got {', '.join(repeated)} more than once."
+        )
 
 
 def _texts(path: Path, config: ReportConfig) -> list[TextWindows]:
@@ -109,17 +128,34 @@ def _size(checkpoint: Checkpoint) -> tuple[SizeRecord, dict[str, Any] | None]:
     quantization = checkpoint.config.get("quantization_config")
     if quantization is None:
         sixteen = 2 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
-        return SizeRecord(disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None), None
+        return (
+            SizeRecord(
+                disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None
+            ),
+            None,
+        )
     if quantization_method(checkpoint.path) != QUANT_METHOD:
         # Its tensors are packed in a way of its own.
         sixteen = sixteen_bit_bytes(checkpoint.path)
-        return SizeRecord(disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None), None
+        return (
+            SizeRecord(
+                disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None
+            ),
+            None,
+        )
     found = inspect(checkpoint.path)
     sixteen = found.sixteen_bit_bytes.total
-    size = SizeRecord(disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=found.ratio_linears)
+    size = SizeRecord(
+        disk_bytes=disk,
+        sixteen_bit_bytes=sixteen,
+        ratio=sixteen / disk,
+        linears_ratio=found.ratio_linears,
+    )
     return size, found.origin["config"]
 
 
-def _speeds(paths: Sequence[Path], config: ReportConfig, progress: ProgressCallback) -> dict[str, SpeedRecord]:
+def _speeds(
+    paths: Sequence[Path], config: ReportConfig, progress: ProgressCallback
+) -> dict[str, SpeedRecord]:
     models = {str(path): load_model(path, run_dtype(config.dtype)) for path in paths}
     return measure_speed(models, config.prompt_tokens, config.new_tokens, config.rounds, progress)

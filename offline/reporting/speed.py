@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second of several loaded models, side by side: each round runs every model, so that a drift hits them alike."""
+"""Tokens a second of several loaded models, side by side: each round runs every model, so that a
+drift hits them alike."""
 
 import statistics
 import time
@@ -16,10 +17,11 @@ from smoothrot_vllm import ops
 from smoothrot_vllm.errors import ConfigError
 
 METHOD = (
-    "batch 1, through the forward pass of transformers with its key-value cache, in this process: prefill is one pass over "
-    "{prompt} tokens, decode is {new} greedy steps of one token after it. Quantised linears run on this project's compiled "
-    "kernels, everything else on torch's. This is no serving speed: vLLM batches, and has other attention kernels. "
-    "Medians of {rounds} rounds after one to warm up; each round runs every directory in turn"
+    "batch 1, through the forward pass of transformers with its key-value cache, in this process:"
+    " prefill is one pass over {prompt} tokens, decode is {new} greedy steps of one token after it."
+    " Quantised linears run on this project's compiled kernels, everything else on torch's. This is"
+    " no serving speed: vLLM batches, and has other attention kernels. Medians of {rounds} rounds"
+    " after one to warm up; each round runs every directory in turn"
 )
 
 
@@ -32,15 +34,20 @@ def check_context(directory: Path, prompt_tokens: int, new_tokens: int) -> None:
     context = load_config(directory).get_text_config().max_position_embeddings
     if prompt_tokens + new_tokens > context:
         raise ConfigError(
-            f"{directory}: --prompt-tokens {prompt_tokens} and --new-tokens {new_tokens}: expected at most the model's context "
-            f"of {context} together. Choose fewer, or --no-speed."
+            f"{directory}: --prompt-tokens {prompt_tokens} and --new-tokens {new_tokens}: expected"
+            f" at most the model's context of {context} together. Choose fewer, or --no-speed."
         )
 
 
 def measure_speed(
-    models: Mapping[str, PreTrainedModel], prompt_tokens: int, new_tokens: int, rounds: int, progress: ProgressCallback
+    models: Mapping[str, PreTrainedModel],
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    progress: ProgressCallback,
 ) -> dict[str, SpeedRecord]:
-    """Prefill and decode speed of each model; ratios are to the first. Tokens are arbitrary: their values cost no time."""
+    """Prefill and decode speed of each model; ratios are to the first. Tokens are arbitrary:
+    their values cost no time."""
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
@@ -78,7 +85,11 @@ def _one_round(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> t
     output = model(prompt, use_cache=True, logits_to_keep=1)
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(output.logits[:, -1:].argmax(dim=-1), past_key_values=output.past_key_values, use_cache=True)
+        output = model(
+            output.logits[:, -1:].argmax(dim=-1),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
     return prefilled - started, time.perf_counter() - prefilled
 
 

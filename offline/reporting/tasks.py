@@ -13,7 +13,8 @@ from smoothrot_offline.reporting.record import TaskScore
 from smoothrot_vllm.errors import ConfigError
 
 BATCH = 8
-"""Requests that lm-eval runs at once; activations are quantised token by token, so it changes no score but by rounding."""
+"""Requests that lm-eval runs at once; activations are quantised token by token, so it changes no
+score but by rounding."""
 
 
 class Tasks:
@@ -21,7 +22,8 @@ class Tasks:
 
     Args:
         names: as lm-eval spells them.
-        include_path: folder of further task files; if it has all of the tasks, lm-eval's own are not even indexed.
+        include_path: folder of further task files; if it has all of the tasks, lm-eval's own are
+            not even indexed.
 
     Raises:
         ConfigError: lm-eval is not installed, a task is unknown, or its data cannot be read.
@@ -32,11 +34,14 @@ class Tasks:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ConfigError(
-                f"--tasks {','.join(names)}: needs the lm-eval package, which is not installed or incomplete ({error}): "
-                "pip install 'smoothrot-vllm[eval]'."
+                f"--tasks {','.join(names)}: needs the lm-eval package, which is not installed or"
+                f" incomplete ({error}): pip install 'smoothrot-vllm[eval]'."
             ) from error
         if include_path is not None and not Path(include_path).is_dir():
-            raise ConfigError(f"--include-path {include_path}: expected a folder of lm-eval task files; there is none.")
+            raise ConfigError(
+                f"--include-path {include_path}: expected a folder of lm-eval task files; there is"
+                " none."
+            )
         self._names = list(names)
         self._manager: Any = None
         if include_path is not None:
@@ -45,15 +50,18 @@ class Tasks:
             self._manager = TaskManager(include_path=include_path)
         if self._unknown():
             raise ConfigError(
-                f"--tasks: lm-eval knows no {', '.join(self._unknown())}. Check the spelling (lm-eval ls tasks), or give the "
-                "folder of its task file with --include-path."
+                f"--tasks: lm-eval knows no {', '.join(self._unknown())}. Check the spelling"
+                " (lm-eval ls tasks), or give the folder of its task file with --include-path."
             )
         try:
             self._manager.load(self._names)
-        except Exception as error:  # the task's data set library raises whatever its network and file layers do
+        except (
+            Exception
+        ) as error:  # the task's data set library raises whatever its network and file layers do
             raise ConfigError(
-                f"--tasks {','.join(names)}: lm-eval cannot load their data: {type(error).__name__}: {error}. Without a network, "
-                "give task files that read local data, with --include-path."
+                f"--tasks {','.join(names)}: lm-eval cannot load their data:"
+                f" {type(error).__name__}: {error}. Without a network, give task files that read"
+                " local data, with --include-path."
             ) from error
 
     def score(self, model: PreTrainedModel, directory: Path, limit: int | None) -> list[TaskScore]:
@@ -68,7 +76,11 @@ class Tasks:
             add_bos_token=True if family_needs_bos(directory) else None,
         )
         found = lm_eval.simple_evaluate(
-            model=wrapped, tasks=self._names, task_manager=self._manager, limit=limit, log_samples=False
+            model=wrapped,
+            tasks=self._names,
+            task_manager=self._manager,
+            limit=limit,
+            log_samples=False,
         )
         return [
             score

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned rotations: orthogonal matrices for R1 and R2 of a smaller layer error than the Hadamard ones they start from."""
+"""Learned rotations: orthogonal matrices for R1 and R2 of a smaller layer error than the
+Hadamard ones they start from."""
 
 from smoothrot_offline.rotations.cayley import Learned
 from smoothrot_offline.rotations.heads import learn_head_rotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R2 learned: one orthogonal matrix for each value head, for what o_proj reads and what v_proj writes."""
+"""R2 learned: one orthogonal matrix for each value head, for what o_proj reads and what v_proj
+writes."""
 
 import torch
 
@@ -7,7 +8,11 @@ from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.quantize.straight_through import fake_quantize_shrunk, searched_shrink
 from smoothrot_offline.rotate import DenseRotation
 from smoothrot_offline.rotations.cayley import Learned, keep_better, learn_turn
-from smoothrot_offline.rotations.product_error import differentiable_error, rounded_error, split_tokens
+from smoothrot_offline.rotations.product_error import (
+    differentiable_error,
+    rounded_error,
+    split_tokens,
+)
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
 ANGLE = 0.05
@@ -23,32 +28,43 @@ def learn_head_rotations(
     weights: WeightScheme,
     steps: int,
 ) -> Learned:
-    """Orthogonal matrices near ``start`` with a smaller error of one attention block's values; ``start`` if none was found.
+    """Orthogonal matrices near ``start`` with a smaller error of one attention block's values;
+    ``start`` if none was found.
 
-    The error is o_proj's relative layer error plus the relative rounding error of v_proj's weight, which o_proj reads in full. It
-    is descended on by :func:`~smoothrot_offline.rotations.cayley.learn_turn`; one token in four is held out, and decides.
+    The error is o_proj's relative layer error plus the relative rounding error of v_proj's weight,
+    which o_proj reads in full. It is descended on by
+    :func:`~smoothrot_offline.rotations.cayley.learn_turn`; one token in four is held out, and
+    decides.
 
     Args:
-        inputs: what o_proj reads before R2, float32 ``(tokens, heads * head_dim)``: concatenated query heads.
+        inputs: what o_proj reads before R2, float32 ``(tokens, heads * head_dim)``: concatenated
+            query heads.
         output_weight: o_proj's, float32 ``(rows, heads * head_dim)``, before R2, after R1.
-        value_weight: v_proj's, float32 ``(kv_heads * head_dim, d)``, before R2, after the norm fold and R1.
+        value_weight: v_proj's, float32 ``(kv_heads * head_dim, d)``, before R2, after the norm fold
+            and R1.
         start: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``: ``rotate.head_matrices``.
         activations: scheme of o_proj's input.
         weights: scheme of both weights.
         steps: of Adam, each on all tokens; at least 1.
 
     Returns:
-        Matrices ``(kv_heads, head_dim, head_dim)`` for :func:`~smoothrot_offline.rotate.rotate_heads`.
+        Matrices ``(kv_heads, head_dim, head_dim)`` for
+        :func:`~smoothrot_offline.rotate.rotate_heads`.
     """
     group = inputs.shape[1] // len(value_weight)
     values = DenseRotation(start.float()).rotate(value_weight.T)
     outputs = _query_heads(start.float(), group).rotate(output_weight)
     trained, held = split_tokens(_query_heads(start.float(), group).rotate(inputs))
-    value_shrink, output_shrink = searched_shrink(values.T, weights), searched_shrink(outputs, weights)
+    value_shrink, output_shrink = (
+        searched_shrink(values.T, weights),
+        searched_shrink(outputs, weights),
+    )
 
     def loss(turn: torch.Tensor, _step: int) -> torch.Tensor:
         heads, value = _query_heads(turn, group), DenseRotation(turn).rotate(values).T
-        error = differentiable_error(heads.rotate(trained), heads.rotate(outputs), output_shrink, activations, weights)
+        error = differentiable_error(
+            heads.rotate(trained), heads.rotate(outputs), output_shrink, activations, weights
+        )
         return error + _rounding(value, fake_quantize_shrunk(value, value_shrink, weights.bits))
 
     def held_out(turn: torch.Tensor) -> float:
@@ -65,4 +81,6 @@ def _query_heads(matrices: torch.Tensor, group: int) -> DenseRotation:
 
 
 def _rounding(weight: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    return (quantized - weight).square().sum() / weight.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    return (quantized - weight).square().sum() / weight.square().sum().clamp_min(
+        torch.finfo(weight.dtype).tiny
+    )

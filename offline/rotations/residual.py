@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""R1 learned: one orthogonal matrix of the residual stream, for every linear that reads it through a norm."""
+"""R1 learned: one orthogonal matrix of the residual stream, for every linear that reads it
+through a norm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,11 @@ import torch
 
 from smoothrot_offline.quantize.straight_through import searched_shrink
 from smoothrot_offline.rotations.cayley import Learned, keep_better, learn_turn
-from smoothrot_offline.rotations.product_error import differentiable_error, rounded_error, split_tokens
+from smoothrot_offline.rotations.product_error import (
+    differentiable_error,
+    rounded_error,
+    split_tokens,
+)
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
 ANGLE = 0.03
@@ -23,8 +28,10 @@ class ReaderSample:
     """What the linears behind one norm multiply, norm folded, nothing rotated.
 
     Args:
-        inputs: float32 ``(tokens, d)``, the norm's output without its weight, so of unit root mean square.
-        weight: float32 ``(rows, d)``, rows of the linears that read it, times the norm's weight. A sample of the rows will do.
+        inputs: float32 ``(tokens, d)``, the norm's output without its weight, so of unit root mean
+            square.
+        weight: float32 ``(rows, d)``, rows of the linears that read it, times the norm's weight. A
+            sample of the rows will do.
     """
 
     inputs: torch.Tensor
@@ -40,10 +47,12 @@ def learn_residual_rotation(
     steps: int,
     seed: int = 0,
 ) -> Learned:
-    """An orthogonal matrix near ``start`` with a smaller mean relative layer error of the readers; ``start`` if none was found.
+    """An orthogonal matrix near ``start`` with a smaller mean relative layer error of the readers;
+    ``start`` if none was found.
 
-    Tokens and whole samples are held out of the descent (see :mod:`~smoothrot_offline.rotations.cayley` for its sources), and the
-    result is kept only if the error on what was held out, weights rounded as the converter does, is smaller than at the start.
+    Tokens and whole samples are held out of the descent (see
+    :mod:`~smoothrot_offline.rotations.cayley` for its sources), and the result is kept only if the
+    error on what was held out, weights rounded as the converter does, is smaller than at the start.
 
     Args:
         readers: one for each norm of each decoder layer, or some of them, in order.
@@ -64,7 +73,9 @@ def learn_residual_rotation(
 
     def loss(turn: torch.Tensor, step: int) -> torch.Tensor:
         errors = [
-            differentiable_error(inputs[i] @ turn, trained[i].weight @ turn, shrinks[i], activations, weights)
+            differentiable_error(
+                inputs[i] @ turn, trained[i].weight @ turn, shrinks[i], activations, weights
+            )
             for i in order[step]
         ]
         return torch.stack(errors).mean()
@@ -72,15 +83,20 @@ def learn_residual_rotation(
     def held_out(turn: torch.Tensor) -> float:
         errors = []
         for index, sample in enumerate(samples):
-            kept_back = split_tokens(sample.inputs)[1] if (index + 1) % HELD_SAMPLES else sample.inputs
-            errors.append(rounded_error(kept_back @ turn, sample.weight @ turn, activations, weights))
+            kept_back = (
+                split_tokens(sample.inputs)[1] if (index + 1) % HELD_SAMPLES else sample.inputs
+            )
+            errors.append(
+                rounded_error(kept_back @ turn, sample.weight @ turn, activations, weights)
+            )
         return sum(errors) / len(errors)
 
     return keep_better(start, learn_turn(loss, start, steps, ANGLE), held_out)
 
 
 def _visits(samples: int, steps: int, seed: int) -> list[list[int]]:
-    """The samples of each step: ``BATCH`` of them, or all, every sample once before any is seen again."""
+    """The samples of each step: ``BATCH`` of them, or all, every sample once before any is seen
+    again."""
     size = min(BATCH, samples)
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-steps * size // samples)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage of a conversion that learns R1 and R2: sample what they rotate from the original model, then descend."""
+"""The stage of a conversion that learns R1 and R2: sample what they rotate from the original
+model, then descend."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ SAMPLE_ROWS = 256
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj reads, float32."""
+    """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj
+    reads, float32."""
 
     readers: list[ReaderSample]
     output_input: torch.Tensor
@@ -41,18 +43,25 @@ def learning_steps(spec: ModelSpec) -> int:
 
 
 def learning_flop(spec: ModelSpec, steps: int) -> float:
-    """Floating-point operations of the descents: a forward and a backward pass, twice as long, of each step's products."""
+    """Floating-point operations of the descents: a forward and a backward pass, twice as long,
+    of each step's products."""
     rows, query, order = SAMPLE_TOKENS + SAMPLE_ROWS, spec.heads * spec.head_dim, spec.hidden
     values = spec.kv_heads * spec.head_dim * spec.hidden
     product = 2 * SAMPLE_TOKENS * SAMPLE_ROWS
     heads = spec.layers * (2 * (rows * query + values) * spec.head_dim + product * query)
-    residual = BATCH * (2 * rows * order**2 + product * order) + 3 * order**3 if spec.architecture.rotates_residual else 0
+    residual = (
+        BATCH * (2 * rows * order**2 + product * order) + 3 * order**3
+        if spec.architecture.rotates_residual
+        else 0
+    )
     return 3.0 * steps * (heads + residual)
 
 
 def learning_bytes(spec: ModelSpec) -> int:
     """Memory of all the samples, and of their rotated copies."""
-    readers = 2 * (SAMPLE_TOKENS + SAMPLE_ROWS) * spec.hidden if spec.architecture.rotates_residual else 0
+    readers = (
+        2 * (SAMPLE_TOKENS + SAMPLE_ROWS) * spec.hidden if spec.architecture.rotates_residual else 0
+    )
     return 4 * spec.layers * (2 * readers + SAMPLE_TOKENS * spec.heads * spec.head_dim)
 
 
@@ -65,13 +74,16 @@ def learn_rotations(
     tokens: torch.Tensor,
     step: Callable[[str], None],
 ) -> tuple[ModelTransform, LearnedRecord]:
-    """The transform with learned matrices in place of the Hadamard ones that they start from: R1 where it is folded, then R2.
+    """The transform with learned matrices in place of the Hadamard ones that they start from: R1
+    where it is folded, then R2.
 
-    Smoothing is left out: it scales channels of up_proj's output, which R1's error sees as the weight of a row.
+    Smoothing is left out: it scales channels of up_proj's output, which R1's error sees as the
+    weight of a row.
 
     Args:
         checkpoint, spec, config: of the conversion.
-        schema: its weights' and activations' bits, groups and clip are those that the error is measured with.
+        schema: its weights' and activations' bits, groups and clip are those that the error is
+            measured with.
         transform: with the chosen signs.
         tokens: calibration tokens, int64 ``(samples, seqlen)``.
         step: told what begins, ``learning_steps`` times.
@@ -85,7 +97,9 @@ def learn_rotations(
         step("learning R1")
         residual = learn_residual_rotation(
             [reader for sample in samples for reader in sample.readers],
-            transform.residual.rotate(torch.eye(spec.hidden, dtype=torch.float64, device=checkpoint.device)),
+            transform.residual.rotate(
+                torch.eye(spec.hidden, dtype=torch.float64, device=checkpoint.device)
+            ),
             activations=schema.activations,
             weights=schema.weights,
             steps=config.rotation_steps,
@@ -95,20 +109,29 @@ def learn_rotations(
     heads = []
     for index, sample in enumerate(samples):
         step(f"learning R2 of layer {index + 1} of {spec.layers}")
-        heads.append(_learn_heads(checkpoint, spec, config, schema, transform, index, sample.output_input))
+        heads.append(
+            _learn_heads(checkpoint, spec, config, schema, transform, index, sample.output_input)
+        )
     mean = HeldOutError(
         hadamard=sum(learned.before for learned in heads) / len(heads),
         learned=sum(learned.after for learned in heads) / len(heads),
     )
-    r1 = None if residual is None else HeldOutError(hadamard=residual.before, learned=residual.after)
+    r1 = (
+        None if residual is None else HeldOutError(hadamard=residual.before, learned=residual.after)
+    )
     transform = replace(transform, heads=[learned.matrices for learned in heads])
     return transform, LearnedRecord(steps=config.rotation_steps, r1=r1, r2=mean)
 
 
 def _samples(
-    checkpoint: Checkpoint, spec: ModelSpec, seed: int, tokens: torch.Tensor, step: Callable[[str], None]
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    seed: int,
+    tokens: torch.Tensor,
+    step: Callable[[str], None],
 ) -> list[LayerSample]:
-    """Run the original model on ``tokens``, layer by layer, and keep some of what the rotated linears read."""
+    """Run the original model on ``tokens``, layer by layer, and keep some of what the rotated
+    linears read."""
     table = spec.architecture
     name = f"{table.embedding}.weight"
     hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
@@ -121,14 +144,23 @@ def _samples(
         step(f"sampling layer {index + 1} of {spec.layers}")
         layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
         seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, table.output)}
-        runner.run(index, layer, hidden, {module: _keeping(parts, stride) for module, parts in seen.items()})
+        runner.run(
+            index,
+            layer,
+            hidden,
+            {module: _keeping(parts, stride) for module, parts in seen.items()},
+        )
         inputs = {module: torch.cat(parts) for module, parts in seen.items()}
         readers = []
         for norm, linears in norms.items():
             weight = torch.cat([layer[f"{linear}.weight"] for linear in linears])
-            rows = _some_rows(weight, generator).float() * (layer[f"{norm}.weight"].float() + table.norm_offset)
+            rows = _some_rows(weight, generator).float() * (
+                layer[f"{norm}.weight"].float() + table.norm_offset
+            )
             variance = inputs[norm].square().mean(dim=1, keepdim=True)
-            readers.append(ReaderSample(inputs[norm] * (variance + spec.config.rms_norm_eps).rsqrt(), rows))
+            readers.append(
+                ReaderSample(inputs[norm] * (variance + spec.config.rms_norm_eps).rsqrt(), rows)
+            )
         found.append(LayerSample(readers, inputs[table.output]))
     return found
 
@@ -145,10 +177,15 @@ def _learn_heads(
     """R2 of decoder layer ``index``, from what its o_proj reads before R2."""
     table = spec.architecture
     layer = {
-        name: tensor.double() for name, tensor in checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()).items()
+        name: tensor.double()
+        for name, tensor in checkpoint.load_relative(
+            spec.layer_prefix(index), spec.layer_tensors()
+        ).items()
     }
     # All but R2 and R4: the weights that R2 will be folded into.
-    replace(transform, online=Online(readers=transform.online.readers)).layer(index, layer, LayerScales())
+    replace(transform, online=Online(readers=transform.online.readers)).layer(
+        index, layer, LayerScales()
+    )
     output = _some_rows(layer[f"{table.output}.weight"], torch.Generator().manual_seed(config.seed))
     return learn_head_rotations(
         output_input,

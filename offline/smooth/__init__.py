@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothing (S): how large each channel of an input is, which scales even it out, and their fold into the layer."""
+"""Smoothing (S): how large each channel of an input is, which scales even it out, and their fold
+into the layer."""
 
 from smoothrot_offline.smooth.fold import LayerScales, fold_norm_smoothing, fold_smoothing
 from smoothrot_offline.smooth.layer_error import LayerError

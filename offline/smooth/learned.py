@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothing scales by gradient descent on the layer error, straight through both quantisers (after arXiv 2606.09927)."""
+"""Smoothing scales by gradient descent on the layer error, straight through both quantisers
+(after arXiv 2606.09927)."""
 
 import math
 
@@ -10,14 +11,19 @@ from smoothrot_offline.smooth.layer_error import LayerError
 STEPS = 40
 LEARNING_RATE = 0.1
 BOUND = math.log(2.0)
-"""A learned scale stays within this factor of its start, either way: the calibration text cannot carry it off."""
+"""A learned scale stays within this factor of its start, either way: the calibration text cannot
+carry it off."""
 
 
-def learn_scales(start: torch.Tensor, start_error: float, error: LayerError) -> tuple[torch.Tensor, float]:
-    """Scales near ``start`` with a smaller layer error, and that error; ``start`` itself if none was found.
+def learn_scales(
+    start: torch.Tensor, start_error: float, error: LayerError
+) -> tuple[torch.Tensor, float]:
+    """Scales near ``start`` with a smaller layer error, and that error; ``start`` itself if none
+    was found.
 
-    ``log s = log start + BOUND tanh(theta)``, theta by Adam with a cosine schedule. Whatever s is, it is divided out of up_proj
-    and multiplied into down_proj, so the layer's function is kept exactly.
+    ``log s = log start + BOUND tanh(theta)``, theta by Adam with a cosine schedule. Whatever s is,
+    it is divided out of up_proj and multiplied into down_proj, so the layer's function is kept
+    exactly.
 
     Args:
         start: float64 ``(f,)``, positive.

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothing of what the norms give out, the input of q, k, v, gate and up, in the basis in which a norm multiplies by its weight.
+"""Smoothing of what the norms give out, the input of q, k, v, gate and up, in the basis in which a
+norm multiplies by its weight.
 
-R1 leaves a norm's weight at 1, and the server multiplies by it all the same: dividing each channel of the rotated input is free
-there. It pays because a rotation evens out single channels, but not the part that all tokens share: the mean of the residual
-stream is as uneven after a rotation as any vector.
+R1 leaves a norm's weight at 1, and the server multiplies by it all the same: dividing each channel
+of the rotated input is free there. It pays because a rotation evens out single channels, but not
+the part that all tokens share: the mean of the residual stream is as uneven after a rotation as any
+vector.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +18,13 @@ from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.rotate import Orthogonal
 
 SAMPLE_SEQUENCES = 16
-"""Calibration sequences that the norms are measured on where the whole text does not pass anyway."""
+"""Calibration sequences that the norms are measured on where the whole text does not pass
+anyway."""
 
 
 class NormStatistics:
-    """``||X_j||_2`` of what each norm of a layer gives out before its weight (R1 folded) or after it (R1 not folded).
+    """``||X_j||_2`` of what each norm of a layer gives out before its weight (R1 folded) or after
+    it (R1 not folded).
 
     Args:
         spec: the model.
@@ -28,21 +32,29 @@ class NormStatistics:
         layer: the layer's tensors in the original model, by names relative to it.
     """
 
-    def __init__(self, spec: ModelSpec, residual: Orthogonal | None, layer: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, spec: ModelSpec, residual: Orthogonal | None, layer: Mapping[str, torch.Tensor]
+    ) -> None:
         self._spec = spec
         self._residual = residual
         offset = spec.architecture.norm_offset
-        self._gammas = {norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.readers}
+        self._gammas = {
+            norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.readers
+        }
         self._squares = {norm: torch.zeros_like(gamma) for norm, gamma in self._gammas.items()}
 
     def observers(self) -> dict[str, Observer]:
         """What to call with each norm's input, by the norm's name."""
         return {norm: self._observer(norm) for norm in self._gammas}
 
-    def scales(self, layer: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """``s_j = (||X_j|| / ||W_j||)^(1/2)`` of each norm, W its readers in the same basis: see ``l2`` of ``choose_scales``.
+    def scales(
+        self, layer: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """``s_j = (||X_j|| / ||W_j||)^(1/2)`` of each norm, W its readers in the same basis: see
+        ``l2`` of ``choose_scales``.
 
-        The scales are such that the norm's new weight is a number of ``dtype``: nothing is lost where it is stored.
+        The scales are such that the norm's new weight is a number of ``dtype``: nothing is lost
+        where it is stored.
 
         Args:
             layer: as for the statistics.
@@ -59,9 +71,15 @@ class NormStatistics:
         return observe
 
     def _in_basis(self, rows: torch.Tensor, norm: str) -> torch.Tensor:
-        return rows.double() * self._gammas[norm] if self._residual is None else self._residual.rotate(rows.double())
+        return (
+            rows.double() * self._gammas[norm]
+            if self._residual is None
+            else self._residual.rotate(rows.double())
+        )
 
-    def _scales_of(self, norm: str, layer: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    def _scales_of(
+        self, norm: str, layer: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
         table, gamma = self._spec.architecture, self._gammas[norm]
         weight = torch.cat([layer[f"{reader}.weight"].double() for reader in table.readers[norm]])
         if self._residual is not None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scale policies: which scales s even out down_proj's input before R4, from statistics or by trying them out."""
+"""The scale policies: which scales s even out down_proj's input before R4, from statistics or by
+trying them out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ class PolicyOptions:
 class SmoothingChoice:
     """Scales, float64 ``(f,)``, positive and finite, and how they came about.
 
-    ``start`` are the scales that learning began from (None unless the policy learns); ``error`` is the layer error relative to
-    that of the max policy with alpha 0.5.
+    ``start`` are the scales that learning began from (None unless the policy learns); ``error`` is
+    the layer error relative to that of the max policy with alpha 0.5.
     """
 
     scales: torch.Tensor
@@ -42,14 +43,17 @@ class SmoothingChoice:
     start: torch.Tensor | None = None
 
 
-def choose_scales(policy: Policy, statistics: InputStatistics, error: LayerError, options: PolicyOptions) -> SmoothingChoice:
+def choose_scales(
+    policy: Policy, statistics: InputStatistics, error: LayerError, options: PolicyOptions
+) -> SmoothingChoice:
     """Scales of one down_proj by one policy.
 
-    ``max``: ``s_j = max|X_j|^a / max|W_j|^(1-a)`` (SmoothRot, arXiv 2506.05413, equation 4; the paper's code takes the signed
-    maximum of W). ``quantile``: a quantile of ``|X_j|`` in place of its maximum (arXiv 2606.09927). ``l2``: ``s_j = (||X_j|| /
-    ||W_j||)^(1/2)`` (arXiv 2609.21450); after a rotation the error of both quantisers grows with ``||X/s||^2 ||W s||^2``, which
-    these scales make least. ``search``: whichever statistic and alpha leave the least layer error (after arXiv 2606.09927, with
-    the norm beside the quantiles). ``learned``: from there by gradient, see
+    ``max``: ``s_j = max|X_j|^a / max|W_j|^(1-a)`` (SmoothRot, arXiv 2506.05413, equation 4; the
+    paper's code takes the signed maximum of W). ``quantile``: a quantile of ``|X_j|`` in place of
+    its maximum (arXiv 2606.09927). ``l2``: ``s_j = (||X_j|| / ||W_j||)^(1/2)`` (arXiv 2609.21450);
+    after a rotation the error of both quantisers grows with ``||X/s||^2 ||W s||^2``, which these
+    scales make least. ``search``: whichever statistic and alpha leave the least layer error (after
+    arXiv 2606.09927, with the norm beside the quantiles). ``learned``: from there by gradient, see
     :func:`~smoothrot_offline.smooth.learned.learn_scales`.
 
     Args:
@@ -69,13 +73,18 @@ def choose_scales(policy: Policy, statistics: InputStatistics, error: LayerError
             candidates = [("l2", 0.5, None)]
         case _:
             candidates = list(_grid())
-    tried = [(error.of(_scales(s, statistics, error.weight, a, q)), s, a, q) for s, a, q in candidates]
+    tried = [
+        (error.of(_scales(s, statistics, error.weight, a, q)), s, a, q) for s, a, q in candidates
+    ]
     least, statistic, alpha, quantile = min(tried, key=lambda candidate: candidate[0])
     scales = _scales(statistic, statistics, error.weight, alpha, quantile)
     start = None
     if policy == "learned":
         # Without an error, as of a linear of zeros, there is nothing to learn from.
-        start, (scales, least) = scales, learn_scales(scales, least, error) if least > 0 else (scales, least)
+        start, (scales, least) = (
+            scales,
+            (learn_scales(scales, least, error) if least > 0 else (scales, least)),
+        )
     relative = least / reference if reference else 1.0
     return SmoothingChoice(scales, statistic, alpha, quantile, relative, start)
 
@@ -94,9 +103,14 @@ def _grid() -> Iterator[tuple[Statistic, float, float | None]]:
 
 
 def _scales(
-    statistic: Statistic, statistics: InputStatistics, weight: torch.Tensor, alpha: float, quantile: float | None
+    statistic: Statistic,
+    statistics: InputStatistics,
+    weight: torch.Tensor,
+    alpha: float,
+    quantile: float | None,
 ) -> torch.Tensor:
-    """``a_j^alpha / w_j^(1 - alpha)``; 1 for a channel that is zero in the weight or was never seen non-zero."""
+    """``a_j^alpha / w_j^(1 - alpha)``; 1 for a channel that is zero in the weight or was never
+    seen non-zero."""
     if statistic == "l2":
         activation, columns = statistics.norm, weight.double().norm(dim=0)
     else:

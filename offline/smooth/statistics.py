@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a smoothing policy must know of a linear's input, gathered while the calibration tokens pass."""
+"""What a smoothing policy must know of a linear's input, gathered while the calibration tokens
+pass."""
 
 import math
 
@@ -9,19 +10,23 @@ SAMPLE_TOKENS = 2048
 
 
 class InputStatistics:
-    """Per-channel magnitudes of a linear's input ``X (tokens, channels)``, and a sample of its tokens.
+    """Per-channel magnitudes of a linear's input ``X (tokens, channels)``, and a sample of its
+    tokens.
 
-    ``largest`` is ``max_t |X_tj|``, float32 ``(channels,)``; ``norm`` is ``||X_j||_2``, float64 ``(channels,)``; ``tokens``
-    counts what was seen. ``sample`` holds every ``stride``-th token, so that rare tokens (the massive one at the start of a
-    sequence) are in it as often as in the text.
+    ``largest`` is ``max_t |X_tj|``, float32 ``(channels,)``; ``norm`` is ``||X_j||_2``, float64
+    ``(channels,)``; ``tokens`` counts what was seen. ``sample`` holds every ``stride``-th token, so
+    that rare tokens (the massive one at the start of a sequence) are in it as often as in the text.
 
     Args:
         channels: width of the input.
-        expected_tokens: how many tokens will be shown in all; some ``SAMPLE_TOKENS`` of them are kept.
+        expected_tokens: how many tokens will be shown in all; some ``SAMPLE_TOKENS`` of them are
+            kept.
         device: that of the tokens.
     """
 
-    def __init__(self, channels: int, expected_tokens: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, channels: int, expected_tokens: int, device: torch.device | None = None
+    ) -> None:
         self.largest = torch.zeros(channels, device=device)
         self.tokens = 0
         # An odd stride meets every position of sequences whose length is a power of two.
@@ -47,7 +52,8 @@ class InputStatistics:
         return torch.cat(self._kept)
 
     def quantile(self, q: float) -> torch.Tensor:
-        """The q-quantile of ``|X_j|`` over the sampled tokens, float32 ``(channels,)``: the nearest token at or above it."""
+        """The q-quantile of ``|X_j|`` over the sampled tokens, float32 ``(channels,)``: the
+        nearest token at or above it."""
         sample = self.sample
         return sample.abs().kthvalue(max(1, math.ceil(q * len(sample))), dim=0).values
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA ops on a make-believe GPU: tensors are the CPU's, the hand-written kernels are emulated, and the CUTLASS
-// kernels are played by one of them. Registers the ops as smoothrot_emulated::*.
+// The CUDA ops on a make-believe GPU: tensors are the CPU's, the hand-written kernels are emulated,
+// and the CUTLASS kernels are played by one of them. Registers the ops as smoothrot_emulated::*.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -44,8 +44,9 @@ void pretend(int64_t capability, int64_t multiprocessors, int64_t shared_bytes) 
 // Name of the CUTLASS kernel that the last gemm launched, or "".
 std::string launched() { return cutlass_launched; }
 
-std::string choose(int64_t tokens, int64_t outputs, int64_t inputs, int64_t group_size, int64_t act_bits,
-                   int64_t weight_bits, ScalarType out_dtype, std::optional<ScalarType> bias_dtype) {
+std::string choose(int64_t tokens, int64_t outputs, int64_t inputs, int64_t group_size,
+                   int64_t act_bits, int64_t weight_bits, ScalarType out_dtype,
+                   std::optional<ScalarType> bias_dtype) {
   GemmArgs g{};
   g.tokens = tokens;
   g.outputs = outputs;
@@ -81,16 +82,21 @@ PLAYED(sm90_128x128, Codes::int8)
 struct Device::Guard {};
 
 Device::Device(const char* op, const char* argument, const Tensor& on) : place(cpu_place()) {
-  if (!place.holds(on)) refuse(op, argument, "expected a tensor on a CUDA device, got another device.");
+  if (!place.holds(on))
+    refuse(op, argument, "expected a tensor on a CUDA device, got another device.");
   gpu = pretended;
   shared_bytes = pretended_shared;
 }
 
 Device::~Device() = default;
 
-const char* error_text(cudaError_t error) { return error == cudaErrorInvalidValue ? "invalid argument" : "failed"; }
+const char* error_text(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : "failed";
+}
 
-const void* upload(int, const void* data, size_t bytes) { return std::memcpy(new char[bytes], data, bytes); }
+const void* upload(int, const void* data, size_t bytes) {
+  return std::memcpy(new char[bytes], data, bytes);
+}
 
 }  // namespace smoothrot::cuda
 
@@ -105,7 +111,8 @@ STABLE_TORCH_LIBRARY(smoothrot_emulated, m) {
   m.def("runs_on(str architectures, int capability) -> bool");
 }
 
-// Every device's tensors come here: a tensor on the wrong one must be refused, not dispatched elsewhere.
+// Every device's tensors come here: a tensor on the wrong one must be refused, not dispatched
+// elsewhere.
 STABLE_TORCH_LIBRARY_IMPL(smoothrot_emulated, CompositeExplicitAutograd, m) {
   using namespace smoothrot::cuda;
   m.impl("quant", TORCH_BOX(&ops::quant));

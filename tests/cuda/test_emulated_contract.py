@@ -24,7 +24,8 @@ class TestEmulatedOps(OpsContract):
 
 
 class TestEmulatedKernels(KernelContract):
-    """Every kernel and tile by its name; the emulator takes a second for a wide row, so there is one of each."""
+    """Every kernel and tile by its name; the emulator takes a second for a wide row, so there is
+    one of each."""
 
     tokens = (1, 17)
     shapes = ((136, 160),)

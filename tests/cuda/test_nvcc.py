@@ -25,7 +25,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> str:
         ("9.0", ("90a",)),
     ],
 )
-def test_the_list_is_read_as_torch_reads_it(compiler: str, setting: str | None, expected: tuple[str, ...]) -> None:
+def test_the_list_is_read_as_torch_reads_it(
+    compiler: str, setting: str | None, expected: tuple[str, ...]
+) -> None:
     assert nvcc.architectures(compiler, setting) == expected
 
 
@@ -42,9 +44,15 @@ def compiler_that_says(text: str, folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("release", "compresses"), [("12.0", False), ("12.7", False), ("12.8", True), ("13.5", True)])
-def test_only_an_nvcc_that_can_compress_is_asked_to(release: str, compresses: bool, tmp_path: Path) -> None:
-    found = compiler_that_says(f"Cuda compilation tools, release {release}, V{release}.37", tmp_path)
+@pytest.mark.parametrize(
+    ("release", "compresses"), [("12.0", False), ("12.7", False), ("12.8", True), ("13.5", True)]
+)
+def test_only_an_nvcc_that_can_compress_is_asked_to(
+    release: str, compresses: bool, tmp_path: Path
+) -> None:
+    found = compiler_that_says(
+        f"Cuda compilation tools, release {release}, V{release}.37", tmp_path
+    )
     call = nvcc.command(found, nvcc.Unit(nvcc.FOLDER / "quant.cu", ("80",)), tmp_path)
     assert ("--compress-mode=size" in call) == compresses
 
@@ -52,11 +60,16 @@ def test_only_an_nvcc_that_can_compress_is_asked_to(release: str, compresses: bo
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("Cuda compilation tools, release 11.8, V11.8.89", r"expected CUDA 12\.0 or newer, got 11\.8"),
+        (
+            "Cuda compilation tools, release 11.8, V11.8.89",
+            r"expected CUDA 12\.0 or newer, got 11\.8",
+        ),
         ("clang version 19", "expected a CUDA compiler, got: clang version 19"),
     ],
 )
-def test_an_nvcc_that_cannot_build_the_kernels_is_refused(said: str, message: str, tmp_path: Path) -> None:
+def test_an_nvcc_that_cannot_build_the_kernels_is_refused(
+    said: str, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(nvcc.NvccError, match=message):
         nvcc.version(compiler_that_says(said, tmp_path))
 
@@ -67,7 +80,9 @@ def test_an_nvcc_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["lib64", "lib"])
-def test_the_static_runtime_is_found_in_either_layout(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_static_runtime_is_found_in_either_layout(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nvcc, "toolkit", lambda _: tmp_path)
     with pytest.raises(nvcc.NvccError, match="libcudart_static"):
         nvcc.static_runtime("nvcc")
@@ -81,12 +96,18 @@ def test_each_source_is_compiled_for_its_architectures() -> None:
     assert units["cutlass_sm80_128x128.cu"] == ("80",)
     assert units["cutlass_sm90_128x128.cu"] == ("90a",)
     assert units["quant.cu"] == ("80", "90a", "120")
-    assert not any(name.startswith("cutlass") for name in (u.source.name for u in nvcc.units(("120",))))
+    assert not any(
+        name.startswith("cutlass") for name in (u.source.name for u in nvcc.units(("120",)))
+    )
 
 
-def kernel(source: str, architecture: str, registers: int = 200, stack: int = 0, **counts: int) -> check_sass.Kernel:
+def kernel(
+    source: str, architecture: str, registers: int = 200, stack: int = 0, **counts: int
+) -> check_sass.Kernel:
     named = {label.replace(" ", "_"): label for label in check_sass.INSTRUCTIONS}
-    all_counts = dict.fromkeys(check_sass.INSTRUCTIONS, 0) | {named[key]: n for key, n in counts.items()}
+    all_counts = dict.fromkeys(check_sass.INSTRUCTIONS, 0) | {
+        named[key]: n for key, n in counts.items()
+    }
     return check_sass.Kernel(source, architecture, "k", registers, stack, all_counts)
 
 
@@ -107,7 +128,8 @@ def test_wrong_machine_code_is_objected_to(found: check_sass.Kernel, problem: st
 
 
 def test_gemm_s8_compiles_without_spills_or_calls(tmp_path: Path) -> None:
-    """The cheapest of what `make check-cuda` compiles, for one architecture without the int4 MMA."""
+    """The cheapest of what `make check-cuda` compiles, for one architecture without the int4
+    MMA."""
     found = nvcc.find_nvcc()
     if found is None:
         pytest.skip("nvcc is not here")
@@ -115,7 +137,9 @@ def test_gemm_s8_compiles_without_spills_or_calls(tmp_path: Path) -> None:
         check_sass.find_cuobjdump()
     except nvcc.NvccError as error:
         pytest.skip(str(error))
-    kernels, problems = check_sass.inspect([nvcc.Unit(nvcc.FOLDER / "gemm_s8.cu", ("90a",))], found, tmp_path)
+    kernels, problems = check_sass.inspect(
+        [nvcc.Unit(nvcc.FOLDER / "gemm_s8.cu", ("90a",))], found, tmp_path
+    )
     assert not problems
     assert len(kernels) == 16  # two forms of each operand, per channel or in groups, narrow or wide
     assert all(kernel.counts["s8 MMA"] for kernel in kernels)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference forward pass of a converted checkpoint, unsharded or as tensor-parallel ranks would compute it."""
+"""The reference forward pass of a converted checkpoint, unsharded or as tensor-parallel ranks
+would compute it."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,20 +14,29 @@ from smoothrot_offline.model import QuantizedLinear, load_model
 from smoothrot_vllm import reference
 
 ROW_PARALLEL = ("o_proj", "down_proj", "w2")
-# The served forward and the reference give the same float32 numbers, save where another order of summation moves an
-# activation across a rounding tie: its code then differs by one, which in these small models is worth up to 0.2 nats at
-# 4 bits and 0.05 at 8. Answers are compared where no 4-bit input comes near a tie and the chosen tokens lead by more
-# than 8-bit ties are worth, so that they are not a matter of luck.
+# The served forward and the reference give the same float32 numbers, save where another order of
+# summation moves an activation across a rounding tie: its code then differs by one, which in these
+# small models is worth up to 0.2 nats at 4 bits and 0.05 at 8. Answers are compared where no 4-bit
+# input comes near a tie and the chosen tokens lead by more than 8-bit ties are worth, so that they
+# are not a matter of luck.
 SAFE_MARGIN = 0.1
 SAFE_TIE_DISTANCE = 3e-6
 # A router's choice must not hang on what an 8-bit tie is worth either.
 SAFE_ROUTING_MARGIN = 0.01
-STARTS = ["The quick brown fox", "def main():", "0123456789", "Rotation", "SELECT * FROM t", "Привет"]
+STARTS = [
+    "The quick brown fox",
+    "def main():",
+    "0123456789",
+    "Rotation",
+    "SELECT * FROM t",
+    "Привет",
+]
 """Beginnings of prompts."""
 
 
 class ShardedLinear(nn.Module):
-    """A row-parallel linear: each rank quantises its own part of the input with its own scales, the sum is exact."""
+    """A row-parallel linear: each rank quantises its own part of the input with its own scales,
+    the sum is exact."""
 
     def __init__(self, linear: QuantizedLinear, ranks: int) -> None:
         super().__init__()
@@ -41,20 +51,27 @@ class ShardedLinear(nn.Module):
             scales = self.linear.weight_scale
             scales = scales if scales.shape[1] == 1 else scales.chunk(self.ranks, dim=1)[rank]
             if self.linear.block:
-                codes, scale = reference.hadamard_quant(tokens, self.linear.block, acts.clip, acts.bits)
+                codes, scale = reference.hadamard_quant(
+                    tokens, self.linear.block, acts.clip, acts.bits
+                )
             else:
                 codes, scale = reference.quant(tokens, acts.clip, acts.bits)
-            parts.append(reference.gemm(codes, scale, packed, scales, None, x.dtype, acts.bits, bits))
+            parts.append(
+                reference.gemm(codes, scale, packed, scales, None, x.dtype, acts.bits, bits)
+            )
         return torch.stack(parts).sum(dim=0).reshape(*x.shape[:-1], -1)
 
 
 def tie_distance(x: torch.Tensor, linear: QuantizedLinear, ranks: int) -> float:
-    """How near an input of ``linear`` comes to the middle between two codes, in code steps, 0 to 0.5."""
+    """How near an input of ``linear`` comes to the middle between two codes, in code steps, 0 to
+    0.5."""
     tokens = x.reshape(-1, x.shape[-1])
     if linear.block:
         tokens = reference.hadamard_transform(tokens, linear.block)
     top = reference.quant_max(linear.scheme.activations.bits)
-    codes = torch.cat([part / part.abs().amax(1, keepdim=True) for part in tokens.chunk(ranks, dim=1)], 1)
+    codes = torch.cat(
+        [part / part.abs().amax(1, keepdim=True) for part in tokens.chunk(ranks, dim=1)], 1
+    )
     codes = codes * (top / linear.scheme.activations.clip)
     inside = (codes > -top - 1) & (codes < top)
     return float(((codes - codes.floor())[inside] - 0.5).abs().min())
@@ -64,9 +81,10 @@ def tie_distance(x: torch.Tensor, linear: QuantizedLinear, ranks: int) -> float:
 class Greedy:
     """A greedy continuation and how far it is from depending on the last bits of a sum.
 
-    ``margin`` is the smallest lead of a chosen token over the runner-up, in nats; ``tie_distance`` that of the function of
-    this name over all 4-bit inputs; ``routing_margin`` the smallest lead of a chosen expert's logit over that of another. A code
-    of 8 bits that falls on the other side of a tie moves the answer little.
+    ``margin`` is the smallest lead of a chosen token over the runner-up, in nats; ``tie_distance``
+    that of the function of this name over all 4-bit inputs; ``routing_margin`` the smallest lead of
+    a chosen expert's logit over that of another. A code of 8 bits that falls on the other side of a
+    tie moves the answer little.
     """
 
     tokens: list[int]
@@ -100,10 +118,14 @@ class Reference:
             if module.scheme.activations.bits == 4:
                 called.register_forward_pre_hook(partial(self._watch_ties, module, shards))
 
-    def _watch_ties(self, linear: QuantizedLinear, ranks: int, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _watch_ties(
+        self, linear: QuantizedLinear, ranks: int, _: nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> None:
         self._tie_distances.append(tie_distance(inputs[0], linear, ranks))
 
-    def _watch_routing(self, top_k: int, _: nn.Module, _inputs: object, logits: torch.Tensor) -> None:
+    def _watch_routing(
+        self, top_k: int, _: nn.Module, _inputs: object, logits: torch.Tensor
+    ) -> None:
         ordered = logits.sort(dim=-1, descending=True).values
         self._routing_margins.append(float((ordered[:, top_k - 1] - ordered[:, top_k]).min()))
 
@@ -113,8 +135,16 @@ class Reference:
         tokens, logprobs, margin = list(prompt), [], float("inf")
         self._tie_distances, self._routing_margins = [0.5], [float("inf")]
         for _ in range(count):
-            (best, second), (token, _) = self.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).topk(2)
+            (best, second), (token, _) = (
+                self.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).topk(2)
+            )
             tokens.append(int(token))
             logprobs.append(float(best))
             margin = min(margin, float(best - second))
-        return Greedy(tokens[len(prompt) :], logprobs, margin, min(self._tie_distances), min(self._routing_margins))
+        return Greedy(
+            tokens[len(prompt) :],
+            logprobs,
+            margin,
+            min(self._tie_distances),
+            min(self._routing_margins),
+        )

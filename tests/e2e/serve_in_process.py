@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several checkpoints served by vLLM's own engine, one after another, in this one process, which starts but once.
+"""Several checkpoints served by vLLM's own engine, one after another, in this one process, which
+starts but once.
 
-Reads ``{directory: [[token, ...], ...]}`` from standard input as JSON, and writes to the file that is its argument what each
-prompt is continued with, and how often the engine called the op that takes the activation of an MLP along:
-``{directory: {"continuations": [{"tokens": [...], "logprobs": [...]}, ...], "silu_mul_linear_calls": number}}``.
+Reads ``{directory: [[token, ...], ...]}`` from standard input as JSON, and writes to the file that
+is its argument what each
+prompt is continued with, and how often the engine called the op that takes the activation of an MLP
+along: ``{directory: {"continuations": [{"tokens": [...], "logprobs": [...]}, ...],
+"silu_mul_linear_calls": number}}``.
 """
 
 import json
@@ -32,8 +35,12 @@ def continuations(directory: str, prompts: list[list[int]]) -> dict[str, Any]:
     """Greedy continuations, ends of text included, and the calls they took."""
     before = len(calls)
     llm = LLM(directory, dtype="float32", max_model_len=256, enforce_eager=True)
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=1, detokenize=False
+    )
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False
+    )
     found = []
     for output in outputs:
         (completion,) = output.outputs
@@ -46,5 +53,8 @@ def continuations(directory: str, prompts: list[list[int]]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     ops.silu_mul_linear = counted  # type: ignore[assignment]
-    answers = {directory: continuations(directory, prompts) for directory, prompts in json.load(sys.stdin).items()}
+    answers = {
+        directory: continuations(directory, prompts)
+        for directory, prompts in json.load(sys.stdin).items()
+    }
     Path(sys.argv[1]).write_text(json.dumps(answers))

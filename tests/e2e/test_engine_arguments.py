@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's engine arguments and requests do to a converted model: the reference's answers, or a refusal by name.
+"""What vLLM's engine arguments and requests do to a converted model: the reference's answers, or a
+refusal by name.
 
 docs/compat.md has a row for each argument.
 """
@@ -39,7 +40,8 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 @dataclass
 class Case:
-    """A model (``converted``, ``source`` and so on, see :func:`models`), arguments, and what is done with the engine."""
+    """A model (``converted``, ``source`` and so on, see :func:`models`), arguments, and what is
+    done with the engine."""
 
     model: str = "converted"
     use: str = "tokens"
@@ -63,17 +65,28 @@ SAME_TOKENS: dict[str, dict[str, Any]] = {
         "async_scheduling": False,
         "seed": 3,
     },
-    "load format hf, safetensors prefetched": {"load_format": "hf", "safetensors_load_strategy": "prefetch"},
+    "load format hf, safetensors prefetched": {
+        "load_format": "hf",
+        "safetensors_load_strategy": "prefetch",
+    },
     "transformers' model code": {"model_impl": "transformers"},
     "KV cache kept in files": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
     },
     "drafts of a draft model": {
-        "speculative_config": {"method": "draft_model", "model": "source", "num_speculative_tokens": 3},
+        "speculative_config": {
+            "method": "draft_model",
+            "model": "source",
+            "num_speculative_tokens": 3,
+        },
     },
     # The last: vLLM 0.32 makes no second engine in a process that had one with this.
     "drafts of n-grams": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 3,
+        },
     },
 }
 RESIDUAL = "is rotated, and the final norm's weight lies in the output head"
@@ -88,7 +101,10 @@ DRAFTS = {
     },
 }
 REFUSED: dict[str, tuple[Case, str]] = {
-    "embeddings": (Case(arguments={"runner": "pooling", "convert": "embed"}), f"ConfigError: --runner pooling: .*{RESIDUAL}"),
+    "embeddings": (
+        Case(arguments={"runner": "pooling", "convert": "embed"}),
+        f"ConfigError: --runner pooling: .*{RESIDUAL}",
+    ),
     "embeddings, 16-bit head": (
         Case("head16", arguments={"runner": "pooling", "convert": "embed"}),
         f"ConfigError: --runner pooling: .*{RESIDUAL}",
@@ -97,38 +113,66 @@ REFUSED: dict[str, tuple[Case, str]] = {
         Case(arguments={"runner": "pooling", "convert": "classify"}),
         "ConfigError: --runner pooling: .*convert classify",
     ),
-    "prompt embeddings": (Case(arguments={"enable_prompt_embeds": True}), f"ConfigError: --enable-prompt-embeds: .*{RESIDUAL}"),
+    "prompt embeddings": (
+        Case(arguments={"enable_prompt_embeds": True}),
+        f"ConfigError: --enable-prompt-embeds: .*{RESIDUAL}",
+    ),
     **{
         f"drafts of {name}": (
             Case(arguments={"speculative_config": draft}),
-            rf"ConfigError: --speculative-config: .*got {draft['method']}: this method reads hidden states",
+            (
+                rf"ConfigError: --speculative-config: .*got {draft['method']}: this method reads"
+                r" hidden states"
+            ),
         )
         for name, draft in DRAFTS.items()
     },
     "hidden states to a connector": (
-        Case(arguments={"kv_transfer_config": {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}}),
+        Case(
+            arguments={
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleHiddenStatesConnector",
+                    "kv_role": "kv_producer",
+                }
+            }
+        ),
         "ConfigError: --kv-transfer-config: .*got ExampleHiddenStatesConnector",
     ),
     **{
-        f"load format {name}": (Case(arguments={"load_format": name}), f"ConfigError: --load-format: .*got {name}: ")
+        f"load format {name}": (
+            Case(arguments={"load_format": name}),
+            f"ConfigError: --load-format: .*got {name}: ",
+        )
         for name in ("sharded_state", "runai_streamer_sharded", "mistral", "pt", "npcache")
     },
     **{
-        f"load format {name}": (Case(arguments={"load_format": name}), f"ValueError: Load format `{name}` is not supported")
+        f"load format {name}": (
+            Case(arguments={"load_format": name}),
+            f"ValueError: Load format `{name}` is not supported",
+        )
         for name in ("bitsandbytes", "gguf")
     },
-    "files left out": (Case(arguments={"ignore_patterns": "*00001*"}), r"ConfigError: --ignore-patterns: .*got \*00001\*"),
+    "files left out": (
+        Case(arguments={"ignore_patterns": "*00001*"}),
+        r"ConfigError: --ignore-patterns: .*got \*00001\*",
+    ),
     "a head that is tied": (
         Case("head16", arguments={"hf_overrides": {"tie_word_embeddings": True}}),
         "ConfigError: --hf-overrides: .*got tie_word_embeddings",
     ),
-    "another model's configuration": (Case(arguments={"hf_config_path": "clipped"}), "ConfigError: --hf-config-path: "),
+    "another model's configuration": (
+        Case(arguments={"hf_config_path": "clipped"}),
+        "ConfigError: --hf-config-path: ",
+    ),
     "quantised once more": (
         Case(arguments={"quantization_config": {"linear": {"weight": "fp8_per_tensor_dynamic"}}}),
         "ConfigError: --quantization-config: ",
     ),
     **{
-        f"KV cache in {name}": (Case(arguments={"kv_cache_dtype": name}), f"ConfigError: --kv-cache-dtype: .*got {name}: ")
+        f"KV cache in {name}": (
+            Case(arguments={"kv_cache_dtype": name}),
+            f"ConfigError: --kv-cache-dtype: .*got {name}: ",
+        )
         for name in ("int4_per_token_head", "bfloat16", "turboquant_4bit_nc")
     },
     "weights sent by a trainer": (
@@ -139,7 +183,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
         Case(arguments={"max_model_len": 1024}),
         r"ValidationError: .*User-specified max_model_len \(1024\) is greater",
     ),
-    "sleep": (Case(arguments={"enable_sleep_mode": True}), "ValidationError: .*Sleep mode is not supported"),
+    "sleep": (
+        Case(arguments={"enable_sleep_mode": True}),
+        "ValidationError: .*Sleep mode is not supported",
+    ),
     "the method for a 16-bit model": (
         Case("source", arguments={"quantization": "smoothrot"}),
         "--quantization smoothrot: expected a converted model",
@@ -172,7 +219,10 @@ def with_config(source: Path, out: Path, **changes: Any) -> Path:
 def swap_layers(tensors: dict[str, torch.Tensor]) -> None:
     first, second = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
     for suffix in ("_packed", "_scale"):
-        tensors[first + suffix], tensors[second + suffix] = tensors[second + suffix], tensors[first + suffix]
+        tensors[first + suffix], tensors[second + suffix] = (
+            tensors[second + suffix],
+            tensors[first + suffix],
+        )
 
 
 def drop_linear(tensors: dict[str, torch.Tensor]) -> None:
@@ -181,17 +231,32 @@ def drop_linear(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(
+    tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Directories by the names that cases call them."""
     folder = tmp_path_factory.mktemp("models")
     converted = tiny_converted("llama", *CONVERSION)
     quantization = json.loads((converted / "config.json").read_text())["quantization_config"]
     source = converted.parent / "source"
     gemma = tiny_converted("gemma3", *CONVERSION)
-    llama = {"model_type": "llama", "hidden_size": 128, "vocab_size": 261, "num_attention_heads": 4, "num_hidden_layers": 1}
+    llama = {
+        "model_type": "llama",
+        "hidden_size": 128,
+        "vocab_size": 261,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+    }
     drafts: dict[str, dict[str, Any]] = {
         "eagle": llama | {"architectures": ["EagleLlamaForCausalLM"], "intermediate_size": 192},
-        "eagle3": llama | {"architectures": ["LlamaForCausalLMEagle3"], "intermediate_size": 192, "draft_vocab_size": 261},
+        "eagle3": (
+            llama
+            | {
+                "architectures": ["LlamaForCausalLMEagle3"],
+                "intermediate_size": 192,
+                "draft_vocab_size": 261,
+            }
+        ),
         "medusa": {"model_type": "medusa", "hidden_size": 128, "vocab_size": 261, "num_heads": 1},
     }
     for name, config in drafts.items():
@@ -205,10 +270,14 @@ def models(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPat
         "gemma source": gemma.parent / "source",
         "stretched": with_config(converted, folder / "stretched", rope_parameters=ROPE),
         "swapped": edited(converted, folder / "swapped", swap_layers),
-        "without a scale": edited(converted, folder / "lacks", lambda tensors: tensors.pop(f"{DOWN}.weight_scale")),
+        "without a scale": edited(
+            converted, folder / "lacks", lambda tensors: tensors.pop(f"{DOWN}.weight_scale")
+        ),
         "without a linear": edited(converted, folder / "lacks more", drop_linear),
         "clipped": with_config(
-            converted, folder / "clipped", quantization_config=quantization | {"activations": {"bits": 8, "clip": 0.5}}
+            converted,
+            folder / "clipped",
+            quantization_config=quantization | {"activations": {"bits": 8, "clip": 0.5}},
         ),
         "sharded": folder / "sharded",
         **{name: folder / name for name in drafts},
@@ -217,19 +286,32 @@ def models(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def prompts(models: dict[str, Path]) -> list[list[int]]:
-    """Some whose continuation is no close call, the first longer than a step of the scheduler takes."""
-    tokenizer, reference = AutoTokenizer.from_pretrained(models["converted"]), Reference(models["converted"])
+    """Some whose continuation is no close call, the first longer than a step of the scheduler
+    takes."""
+    tokenizer, reference = (
+        AutoTokenizer.from_pretrained(models["converted"]),
+        Reference(models["converted"]),
+    )
     short = (tokenizer(f"{start} {number}").input_ids for number in range(20) for start in STARTS)
     long = (tokenizer(f"{start} " * 8).input_ids[:100] for start in STARTS)
     chosen = [
-        list(islice((prompt for prompt in some if reference.greedy(prompt, TOKENS).is_determined), count))
+        list(
+            islice(
+                (prompt for prompt in some if reference.greedy(prompt, TOKENS).is_determined), count
+            )
+        )
         for some, count in ((long, 1), (short, 4))
     ]
-    assert [len(some) for some in chosen] == [1, 4], "too few prompts without a close call: choose others"
+    assert [len(some) for some in chosen] == [
+        1,
+        4,
+    ], "too few prompts without a close call: choose others"
     return chosen[0] + chosen[1]
 
 
-def cases(models: dict[str, Path], prompts: list[list[int]], kept: Path) -> dict[str, tuple[Case, Any]]:
+def cases(
+    models: dict[str, Path], prompts: list[list[int]], kept: Path
+) -> dict[str, tuple[Case, Any]]:
     """Every engine that is made, and what its prompts are."""
     pooled = {"runner": "pooling", "convert": "embed"}
     embedded = {"source": str(models["gemma source"]), "scale": 160**0.5, "prompts": prompts[1:]}
@@ -241,11 +323,17 @@ def cases(models: dict[str, Path], prompts: list[list[int]], kept: Path) -> dict
         "twice": (
             Case(
                 use="twice",
-                arguments={"enable_prefix_caching": True, "override_generation_config": {"temperature": 0.5, "top_p": 0.25}},
+                arguments={
+                    "enable_prefix_caching": True,
+                    "override_generation_config": {"temperature": 0.5, "top_p": 0.25},
+                },
             ),
             prompts,
         ),
-        "stretched": (Case(arguments={"hf_overrides": {"rope_parameters": ROPE}, "max_model_len": 1024}), prompts),
+        "stretched": (
+            Case(arguments={"hf_overrides": {"rope_parameters": ROPE}, "max_model_len": 1024}),
+            prompts,
+        ),
         "reloads": (Case(use="reloads"), reloaded),
         "reload of less": (Case(use="reloads"), left),
         "saved": (Case(use="saved_sharded"), str(models["sharded"])),
@@ -266,16 +354,19 @@ def cases(models: dict[str, Path], prompts: list[list[int]], kept: Path) -> dict
         "source": (Case("source"), prompts),
         "gemma, embeddings": (Case("gemma", "embeddings", pooled), prompts),
         "gemma source, embeddings": (Case("gemma source", "embeddings", pooled), prompts),
-        "gemma, prompt embeddings": (Case("gemma", "embedded_prompts", {"enable_prompt_embeds": True}), embedded),
+        "gemma, prompt embeddings": (
+            Case("gemma", "embedded_prompts", {"enable_prompt_embeds": True}),
+            embedded,
+        ),
         **{
             name: (Case(use="first_logprobs", arguments={"max_logprobs": -1, **arguments}), prompts)
             for name, arguments in ROUNDED.items()
         },
     }
     same = {name: (Case(arguments=arguments), prompts) for name, arguments in SAME_TOKENS.items()}
-    same["KV cache kept in files"][0].arguments["kv_transfer_config"]["kv_connector_extra_config"] = {
-        "shared_storage_path": str(kept)
-    }
+    same["KV cache kept in files"][0].arguments["kv_transfer_config"][
+        "kv_connector_extra_config"
+    ] = {"shared_storage_path": str(kept)}
     return first | {name: (case, prompts) for name, (case, _) in REFUSED.items()} | same
 
 
@@ -294,12 +385,23 @@ def results(
     folder = tmp_path_factory.mktemp("results")
     models["sharded"].mkdir()
     given = {
-        name: {"model": str(models[case.model]), "use": case.use, "arguments": placed(case.arguments, models), "data": data}
+        name: {
+            "model": str(models[case.model]),
+            "use": case.use,
+            "arguments": placed(case.arguments, models),
+            "data": data,
+        }
         for name, (case, data) in cases(models, prompts, folder).items()
     }
     command = [sys.executable, str(ENGINE), str(folder / "results.json")]
     done = subprocess.run(
-        command, input=json.dumps(given), env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=850
+        command,
+        input=json.dumps(given),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=850,
     )
     assert (folder / "results.json").exists(), done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
@@ -335,12 +437,16 @@ def expected(reference: Reference, prompts: list[list[int]]) -> list[list[int]]:
 @torch.inference_mode()
 def logprobs_of(reference: Reference, sequence: list[int]) -> torch.Tensor:
     """Log-probabilities ``(length, vocabulary)`` of what follows each token."""
-    found: torch.Tensor = reference.model(torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+    found: torch.Tensor = (
+        reference.model(torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+    )
     return found
 
 
 @pytest.mark.parametrize("name", SAME_TOKENS)
-def test_arguments_that_change_no_answer(results: dict[str, dict[str, Any]], expected: list[list[int]], name: str) -> None:
+def test_arguments_that_change_no_answer(
+    results: dict[str, dict[str, Any]], expected: list[list[int]], name: str
+) -> None:
     assert found(results, name) == expected
 
 
@@ -361,7 +467,10 @@ def test_sampling_defaults_are_the_overridden_ones(results: dict[str, dict[str, 
 
 
 def test_overridden_rope_and_length_give_what_that_configuration_gives(
-    results: dict[str, dict[str, Any]], models: dict[str, Path], prompts: list[list[int]], expected: list[list[int]]
+    results: dict[str, dict[str, Any]],
+    models: dict[str, Path],
+    prompts: list[list[int]],
+    expected: list[list[int]],
 ) -> None:
     stretched = Reference(models["stretched"])
     compared = 0
@@ -373,12 +482,16 @@ def test_overridden_rope_and_length_give_what_that_configuration_gives(
     assert found(results, "stretched") != expected
 
 
-def test_made_up_weights_need_no_checkpoint(results: dict[str, dict[str, Any]], expected: list[list[int]]) -> None:
+def test_made_up_weights_need_no_checkpoint(
+    results: dict[str, dict[str, Any]], expected: list[list[int]]
+) -> None:
     assert [len(tokens) for tokens in found(results, "made up")] == [TOKENS] * len(expected)
     assert found(results, "made up") != expected
 
 
-def test_a_converted_draft_changes_no_answer_of_the_source(results: dict[str, dict[str, Any]]) -> None:
+def test_a_converted_draft_changes_no_answer_of_the_source(
+    results: dict[str, dict[str, Any]],
+) -> None:
     assert found(results, "the draft is converted") == found(results, "source")
 
 
@@ -400,8 +513,12 @@ def test_prompt_logprobs_are_those_of_the_reference(
     results: dict[str, dict[str, Any]], reference: Reference, prompts: list[list[int]]
 ) -> None:
     differences = []
-    for prompt, logprobs in zip(prompts[1:], found(results, "requests")["prompt_logprobs"], strict=True):
-        wanted = logprobs_of(reference, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    for prompt, logprobs in zip(
+        prompts[1:], found(results, "requests")["prompt_logprobs"], strict=True
+    ):
+        wanted = logprobs_of(reference, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[
+            :, 0
+        ]
         differences.append((wanted - torch.tensor(logprobs)).abs())
     assert torch.cat(differences).median() < 1e-5
     assert torch.cat(differences).max() < SAFE_MARGIN
@@ -413,19 +530,31 @@ def test_beam_search_finds_the_beams_of_the_reference(
     for prompt, tokens in zip(prompts[1:], found(results, "requests")["beams"], strict=True):
         beams: list[tuple[float, list[int]]] = [(0.0, [])]
         for _ in range(3):
-            scores = [(score, beam, logprobs_of(reference, prompt + beam)[-1].topk(6)) for score, beam in beams]
-            longer = [(s + float(v), [*b, int(t)]) for s, b, top in scores for v, t in zip(*top, strict=True)]
+            scores = [
+                (score, beam, logprobs_of(reference, prompt + beam)[-1].topk(6))
+                for score, beam in beams
+            ]
+            longer = [
+                (s + float(v), [*b, int(t)])
+                for s, b, top in scores
+                for v, t in zip(*top, strict=True)
+            ]
             beams = sorted(longer, reverse=True)[:3]
         assert tokens == beams[0][1]
 
 
 def test_structured_output_takes_the_likelier_choice(
-    results: dict[str, dict[str, Any]], models: dict[str, Path], reference: Reference, prompts: list[list[int]]
+    results: dict[str, dict[str, Any]],
+    models: dict[str, Path],
+    reference: Reference,
+    prompts: list[list[int]],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models["converted"])
     (yes,), (no,) = (tokenizer(letter).input_ids for letter in "yn")
     scores = [logprobs_of(reference, prompt)[-1] for prompt in prompts[1:]]
-    assert found(results, "requests")["chosen"] == ["yes" if score[yes] > score[no] else "no" for score in scores]
+    assert found(results, "requests")["chosen"] == [
+        "yes" if score[yes] > score[no] else "no" for score in scores
+    ]
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -439,41 +568,73 @@ def test_coarser_arithmetic_stays_near_the_reference(
 
 
 def test_reloaded_weights_answer_as_theirs_or_not_at_all(
-    results: dict[str, dict[str, Any]], models: dict[str, Path], prompts: list[list[int]], expected: list[list[int]]
+    results: dict[str, dict[str, Any]],
+    models: dict[str, Path],
+    prompts: list[list[int]],
+    expected: list[list[int]],
 ) -> None:
     after = found(results, "reloads")
     assert after[""] == after["converted"] == expected
     # Of other weights for the same prompts, fewer tokens are no close call.
     swapped = Reference(models["swapped"])
     firsts = [swapped.greedy(prompt, 2) for prompt in prompts]
-    compared = [(got[:2], wanted.tokens) for got, wanted in zip(after["swapped"], firsts, strict=True) if wanted.is_determined]
+    compared = [
+        (got[:2], wanted.tokens)
+        for got, wanted in zip(after["swapped"], firsts, strict=True)
+        if wanted.is_determined
+    ]
     assert len(compared) >= 2
     assert all(got == wanted for got, wanted in compared)
     assert after["swapped"] != expected
     # Refused before anything is touched: the server goes on.
-    assert re.search(r"^ConfigError: reload_weights: .*quantization_config\.activations: expected .*clip=1\.0", after["clipped"])
-    assert re.search("^ConfigError: reload_weights: .*expected quant_method .smoothrot., got None", after["source"])
+    assert re.search(
+        r"^ConfigError: reload_weights: .*quantization_config\.activations: expected .*clip=1\.0",
+        after["clipped"],
+    )
+    assert re.search(
+        "^ConfigError: reload_weights: .*expected quant_method .smoothrot., got None",
+        after["source"],
+    )
     assert after["clipped, after"] == after["source, after"] == expected
-    assert re.search(rf"^CheckpointError: .*none named {DOWN}\.weight_scale \(1 missing\)", after["without a scale"])
+    assert re.search(
+        rf"^CheckpointError: .*none named {DOWN}\.weight_scale \(1 missing\)",
+        after["without a scale"],
+    )
     assert "weights were not wholly loaded again" in after["without a scale, after"]
 
 
-def test_a_reload_that_leaves_a_layer_as_it_was_is_refused(results: dict[str, dict[str, Any]]) -> None:
+def test_a_reload_that_leaves_a_layer_as_it_was_is_refused(
+    results: dict[str, dict[str, Any]],
+) -> None:
     after = found(results, "reload of less")
-    assert re.search(rf"^CheckpointError: reload_weights: .*got none of {DOWN} \(1 missing\)", after["without a linear"])
+    assert re.search(
+        rf"^CheckpointError: reload_weights: .*got none of {DOWN} \(1 missing\)",
+        after["without a linear"],
+    )
     assert "weights were not wholly loaded again" in after["without a linear, after"]
 
 
-def test_a_servers_own_copy_is_refused_where_it_is_loaded(results: dict[str, dict[str, Any]]) -> None:
+def test_a_servers_own_copy_is_refused_where_it_is_loaded(
+    results: dict[str, dict[str, Any]],
+) -> None:
     assert found(results, "saved") == ["model-rank-0-part-0.safetensors"]
-    assert "--load-format: not with this converted model, got sharded_state" in results["load format sharded_state"]["error"]
+    assert (
+        "--load-format: not with this converted model, got sharded_state"
+        in results["load format sharded_state"]["error"]
+    )
 
 
-def test_models_with_the_sources_residual_stream_give_its_embeddings(results: dict[str, dict[str, Any]]) -> None:
-    ours, source = (torch.tensor(found(results, f"{name}, embeddings")) for name in ("gemma", "gemma source"))
+def test_models_with_the_sources_residual_stream_give_its_embeddings(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    ours, source = (
+        torch.tensor(found(results, f"{name}, embeddings")) for name in ("gemma", "gemma source")
+    )
     assert torch.nn.functional.cosine_similarity(ours, source).min() > 0.9
 
 
-def test_models_with_the_sources_residual_stream_take_its_embeddings(results: dict[str, dict[str, Any]]) -> None:
+def test_models_with_the_sources_residual_stream_take_its_embeddings(
+    results: dict[str, dict[str, Any]],
+) -> None:
     answers = found(results, "gemma, prompt embeddings")
     assert answers["embeds"] == answers["tokens"]

@@ -21,7 +21,11 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    return [line.partition("  #")[0].strip() for block in blocks(page, "bash") for line in block.splitlines()]
+    return [
+        line.partition("  #")[0].strip()
+        for block in blocks(page, "bash")
+        for line in block.splitlines()
+    ]
 
 
 COMMANDS = commands("README.md")
@@ -32,30 +36,51 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
 def run(command: str, folder: Path) -> str:
     environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    result = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
-def test_converting_and_serving_commands_work_in_the_readmes_order(tiny_converted: Callable[..., Path], tmp_path: Path) -> None:
+def test_converting_and_serving_commands_work_in_the_readmes_order(
+    tiny_converted: Callable[..., Path], tmp_path: Path
+) -> None:
     source = tiny_converted("llama").parent / "source"
     (tmp_path / "MODEL").symlink_to(source)
     for name in ("CALIB.txt", "TEXT.txt"):
         (tmp_path / name).symlink_to(SHORT_TEXT)
     ours = [command for command in COMMANDS if command.startswith("smoothrot-convert")]
-    assert [command.split()[1] for command in ours] == ["plan", "run", "verify", "eval", "report", "analyze"]
+    assert [command.split()[1] for command in ours] == [
+        "plan",
+        "run",
+        "verify",
+        "eval",
+        "report",
+        "analyze",
+    ]
     for command in ours:
         run(command, tmp_path)
     (serve,) = [command for command in COMMANDS if command.startswith("vllm serve")]
     assert serve == "vllm serve OUT --quantization smoothrot --host 127.0.0.1"
     options = ["--quantization", "smoothrot", "--served-model-name", "OUT"]
     with VllmServer(tmp_path / "OUT", tmp_path / "log", *options) as server:
-        answer = server.client.completions.create(model="OUT", prompt="Hello", max_tokens=4, extra_body={"ignore_eos": True})
+        answer = server.client.completions.create(
+            model="OUT", prompt="Hello", max_tokens=4, extra_body={"ignore_eos": True}
+        )
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 4
         own_port = f"127.0.0.1:{server.port}"
         (curl,) = [command for command in commands(QUICKSTART) if command.startswith("curl")]
-        assert json.loads(run(curl.replace("127.0.0.1:8000", own_port), tmp_path))["usage"]["completion_tokens"] in range(1, 9)
+        assert json.loads(run(curl.replace("127.0.0.1:8000", own_port), tmp_path))["usage"][
+            "completion_tokens"
+        ] in range(1, 9)
         (client,) = blocks(QUICKSTART, "python")
         (tmp_path / "client.py").write_text(client.replace("127.0.0.1:8000", own_port))
         run("python client.py", tmp_path)
@@ -75,13 +100,26 @@ def test_demo_command_converts_serves_and_compares(tiny_converted: Callable[...,
 
 
 def test_gpu_commands_add_this_package_alone_to_vllms_environment(tmp_path: Path) -> None:
-    """pip as it stands there, short of installing: what this environment has is vLLM for CPU and its torch."""
+    """pip as it stands there, short of installing: what this environment has is vLLM for CPU and
+    its torch."""
     vllm, ours = [command for command in COMMANDS if command.startswith("pip install")]
 
     def would_install(command: str, *options: str) -> dict[str, dict[str, Any]]:
         report = tmp_path / "report.json"
-        run(" ".join([command.replace("install", "install -q --dry-run", 1), f"--report {report}", *options]), REPOSITORY)
-        return {package["metadata"]["name"]: package["metadata"] for package in json.loads(report.read_text())["install"]}
+        run(
+            " ".join(
+                [
+                    command.replace("install", "install -q --dry-run", 1),
+                    f"--report {report}",
+                    *options,
+                ]
+            ),
+            REPOSITORY,
+        )
+        return {
+            package["metadata"]["name"]: package["metadata"]
+            for package in json.loads(report.read_text())["install"]
+        }
 
     new = would_install(ours)
     assert set(new) == {"smoothrot-vllm"}
@@ -94,7 +132,11 @@ def test_gpu_commands_add_this_package_alone_to_vllms_environment(tmp_path: Path
 
 def torch_of(metadata: dict[str, Any]) -> SpecifierSet:
     required = (Requirement(line) for line in metadata["requires_dist"])
-    (found,) = (requirement.specifier for requirement in required if requirement.name == "torch" and requirement.marker is None)
+    (found,) = (
+        requirement.specifier
+        for requirement in required
+        if requirement.name == "torch" and requirement.marker is None
+    )
     return found
 
 

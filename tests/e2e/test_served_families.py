@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families beside those of ``test_served_model.py``: vLLM's engine, in one process for all of them, against the reference."""
+"""Families beside those of ``test_served_model.py``: vLLM's engine, in one process for all of
+them, against the reference."""
 
 import json
 import os
@@ -28,7 +29,8 @@ CONVERSIONS = {
     "mixtral": ("--activation-bits", "8"),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
 }
-# Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, mixtures have an op of their own.
+# Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, mixtures have an op
+# of their own.
 FUSED = {"qwen3", "phi3", "smollm3"}
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")
@@ -45,18 +47,28 @@ def prompts(tiny_converted: Callable[..., Path]) -> dict[str, list[list[int]]]:
     """Prompt tokens by converted directory."""
     directories = [tiny_converted(family, *options) for family, options in CONVERSIONS.items()]
     return {
-        str(directory): [AutoTokenizer.from_pretrained(directory)(prompt).input_ids for prompt in PROMPTS]
+        str(directory): [
+            AutoTokenizer.from_pretrained(directory)(prompt).input_ids for prompt in PROMPTS
+        ]
         for directory in directories
     }
 
 
 @pytest.fixture(scope="module")
-def answers(prompts: dict[str, list[list[int]]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def answers(
+    prompts: dict[str, list[list[int]]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What the engine makes of the prompts, by directory: see the engine's script."""
     out = tmp_path_factory.mktemp("answers") / "answers.json"
     command = [sys.executable, str(ENGINE), str(out)]
     result = subprocess.run(
-        command, input=json.dumps(prompts), env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=600
+        command,
+        input=json.dumps(prompts),
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
     )
     assert out.exists(), result.stdout[-2000:] + result.stderr[-4000:]
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
@@ -73,12 +85,19 @@ def test_greedy_tokens_and_logprobs_equal_the_reference(
     directory = tiny_converted(family, *CONVERSIONS[family])
     reference = Reference(directory)
     differences = []
-    for prompt, answer in zip(prompts[str(directory)], answers[str(directory)]["continuations"], strict=True):
+    for prompt, answer in zip(
+        prompts[str(directory)], answers[str(directory)]["continuations"], strict=True
+    ):
         expected = reference.greedy(prompt, len(answer["tokens"]))
         if expected.is_determined:
             assert answer["tokens"] == expected.tokens
-            differences += [abs(got - want) for got, want in zip(answer["logprobs"], expected.logprobs, strict=True)]
-    assert len(differences) >= 3 * len(answer["tokens"]), "too few prompts without a close call: choose others"
+            differences += [
+                abs(got - want)
+                for got, want in zip(answer["logprobs"], expected.logprobs, strict=True)
+            ]
+    assert len(differences) >= 3 * len(answer["tokens"]), (
+        "too few prompts without a close call: choose others"
+    )
     assert statistics.median(differences) < 1e-5
     assert max(differences) < SAFE_MARGIN
 
@@ -90,6 +109,7 @@ def test_the_activation_runs_in_the_op_of_down_proj(
     directory = tiny_converted(family, *CONVERSIONS[family])
     layers = json.loads((directory / "config.json").read_text())["num_hidden_layers"]
     calls = answers[str(directory)]["silu_mul_linear_calls"]
-    # Each step of the model is a call in each layer, and the first token of a prompt and its three others are steps.
+    # Each step of the model is a call in each layer, and the first token of a prompt and its three
+    # others are steps.
     assert calls % layers == 0
     assert calls >= 4 * layers if family in FUSED else calls == 0

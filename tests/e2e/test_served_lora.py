@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter of the original model, transformed, in a real ``vllm serve``; the untransformed one is refused there.
+"""An adapter of the original model, transformed, in a real ``vllm serve``; the untransformed one is
+refused there.
 
 The same server shows what docs/hardening.md says about keys, limits and where it listens.
 """
@@ -26,8 +27,18 @@ from transformers import AutoTokenizer
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 RANK, ALPHA, TOKENS = 4, 8, 8
-PROMPTS = [f"{start} {number}" for start in ("The quick brown fox", "def main():", "Rotation") for number in range(4)]
-LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+PROMPTS = [
+    f"{start} {number}"
+    for start in ("The quick brown fox", "def main():", "Rotation")
+    for number in range(4)
+]
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +57,25 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = {}
     for layer in range(config["num_hidden_layers"]):
         for linear in LINEARS:
-            leaf, name = linear.rpartition(".")[2], f"base_model.model.model.layers.{layer}.{linear}"
-            tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, sizes.get(leaf, config["hidden_size"])) * 0.075
-            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs.get(leaf, config["hidden_size"]), RANK) * 0.075
+            leaf, name = (
+                linear.rpartition(".")[2],
+                f"base_model.model.model.layers.{layer}.{linear}",
+            )
+            tensors[f"{name}.lora_A.weight"] = (
+                torch.randn(RANK, sizes.get(leaf, config["hidden_size"])) * 0.075
+            )
+            tensors[f"{name}.lora_B.weight"] = (
+                torch.randn(outputs.get(leaf, config["hidden_size"]), RANK) * 0.075
+            )
     save_file(tensors, directory / "adapter_model.safetensors")
     leaves = [linear.rpartition(".")[2] for linear in LINEARS]
-    content = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": leaves, "bias": "none"}
+    content = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": leaves,
+        "bias": "none",
+    }
     (directory / "adapter_config.json").write_text(json.dumps(content))
     return directory
 
@@ -66,11 +90,24 @@ def transformed(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def server(base: Path, transformed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--enable-lora", "--max-lora-rank", "8"]
+def server(
+    base: Path, transformed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmServer]:
+    options = [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--enforce-eager",
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+    ]
     options += ["--lora-modules", f"adapted={transformed}", "--api-key", KEY]
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    with VllmServer(base, tmp_path_factory.mktemp("server") / "server.log", *options, environment=environment) as running:
+    with VllmServer(
+        base, tmp_path_factory.mktemp("server") / "server.log", *options, environment=environment
+    ) as running:
         yield running
 
 
@@ -84,7 +121,11 @@ def adapted_reference(base: Path, transformed: Path) -> Reference:
             a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
 
             def add(
-                _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor, a: torch.Tensor = a, b: torch.Tensor = b
+                _: torch.nn.Module,
+                inputs: tuple[torch.Tensor],
+                output: torch.Tensor,
+                a: torch.Tensor = a,
+                b: torch.Tensor = b,
             ) -> torch.Tensor:
                 return output + inputs[0] @ a.T @ b.T * (ALPHA / RANK)
 
@@ -104,13 +145,17 @@ def tokens_of(server: VllmServer, model: str, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def test_the_served_adapter_says_what_the_reference_with_it_says(server: VllmServer, base: Path, transformed: Path) -> None:
+def test_the_served_adapter_says_what_the_reference_with_it_says(
+    server: VllmServer, base: Path, transformed: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     references = {server.model: Reference(base), "adapted": adapted_reference(base, transformed)}
     compared = dict.fromkeys(references, 0)
     for text in PROMPTS:
         prompt = tokenizer(text).input_ids
-        answers = {model: reference.greedy(prompt, TOKENS) for model, reference in references.items()}
+        answers = {
+            model: reference.greedy(prompt, TOKENS) for model, reference in references.items()
+        }
         assert answers["adapted"].tokens != answers[server.model].tokens
         for model, greedy in answers.items():
             if greedy.margin > SAFE_MARGIN:
@@ -121,7 +166,11 @@ def test_the_served_adapter_says_what_the_reference_with_it_says(server: VllmSer
 
 def test_the_original_adapter_is_refused(server: VllmServer, adapter: Path) -> None:
     with pytest.raises((BadRequestError, InternalServerError), match="is of the original model"):
-        server.client.post("/load_lora_adapter", body={"lora_name": "original", "lora_path": str(adapter)}, cast_to=object)
+        server.client.post(
+            "/load_lora_adapter",
+            body={"lora_name": "original", "lora_path": str(adapter)},
+            cast_to=object,
+        )
 
 
 HARDENING = (Path(__file__).parents[2] / "docs" / "hardening.md").read_text()
@@ -129,7 +178,10 @@ PATHS = re.findall(r"^\| `(/\S+)` \| (GET|POST) \| (refused|open) \|$", HARDENIN
 ANSWERS = dict(re.findall(r"^\| (.+) \| (\d{3}) \|$", HARDENING, re.MULTILINE))
 LIMITS: dict[str, dict[str, Any] | None] = {
     "a prompt longer than `--max-model-len`": {"prompt": [5] * 300},
-    "`max_tokens` beyond what is left of it, below `--max-model-len`": {"prompt": [5] * 250, "max_tokens": 100},
+    "`max_tokens` beyond what is left of it, below `--max-model-len`": {
+        "prompt": [5] * 250,
+        "max_tokens": 100,
+    },
     "`max_tokens` above `--max-model-len`": {"prompt": [5], "max_tokens": 10_000},
     "more completions than `VLLM_MAX_N_SEQUENCES` (`n`, 16384)": {"prompt": [5], "n": 16385},
     "more prompts than `VLLM_MAX_COMPLETION_PROMPTS` (1024)": {"prompt": [[5]] * 1025},
@@ -137,9 +189,15 @@ LIMITS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def status_of(server: VllmServer, path: str, method: str, key: str | None, body: bytes = b"{}") -> int:
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(server.url + path, method=method, headers=headers, data=body if method == "POST" else None)
+def status_of(
+    server: VllmServer, path: str, method: str, key: str | None, body: bytes = b"{}"
+) -> int:
+    headers = {"Content-Type": "application/json"} | (
+        {"Authorization": f"Bearer {key}"} if key else {}
+    )
+    request = urllib.request.Request(
+        server.url + path, method=method, headers=headers, data=body if method == "POST" else None
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return int(answer.status)
@@ -148,7 +206,9 @@ def status_of(server: VllmServer, path: str, method: str, key: str | None, body:
 
 
 @pytest.mark.parametrize(("path", "method", "said"), PATHS)
-def test_the_key_covers_what_the_hardening_notes_say(server: VllmServer, path: str, method: str, said: str) -> None:
+def test_the_key_covers_what_the_hardening_notes_say(
+    server: VllmServer, path: str, method: str, said: str
+) -> None:
     refused = {status_of(server, path, method, key) == 401 for key in (None, "wrong")}
     assert refused == {said == "refused"}
     # An empty body may be refused as such, but the path is there and the key opens it.
@@ -163,7 +223,9 @@ def test_the_hardening_notes_name_every_limit_that_is_tested() -> None:
 @pytest.mark.parametrize("limit", LIMITS)
 def test_what_may_cost_much_is_answered_as_the_notes_say(server: VllmServer, limit: str) -> None:
     content = LIMITS[limit]
-    body = b"no JSON" if content is None else json.dumps({"model": server.model, **content}).encode()
+    body = (
+        b"no JSON" if content is None else json.dumps({"model": server.model, **content}).encode()
+    )
     assert status_of(server, "/v1/completions", "POST", KEY, body) == int(ANSWERS[limit])
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must not be served ends ``vllm serve`` with a message that says why, and never answers a request."""
+"""What must not be served ends ``vllm serve`` with a message that says why, and never answers a
+request."""
 
 import json
 import shutil
@@ -44,7 +45,9 @@ def unknown_version(directory: Path) -> None:
 
 
 def nan_scale(directory: Path) -> None:
-    edit_tensors(directory, lambda tensors: tensors[f"{DOWN}.weight_scale"].view(-1)[5].fill_(torch.nan))
+    edit_tensors(
+        directory, lambda tensors: tensors[f"{DOWN}.weight_scale"].view(-1)[5].fill_(torch.nan)
+    )
 
 
 def drop(name: str) -> Callable[[Path], None]:
@@ -52,18 +55,39 @@ def drop(name: str) -> Callable[[Path], None]:
 
 
 CASES: dict[str, tuple[Callable[[Path], Any], int, str]] = {
-    "wrong TP": (lambda directory: None, 2, "tensor parallel size 2: each rank would hold 192/2 down_proj inputs"),
-    "truncated shard": (truncate, 1, "model-00001-of-00001.safetensors: expected a whole safetensors file"),
-    "unknown format version": (unknown_version, 1, "quantization_config.format_version: expected 1, got 99"),
+    "wrong TP": (
+        lambda directory: None,
+        2,
+        "tensor parallel size 2: each rank would hold 192/2 down_proj inputs",
+    ),
+    "truncated shard": (
+        truncate,
+        1,
+        "model-00001-of-00001.safetensors: expected a whole safetensors file",
+    ),
+    "unknown format version": (
+        unknown_version,
+        1,
+        "quantization_config.format_version: expected 1, got 99",
+    ),
     "missing codes": (
         drop(f"{UP}.weight_packed"),
         1,
         f"model-00001-of-00001.safetensors: expected tensor {UP}.weight_packed",
     ),
-    "missing norm": (drop("model.norm.weight"), 1, "model-00001-of-00001.safetensors: expected tensor model.norm.weight"),
-    "NaN scale": (nan_scale, 1, f"{DOWN}.weight_scale (parts down_proj): expected finite scales > 0, got 1 others"),
+    "missing norm": (
+        drop("model.norm.weight"),
+        1,
+        "model-00001-of-00001.safetensors: expected tensor model.norm.weight",
+    ),
+    "NaN scale": (
+        nan_scale,
+        1,
+        f"{DOWN}.weight_scale (parts down_proj): expected finite scales > 0, got 1 others",
+    ),
 }
-"""What is done to a converted model, the tensor-parallel size it is served with, and what the server must say."""
+"""What is done to a converted model, the tensor-parallel size it is served with, and what the
+server must say."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,9 @@ def serve_until_it_ends(case: str, converted: Path, folder: Path) -> Ended:
     directory, log = folder / "model", folder / "server.log"
     shutil.copytree(converted, directory)
     damage(directory)
-    server = VllmServer(directory, log, "--enforce-eager", "--max-model-len", "256", tensor_parallel=ranks)
+    server = VllmServer(
+        directory, log, "--enforce-eager", "--max-model-len", "256", tensor_parallel=ranks
+    )
     server.start()
     try:
         status = server.wait()
@@ -89,12 +115,20 @@ def serve_until_it_ends(case: str, converted: Path, folder: Path) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def ended(tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+def ended(
+    tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Ended]:
     """Every case's server, two at a time: they spend their time importing, on one core each."""
     converted = tiny_converted("llama", *CONVERSION)
     folders = [tmp_path_factory.mktemp("refused") for _ in CASES]
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(serve_until_it_ends, CASES, [converted] * len(CASES), folders), strict=True))
+        return dict(
+            zip(
+                CASES,
+                pool.map(serve_until_it_ends, CASES, [converted] * len(CASES), folders),
+                strict=True,
+            )
+        )
 
 
 @pytest.mark.parametrize("case", CASES)

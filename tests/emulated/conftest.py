@@ -17,13 +17,17 @@ def _x86_64() -> None:
 @pytest.fixture(scope="session")
 def emulator_int4(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """The kernels as sm_80 to sm_89 compile them."""
-    return Emulator(build_emulator(tmp_path_factory.mktemp("emulator") / "int4.so", native_int4=True))
+    return Emulator(
+        build_emulator(tmp_path_factory.mktemp("emulator") / "int4.so", native_int4=True)
+    )
 
 
 @pytest.fixture(scope="session")
 def emulator_int8(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     """The kernels as later architectures compile them."""
-    return Emulator(build_emulator(tmp_path_factory.mktemp("emulator") / "int8.so", native_int4=False))
+    return Emulator(
+        build_emulator(tmp_path_factory.mktemp("emulator") / "int8.so", native_int4=False)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of a CUTLASS epilogue on the host, of sm_90a with SMOOTHROT_EPILOGUE_SM90 and else of sm_80: sums,
-// scales and biases from standard input, both 16-bit results to standard output. Arrays of `count` values, in eights.
+// The arithmetic of a CUTLASS epilogue on the host, of sm_90a with SMOOTHROT_EPILOGUE_SM90 and else
+// of sm_80: sums, scales and biases from standard input, both 16-bit results to standard output.
+// Arrays of `count` values, in eights.
 // clang-format off: declares blockIdx, which nvcc knows and CUTLASS's headers name.
 #include <cuda_runtime.h>
 #include <device_launch_parameters.h>
@@ -45,7 +46,8 @@ auto visit(const Fragment<int32_t>& sums, const Left& left, const Right& right) 
 }
 
 template <typename Out>
-void epilogue(const std::vector<Fragment<int32_t>>& sums, const std::vector<Fragment<float>>& channel,
+void epilogue(const std::vector<Fragment<int32_t>>& sums,
+              const std::vector<Fragment<float>>& channel,
               const std::vector<Fragment<float>>& token, const std::vector<Fragment<Out>>& bias) {
   for (size_t i = 0; i < sums.size(); ++i) {
     const Fragment<float> channel_scaled = visit<ScaleNode>(sums[i], sums[i], channel[i]);

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hand-written CUDA kernels executed on the CPU: builds csrc/emulator with g++ and calls it through ctypes."""
+"""The hand-written CUDA kernels executed on the CPU: builds csrc/emulator with g++ and calls it
+through ctypes."""
 
 import ctypes
 import subprocess
@@ -29,9 +30,12 @@ PACKED, INT8 = 0, 1
 
 
 def build_emulator(out: Path, *, native_int4: bool) -> Path:
-    """Compile the library as sm_80 to sm_89 (with the int4 MMA) or a later architecture (without) sees the kernels."""
+    """Compile the library as sm_80 to sm_89 (with the int4 MMA) or a later architecture
+    (without) sees the kernels."""
     macro = f"-DSMOOTHROT_EMULATED_INT4={int(native_int4)}"
-    subprocess.run(["g++", *FLAGS, macro, "-o", str(out), str(EMULATOR / "library.cpp")], check=True)
+    subprocess.run(
+        ["g++", *FLAGS, macro, "-o", str(out), str(EMULATOR / "library.cpp")], check=True
+    )
     return out
 
 
@@ -101,7 +105,10 @@ class _CombineArgs(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("reverse_order", "dropped_barrier", "wait_slack", "multiprocessors", "trace")]
+    _fields_ = [
+        (name, ctypes.c_int)
+        for name in ("reverse_order", "dropped_barrier", "wait_slack", "multiprocessors", "trace")
+    ]
 
 
 class _Counters(ctypes.Structure):
@@ -134,7 +141,8 @@ class Emulator:
 
     @contextmanager
     def options(self, **options: int) -> Iterator[None]:
-        """Options of csrc/emulator/emulator.h for the launches within; the counters start at zero."""
+        """Options of csrc/emulator/emulator.h for the launches within; the counters start at
+        zero."""
         before = self._options
         self._options = before | options
         self.reset()
@@ -155,12 +163,18 @@ class Emulator:
         return Counters(*(getattr(counters, field[0]) for field in _Counters._fields_))
 
     def loaded_from(self, tensor: torch.Tensor) -> int:
-        """Bytes loaded from ``tensor`` since the last reset, repeats included; needs the option ``trace``."""
-        return self._library.smoothrot_loaded_from(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
+        """Bytes loaded from ``tensor`` since the last reset, repeats included; needs the option
+        ``trace``."""
+        return self._library.smoothrot_loaded_from(
+            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes)
+        )
 
     def dram_loaded(self, cache_bytes: int, resident_blocks: int) -> int:
-        """Bytes that the launch since the last reset loads from DRAM through a cache; needs the option ``trace``."""
-        return self._library.smoothrot_dram_loaded(ctypes.c_int64(cache_bytes), ctypes.c_int(resident_blocks))
+        """Bytes that the launch since the last reset loads from DRAM through a cache; needs the
+        option ``trace``."""
+        return self._library.smoothrot_dram_loaded(
+            ctypes.c_int64(cache_bytes), ctypes.c_int(resident_blocks)
+        )
 
     def quant(
         self,
@@ -220,9 +234,11 @@ class Emulator:
         bias: torch.Tensor | None = None,
         tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``(T, N)`` from one launch of ``kernel``, "small", "s8" or "experts"; int8 codes are unpacked ones.
+        """``(T, N)`` from one launch of ``kernel``, "small", "s8" or "experts"; int8 codes are
+        unpacked ones.
 
-        For "experts", weights and their scales are stacked, and ``tiles`` is the kernel's int32 table.
+        For "experts", weights and their scales are stacked, and ``tiles`` is the kernel's int32
+        table.
         """
         outputs = weight.shape[-2]
         inputs = weight.shape[-1] * (1 if weight.dtype == torch.int8 else 2)
@@ -249,8 +265,15 @@ class Emulator:
         self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(with_tiles)))
         return out
 
-    def combine(self, rows: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        """``(T, N)`` from one launch that sums the ``rows`` that int32 ``sources`` name, times ``weights``, both ``(T, k)``."""
+    def combine(
+        self,
+        rows: torch.Tensor,
+        sources: torch.Tensor,
+        weights: torch.Tensor,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """``(T, N)`` from one launch that sums the ``rows`` that int32 ``sources`` name, times
+        ``weights``, both ``(T, k)``."""
         out = torch.full((len(sources), rows.shape[1]), 777.0, dtype=out_dtype)
         args = _CombineArgs(
             rows=rows.data_ptr(),

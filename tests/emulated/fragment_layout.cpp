@@ -10,8 +10,11 @@ namespace {
 
 using namespace smoothrot::emulator;
 
-// CuTe numbers the elements of an (m, k), (n, k) or (m, n) tile with the first index running fastest.
-bool same(int offset, int rows, Element e) { return offset % rows == e.row && offset / rows == e.column; }
+// CuTe numbers the elements of an (m, k), (n, k) or (m, n) tile with the first index running
+// fastest.
+bool same(int offset, int rows, Element e) {
+  return offset % rows == e.row && offset / rows == e.column;
+}
 
 template <class Operation>
 int mismatches(int per_word) {
@@ -24,7 +27,8 @@ int mismatches(int per_word) {
     for (int i = 0; i < 2 * per_word; ++i) {
       wrong += !same(typename Traits::BLayout{}(lane, i), 8, element_b(lane, i, per_word));
     }
-    for (int i = 0; i < 4; ++i) wrong += !same(typename Traits::CLayout{}(lane, i), 16, element_c(lane, i));
+    for (int i = 0; i < 4; ++i)
+      wrong += !same(typename Traits::CLayout{}(lane, i), 16, element_c(lane, i));
   }
   return wrong;
 }

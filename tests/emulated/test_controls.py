@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulator sees what it is there to see: kernels without one of their barriers, or with too weak a wait, fail."""
+"""The emulator sees what it is there to see: kernels without one of their barriers, or with too
+weak a wait, fail."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,18 +33,28 @@ def multiply(kernel: str, tokens: int, outputs: int, inputs: int) -> tuple[Run, 
     weight = reference.pack_int4(torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8))
     scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
     expected = reference.gemm(codes, scale, weight, weight_scale, None, torch.float32, 4, 4)
-    return lambda emulator: emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.float32), expected
+    return (
+        lambda emulator: emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.float32),
+        expected,
+    )
 
 
 def multiply_experts(counts: list[int], outputs: int, inputs: int) -> tuple[Run, torch.Tensor]:
     chosen = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     codes = reference.pack_int4(torch.randint(-8, 8, (len(chosen), inputs), dtype=torch.int8))
-    weight = reference.pack_int4(torch.randint(-8, 8, (len(counts), outputs, inputs), dtype=torch.int8))
+    weight = reference.pack_int4(
+        torch.randint(-8, 8, (len(counts), outputs, inputs), dtype=torch.int8)
+    )
     scale, weight_scale = torch.rand(len(chosen)), torch.rand(len(counts), outputs, 1)
     parts = zip(codes.split(counts), scale.split(counts), weight, weight_scale, strict=True)
     expected = torch.cat([reference.gemm(*part, None, torch.float32, 4, 4) for part in parts])
     tiles = Route.of(chosen[:, None], len(counts)).tiles
-    return lambda emulator: emulator.gemm("experts", codes, scale, weight, weight_scale, torch.float32, tiles=tiles), expected
+    return (
+        lambda emulator: emulator.gemm(
+            "experts", codes, scale, weight, weight_scale, torch.float32, tiles=tiles
+        ),
+        expected,
+    )
 
 
 CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {
@@ -74,11 +85,15 @@ def test_every_barrier_is_missed_when_it_is_gone(emulator_int4: Emulator, case: 
         barriers = emulator_int4.counters().barriers
     assert barriers >= 1
     assert survives(emulator_int4, run, expected)
-    needless = [i for i in range(barriers) if survives(emulator_int4, run, expected, dropped_barrier=i)]
+    needless = [
+        i for i in range(barriers) if survives(emulator_int4, run, expected, dropped_barrier=i)
+    ]
     assert needless == []
 
 
 @pytest.mark.parametrize("case", ["gemm_s8", "gemm_experts"])
-def test_a_wait_that_lets_one_more_copy_stay_pending_is_seen(emulator_int4: Emulator, case: str) -> None:
+def test_a_wait_that_lets_one_more_copy_stay_pending_is_seen(
+    emulator_int4: Emulator, case: str
+) -> None:
     run, expected = CASES[case]()
     assert not survives(emulator_int4, run, expected, wait_slack=1)

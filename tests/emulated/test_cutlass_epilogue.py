@@ -16,7 +16,9 @@ from smoothrot_vllm import reference
 TOKENS, OUTPUTS, INPUTS = 512, 512, 2048
 
 
-@pytest.mark.parametrize("definitions", [(), ("-DSMOOTHROT_EPILOGUE_SM90",)], ids=["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "definitions", [(), ("-DSMOOTHROT_EPILOGUE_SM90",)], ids=["sm_80", "sm_90a"]
+)
 def test_the_epilogue_equals_the_reference(tmp_path: Path, definitions: tuple[str, ...]) -> None:
     # -fpermissive: headers name device intrinsics in templates that are never instantiated here.
     flags = ("-O1", "-fpermissive", "-ffp-contract=off", *definitions)
@@ -32,8 +34,17 @@ def test_the_epilogue_equals_the_reference(tmp_path: Path, definitions: tuple[st
     shape = (TOKENS, OUTPUTS)
     per_token, per_output = scale[:, None].expand(shape), weight_scale.T.expand(shape)
     biases = [torch.randn(OUTPUTS).to(dtype) for dtype in (torch.float16, torch.bfloat16)]
-    arrays = [torch.tensor(sums.numel()), sums, per_output, per_token, *(bias.expand(shape) for bias in biases)]
-    stdin = b"".join(bytes(a.contiguous().flatten().view(torch.uint8).numpy()) for a in (x.reshape(-1) for x in arrays))
+    arrays = [
+        torch.tensor(sums.numel()),
+        sums,
+        per_output,
+        per_token,
+        *(bias.expand(shape) for bias in biases),
+    ]
+    stdin = b"".join(
+        bytes(a.contiguous().flatten().view(torch.uint8).numpy())
+        for a in (x.reshape(-1) for x in arrays)
+    )
     stdout = subprocess.run([program], input=stdin, capture_output=True, check=True).stdout
     results = torch.frombuffer(bytearray(stdout), dtype=torch.int16).reshape(2, *shape)
     for bits, bias in zip(results, biases, strict=True):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of experts equal the reference expert by expert: ragged and empty ones, any table, sums in order."""
+"""The CUDA kernels of experts equal the reference expert by expert: ragged and empty ones, any
+table, sums in order."""
 
 from collections.abc import Iterator
 
@@ -25,34 +26,64 @@ def emulator(request: pytest.FixtureRequest, emulator_int8: Emulator) -> Iterato
 class Experts:
     """Random experts and the tokens of each, codes over their whole range."""
 
-    def __init__(self, counts: list[int], outputs: int, inputs: int, act_bits: int, weight_bits: int, groups: int = 1):
+    def __init__(
+        self,
+        counts: list[int],
+        outputs: int,
+        inputs: int,
+        act_bits: int,
+        weight_bits: int,
+        groups: int = 1,
+    ):
         top, weight_top = reference.quant_max(act_bits), reference.quant_max(weight_bits)
         self.counts, self.bits = counts, (8, weight_bits)
         self.chosen = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         self.tiles = Route.of(self.chosen[:, None], len(counts)).tiles
         self.codes = torch.randint(-top - 1, top + 1, (len(self.chosen), inputs), dtype=torch.int8)
-        weight = torch.randint(-weight_top - 1, weight_top + 1, (len(counts), outputs, inputs), dtype=torch.int8)
+        weight = torch.randint(
+            -weight_top - 1, weight_top + 1, (len(counts), outputs, inputs), dtype=torch.int8
+        )
         self.weight = reference.encode(weight, weight_bits)
         # Powers of two: with groups, every float step is exact then, whatever the order.
-        self.scale = 2.0 ** torch.randint(-3, 3, (len(self.chosen),)) if groups > 1 else torch.rand(len(self.chosen))
+        self.scale = (
+            2.0 ** torch.randint(-3, 3, (len(self.chosen),))
+            if groups > 1
+            else torch.rand(len(self.chosen))
+        )
         shape = (len(counts), outputs, groups)
         self.weight_scale = 2.0 ** torch.randint(-3, 3, shape) if groups > 1 else torch.rand(shape)
-        self.forms = [self.codes] if act_bits == 8 else [self.codes, reference.pack_int4(self.codes)]
+        self.forms = (
+            [self.codes] if act_bits == 8 else [self.codes, reference.pack_int4(self.codes)]
+        )
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        parts = zip(self.codes.split(self.counts), self.scale.split(self.counts), self.weight, self.weight_scale, strict=True)
+        parts = zip(
+            self.codes.split(self.counts),
+            self.scale.split(self.counts),
+            self.weight,
+            self.weight_scale,
+            strict=True,
+        )
         return torch.cat([reference.gemm(*part, None, dtype, *self.bits) for part in parts])
 
     def run(
-        self, emulator: Emulator, stored: torch.Tensor, dtype: torch.dtype, tiles: torch.Tensor | None = None
+        self,
+        emulator: Emulator,
+        stored: torch.Tensor,
+        dtype: torch.dtype,
+        tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         table = self.tiles if tiles is None else tiles
-        return emulator.gemm("experts", stored, self.scale, self.weight, self.weight_scale, dtype, tiles=table)
+        return emulator.gemm(
+            "experts", stored, self.scale, self.weight, self.weight_scale, dtype, tiles=table
+        )
 
 
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize("act_bits", [4, 8])
-@pytest.mark.parametrize(("outputs", "inputs", "groups"), [(70, 160, 1), (130, 96, 1), (65, 192, 3)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "groups"), [(70, 160, 1), (130, 96, 1), (65, 192, 3)]
+)
 def test_gemm_experts_equals_the_reference(
     emulator: Emulator, outputs: int, inputs: int, groups: int, act_bits: int, weight_bits: int
 ) -> None:
@@ -76,13 +107,18 @@ def test_surplus_tiles_read_and_write_nothing(emulator_int8: Emulator) -> None:
             loads.append(emulator_int8.counters())
     threads, table_entry = 128, 12
     assert loads[0].stored == loads[1].stored
-    assert loads[0].loaded - loads[1].loaded == (experts.tiles.shape[1] - used) * threads * table_entry
+    assert (
+        loads[0].loaded - loads[1].loaded == (experts.tiles.shape[1] - used) * threads * table_entry
+    )
 
 
 @pytest.mark.parametrize(
-    ("expert", "first", "end"), [(-1, 0, 2), (3, 0, 2), (0, -1, 2), (0, 0, 4), (1, 2, 2), (1, 3, 2), (2**31 - 1, 0, 1)]
+    ("expert", "first", "end"),
+    [(-1, 0, 2), (3, 0, 2), (0, -1, 2), (0, 0, 4), (1, 2, 2), (1, 3, 2), (2**31 - 1, 0, 1)],
 )
-def test_a_tile_that_makes_no_sense_computes_nothing(emulator: Emulator, expert: int, first: int, end: int) -> None:
+def test_a_tile_that_makes_no_sense_computes_nothing(
+    emulator: Emulator, expert: int, first: int, end: int
+) -> None:
     experts = Experts([2, 0, 1], 64, 128, 8, 4)
     tiles = torch.tensor([[expert], [first], [end]], dtype=torch.int32)
     got = experts.run(emulator, experts.codes, torch.float32, tiles=tiles)
@@ -95,7 +131,10 @@ def test_each_weight_is_read_once_for_each_tile_of_its_expert(emulator_int4: Emu
     with emulator_int4.options(multiprocessors=100, trace=1):
         experts.run(emulator_int4, experts.codes, torch.bfloat16)
         read = [emulator_int4.loaded_from(own) for own in experts.weight]
-    assert read == [-(-count // TILE_TOKENS) * own.nbytes for count, own in zip(counts, experts.weight, strict=True)]
+    assert read == [
+        -(-count // TILE_TOKENS) * own.nbytes
+        for count, own in zip(counts, experts.weight, strict=True)
+    ]
 
 
 def test_arguments_out_of_bounds_are_refused(emulator_int4: Emulator) -> None:
@@ -104,16 +143,27 @@ def test_arguments_out_of_bounds_are_refused(emulator_int4: Emulator) -> None:
     with pytest.raises(RuntimeError, match="cudaError 1"):
         emulator_int4.gemm(
             "experts",
-            *(experts.codes, experts.scale, experts.weight, experts.weight_scale, torch.float32, bias),
+            *(
+                experts.codes,
+                experts.scale,
+                experts.weight,
+                experts.weight_scale,
+                torch.float32,
+                bias,
+            ),
             tiles=experts.tiles,
         )
     with pytest.raises(RuntimeError, match="cudaError 1"):
-        emulator_int4.combine(torch.ones(3, 8), torch.zeros(2, 0, dtype=torch.int32), torch.ones(2, 0), torch.float32)
+        emulator_int4.combine(
+            torch.ones(3, 8), torch.zeros(2, 0, dtype=torch.int32), torch.ones(2, 0), torch.float32
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "top_k", "outputs"), [(1, 1, 1), (3, 8, 300), (5, 2, 256)])
-def test_combine_adds_from_left_to_right(emulator: Emulator, tokens: int, top_k: int, outputs: int, dtype: torch.dtype) -> None:
+def test_combine_adds_from_left_to_right(
+    emulator: Emulator, tokens: int, top_k: int, outputs: int, dtype: torch.dtype
+) -> None:
     rows = torch.randn(tokens * top_k, outputs) * torch.logspace(-3, 3, tokens * top_k)[:, None]
     sources = torch.randperm(tokens * top_k).view(tokens, top_k).int()
     weights = torch.rand(tokens, top_k)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulated MMA spreads its matrices over a warp as CuTe's traits of the same instruction say."""
+"""The emulated MMA spreads its matrices over a warp as CuTe's traits of the same instruction
+say."""
 
 import subprocess
 from pathlib import Path
@@ -9,4 +10,7 @@ from cutlass_program import build_cutlass_program
 
 def test_fragments_lie_as_cute_says(tmp_path: Path) -> None:
     program = build_cutlass_program("fragment_layout.cpp", tmp_path / "fragment_layout")
-    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "int4 0 int8 0\n"
+    assert (
+        subprocess.run([program], capture_output=True, text=True, check=True).stdout
+        == "int4 0 int8 0\n"
+    )

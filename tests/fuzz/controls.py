@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers that do what no reader may: the fuzzing that does not report each of them is worth nothing."""
+"""Readers that do what no reader may: the fuzzing that does not report each of them is worth
+nothing."""
 
 import builtins
 import ctypes

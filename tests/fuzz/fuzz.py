@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feed mutated files to everything that reads files of others: ``python tests/fuzz/fuzz.py --minutes 10``.
+"""Feed mutated files to everything that reads files of others: ``python tests/fuzz/fuzz.py
+--minutes 10``.
 
-Only errors of the project's own may come of it. The work is done in child processes: one that crashes, takes more than
-``--case-seconds`` of processor time for an input, or asks for more than ``ADDRESS_BYTES`` of memory is a defect like any other.
-So is code of the files that is run, a question on the terminal, a pickle that is opened and a connection to anywhere.
+Only errors of the project's own may come of it. The work is done in child processes: one that
+crashes, takes more than ``--case-seconds`` of processor time for an input, or asks for more than
+``ADDRESS_BYTES`` of memory is a defect like any other. So is code of the files that is run, a
+question on the terminal, a pickle that is opened and a connection to anywhere.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS_BYTES = 128 << 20
-"""Above what the process has when a batch begins; the largest input is of a few hundred kilobytes."""
+"""Above what the process has when a batch begins; the largest input is of a few hundred
+kilobytes."""
 FIRST_ADDRESS_BYTES = 1 << 30
 """In a child's first round, which imports what it needs."""
 BATCH = 200
@@ -39,12 +42,19 @@ CASE_SHOWN = 2500
 
 def main() -> int:
     """Exit code 1 if there is a defect."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=1.0, help="time budget")
     parser.add_argument("--inputs", type=int, default=10**9, help="stop after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--targets", help="only these, by commas")
-    parser.add_argument("--case-seconds", type=float, default=10.0, help="of processor time, after which an input hangs")
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        default=10.0,
+        help="of processor time, after which an input hangs",
+    )
     parser.add_argument("--output", type=Path, help="write the counts and defects as JSON")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--module", default="targets", help=argparse.SUPPRESS)
@@ -70,20 +80,42 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
     defects: dict[str, dict[str, Any]] = {}
     growth: Counter[str] = Counter()
     rounds, died = 0, ""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+    ) as folder:
         root = Path(folder)
         while True:
             left = 60 * arguments.minutes - (time.monotonic() - started)
             if left <= 0 or sum(counts.values()) >= arguments.inputs or len(defects) >= MAX_DEFECTS:
                 break
-            command = [sys.executable, __file__, "--child", str(root), "--minutes", str(left / 60), "--seed", str(arguments.seed)]
+            command = [
+                sys.executable,
+                __file__,
+                "--child",
+                str(root),
+                "--minutes",
+                str(left / 60),
+                "--seed",
+                str(arguments.seed),
+            ]
             command += ["--case-seconds", str(arguments.case_seconds), "--module", arguments.module]
-            command += ["--inputs", str(arguments.inputs - sum(counts.values())), "--round", str(rounds)]
+            command += [
+                "--inputs",
+                str(arguments.inputs - sum(counts.values())),
+                "--round",
+                str(rounds),
+            ]
             command += ["--after", died]
             command += ["--targets", arguments.targets] if arguments.targets else []
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_ARENA_MAX": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
             with tempfile.TemporaryFile("w+") as said:
-                child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
+                child = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+                )
                 assert child.stdout is not None
                 target = "start"
                 for line in child.stdout:
@@ -103,7 +135,13 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Any]:
                     kind = "hang" if -code in (signal.SIGPROF, signal.SIGALRM) else "crash"
                     where = f"{target}: {kind} {code} in round {rounds}"
                     text = said.read().partition("Extension modules:")[0][-3000:]
-                    defects[where] = {"where": where, "target": target, "error": text, "times": 1, "case": _changed(root)}
+                    defects[where] = {
+                        "where": where,
+                        "target": target,
+                        "error": text,
+                        "times": 1,
+                        "case": _changed(root),
+                    }
                     if target == "start":
                         break
                     died = target
@@ -173,12 +211,19 @@ class Child:
             first = number == self._arguments.round
             for target in chosen[skipped:]:
                 share = target.share / max(t.share for t in chosen)
-                # Whole shares over many rounds: the slowest targets get an input in some rounds only.
+                # Whole shares over many rounds: the slowest targets get an input in some rounds
+                # only.
                 rng = random.Random(f"{self._arguments.seed}/{number}/{target.name}")
                 size = share * BATCH * 10
                 size = min(left, int(size) + (rng.random() < size % 1), 20 if first else BATCH * 10)
                 self._say({"target": target.name, "round": number})
-                self._say({"target": target.name, "round": number, **self._batch(target, rng, size, ends, first)})
+                self._say(
+                    {
+                        "target": target.name,
+                        "round": number,
+                        **self._batch(target, rng, size, ends, first),
+                    }
+                )
                 left -= size
                 if left <= 0 or time.monotonic() >= ends:
                     break
@@ -202,7 +247,9 @@ class Child:
         socket.socket.connect = note("a connection")  # type: ignore[method-assign]
         socket.getaddrinfo = note("a name looked up")
 
-    def _batch(self, target: Any, rng: random.Random, size: int, ends: float, first: bool) -> dict[str, Any]:
+    def _batch(
+        self, target: Any, rng: random.Random, size: int, ends: float, first: bool
+    ) -> dict[str, Any]:
         folder = target.load(self._root)
         self._limit_memory(FIRST_ADDRESS_BYTES if first else ADDRESS_BYTES)
         started = time.process_time()
@@ -216,16 +263,26 @@ class Child:
             problem = self._run(target, folder)
             done += 1
             if isinstance(problem, dict):
-                defects.append(problem | {"case": {name: repr(data[:CASE_SHOWN]) for name, data in case.items()}})
+                defects.append(
+                    problem
+                    | {"case": {name: repr(data[:CASE_SHOWN]) for name, data in case.items()}}
+                )
             refused += problem is not None
             self._restore(target, folder, case)
         growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         spent = time.process_time() - started
-        return {"inputs": done, "refused": refused, "defects": defects, "resident_growth": growth, "processor_seconds": spent}
+        return {
+            "inputs": done,
+            "refused": refused,
+            "defects": defects,
+            "resident_growth": growth,
+            "processor_seconds": spent,
+        }
 
     @staticmethod
     def _restore(target: Any, folder: Path, case: dict[str, bytes]) -> None:
-        """Put a folder back as it was; a conversion that goes on or is refused may have removed some or all of it."""
+        """Put a folder back as it was; a conversion that goes on or is refused may have removed
+        some or all of it."""
         folder.mkdir(exist_ok=True)
         there = set(os.listdir(folder))
         for name in there - target.originals.keys():
@@ -240,7 +297,8 @@ class Child:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
 
     def _run(self, target: Any, folder: Path) -> dict[str, Any] | str | None:
-        """None for an input that was read, "refused" for one that was refused, what is wrong for a defect."""
+        """None for an input that was read, "refused" for one that was refused, what is wrong for
+        a defect."""
         from smoothrot_vllm.errors import SmoothRotError
 
         error: BaseException | None = None
@@ -273,9 +331,16 @@ class Child:
         if isinstance(error, SmoothRotError) and not memory and str(error).strip():
             return "refused"
         place = traceback.extract_tb(chain[-1].__traceback__)[-1]
-        mine = [f for f in traceback.extract_tb(error.__traceback__) if "/smoothrot_" in f.filename or "/offline/" in f.filename]
+        mine = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if "/smoothrot_" in f.filename or "/offline/" in f.filename
+        ]
         last = mine[-1] if mine else place
-        where = f"{target.name}: {type(chain[-1]).__name__} at {Path(last.filename).name}:{last.lineno}, {place.name}"
+        where = (
+            f"{target.name}: {type(chain[-1]).__name__} at"
+            f" {Path(last.filename).name}:{last.lineno}, {place.name}"
+        )
         text = "".join(traceback.format_exception(error))
         return {"where": where, "target": target.name, "error": text[-3000:]}
 

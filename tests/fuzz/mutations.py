@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage done to files on purpose, by a seeded generator: edits of a JSON tree, of a safetensors header, and of raw bytes.
+"""Damage done to files on purpose, by a seeded generator: edits of a JSON tree, of a safetensors
+header, and of raw bytes.
 
-Hypothesis, which test_mutated_checkpoints.py uses, takes about a millisecond to draw an example; these take some hundredths of
-that, which is what makes a million inputs practical. They know the formats, so that most inputs get past the first check.
+Hypothesis, which test_mutated_checkpoints.py uses, takes about a millisecond to draw an example;
+these take some hundredths of that, which is what makes a million inputs practical. They know the
+formats, so that most inputs get past the first check.
 """
 
 import json
@@ -61,7 +63,10 @@ SCALARS: tuple[Any, ...] = (
 CANARY = "canary.Canary"
 MOST_PLACES = 64
 HOSTILE: tuple[tuple[str, Any], ...] = (
-    ("auto_map", {"AutoConfig": CANARY, "AutoModelForCausalLM": CANARY, "AutoTokenizer": [CANARY, CANARY]}),
+    (
+        "auto_map",
+        {"AutoConfig": CANARY, "AutoModelForCausalLM": CANARY, "AutoTokenizer": [CANARY, CANARY]},
+    ),
     ("auto_map", {"AutoTokenizer": [None, CANARY]}),
     ("auto_map", [CANARY, None]),
     ("auto_map", CANARY),
@@ -89,7 +94,16 @@ HOSTILE: tuple[tuple[str, Any], ...] = (
     ("chat_template", "{% for i in range(10 ** 9) %}{{ ''.__class__.__mro__ }}{% endfor %}"),
     ("custom_generate", "canary"),
 )
-DTYPES = (("F64", 8), ("F32", 4), ("U16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("I8", 1), ("U64", 8), ("C64", 8))
+DTYPES = (
+    ("F64", 8),
+    ("F32", 4),
+    ("U16", 2),
+    ("BOOL", 1),
+    ("F8_E5M2", 1),
+    ("I8", 1),
+    ("U64", 8),
+    ("C64", 8),
+)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 _PIECES = (b"\0", b"\xff", b"\xed\xa0\x80", b'"', b"\\", b"{", b"\n", b"\r", b"\xef\xbb\xbf")
 _NUMBERS = (b"0", b"-1", b"1e999", b"99999999999999999999", b"NaN")
@@ -114,7 +128,14 @@ def edited_json(data: bytes, rng: random.Random, hostile: bool = False) -> bytes
         # Other spellings than json.dumps has: a key twice, deep nesting, numbers of any length.
         at = rng.choice([i for i, byte in enumerate(text) if byte == ord(b":")])
         depth = rng.choice((100, 1000, 100_000))
-        value = rng.choice((b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth, *_NUMBERS, b"1" * 5000))
+        value = rng.choice(
+            (
+                b"[" * depth + b"]" * depth,
+                b'{"a":' * depth + b"1" + b"}" * depth,
+                *_NUMBERS,
+                b"1" * 5000,
+            )
+        )
         text = text[: at + 1] + value + b',"a":' + text[at + 1 :]
     return text
 
@@ -125,7 +146,9 @@ def _edit(content: Any, rng: random.Random, hostile: bool) -> Any:
     kind = rng.randrange(8)
     found = _get(content, place)
     if kind == 0 and hostile:
-        place = rng.choice([where for where in places if isinstance(_get(content, where), dict)] or [()])
+        place = rng.choice(
+            [where for where in places if isinstance(_get(content, where), dict)] or [()]
+        )
         key, value = rng.choice(HOSTILE)
         found = _get(content, place)
         return _put(content, place, {**found, key: value} if isinstance(found, dict) else value)
@@ -134,13 +157,23 @@ def _edit(content: Any, rng: random.Random, hostile: bool) -> Any:
     if kind == 2:
         return _put(content, place, _get(content, rng.choice(places)))
     if kind == 3 and isinstance(found, int | float) and abs(found) < 1e9:
-        return _put(content, place, rng.choice((found + 1, found - 1, -found, 2 * found, found / 2, str(found), found * 2**20)))
+        return _put(
+            content,
+            place,
+            rng.choice(
+                (found + 1, found - 1, -found, 2 * found, found / 2, str(found), found * 2**20)
+            ),
+        )
     if kind == 4:
         return _put(content, place, rng.choice(([found], {"a": found}, [found] * 3, [], {})))
     if kind == 5 and isinstance(found, dict):
         return _put(content, place, {**found, str(rng.choice(SCALARS)): rng.choice(SCALARS)})
     if kind == 6 and isinstance(found, str):
-        return _put(content, place, rng.choice((found.upper(), found[:-1], found + found, "../" + found, found + "\0")))
+        return _put(
+            content,
+            place,
+            rng.choice((found.upper(), found[:-1], found + found, "../" + found, found + "\0")),
+        )
     return _put(content, place, rng.choice(SCALARS))
 
 
@@ -158,10 +191,22 @@ def edited_safetensors(data: bytes, rng: random.Random) -> bytes:
         content = json.loads(header)
         name = rng.choice([key for key in content if key != "__metadata__"])
         dtype, width = rng.choice(
-            (("F64", 8), ("F32", 4), ("U16", 2), ("BOOL", 1), ("F8_E5M2", 1), ("I8", 1), ("U64", 8), ("C64", 8))
+            (
+                ("F64", 8),
+                ("F32", 4),
+                ("U16", 2),
+                ("BOOL", 1),
+                ("F8_E5M2", 1),
+                ("I8", 1),
+                ("U64", 8),
+                ("C64", 8),
+            )
         )
         begin, end = content[name]["data_offsets"]
-        content[name] |= {"dtype": dtype, "shape": rng.choice(([(end - begin) // width], [1, (end - begin) // width, 1]))}
+        content[name] |= {
+            "dtype": dtype,
+            "shape": rng.choice(([(end - begin) // width], [1, (end - begin) // width, 1])),
+        }
         header = json.dumps(content).encode()
     elif kind == 3:
         # Values that no weight has.
@@ -170,7 +215,11 @@ def edited_safetensors(data: bytes, rng: random.Random) -> bytes:
         body = body[:at] + poison * min(64, len(body) - at) + body[at + 64 :]
     else:
         header = edited_json(header, rng)
-    size = rng.choice((0, 1, 2**31, 2**63, 2**64 - 1, len(data))) if rng.randrange(16) == 0 else len(header)
+    size = (
+        rng.choice((0, 1, 2**31, 2**63, 2**64 - 1, len(data)))
+        if rng.randrange(16) == 0
+        else len(header)
+    )
     return struct.pack("<Q", size) + header + body
 
 
@@ -183,12 +232,20 @@ def edited_bytes(data: bytes, rng: random.Random) -> bytes:
     if kind == 1:
         return data[:at] + data[at + rng.randrange(1, 64) :]
     if kind == 2:
-        return data[:at] + data[at : at + rng.randrange(1, 64)] * rng.choice((2, 3, 100)) + data[at:]
+        return (
+            data[:at] + data[at : at + rng.randrange(1, 64)] * rng.choice((2, 3, 100)) + data[at:]
+        )
     if kind == 3:
         return data[:at] + rng.choice(_PIECES) + data[at:]
     if kind == 4:
         return rng.choice(
-            (b"", b"\n", b"\xff\xfe", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", b"<html>")
+            (
+                b"",
+                b"\n",
+                b"\xff\xfe",
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+                b"<html>",
+            )
         )
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
@@ -198,11 +255,18 @@ def edited_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def _places(content: Any) -> list[Path]:
-    """Where every value is. Of a long list or object only some, as all of its values are of one kind."""
+    """Where every value is. Of a long list or object only some, as all of its values are of one
+    kind."""
     found: list[Path] = [()]
     values = [content]
     for path, value in zip(found, values, strict=False):  # both grow
-        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        inner = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else ()
+        )
         for key, below in islice(inner, MOST_PLACES):
             found.append((*path, key))
             values.append(below)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed: each way by which a file of others enters the product, with the files it starts from."""
+"""What is fuzzed: each way by which a file of others enters the product, with the files it
+starts from."""
 
 import json
 import random
@@ -49,12 +50,23 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SERVED_SIZES = {
-    **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
     **{"num_key_value_heads": 2, "max_position_embeddings": 512},
 }
 """What the other families of tiny_models have sizes of their own for."""
-CANARY_CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Canary: pass\n"
-IDENTITY: dict[str, dict[str, Any]] = {"source": {"config.json": "0" * 64}, "options": {"seed": 0}, "machine": {"workers": 1}}
+CANARY_CODE = (
+    "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Canary: pass\n"
+)
+IDENTITY: dict[str, dict[str, Any]] = {
+    "source": {"config.json": "0" * 64},
+    "options": {"seed": 0},
+    "machine": {"workers": 1},
+}
 OPTIONS = make_config(scales="none", lm_head_bits=8)
 Files = dict[str, bytes]
 
@@ -64,36 +76,52 @@ class BugReported(Exception):
 
 
 def prepare(root: Path) -> None:
-    """Make the files that every target starts from: a source, its conversion, an adapter, a journal, texts."""
+    """Make the files that every target starts from: a source, its conversion, an adapter, a
+    journal, texts."""
     torch.manual_seed(0)
     root.mkdir()
     source = root / "source"
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"](**SIZES))
     model.bfloat16().save_pretrained(source, max_shard_size="9KB")
     byte_tokenizer().save_pretrained(source)
-    (source / "special_tokens_map.json").write_text('{"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}')
+    (source / "special_tokens_map.json").write_text(
+        '{"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}'
+    )
     (source / "canary.py").write_text(CANARY_CODE)
     # What opening this as a pickle would do.
-    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR.")
+    (source / "pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR."
+    )
     convert(source, root / "converted", OPTIONS)
     shutil.copy(source / "canary.py", root / "converted")
     (root / "configs").mkdir()
     for family, kind in FAMILIES.items():
         architecture = SUPPORTED[kind.model_type].class_name
-        config = kind(**SIZES | SERVED_SIZES | OWN_SIZES.get(family, {}), architectures=[architecture])
+        config = kind(
+            **SIZES | SERVED_SIZES | OWN_SIZES.get(family, {}), architectures=[architecture]
+        )
         config.to_json_file(root / f"configs/{family}.json")
     shutil.copy(root / "configs/llama.json", root / "configs/config.json")
     (root / "schema").mkdir()
     schema = json.loads((root / "converted/config.json").read_text())["quantization_config"]
-    schema["overrides"] = {"model.layers.0.mlp.up_proj": {"weights": {"bits": 8}, "activations": {"bits": 8, "clip": 1.0}}}
+    schema["overrides"] = {
+        "model.layers.0.mlp.up_proj": {
+            "weights": {"bits": 8},
+            "activations": {"bits": 8, "clip": 1.0},
+        }
+    }
     (root / "schema/config.json").write_text(json.dumps({"quantization_config": schema}))
     (root / "adapter").mkdir()
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     factors = {f"{prefix}A.weight": torch.ones(2, 16), f"{prefix}B.weight": torch.ones(16, 2)}
     save_file(factors, root / "adapter/adapter_model.safetensors")
-    (root / "adapter/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}))
+    (root / "adapter/adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
+    )
     (root / "texts").mkdir()
-    (root / "texts/plain.txt").write_text("Some text of the kind that models read.\nAnd é 漢字.\n" * 3)
+    (root / "texts/plain.txt").write_text(
+        "Some text of the kind that models read.\nAnd é 漢字.\n" * 3
+    )
     (root / "texts/lines.jsonl").write_text('{"text": "one"}\n\n{"text": "two é"}\n')
     _journal(root / "out.partial", (root / "converted/smoothrot_manifest.json").read_bytes())
 
@@ -102,9 +130,17 @@ def _journal(folder: Path, manifest: bytes) -> None:
     record = json.loads(manifest)["layers"][0]
     folder.mkdir()
     save_file({"a": torch.ones(2)}, folder / "resume-layer-00000.safetensors")
-    kept = {"file": "resume-layer-00000.safetensors", "sha256": file_digest(folder / "resume-layer-00000.safetensors")}
+    kept = {
+        "file": "resume-layer-00000.safetensors",
+        "sha256": file_digest(folder / "resume-layer-00000.safetensors"),
+    }
     study: dict[str, Any] = {"smoothing": None, "clips": {}, "sensitivity": {}, "experts": []}
-    facts = {"seed": 0, "studies": [study], "learned": None, "schema": parse_schema({"format_version": 1}).model_dump()}
+    facts = {
+        "seed": 0,
+        "studies": [study],
+        "learned": None,
+        "schema": parse_schema({"format_version": 1}).model_dump(),
+    }
     entries = [
         {"identity": IDENTITY},
         {"decisions": {**facts, "sign_losses": {}}, **kept},
@@ -118,8 +154,9 @@ def _journal(folder: Path, manifest: bytes) -> None:
 class Target:
     """One kind of input.
 
-    ``share`` is the part of all inputs that it gets: its own speed decides. ``folder`` holds what it starts from, ``make`` draws
-    the files of a case from that, ``run`` reads them from a folder; only errors of the project's own may come out.
+    ``share`` is the part of all inputs that it gets: its own speed decides. ``folder`` holds what
+    it starts from, ``make`` draws the files of a case from that, ``run`` reads them from a folder;
+    only errors of the project's own may come out.
     """
 
     name: str
@@ -132,7 +169,9 @@ class Target:
     def load(self, root: Path) -> Path:
         """The folder, its files read."""
         folder = root / self.folder
-        self.originals = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+        self.originals = {
+            file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()
+        }
         return folder
 
 
@@ -144,7 +183,9 @@ def _one_of(*patterns: str, hostile: bool = True) -> Callable[[Files, random.Ran
     def make(originals: Files, rng: random.Random) -> Files:
         names = tuple(originals)
         if names not in matching:
-            matching[names] = [[name for name in names if Path(name).match(pattern)] for pattern in patterns]
+            matching[names] = [
+                [name for name in names if Path(name).match(pattern)] for pattern in patterns
+            ]
         name = rng.choice(rng.choice(matching[names]))
         return {name: _edited(name, originals[name], rng, hostile)}
 
@@ -153,7 +194,11 @@ def _one_of(*patterns: str, hostile: bool = True) -> Callable[[Files, random.Ran
 
 def _any_family(originals: Files, rng: random.Random) -> Files:
     """A changed configuration of one of the families."""
-    return {"config.json": mutations.edited_json(originals[rng.choice(list(originals))], rng, hostile=True)}
+    return {
+        "config.json": mutations.edited_json(
+            originals[rng.choice(list(originals))], rng, hostile=True
+        )
+    }
 
 
 def _edited(name: str, data: bytes, rng: random.Random, hostile: bool) -> bytes:
@@ -227,7 +272,9 @@ def run_model_config(folder: Path) -> None:
 
 def run_source(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    check_source(checkpoint, resolve(checkpoint.config).source_tensors(), ignorable=["lm_head.weight"])
+    check_source(
+        checkpoint, resolve(checkpoint.config).source_tensors(), ignorable=["lm_head.weight"]
+    )
     checkpoint.load(checkpoint.tensors)
 
 
@@ -260,7 +307,10 @@ def run_adapter(folder: Path) -> None:
     finally:
         left = [path.name for path in folder.parent.iterdir() if path.name.startswith(out.name)]
         if out.is_dir():
-            assert sorted(file.name for file in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+            assert sorted(file.name for file in out.iterdir()) == [
+                "adapter_config.json",
+                "adapter_model.safetensors",
+            ]
             shutil.rmtree(out)
             left.remove(out.name)
         assert not left, f"half an output: {left}"
@@ -277,7 +327,9 @@ def run_journal(folder: Path) -> None:
             journal.load_layer(index)
         journal.load_hidden()
         if journal.decisions is not None:
-            unpack_decisions(journal.decisions["decisions"], {"tokens": torch.ones(1, 2)}, spec, OPTIONS)
+            unpack_decisions(
+                journal.decisions["decisions"], {"tokens": torch.ones(1, 2)}, spec, OPTIONS
+            )
     assert stranger.exists(), "a journal removed a file outside its folder"
 
 
@@ -300,16 +352,49 @@ def run_commands(folder: Path) -> None:
     """The commands that read a directory, as a user calls them."""
     root = folder.parent
     commands = (
-        ["plan", "--preset", "fast", "--calib", str(root / "texts/plain.txt"), "--json", str(folder)],
-        ["eval", "--text", str(root / "texts/plain.txt"), "--seqlen", "16", "--limit-chunks", "1", "--json", str(folder)],
+        [
+            "plan",
+            "--preset",
+            "fast",
+            "--calib",
+            str(root / "texts/plain.txt"),
+            "--json",
+            str(folder),
+        ],
+        [
+            "eval",
+            "--text",
+            str(root / "texts/plain.txt"),
+            "--seqlen",
+            "16",
+            "--limit-chunks",
+            "1",
+            "--json",
+            str(folder),
+        ],
         ["verify", "--json", str(folder)],
         ["inspect", str(folder)],
-        ["report", "--no-speed", "--text", str(root / "texts/plain.txt"), "--seqlen", "32", "--json", str(folder)],
+        [
+            "report",
+            "--no-speed",
+            "--text",
+            str(root / "texts/plain.txt"),
+            "--seqlen",
+            "32",
+            "--json",
+            str(folder),
+        ],
     )
     for command in commands:
         result = CliRunner().invoke(app, command)
-        if "bug" in result.stderr or result.exit_code not in (0, 1) or not isinstance(result.exception, SystemExit | None):
-            raise BugReported(f"{command}: {result.exit_code}: {result.stderr[-600:]} {result.exception!r}") from result.exception
+        if (
+            "bug" in result.stderr
+            or result.exit_code not in (0, 1)
+            or not isinstance(result.exception, SystemExit | None)
+        ):
+            raise BugReported(
+                f"{command}: {result.exit_code}: {result.stderr[-600:]} {result.exception!r}"
+            ) from result.exception
 
 
 def _restore(target: Target, folder: Path, name: str) -> None:
@@ -317,22 +402,36 @@ def _restore(target: Target, folder: Path, name: str) -> None:
 
 
 SOURCE_FILES = ("config.json", "*.index.json", "*.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "config.json",
+)
 CONVERTED_FILES = ("config.json", "*.index.json", "*.safetensors", "smoothrot_manifest.json")
 TRANSFORM = Target("transform", 0.005, "converted", _one_of("*.st"), run_transform)
 TARGETS = (
-    Target("quantization_config", 0.54, "schema", _one_of("config.json", hostile=False), run_schema),
+    Target(
+        "quantization_config", 0.54, "schema", _one_of("config.json", hostile=False), run_schema
+    ),
     Target("plugin", 0.02, "converted", _one_of("config.json", hostile=False), run_plugin),
     Target("model_config", 0.08, "configs", _any_family, run_model_config),
     Target("source", 0.05, "source", _one_of(*SOURCE_FILES), run_source),
     Target("converted", 0.01, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,
     Target("adapter", 0.01, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
-    Target("journal", 0.02, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal),
+    Target(
+        "journal", 0.02, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal
+    ),
     Target("calibration_text", 0.2687, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
     Target("tokenizer", 0.004, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
-    Target("load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load),
+    Target(
+        "load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load
+    ),
     Target("load_converted", 0.0009, "converted", _one_of(*CONVERTED_FILES), run_load),
-    Target("commands_source", 0.0002, "source", _one_of(*SOURCE_FILES, *TOKENIZER_FILES), run_commands),
+    Target(
+        "commands_source", 0.0002, "source", _one_of(*SOURCE_FILES, *TOKENIZER_FILES), run_commands
+    ),
     Target("commands_converted", 0.0002, "converted", _one_of(*CONVERTED_FILES), run_commands),
 )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""About a minute of ``make fuzz``, and controls: what no reader of files may do is reported if one does it."""
+"""About a minute of ``make fuzz``, and controls: what no reader of files may do is reported if
+one does it."""
 
 import json
 import subprocess
@@ -11,8 +12,24 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 TARGETS = (
-    *("quantization_config", "plugin", "model_config", "source", "converted", "transform", "adapter", "journal"),
-    *("calibration_text", "tokenizer", "load_source", "load_converted", "commands_source", "commands_converted"),
+    *(
+        "quantization_config",
+        "plugin",
+        "model_config",
+        "source",
+        "converted",
+        "transform",
+        "adapter",
+        "journal",
+    ),
+    *(
+        "calibration_text",
+        "tokenizer",
+        "load_source",
+        "load_converted",
+        "commands_source",
+        "commands_converted",
+    ),
 )
 SLOW_START_SECONDS = 600
 
@@ -20,7 +37,9 @@ SLOW_START_SECONDS = 600
 def fuzz(folder: Path, *options: str) -> dict[str, Any]:
     output = folder / "fuzz.json"
     command: list[str | Path] = [sys.executable, SCRIPT, "--output", output, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SLOW_START_SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=SLOW_START_SECONDS
+    )
     assert output.exists(), done.stderr
     found: dict[str, Any] = json.loads(output.read_text())
     assert done.returncode == bool(found["defects"])
@@ -66,7 +85,9 @@ def controls(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("crashes", "crash -11"),
     ],
 )
-def test_what_no_reader_may_do_is_reported(controls: list[dict[str, Any]], control: str, words: str) -> None:
+def test_what_no_reader_may_do_is_reported(
+    controls: list[dict[str, Any]], control: str, words: str
+) -> None:
     found = [defect["where"] for defect in controls if defect["target"] == control]
     assert len(found) >= 1
     assert all(words in where for where in found), found

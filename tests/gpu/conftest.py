@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real GPU, or with ``--emulated`` a make-believe one. Without either the run ends at once and says what is missing."""
+"""The real GPU, or with ``--emulated`` a make-believe one. Without either the run ends at once
+and says what is missing."""
 
 import sys
 
@@ -16,7 +17,12 @@ collect_ignore = [] if refusal("tests/gpu") or has_cuda_vllm() else ["test_gpu_s
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Known where a test of this folder is named."""
-    parser.addoption("--emulated", type=int, metavar="CAPABILITY", help="rehearse on an emulated GPU, of sm_CAPABILITY")
+    parser.addoption(
+        "--emulated",
+        type=int,
+        metavar="CAPABILITY",
+        help="rehearse on an emulated GPU, of sm_CAPABILITY",
+    )
 
 
 def emulated(config: pytest.Config) -> int | None:
@@ -35,7 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name what could not be collected."""
     for name in collect_ignore:
-        terminalreporter.write_line(f"left out: {name}: it needs the CUDA wheel of vLLM, pip install 'vllm==0.32.0'")
+        terminalreporter.write_line(
+            f"left out: {name}: it needs the CUDA wheel of vLLM, pip install 'vllm==0.32.0'"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +58,11 @@ def capability(pytestconfig: pytest.Config) -> int:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
     """Where plain torch computes."""
-    return torch.device("cpu") if emulated(pytestconfig) else torch.device("cuda", torch.cuda.current_device())
+    return (
+        torch.device("cpu")
+        if emulated(pytestconfig)
+        else torch.device("cuda", torch.cuda.current_device())
+    )
 
 
 @pytest.fixture(scope="session")
@@ -59,4 +71,9 @@ def target(pytestconfig: pytest.Config, capability: int, device: torch.device) -
 
     if emulated(pytestconfig):
         return emulated_target(capability)
-    return Target(torch.ops.smoothrot, device, torch.device("cpu"), lambda block: ops.prepare_rotation(block, device))
+    return Target(
+        torch.ops.smoothrot,
+        device,
+        torch.device("cpu"),
+        lambda block: ops.prepare_rotation(block, device),
+    )

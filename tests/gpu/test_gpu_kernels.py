@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each kernel and each tile on a GPU: forced by its name, against the reference, and the same bits every time."""
+"""Each kernel and each tile on a GPU: forced by its name, against the reference, and the same
+bits every time."""
 
 from typing import Any
 
@@ -65,7 +66,10 @@ def test_the_reference_gives_the_same_bits_on_the_gpu_as_on_the_cpu(target: Targ
     for bits in (4, 8):
         for got, expected in [
             (reference.quant(target.put(x), CLIP, bits), reference.quant(x, CLIP, bits)),
-            (reference.hadamard_quant(target.put(x), 11008, CLIP, bits), reference.hadamard_quant(x, 11008, CLIP, bits)),
+            (
+                reference.hadamard_quant(target.put(x), 11008, CLIP, bits),
+                reference.hadamard_quant(x, 11008, CLIP, bits),
+            ),
             (
                 reference.silu_mul_hadamard_quant(target.put(gate_up), 14336, CLIP, bits),
                 reference.silu_mul_hadamard_quant(gate_up, 14336, CLIP, bits),

@@ -9,7 +9,11 @@ from ops_contract import CLIP, OpsContract, Target, assert_same_codes
 from smoothrot_vllm import reference
 from smoothrot_vllm.hadamard import MAX_BASE, factorize
 
-BASES = [base for base in range(1, MAX_BASE + 1) if (f := factorize(8 * base)) is not None and f.base == base > 1]
+BASES = [
+    base
+    for base in range(1, MAX_BASE + 1)
+    if (f := factorize(8 * base)) is not None and f.base == base > 1
+]
 POWERS = [32 << i for i in range(10)]
 # More than 99 KiB of shared memory a row, which is all that a block of sm_86, 89 and 120 can have.
 WIDE = [28672, 32768]
@@ -33,7 +37,8 @@ class TestOps(OpsContract):
         (14336, 14336),
         (18944, 18944),
     )
-    # Every tile of both CUTLASS families, tokens and outputs that no tile divides, outputs that 8 does not divide.
+    # Every tile of both CUTLASS families, tokens and outputs that no tile divides, outputs that 8
+    # does not divide.
     gemms = (
         (1, 6144, 4096),
         (8, 4096, 14336),
@@ -46,13 +51,26 @@ class TestOps(OpsContract):
         (513, 4096, 4096),
         (2047, 4096, 1024),
     )
-    linears = ((1, 4096, 4096), (16, 1000, 4096), (17, 4096, 4096), (129, 4096, 1024), (1025, 1024, 1024))
+    linears = (
+        (1, 4096, 4096),
+        (16, 1000, 4096),
+        (17, 4096, 4096),
+        (129, 4096, 1024),
+        (1025, 1024, 1024),
+    )
     # Few and many tokens an expert, more experts than rows, top_k of Mixtral and of Qwen3-MoE.
-    experts = ((1, 8, 64, 2048, 768), (4, 2, 8, 1024, 3584), (300, 2, 8, 512, 1024), (33, 8, 16, 2048, 768))
+    experts = (
+        (1, 8, 64, 2048, 768),
+        (4, 2, 8, 1024, 3584),
+        (300, 2, 8, 512, 1024),
+        (33, 8, 16, 2048, 768),
+    )
     groups = ((1, 4096, 4096, 32), (16, 4096, 4096, 128), (130, 1000, 4096, 32))
 
     @pytest.mark.parametrize("inputs", WIDE)
-    def test_a_wide_rotated_row_is_right_or_refused_by_its_bytes(self, target: Target, inputs: int) -> None:
+    def test_a_wide_rotated_row_is_right_or_refused_by_its_bytes(
+        self, target: Target, inputs: int
+    ) -> None:
         x = target.randn(5, inputs)
         try:
             got = target.ops.hadamard_quant(x, target.prepare(inputs), CLIP, 8)

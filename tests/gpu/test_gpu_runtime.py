@@ -31,14 +31,18 @@ def inputs_of(target: Target, tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_a_captured_graph_replays_on_new_inputs(target: Target, tokens: int, scheme: tuple[int, int]) -> None:
+def test_a_captured_graph_replays_on_new_inputs(
+    target: Target, tokens: int, scheme: tuple[int, int]
+) -> None:
     layer = layer_of(target, scheme)
     packed = target.ops.prepack_weight(layer.stored, layer.scale, layer.weight_bits)
     static = inputs_of(target, tokens)
     target.prepare(BLOCK)
 
     def call() -> torch.Tensor:
-        return target.ops.linear(static, packed, layer.scale, layer.bias, BLOCK, CLIP, layer.act_bits, layer.weight_bits)
+        return target.ops.linear(
+            static, packed, layer.scale, layer.bias, BLOCK, CLIP, layer.act_bits, layer.weight_bits
+        )
 
     results: list[torch.Tensor] = []
     graph = capture(lambda: results.append(call()), 1)
@@ -67,7 +71,8 @@ def test_a_captured_graph_routes_new_tokens_to_other_experts(target: Target) -> 
 
 
 def test_kernels_run_on_the_current_stream(target: Target) -> None:
-    """The stream sleeps before it writes the input: a kernel on any other stream would read the old one."""
+    """The stream sleeps before it writes the input: a kernel on any other stream would read the
+    old one."""
     layer = layer_of(target, (4, 8))
     for tokens in TOKENS:
         new = inputs_of(target, tokens)
@@ -102,7 +107,9 @@ def test_the_device_of_the_tensors_is_used(target: Target) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs, one is here")
     second = torch.device("cuda", 1)
-    other = Target(target.ops, second, target.elsewhere, lambda block: ops.prepare_rotation(block, second))
+    other = Target(
+        target.ops, second, target.elsewhere, lambda block: ops.prepare_rotation(block, second)
+    )
     layer, x = layer_of(other, (4, 8)), inputs_of(other, 17)
     with torch.cuda.device(0):
         y = other.linear(layer, x, BLOCK)
@@ -114,4 +121,6 @@ def test_the_device_of_the_tensors_is_used(target: Target) -> None:
 def test_a_tensor_of_another_device_is_refused(target: Target) -> None:
     layer = layer_of(target, (4, 8))
     with pytest.raises(RuntimeError, match=r"smoothrot::linear: packed: .* not on cuda:\d"):
-        target.ops.linear(inputs_of(target, 1), layer.stored.cpu(), layer.scale, None, 0, CLIP, 8, 4)
+        target.ops.linear(
+            inputs_of(target, 1), layer.stored.cpu(), layer.scale, None, 0, CLIP, 8, 4
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny model converted and served by ``vllm serve`` in 16 bits on the GPU, against the reference forward in float32."""
+"""A tiny model converted and served by ``vllm serve`` in 16 bits on the GPU, against the
+reference forward in float32."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -15,19 +16,24 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(400)]
 
 TOKENS = 8
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
-# The reference computes in float32 and the server in float16. vLLM's CPU backend in float16 gave, on this model and these
-# prompts, the tokens of all 11 continuations with this margin, and log-probabilities with a median difference of 0.021 and
-# a largest one of 0.16.
+# The reference computes in float32 and the server in float16. vLLM's CPU backend in float16 gave,
+# on this model and these prompts, the tokens of all 11 continuations with this margin, and
+# log-probabilities with a median difference of 0.021 and a largest one of 0.16.
 SAFE_MARGIN_16_BITS = 0.1
 LARGEST_MEDIAN, LARGEST_DIFFERENCE = 0.04, 0.3
 CONVERSION = ("llama", "--activation-bits", "8", "--lm-head-bits", "8")
-SETUPS: dict[str, tuple[str, ...]] = {"compiled, with CUDA graphs": (), "eager": ("--enforce-eager",)}
+SETUPS: dict[str, tuple[str, ...]] = {
+    "compiled, with CUDA graphs": (),
+    "eager": ("--enforce-eager",),
+}
 Served = tuple[VllmServer, list[tuple[list[int], Greedy]]]
 
 
 @pytest.fixture(scope="module", params=SETUPS.values(), ids=list(SETUPS))
 def served(
-    request: pytest.FixtureRequest, tiny_converted: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_converted: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     options: tuple[str, ...] = request.param
     directory = tiny_converted(*CONVERSION)
@@ -36,7 +42,9 @@ def served(
     expected = [(prompt, reference.greedy(prompt, TOKENS)) for prompt in prompts]
     log = tmp_path_factory.mktemp("server") / "server.log"
     memory = ("--gpu-memory-utilization", "0.3")
-    with VllmServer(directory, log, "--dtype", "float16", "--max-model-len", "256", *memory, *options) as server:
+    with VllmServer(
+        directory, log, "--dtype", "float16", "--max-model-len", "256", *memory, *options
+    ) as server:
         yield server, expected
 
 
@@ -44,18 +52,30 @@ def complete(served: Served, prompts: list[list[int]]) -> list[Any]:
     server, _ = served
     options = {"return_token_ids": True, "ignore_eos": True}
     answer = server.client.completions.create(
-        model=server.model, prompt=prompts, max_tokens=TOKENS, temperature=0, logprobs=1, extra_body=options
+        model=server.model,
+        prompt=prompts,
+        max_tokens=TOKENS,
+        temperature=0,
+        logprobs=1,
+        extra_body=options,
     )
     return list(answer.choices)
 
 
 def test_tokens_and_logprobs_are_those_of_the_reference(served: Served) -> None:
-    clear = [(prompt, greedy) for prompt, greedy in served[1] if greedy.margin > SAFE_MARGIN_16_BITS]
+    clear = [
+        (prompt, greedy) for prompt, greedy in served[1] if greedy.margin > SAFE_MARGIN_16_BITS
+    ]
     assert len(clear) >= 3, "too few prompts without a close call: choose others"
     differences = []
-    for choice, (_, greedy) in zip(complete(served, [prompt for prompt, _ in clear]), clear, strict=True):
+    for choice, (_, greedy) in zip(
+        complete(served, [prompt for prompt, _ in clear]), clear, strict=True
+    ):
         assert choice.token_ids == greedy.tokens
-        differences += [abs(got - want) for got, want in zip(choice.logprobs.token_logprobs, greedy.logprobs, strict=True)]
+        differences += [
+            abs(got - want)
+            for got, want in zip(choice.logprobs.token_logprobs, greedy.logprobs, strict=True)
+        ]
     assert statistics.median(differences) < LARGEST_MEDIAN
     assert max(differences) < LARGEST_DIFFERENCE
 

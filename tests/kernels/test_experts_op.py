@@ -27,21 +27,30 @@ def random_experts(
     top = reference.quant_max(weight_bits)
     stored, packed = [], []
     for rows, inputs in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
-        codes = torch.randint(-top - 1, top + 1, (EXPERTS, rows, inputs), generator=generator, dtype=torch.int8)
+        codes = torch.randint(
+            -top - 1, top + 1, (EXPERTS, rows, inputs), generator=generator, dtype=torch.int8
+        )
         encoded = reference.encode(codes, weight_bits)
         scale = (torch.rand(EXPERTS, rows, groups, generator=generator) + 0.5) / (top * inputs**0.5)
         stored += [encoded, scale]
         packed += [ops.prepack_weight(encoded, scale, weight_bits), scale]
     numbers = (block, 0.9, act_bits, weight_bits)
     chosen = chosen.to(torch.int32)
-    return (x, weights, chosen, tuple(stored[:2]), tuple(stored[2:]), *numbers), (x, weights, chosen, *packed, *numbers)
+    return (x, weights, chosen, tuple(stored[:2]), tuple(stored[2:]), *numbers), (
+        x,
+        weights,
+        chosen,
+        *packed,
+        *numbers,
+    )
 
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 13, 200])
 @pytest.mark.parametrize(
-    ("act_bits", "weight_bits", "groups", "block"), [(4, 4, 1, 96), (8, 4, 2, 48), (8, 8, 1, 0), (4, 4, 2, 0)]
+    ("act_bits", "weight_bits", "groups", "block"),
+    [(4, 4, 1, 96), (8, 4, 2, 48), (8, 8, 1, 0), (4, 4, 2, 0)],
 )
 def test_experts_equal_the_reference(
     tokens: int, act_bits: int, weight_bits: int, groups: int, block: int, dtype: torch.dtype
@@ -49,18 +58,30 @@ def test_experts_equal_the_reference(
     defined, given = random_experts(tokens, act_bits, weight_bits, groups, block, dtype)
     expected, got = reference.experts(*defined), ops.experts(*given)
     assert got.dtype == dtype
-    # All that may differ are the last bits of float sums over groups, and what they move across a tie.
+    # All that may differ are the last bits of float sums over groups, and what they move across a
+    # tie.
     assert (got.float() - expected.float()).norm() <= 2e-3 * expected.float().norm()
     assert (got == expected).float().mean() > 0.9
 
 
 def test_experts_are_the_sum_that_they_stand_for() -> None:
-    (x, weights, chosen, (w13, w13_scale), (w2, w2_scale), *_), given = random_experts(9, 8, 8, 1, 0, torch.float32)
-    gate, up = reference.dequantize_weight(w13.flatten(0, 1), w13_scale.flatten(0, 1), 8).view(EXPERTS, 2, -1, HIDDEN).unbind(1)
-    down = reference.dequantize_weight(w2.flatten(0, 1), w2_scale.flatten(0, 1), 8).view(EXPERTS, HIDDEN, -1)
+    (x, weights, chosen, (w13, w13_scale), (w2, w2_scale), *_), given = random_experts(
+        9, 8, 8, 1, 0, torch.float32
+    )
+    gate, up = (
+        reference.dequantize_weight(w13.flatten(0, 1), w13_scale.flatten(0, 1), 8)
+        .view(EXPERTS, 2, -1, HIDDEN)
+        .unbind(1)
+    )
+    down = reference.dequantize_weight(w2.flatten(0, 1), w2_scale.flatten(0, 1), 8).view(
+        EXPERTS, HIDDEN, -1
+    )
     expected = torch.stack(
         [
-            sum(w * (down[e] @ (torch.nn.functional.silu(gate[e] @ row) * (up[e] @ row))) for w, e in zip(ws, es, strict=True))
+            sum(
+                w * (down[e] @ (torch.nn.functional.silu(gate[e] @ row) * (up[e] @ row)))
+                for w, e in zip(ws, es, strict=True)
+            )
             for row, ws, es in zip(x, weights, chosen, strict=True)
         ]
     )
@@ -79,12 +100,16 @@ def test_no_token_and_a_token_that_is_not_a_number() -> None:
 
 def test_the_op_is_registered_as_torch_wants_it() -> None:
     _, given = random_experts(4, 8, 4, 1, 96, torch.float32)
-    torch.library.opcheck(torch.ops.smoothrot.experts.default, given, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.smoothrot.experts.default, given, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_experts_stay_one_call_in_a_compiled_graph() -> None:
     _, given = random_experts(6, 8, 4, 1, 96, torch.float32)
-    compiled = torch.compile(lambda *arguments: ops.experts(*arguments) + 1, fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda *arguments: ops.experts(*arguments) + 1, fullgraph=True, backend="eager"
+    )
     assert torch.equal(compiled(*given), ops.experts(*given) + 1)
 
 
@@ -100,14 +125,36 @@ def test_a_stack_is_packed_as_its_members_are() -> None:
 @pytest.mark.parametrize(
     ("weight", "scale", "message"),
     [
-        (torch.zeros(0, 4, 8, dtype=torch.uint8), torch.ones(0, 4, 1), r"weight: expected contiguous uint8 \(any, any\), got"),
-        (torch.zeros(2, 4, 8, dtype=torch.int8), torch.ones(2, 4, 1), r"weight: expected contiguous uint8 \(2, any, any\), got"),
-        (torch.zeros(2, 4, 8, dtype=torch.uint8), torch.ones(4, 1), r"weight_scale: expected contiguous float32 \(2, any, any\)"),
-        (torch.zeros(2, 4, 8, dtype=torch.uint8), torch.ones(3, 4, 1), r"weight_scale: expected contiguous float32 \(2, any"),
-        (torch.zeros(2, 4, 8, dtype=torch.uint8), torch.ones(2, 5, 1), r"weight_scale: expected a row for each of the 4 outputs"),
+        (
+            torch.zeros(0, 4, 8, dtype=torch.uint8),
+            torch.ones(0, 4, 1),
+            r"weight: expected contiguous uint8 \(any, any\), got",
+        ),
+        (
+            torch.zeros(2, 4, 8, dtype=torch.int8),
+            torch.ones(2, 4, 1),
+            r"weight: expected contiguous uint8 \(2, any, any\), got",
+        ),
+        (
+            torch.zeros(2, 4, 8, dtype=torch.uint8),
+            torch.ones(4, 1),
+            r"weight_scale: expected contiguous float32 \(2, any, any\)",
+        ),
+        (
+            torch.zeros(2, 4, 8, dtype=torch.uint8),
+            torch.ones(3, 4, 1),
+            r"weight_scale: expected contiguous float32 \(2, any",
+        ),
+        (
+            torch.zeros(2, 4, 8, dtype=torch.uint8),
+            torch.ones(2, 5, 1),
+            r"weight_scale: expected a row for each of the 4 outputs",
+        ),
     ],
 )
-def test_a_stack_that_cannot_be_packed_is_refused(weight: torch.Tensor, scale: torch.Tensor, message: str) -> None:
+def test_a_stack_that_cannot_be_packed_is_refused(
+    weight: torch.Tensor, scale: torch.Tensor, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         ops.prepack_weight(weight, scale, 4)
 
@@ -119,27 +166,43 @@ def test_rows_of_no_tile_are_not_a_number_and_tiles_that_make_no_sense_compute_n
 
         def multiply(*tiles: tuple[int, int, int], dtype: torch.dtype = dtype) -> torch.Tensor:
             table = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).T.contiguous()
-            return torch.ops.smoothrot.gemm_experts(codes, torch.ones(5), packed, scale, table, dtype, 8, 4)
+            return torch.ops.smoothrot.gemm_experts(
+                codes, torch.ones(5), packed, scale, table, dtype, 8, 4
+            )
 
         y = multiply((1, 3, 5), (0, 1, 2))
         assert (y[[1, 3, 4]] == 64).all()
         assert y[[0, 2]].isnan().all()
-        assert multiply((-1, 0, 5), (2, 0, 5), (0, -1, 2), (0, 0, 6), (1, 2, 2), (1, 3, 2)).isnan().all()
+        assert (
+            multiply((-1, 0, 5), (2, 0, 5), (0, -1, 2), (0, 0, 6), (1, 2, 2), (1, 3, 2))
+            .isnan()
+            .all()
+        )
         assert multiply().isnan().all()
 
 
 def test_a_tile_holds_so_many_tokens_at_most() -> None:
     weight, scale = torch.full((1, 32, 32), 0x11, dtype=torch.uint8), torch.ones(1, 32, 1)
     tokens = TILE_TOKENS + 1
-    arguments = (torch.ones(tokens, 64, dtype=torch.int8), torch.ones(tokens), ops.prepack_weight(weight, scale, 4), scale)
-    y = torch.ops.smoothrot.gemm_experts(*arguments, torch.tensor([[0], [0], [tokens]]).int(), torch.float32, 8, 4)
+    arguments = (
+        torch.ones(tokens, 64, dtype=torch.int8),
+        torch.ones(tokens),
+        ops.prepack_weight(weight, scale, 4),
+        scale,
+    )
+    y = torch.ops.smoothrot.gemm_experts(
+        *arguments, torch.tensor([[0], [0], [tokens]]).int(), torch.float32, 8, 4
+    )
     assert (y[:-1] == 64).all()
     assert y[-1].isnan().all()
 
 
 def test_rows_are_weighed_and_added_in_the_order_of_the_sources() -> None:
     rows = torch.tensor([[1e8, 1.0], [1.0, 2.0], [-1e8, 4.0]]).repeat(1, 300)
-    sources, weights = torch.tensor([[0, 1, 2], [0, 2, 1]]).int(), torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 3.0]])
+    sources, weights = (
+        torch.tensor([[0, 1, 2], [0, 2, 1]]).int(),
+        torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 3.0]]),
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         got = torch.ops.smoothrot.combine_experts(rows, sources, weights, dtype)
         assert got.dtype == dtype
@@ -173,25 +236,80 @@ COMBINE_EXPERTS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("op", "given", "changes", "message"),
     [
-        ("gemm_experts", GEMM_EXPERTS, {"codes": torch.zeros(2, 64)}, r"codes: expected contiguous int8"),
-        ("gemm_experts", GEMM_EXPERTS, {"scale": torch.ones(3)}, r"scale: expected contiguous float32 \(2\)"),
-        ("gemm_experts", GEMM_EXPERTS, {"packed": torch.zeros(0, 2, 4)}, r"packed: expected \(experts, panels, bytes\), got"),
-        ("gemm_experts", GEMM_EXPERTS, {"packed": torch.zeros(3, 2, 1, dtype=torch.uint8)}, r"packed: expected .*\(2, 1152\)"),
-        ("gemm_experts", GEMM_EXPERTS, {"weight_scale": torch.ones(2, 40, 1)}, r"weight_scale: expected .*\(3, any, any\)"),
-        ("gemm_experts", GEMM_EXPERTS, {"tiles": torch.zeros(3, 1)}, r"tiles: expected contiguous int32 \(3, any\)"),
-        ("gemm_experts", GEMM_EXPERTS, {"out_dtype": torch.int32}, r"out_dtype: expected float32, bfloat16 or float16"),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"codes": torch.zeros(2, 64)},
+            r"codes: expected contiguous int8",
+        ),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"scale": torch.ones(3)},
+            r"scale: expected contiguous float32 \(2\)",
+        ),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"packed": torch.zeros(0, 2, 4)},
+            r"packed: expected \(experts, panels, bytes\), got",
+        ),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"packed": torch.zeros(3, 2, 1, dtype=torch.uint8)},
+            r"packed: expected .*\(2, 1152\)",
+        ),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"weight_scale": torch.ones(2, 40, 1)},
+            r"weight_scale: expected .*\(3, any, any\)",
+        ),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"tiles": torch.zeros(3, 1)},
+            r"tiles: expected contiguous int32 \(3, any\)",
+        ),
+        (
+            "gemm_experts",
+            GEMM_EXPERTS,
+            {"out_dtype": torch.int32},
+            r"out_dtype: expected float32, bfloat16 or float16",
+        ),
         ("gemm_experts", GEMM_EXPERTS, {"act_bits": 2}, r"act_bits: expected 4 or 8, got 2"),
         ("gemm_experts", GEMM_EXPERTS, {"weight_bits": 3}, r"weight_bits: expected 4 or 8, got 3"),
-        ("combine_experts", COMBINE_EXPERTS, {"rows": torch.ones(4, 8).half()}, r"rows: expected contiguous float32"),
-        ("combine_experts", COMBINE_EXPERTS, {"rows": torch.ones(4, 0)}, r"rows: expected at least one output"),
-        ("combine_experts", COMBINE_EXPERTS, {"sources": torch.zeros(2, 2)}, r"sources: expected contiguous int32"),
+        (
+            "combine_experts",
+            COMBINE_EXPERTS,
+            {"rows": torch.ones(4, 8).half()},
+            r"rows: expected contiguous float32",
+        ),
+        (
+            "combine_experts",
+            COMBINE_EXPERTS,
+            {"rows": torch.ones(4, 0)},
+            r"rows: expected at least one output",
+        ),
+        (
+            "combine_experts",
+            COMBINE_EXPERTS,
+            {"sources": torch.zeros(2, 2)},
+            r"sources: expected contiguous int32",
+        ),
         (
             "combine_experts",
             COMBINE_EXPERTS,
             {"sources": torch.zeros(2, 0).int(), "weights": torch.ones(2, 0)},
             r"sources: expected at least one source",
         ),
-        ("combine_experts", COMBINE_EXPERTS, {"weights": torch.ones(2, 3)}, r"weights: expected contiguous float32 \(2, 2\)"),
+        (
+            "combine_experts",
+            COMBINE_EXPERTS,
+            {"weights": torch.ones(2, 3)},
+            r"weights: expected contiguous float32 \(2, 2\)",
+        ),
     ],
 )
 def test_a_wrong_argument_of_what_the_op_calls_is_named(
@@ -201,7 +319,9 @@ def test_a_wrong_argument_of_what_the_op_calls_is_named(
         getattr(torch.ops.smoothrot, op)(*(given | changes).values())
 
 
-def test_the_op_prepares_the_rotation_and_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_prepares_the_rotation_and_names_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[Any] = []
     _, given = random_experts(3, 8, 4, 1, 96, torch.float32)
     monkeypatch.setattr(ops, "prepare_rotation", lambda *arguments: asked.append(arguments))
@@ -219,17 +339,30 @@ def test_the_op_prepares_the_rotation_and_names_what_is_wrong(monkeypatch: pytes
 
 def test_a_graph_of_a_gpu_learns_the_shape_without_one() -> None:
     with FakeTensorMode():
-        x, weights = torch.empty(7, 64, dtype=torch.bfloat16, device="cuda"), torch.empty(7, 2, device="cuda")
+        x, weights = (
+            torch.empty(7, 64, dtype=torch.bfloat16, device="cuda"),
+            torch.empty(7, 2, device="cuda"),
+        )
         chosen = torch.empty(7, 2, dtype=torch.int32, device="cuda")
-        w13, w2 = (torch.empty(4, *shape, dtype=torch.uint8, device="cuda") for shape in ((192, 32), (64, 48)))
+        w13, w2 = (
+            torch.empty(4, *shape, dtype=torch.uint8, device="cuda")
+            for shape in ((192, 32), (64, 48))
+        )
         scales = [torch.empty(4, rows, 1, device="cuda") for rows in (192, 64)]
         y = ops.experts(x, weights, chosen, w13, scales[0], w2, scales[1], 96, 0.9, 8, 4)
     assert (y.shape, y.dtype, y.device.type) == ((7, 64), torch.bfloat16, "cuda")
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(0, 2, 4), (1, 1, 1), (1, 8, 128), (3, 2, 4), (200, 2, 3), (129, 1, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(0, 2, 4), (1, 1, 1), (1, 8, 128), (3, 2, 4), (200, 2, 3), (129, 1, 2)],
+)
 def test_the_route_sends_each_token_to_its_experts(tokens: int, top_k: int, experts: int) -> None:
-    chosen = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens)).topk(top_k).indices
+    chosen = (
+        torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens))
+        .topk(top_k)
+        .indices
+    )
     route = Route.of(chosen.int(), experts)
     assert route.tiles.shape == (3, most_tiles(tokens * top_k, experts))
     seen = torch.full((tokens * top_k,), -1)
@@ -243,7 +376,9 @@ def test_the_route_sends_each_token_to_its_experts(tokens: int, top_k: int, expe
     # Each token's rows in the order of its experts, each weighed by its own slot.
     assert torch.equal(seen[route.sources.long()], chosen.sort(dim=1).values)
     assert torch.equal(chosen.gather(1, route.slots), chosen.sort(dim=1).values)
-    assert torch.equal(route.token[route.sources.long()], torch.arange(tokens)[:, None].expand(-1, top_k))
+    assert torch.equal(
+        route.token[route.sources.long()], torch.arange(tokens)[:, None].expand(-1, top_k)
+    )
 
 
 def test_the_fullest_table_has_no_surplus_tile() -> None:
@@ -256,4 +391,7 @@ def test_the_fullest_table_has_no_surplus_tile() -> None:
 def test_rows_of_no_expert_are_in_no_tile() -> None:
     route = Route.of(torch.tensor([[0, 7], [-1, 1]]), 2)
     used = [tile for tile in route.tiles.T.tolist() if tile[1] < tile[2]]
-    assert [(expert, route.token[first:end].tolist()) for expert, first, end in used] == [(0, [0]), (1, [1])]
+    assert [(expert, route.token[first:end].tolist()) for expert, first, end in used] == [
+        (0, [0]),
+        (1, [1]),
+    ]

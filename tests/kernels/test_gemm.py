@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gemm: exact integer sums on every path and shape, an epilogue as good as torch's, and the same bits everywhere."""
+"""gemm: exact integer sums on every path and shape, an epilogue as good as torch's, and the same
+bits everywhere."""
 
 import pytest
 import torch
@@ -20,29 +21,43 @@ SHAPES = [
     (15, 48, 8),
     (29, 31, 258),
     (130, 40, 4096),
-    # Every height of a tile, with the fewest and with more steps after the last whole vector of them.
+    # Every height of a tile, with the fewest and with more steps after the last whole vector of
+    # them.
     *((tokens, 3, inputs) for tokens in range(2, 15) for inputs in (80, 148)),
 ]
-GROUPED = [(1, 33, 128, 4), (7, 64, 256, 2), (8, 40, 2048, 64), (29, 17, 384, 3), (3, 5, 20, 2), (2, 6, 36, 6)]
+GROUPED = [
+    (1, 33, 128, 4),
+    (7, 64, 256, 2),
+    (8, 40, 2048, 64),
+    (29, 17, 384, 3),
+    (3, 5, 20, 2),
+    (2, 6, 36, 6),
+]
 
 
 def codes_of(shape: tuple[int, int], bits: int) -> torch.Tensor:
     return torch.randint(-(1 << bits - 1), 1 << bits - 1, shape, dtype=torch.int8)
 
 
-def integer_sums(codes: torch.Tensor, weight: torch.Tensor, act_bits: int, weight_bits: int) -> torch.Tensor:
+def integer_sums(
+    codes: torch.Tensor, weight: torch.Tensor, act_bits: int, weight_bits: int
+) -> torch.Tensor:
     """gemm with unit scales: float32 holds the sums of these tests exactly."""
     tokens, columns = codes.shape[0], weight.shape[0]
     unit = torch.ones(columns, 1)
     packed = ops.prepack_weight(weight, unit, weight_bits)
-    return ops.gemm(codes, torch.ones(tokens), packed, unit, None, torch.float32, act_bits, weight_bits)
+    return ops.gemm(
+        codes, torch.ones(tokens), packed, unit, None, torch.float32, act_bits, weight_bits
+    )
 
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize(("tokens", "columns", "inputs"), SHAPES)
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("weight_bits", [4, 8])
-def test_integer_sums_are_exact(tokens: int, columns: int, inputs: int, act_bits: int, weight_bits: int) -> None:
+def test_integer_sums_are_exact(
+    tokens: int, columns: int, inputs: int, act_bits: int, weight_bits: int
+) -> None:
     codes = reference.encode(codes_of((tokens, inputs), act_bits), act_bits)
     weight = reference.encode(codes_of((columns, inputs), weight_bits), weight_bits)
     expected = reference.accumulate(codes, weight, act_bits, weight_bits)[0]
@@ -54,14 +69,19 @@ def test_integer_sums_are_exact(tokens: int, columns: int, inputs: int, act_bits
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize(("act_end", "weight_end"), [(-1, -1), (-1, 1), (1, -1), (1, 1)])
-def test_integer_sums_of_extreme_codes_do_not_saturate(act_bits: int, weight_bits: int, act_end: int, weight_end: int) -> None:
+def test_integer_sums_of_extreme_codes_do_not_saturate(
+    act_bits: int, weight_bits: int, act_end: int, weight_end: int
+) -> None:
     def end(bits: int, sign: int) -> int:
         return -(1 << bits - 1) if sign < 0 else (1 << bits - 1) - 1
 
     a, w, inputs = end(act_bits, act_end), end(weight_bits, weight_end), 1024
     codes = reference.encode(torch.full((3, inputs), a, dtype=torch.int8), act_bits)
     weight = reference.encode(torch.full((32, inputs), w, dtype=torch.int8), weight_bits)
-    assert torch.equal(integer_sums(codes, weight, act_bits, weight_bits), torch.full((3, 32), float(a * w * inputs)))
+    assert torch.equal(
+        integer_sums(codes, weight, act_bits, weight_bits),
+        torch.full((3, 32), float(a * w * inputs)),
+    )
 
 
 @pytest.mark.usefixtures("isa")
@@ -75,11 +95,15 @@ def test_each_group_sums_exactly(act_bits: int, weight_bits: int) -> None:
             only = torch.zeros(columns, groups)
             only[:, group] = 1.0
             packed = ops.prepack_weight(weight, only, weight_bits)
-            y = ops.gemm(codes, torch.ones(tokens), packed, only, None, torch.float32, act_bits, weight_bits)
+            y = ops.gemm(
+                codes, torch.ones(tokens), packed, only, None, torch.float32, act_bits, weight_bits
+            )
             assert torch.equal(y.int(), sums[group])
 
 
-def quantised_problem(tokens: int, columns: int, inputs: int, groups: int, weight_bits: int) -> dict[str, torch.Tensor]:
+def quantised_problem(
+    tokens: int, columns: int, inputs: int, groups: int, weight_bits: int
+) -> dict[str, torch.Tensor]:
     codes, scale = reference.quant(torch.randn(tokens, inputs), 0.9, 8)
     weight = reference.encode(codes_of((columns, inputs), weight_bits), weight_bits)
     return {
@@ -95,14 +119,18 @@ def quantised_problem(tokens: int, columns: int, inputs: int, groups: int, weigh
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [1, 16])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(out_dtype: torch.dtype, groups: int, with_bias: bool) -> None:
+def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(
+    out_dtype: torch.dtype, groups: int, with_bias: bool
+) -> None:
     p = quantised_problem(33, 70, 512, groups, 4)
     bias = p["bias"].to(out_dtype) if with_bias else None
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], 4)
     ours = ops.gemm(p["codes"], p["scale"], packed, p["weight_scale"], bias, out_dtype, 8, 4)
     x = p["codes"].double() * p["scale"].double()[:, None]
     size = 512 // groups
-    w = reference.decode(p["weight"], 4).double() * p["weight_scale"].double().repeat_interleave(size, dim=1)
+    w = reference.decode(p["weight"], 4).double() * p["weight_scale"].double().repeat_interleave(
+        size, dim=1
+    )
     exact = torch.nn.functional.linear(x, w, None if bias is None else bias.double())
     theirs = torch.nn.functional.linear(x.to(out_dtype), w.to(out_dtype), bias)
     assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
@@ -111,10 +139,14 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(out_dtype: torch
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_output_per_channel_is_the_reference_bit_for_bit(isa: str, groups: int, weight_bits: int, out_dtype: torch.dtype) -> None:
+def test_output_per_channel_is_the_reference_bit_for_bit(
+    isa: str, groups: int, weight_bits: int, out_dtype: torch.dtype
+) -> None:
     p = quantised_problem(17, 45, 264, groups, weight_bits)
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], weight_bits)
-    y = ops.gemm(p["codes"], p["scale"], packed, p["weight_scale"], p["bias"], out_dtype, 8, weight_bits)
+    y = ops.gemm(
+        p["codes"], p["scale"], packed, p["weight_scale"], p["bias"], out_dtype, 8, weight_bits
+    )
     sums = reference.accumulate(p["codes"], p["weight"], 8, weight_bits, 264 // groups).float()
     expected = sums[0] * p["weight_scale"][:, 0]
     for group in range(1, groups):
@@ -148,7 +180,9 @@ def test_bias_may_have_any_float_dtype(bias_dtype: torch.dtype) -> None:
 def test_no_tokens_give_an_empty_output() -> None:
     p = quantised_problem(1, 37, 64, 1, 4)
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], 4)
-    y = ops.gemm(p["codes"][:0], p["scale"][:0], packed, p["weight_scale"], None, torch.bfloat16, 8, 4)
+    y = ops.gemm(
+        p["codes"][:0], p["scale"][:0], packed, p["weight_scale"], None, torch.bfloat16, 8, 4
+    )
     assert y.shape == (0, 37)
     assert y.dtype == torch.bfloat16
 
@@ -156,17 +190,35 @@ def test_no_tokens_give_an_empty_output() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codes": torch.zeros(2, 32, dtype=torch.uint8)}, r"codes: expected contiguous int8 \(any, any\), got uint8 \(2, 32\)"),
+        (
+            {"codes": torch.zeros(2, 32, dtype=torch.uint8)},
+            r"codes: expected contiguous int8 \(any, any\), got uint8 \(2, 32\)",
+        ),
         ({"scale": torch.ones(3)}, r"scale: expected contiguous float32 \(2\), got float32 \(3\)"),
-        ({"scale": torch.ones(2, dtype=torch.float64)}, r"scale: expected contiguous float32 \(2\), got float64 \(2\)"),
-        ({"weight_scale": torch.ones(37, 3)}, r"weight_scale: .*groups dividing the 64 inputs, got float32 \(37, 3\)"),
-        ({"weight_scale": torch.ones(70, 1)}, r"packed: expected contiguous uint8 \(3, 1152\), got uint8 \(2, 1152\)"),
+        (
+            {"scale": torch.ones(2, dtype=torch.float64)},
+            r"scale: expected contiguous float32 \(2\), got float64 \(2\)",
+        ),
+        (
+            {"weight_scale": torch.ones(37, 3)},
+            r"weight_scale: .*groups dividing the 64 inputs, got float32 \(37, 3\)",
+        ),
+        (
+            {"weight_scale": torch.ones(70, 1)},
+            r"packed: expected contiguous uint8 \(3, 1152\), got uint8 \(2, 1152\)",
+        ),
         ({"bias": torch.ones(36)}, r"bias: expected contiguous float32 \(37\), got float32 \(36\)"),
-        ({"bias": torch.ones(37, dtype=torch.int32)}, "bias: expected float32, bfloat16 or float16, got int32"),
+        (
+            {"bias": torch.ones(37, dtype=torch.int32)},
+            "bias: expected float32, bfloat16 or float16, got int32",
+        ),
         ({"out_dtype": torch.int8}, "out_dtype: expected float32, bfloat16 or float16, got int8"),
         ({"act_bits": 5}, "act_bits: expected 4 or 8, got 5"),
         ({"weight_bits": 2}, "weight_bits: expected 4 or 8, got 2"),
-        ({"weight_bits": 8}, r"packed: expected contiguous uint8 \(2, 2176\), got uint8 \(2, 1152\)"),
+        (
+            {"weight_bits": 8},
+            r"packed: expected contiguous uint8 \(2, 2176\), got uint8 \(2, 1152\)",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> None:
@@ -188,14 +240,41 @@ def test_a_wrong_argument_is_named(change: dict[str, object], message: str) -> N
 @pytest.mark.parametrize(
     ("weight", "scale", "bits", "message"),
     [
-        (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1), 4, r"weight: expected contiguous uint8 .* got int8 \(4, 8\)"),
-        (torch.zeros(4, 7, dtype=torch.int8), torch.ones(4, 1), 8, "weight: expected an even number of inputs"),
-        (torch.zeros(4, 8, dtype=torch.int8), torch.ones(3, 1), 8, "weight_scale: expected a row for each of the 4 outputs"),
-        (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), 8, r"weight_scale: expected contiguous float32 \(any, any\)"),
+        (
+            torch.zeros(4, 8, dtype=torch.int8),
+            torch.ones(4, 1),
+            4,
+            r"weight: expected contiguous uint8 .* got int8 \(4, 8\)",
+        ),
+        (
+            torch.zeros(4, 7, dtype=torch.int8),
+            torch.ones(4, 1),
+            8,
+            "weight: expected an even number of inputs",
+        ),
+        (
+            torch.zeros(4, 8, dtype=torch.int8),
+            torch.ones(3, 1),
+            8,
+            "weight_scale: expected a row for each of the 4 outputs",
+        ),
+        (
+            torch.zeros(4, 8, dtype=torch.int8),
+            torch.ones(4),
+            8,
+            r"weight_scale: expected contiguous float32 \(any, any\)",
+        ),
         (torch.zeros(8, 4, dtype=torch.int8).T, torch.ones(4, 1), 8, "weight: .*not contiguous"),
-        (torch.zeros(1, 1 << 24, dtype=torch.int8), torch.ones(1, 1), 8, "weight_scale: expected groups short enough"),
+        (
+            torch.zeros(1, 1 << 24, dtype=torch.int8),
+            torch.ones(1, 1),
+            8,
+            "weight_scale: expected groups short enough",
+        ),
     ],
 )
-def test_prepack_weight_names_a_wrong_argument(weight: torch.Tensor, scale: torch.Tensor, bits: int, message: str) -> None:
+def test_prepack_weight_names_a_wrong_argument(
+    weight: torch.Tensor, scale: torch.Tensor, bits: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         ops.prepack_weight(weight, scale, bits)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear, and what every op owes torch: schemas, fake kernels, compilation, threads and the choice of the path."""
+"""linear, and what every op owes torch: schemas, fake kernels, compilation, threads and the
+choice of the path."""
 
 import logging
 import os
@@ -14,24 +15,39 @@ from smoothrot_vllm import ops, reference
 from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
 
 
-def layer(columns: int, inputs: int, groups: int = 1, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer(
+    columns: int, inputs: int, groups: int = 1, bits: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stored codes, scales and the prepacked weight."""
     limit = 1 << bits - 1
-    weight = reference.encode(torch.randint(-limit, limit, (columns, inputs), dtype=torch.int8), bits)
+    weight = reference.encode(
+        torch.randint(-limit, limit, (columns, inputs), dtype=torch.int8), bits
+    )
     scale = torch.rand(columns, groups) * 0.01
     return weight, scale, ops.prepack_weight(weight, scale, bits)
 
 
-@pytest.mark.parametrize(("inputs", "block", "groups"), [(576, 0, 1), (1536, 1536, 1), (1536, 768, 12), (26, 0, 1), (24, 12, 1)])
+@pytest.mark.parametrize(
+    ("inputs", "block", "groups"),
+    [(576, 0, 1), (1536, 1536, 1), (1536, 768, 12), (26, 0, 1), (24, 12, 1)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("act_bits", [4, 8])
-def test_linear_is_quant_then_gemm(isa: str, inputs: int, block: int, groups: int, dtype: torch.dtype, act_bits: int) -> None:
+def test_linear_is_quant_then_gemm(
+    isa: str, inputs: int, block: int, groups: int, dtype: torch.dtype, act_bits: int
+) -> None:
     _, weight_scale, packed = layer(45, inputs, groups)
     bias = torch.randn(45).to(dtype)
     x = torch.randn(19, inputs).to(dtype)
-    codes, scale = ops.hadamard_quant(x, block, 0.9, act_bits) if block else ops.quant(x, 0.9, act_bits)
+    codes, scale = (
+        ops.hadamard_quant(x, block, 0.9, act_bits) if block else ops.quant(x, 0.9, act_bits)
+    )
     expected = ops.gemm(codes, scale, packed, weight_scale, bias, dtype, act_bits, 4)
-    for tokens in (1, 3, 19):  # one row, one tile, several tiles: each takes another way through the threads
+    for tokens in (
+        1,
+        3,
+        19,
+    ):  # one row, one tile, several tiles: each takes another way through the threads
         y = ops.linear(x[:tokens], packed, weight_scale, bias, block, 0.9, act_bits, 4)
         assert torch.equal(y, expected[:tokens]), isa
 
@@ -47,9 +63,13 @@ def test_silu_mul_linear_is_silu_mul_hadamard_quant_then_gemm(
     codes, scale = ops.silu_mul_hadamard_quant(gate_up, block, 0.9, 8)
     expected = ops.gemm(codes, scale, packed, weight_scale, bias, dtype, 8, 4)
     if groups == 1:
-        assert torch.equal(expected, reference.gemm(codes, scale, weight, weight_scale, bias, dtype, 8, 4))
+        assert torch.equal(
+            expected, reference.gemm(codes, scale, weight, weight_scale, bias, dtype, 8, 4)
+        )
     for tokens in (1, 3, 19):
-        y = ops.silu_mul_linear(gate_up[None, :tokens], packed, weight_scale, bias, block, 0.9, 8, 4)
+        y = ops.silu_mul_linear(
+            gate_up[None, :tokens], packed, weight_scale, bias, block, 0.9, 8, 4
+        )
         assert torch.equal(y, expected[None, :tokens]), isa
 
 
@@ -76,7 +96,11 @@ def test_a_token_that_is_not_finite_gives_nan_and_spares_the_others() -> None:
 @pytest.mark.parametrize(
     ("x", "block", "message"),
     [
-        (torch.randn(2, 64, dtype=torch.float64), 0, "x: expected float32, bfloat16 or float16, got float64"),
+        (
+            torch.randn(2, 64, dtype=torch.float64),
+            0,
+            "x: expected float32, bfloat16 or float16, got float64",
+        ),
         (torch.randn(64, 2).T, 0, "x: expected a contiguous .* not contiguous"),
         (torch.randn(2, 66), 0, "packed: expected contiguous uint8"),
         (torch.randn(2, 64), 128, "block: expected a divisor of 64, got 128"),
@@ -98,7 +122,9 @@ def test_linear_names_a_wrong_argument(x: torch.Tensor, block: int, message: str
         (torch.randn(2, 128), 128, "block: expected a divisor of 64, got 128"),
     ],
 )
-def test_silu_mul_hadamard_quant_names_a_wrong_argument(gate_up: torch.Tensor, block: int, message: str) -> None:
+def test_silu_mul_hadamard_quant_names_a_wrong_argument(
+    gate_up: torch.Tensor, block: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=f"silu_mul_hadamard_quant: {message}"):
         ops.silu_mul_hadamard_quant(gate_up, block, 0.9, 8)
     _, weight_scale, packed = layer(33, 64)
@@ -114,12 +140,34 @@ def opcheck_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield "quant", (x, 0.9, bits)
         yield "hadamard_quant", (x, 64, 0.9, bits)
         yield "silu_mul_hadamard_quant", (torch.randn(3, 128), 64, 0.9, bits)
-        yield "rms_norm_quant", (x, torch.ones(64).bfloat16(), 1e-6, 0.9, bits, torch.randn(3, 64).bfloat16())
+        yield (
+            "rms_norm_quant",
+            (
+                x,
+                torch.ones(64).bfloat16(),
+                1e-6,
+                0.9,
+                bits,
+                torch.randn(3, 64).bfloat16(),
+            ),
+        )
         codes, scale = reference.quant(x, 0.9, bits)
         yield "gemm", (codes, scale, packed, weight_scale, None, torch.float16, bits, 4)
         yield "linear", (x, packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)
         yield "linear", (x.reshape(1, 3, 64), packed, weight_scale, None, 0, 0.9, bits, 4)
-        yield "silu_mul_linear", (torch.randn(1, 3, 128), packed, weight_scale, torch.randn(40), 64, 0.9, bits, 4)
+        yield (
+            "silu_mul_linear",
+            (
+                torch.randn(1, 3, 128),
+                packed,
+                weight_scale,
+                torch.randn(40),
+                64,
+                0.9,
+                bits,
+                4,
+            ),
+        )
     yield "prepack_weight", (weight, weight_scale, 4)
     yield "prepack_weight", (torch.zeros(40, 36, dtype=torch.int8), torch.ones(40, 6), 8)
 
@@ -159,7 +207,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def kernel_in_new_process(isa: str) -> subprocess.CompletedProcess[str]:
     code = "from smoothrot_vllm import ops; print(ops.kernel_name())"
     environment = os.environ | {"SMOOTHROT_CPU_ISA": isa}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_environment_forces_a_path() -> None:
@@ -186,4 +236,6 @@ def test_the_chosen_path_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.INFO, logger="smoothrot_vllm"):
         ops.kernel_name()
         ops.kernel_name()
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == [f"SmoothRot CPU kernels: {ops.kernel_name()}"]
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        f"SmoothRot CPU kernels: {ops.kernel_name()}"
+    ]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where packed weights lie: small ones share slabs of huge pages, and none is touched by what becomes of the others."""
+"""Where packed weights lie: small ones share slabs of huge pages, and none is touched by what
+becomes of the others."""
 
 import gc
 

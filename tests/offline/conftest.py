@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothrot_offline.architectures import SUPPORTED
 
-# Two kinds of width on purpose: 72 = 36·2 and 152 = 76·2 have Hadamard orders that are not symmetric matrices.
+# Two kinds of width on purpose: 72 = 36·2 and 152 = 76·2 have Hadamard orders that are not
+# symmetric matrices.
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 72,
@@ -23,7 +24,8 @@ SIZES = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-# Heads wider than the hidden size has room for, windows in some layers, and a scale of attention that is no head's width.
+# Heads wider than the hidden size has room for, windows in some layers, and a scale of attention
+# that is no head's width.
 GEMMA_SIZES: dict[str, Any] = {
     "head_dim": 12,
     "sliding_window": 5,
@@ -33,20 +35,42 @@ GEMMA_SIZES: dict[str, Any] = {
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     # Caps low enough to matter; a model of this family has no head of its own.
-    "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+    "gemma2": (
+        GEMMA_SIZES
+        | {
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        }
+    ),
     "qwen3": {"head_dim": 12},
     "phi3": {"pad_token_id": 0},
     "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"head_dim": 12, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 76},
-    "smollm3": {"pad_token_id": 0, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5},
+    "qwen3_moe": {
+        "head_dim": 12,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 76,
+    },
+    "smollm3": {
+        "pad_token_id": 0,
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
 }
 
 
-def random_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> PreTrainedModel:
-    """A small model whose every parameter is random: norm weights far from one, biases far from zero."""
+def random_model(
+    family: str = "llama", dtype: torch.dtype = torch.bfloat16, **sizes: Any
+) -> PreTrainedModel:
+    """A small model whose every parameter is random: norm weights far from one, biases far from
+    zero."""
     torch.manual_seed(1)
     config = FAMILIES[family](**SIZES | OWN_SIZES.get(family, {}) | sizes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=SUPPORTED[config.model_type].attention, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=SUPPORTED[config.model_type].attention, dtype=dtype
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -60,9 +84,12 @@ def random_model(family: str = "llama", dtype: torch.dtype = torch.bfloat16, **s
 
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Path]:
-    """Saves a random model and returns its directory; ``shard`` limits its files, as in ``max_shard_size``."""
+    """Saves a random model and returns its directory; ``shard`` limits its files, as in
+    ``max_shard_size``."""
 
-    def make(family: str = "llama", name: str = "model", shard: str = "1GB", **options: Any) -> Path:
+    def make(
+        family: str = "llama", name: str = "model", shard: str = "1GB", **options: Any
+    ) -> Path:
         random_model(family, **options).save_pretrained(tmp_path / name, max_shard_size=shard)
         return tmp_path / name
 

@@ -8,7 +8,8 @@ from smoothrot_offline.experts import separate_experts
 
 
 def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
-    """``model`` with transformers' stacked experts taken apart, and the same weights; any other model as it is."""
+    """``model`` with transformers' stacked experts taken apart, and the same weights; any other
+    model as it is."""
     experts = spec.architecture.experts
     if experts is None:
         return model
@@ -19,7 +20,11 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
         model.get_submodule(prefix + experts.router).weight.data = old.gate.weight.data
         for e, (up, down) in enumerate(spec.architecture.products):
             gate_rows, up_rows = old.experts.gate_up_proj.data[e].chunk(2)
-            weights = {experts.gate.replace("{e}", str(e)): gate_rows, up: up_rows, down: old.experts.down_proj.data[e]}
+            weights = {
+                experts.gate.replace("{e}", str(e)): gate_rows,
+                up: up_rows,
+                down: old.experts.down_proj.data[e],
+            }
             for name, weight in weights.items():
                 model.get_submodule(prefix + name).weight.data = weight.contiguous()
     return model

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``analyze``: its numbers against direct computations, a planted spike, its files, and its refusals."""
+"""``analyze``: its numbers against direct computations, a planted spike, its files, and its
+refusals."""
 
 import json
 import re
@@ -52,7 +53,8 @@ def rounded(x: torch.Tensor, clip: float = 1.0) -> torch.Tensor:
 
 
 class Captured:
-    """Inputs of every linear of the original model on both halves of the calibration text, in float64."""
+    """Inputs of every linear of the original model on both halves of the calibration text, in
+    float64."""
 
     def __init__(self, source: Path) -> None:
         self.tokens = load_calibration("generated", source, 2 * SAMPLES, SEQLEN, SEED)
@@ -60,7 +62,9 @@ class Captured:
         self.inputs: dict[str, torch.Tensor] = {}
         for name, module in self.model.named_modules():
             if name.endswith("_proj"):
-                module.register_forward_pre_hook(lambda _m, inputs, name=name: self.inputs.update({name: inputs[0].detach()}))
+                module.register_forward_pre_hook(
+                    lambda _m, inputs, name=name: self.inputs.update({name: inputs[0].detach()})
+                )
         with torch.no_grad():
             self.model(self.tokens)
 
@@ -68,18 +72,23 @@ class Captured:
         """Choosing and measuring halves of X, ``(tokens, K)``, and W ``(out, K)``."""
         prefix = f"model.layers.{layer}."
         x = self.inputs[prefix + LINEARS[kind][0]]
-        weight = torch.cat([self.model.get_submodule(prefix + linear).weight.detach() for linear in LINEARS[kind]])
+        weight = torch.cat(
+            [self.model.get_submodule(prefix + linear).weight.detach() for linear in LINEARS[kind]]
+        )
         return x[:SAMPLES].flatten(0, 1), x[SAMPLES:].flatten(0, 1), weight
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made but not drawn, which takes most of the time; for tests of everything else."""
+    """Figures are made but not drawn, which takes most of the time; for tests of everything
+    else."""
     monkeypatch.setattr(pictures, "_png", lambda figure, tight=True: b"")
 
 
 @pytest.fixture(scope="module")
-def analysed(build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Analysis]:
+def analysed(
+    build_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Analysis]:
     base = tmp_path_factory.mktemp("analysis")
     build_model("qwen2", dtype=torch.float32).save_pretrained(base / "model")
     return base / "model", base / "out", run(base / "model", base / "out")
@@ -91,7 +100,9 @@ def check(found: Any, x: torch.Tensor, weight: torch.Tensor) -> None:
     assert found.weight_difficulty == pytest.approx(float(weight.norm(dim=0).std()), rel=1e-5)
     # A value half way between two codes may round either way in float32.
     assert found.error == pytest.approx(float(error.square().sum()), rel=2e-3)
-    assert found.relative_error == pytest.approx(found.error / float(exact.square().sum()), rel=1e-4)
+    assert found.relative_error == pytest.approx(
+        found.error / float(exact.square().sum()), rel=1e-4
+    )
     codes = torch.round(x / (x.abs().amax(dim=1, keepdim=True) / 7)).flatten()
     shares = [float((codes == code).double().mean()) for code in range(-8, 8)]
     assert found.activation_bins == pytest.approx(shares, abs=2e-3)
@@ -104,7 +115,14 @@ def even(ratio: torch.Tensor) -> torch.Tensor:
     return (ratio.sqrt().log() - ratio.sqrt().log().mean()).exp()
 
 
-def check_policy(layer: Any, policy: str, scales: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, q: torch.Tensor) -> None:
+def check_policy(
+    layer: Any,
+    policy: str,
+    scales: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    q: torch.Tensor,
+) -> None:
     found, reference = layer.policies[policy], layer.policies["max"]
     assert found.scale_max == pytest.approx(float(scales.max()), rel=1e-5)
     assert found.scale_min == pytest.approx(float(scales.min()), rel=1e-5)
@@ -119,7 +137,9 @@ def check_policy(layer: Any, policy: str, scales: torch.Tensor, x: torch.Tensor,
     assert found.converted_ratio_to_max == found.converted_error / reference.converted_error
 
 
-def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path, Path, Analysis]) -> None:
+def test_every_number_of_every_transform_is_the_direct_one(
+    analysed: tuple[Path, Path, Analysis],
+) -> None:
     source, _, found = analysed
     captured = Captured(source)
     eye = {size: torch.eye(size, dtype=torch.float64) for size in (72, 152)}
@@ -134,16 +154,25 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
             assert record.peak.magnitude == pytest.approx(magnitude, rel=1e-5)
             token = record.peak.sample * SEQLEN + record.peak.position
             assert float(x[token, record.peak.channel].abs()) == pytest.approx(magnitude, rel=1e-5)
-            assert record.peak.token == captured.tokens[SAMPLES + record.peak.sample, record.peak.position]
+            assert (
+                record.peak.token
+                == captured.tokens[SAMPLES + record.peak.sample, record.peak.position]
+            )
             sequence = x[record.peak.sample * SEQLEN :][:SEQLEN].float().abs()
             assert record.peak.median == pytest.approx(float(sequence.median()), rel=1e-4)
             assert record.peak.ratio == pytest.approx(record.peak.magnitude / record.peak.median)
             if kind in norms:
-                gamma = captured.model.get_submodule(f"model.layers.{layer.index}.{norms[kind]}").weight.detach()
+                gamma = captured.model.get_submodule(
+                    f"model.layers.{layer.index}.{norms[kind]}"
+                ).weight.detach()
                 q = random_rotation(72, SEED).rotate(eye[72])
                 check(record.transforms["R"], x / gamma @ q, (weight * gamma) @ q)
-                scales = even((choosing / gamma @ q).norm(dim=0) / ((weight * gamma) @ q).norm(dim=0))
-                check(record.transforms["S+R"], x / gamma @ q / scales, (weight * gamma) @ q * scales)
+                scales = even(
+                    (choosing / gamma @ q).norm(dim=0) / ((weight * gamma) @ q).norm(dim=0)
+                )
+                check(
+                    record.transforms["S+R"], x / gamma @ q / scales, (weight * gamma) @ q * scales
+                )
             elif kind == "o_proj":
                 q = Rotation(torch.ones(72, dtype=torch.float64), 8).rotate(eye[72])
                 check(record.transforms["R"], x @ q, weight @ q)
@@ -161,11 +190,15 @@ def test_every_number_of_every_transform_is_the_direct_one(analysed: tuple[Path,
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_readers_of_a_norm_that_cannot_be_folded_are_rotated_at_run_time(make_model: MakeModel, tmp_path: Path) -> None:
+def test_readers_of_a_norm_that_cannot_be_folded_are_rotated_at_run_time(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model("gemma3", dtype=torch.float32)
     found = run(source, tmp_path / "out", policies=("max",), layers=(1,))
     captured = Captured(source)
-    q = Rotation(torch.ones(72, dtype=torch.float64), choose_block(72).size).rotate(torch.eye(72, dtype=torch.float64))
+    q = Rotation(torch.ones(72, dtype=torch.float64), choose_block(72).size).rotate(
+        torch.eye(72, dtype=torch.float64)
+    )
     for kind in ("qkv", "gate_up"):
         choosing, x, weight = captured.get(1, kind)
         check(found.layers[0].inputs[kind].transforms["none"], x, weight)
@@ -186,24 +219,39 @@ def test_summaries_are_those_of_the_layers(analysed: tuple[Path, Path, Analysis]
         for name, mean in found.mean_error[kind].items():
             records = [layer.inputs[kind].transforms[name] for layer in found.layers]
             assert mean == pytest.approx(sum(record.error for record in records) / 3)
-            pairs = torch.tensor([[record.error, record.activation_difficulty] for record in records], dtype=torch.float64)
-            assert found.error_difficulty_correlation[kind][name] == pytest.approx(float(torch.corrcoef(pairs.T)[0, 1]))
+            pairs = torch.tensor(
+                [[record.error, record.activation_difficulty] for record in records],
+                dtype=torch.float64,
+            )
+            assert found.error_difficulty_correlation[kind][name] == pytest.approx(
+                float(torch.corrcoef(pairs.T)[0, 1])
+            )
     assert set(found.policies) == {"max", "quantile", "l2", "search", "learned"}
     for policy, summary in found.policies.items():
         own = [layer.policies[policy] for layer in found.layers]
         reference = [layer.policies["max"] for layer in found.layers]
         assert summary.mean_error == pytest.approx(sum(record.error for record in own) / 3)
-        assert summary.converted_mean_error == pytest.approx(sum(record.converted_error for record in own) / 3)
-        assert summary.ratio_of_means == pytest.approx(summary.mean_error / found.policies["max"].mean_error)
+        assert summary.converted_mean_error == pytest.approx(
+            sum(record.converted_error for record in own) / 3
+        )
+        assert summary.ratio_of_means == pytest.approx(
+            summary.mean_error / found.policies["max"].mean_error
+        )
         expected = summary.converted_mean_error / found.policies["max"].converted_mean_error
         assert summary.converted_ratio_of_means == pytest.approx(expected)
         selected = [index for index, record in enumerate(own) if record.selected]
         assert summary.selected_layers == selected
         if selected:
-            errors = (sum(record.error for record in (records[i] for i in selected)) for records in (own, reference))
+            errors = (
+                sum(record.error for record in (records[i] for i in selected))
+                for records in (own, reference)
+            )
             assert summary.selected_ratio == pytest.approx(next(errors) / next(errors))
     assert found.policies["max"].ratio_of_means == 1.0
-    assert (found.policies["max"].selected_layers, found.policies["max"].selected_ratio) == ([], None)
+    assert (found.policies["max"].selected_layers, found.policies["max"].selected_ratio) == (
+        [],
+        None,
+    )
     assert found.policies["l2"].selected_layers == [0, 1, 2]
 
 
@@ -228,14 +276,19 @@ def test_chunks_of_sequences_measure_what_all_of_them_at_once_do() -> None:
     assert whole.peak == parts.peak
     one, other = whole.results()["none"], parts.results()["none"]
     assert one.activation_bins == other.activation_bins
-    assert (one.error, one.activation_difficulty) == pytest.approx((other.error, other.activation_difficulty))
+    assert (one.error, one.activation_difficulty) == pytest.approx(
+        (other.error, other.activation_difficulty)
+    )
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_planted_spike_is_the_massive_activation_where_it_was_planted(make_model: MakeModel, tmp_path: Path) -> None:
+def test_planted_spike_is_the_massive_activation_where_it_was_planted(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source, channel = make_model(), 101
     tensors = load_file(source / "model.safetensors")
-    # Token 1 alone has a large first hidden value, layer 0 moves nothing between tokens, and its channel 101 reads that value.
+    # Token 1 alone has a large first hidden value, layer 0 moves nothing between tokens, and its
+    # channel 101 reads that value.
     tensors["model.embed_tokens.weight"][:, 0] = 0
     tensors["model.embed_tokens.weight"][1, 0] = 50
     tensors["model.layers.0.self_attn.o_proj.weight"].zero_()
@@ -257,7 +310,8 @@ def test_planted_spike_is_the_massive_activation_where_it_was_planted(make_model
     assert [peak.sample, peak.position] in planted.tolist()
     assert found.massive["down_proj"].massive_layers == [0]
     assert found.massive["qkv"].massive_layers == []
-    # What the method is for: rotation alone spreads the spike over every channel, smoothing first shrinks it.
+    # What the method is for: rotation alone spreads the spike over every channel, smoothing first
+    # shrinks it.
     errors = {name: transform.error for name, transform in record.transforms.items()}
     assert errors["S+R"] < errors["R"]
 
@@ -275,7 +329,9 @@ class _Page(HTMLParser):
         self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
 
 
-def test_output_is_a_record_and_a_page_that_stands_alone(analysed: tuple[Path, Path, Analysis]) -> None:
+def test_output_is_a_record_and_a_page_that_stands_alone(
+    analysed: tuple[Path, Path, Analysis],
+) -> None:
     _, out, found = analysed
     assert sorted(file.name for file in out.iterdir()) == ["analysis.json", "report.html"]
     assert Analysis.model_validate_json((out / "analysis.json").read_text()) == found
@@ -289,7 +345,9 @@ def test_output_is_a_record_and_a_page_that_stands_alone(analysed: tuple[Path, P
     assert all(source.startswith("data:image/png;base64,") for source in parsed.sources)
 
 
-def test_same_options_give_the_same_record_and_page(analysed: tuple[Path, Path, Analysis], tmp_path: Path) -> None:
+def test_same_options_give_the_same_record_and_page(
+    analysed: tuple[Path, Path, Analysis], tmp_path: Path
+) -> None:
     source, out, found = analysed
     assert run(source, tmp_path / "again") == found
     for name in ("analysis.json", "report.html"):
@@ -297,18 +355,24 @@ def test_same_options_give_the_same_record_and_page(analysed: tuple[Path, Path, 
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_command_prints_the_facts_and_takes_some_layers(analysed: tuple[Path, Path, Analysis], tmp_path: Path) -> None:
+def test_command_prints_the_facts_and_takes_some_layers(
+    analysed: tuple[Path, Path, Analysis], tmp_path: Path
+) -> None:
     source, _, found = analysed
     result = invoke("analyze", source, tmp_path / "some", "--layers", "2,0-1,2", *OPTIONS, "--json")
     assert result.exit_code == 0, result.stderr
     assert Analysis.model_validate_json(result.stdout).layers == found.layers
-    shown = invoke("analyze", source, tmp_path / "one", "--layers", "1", *OPTIONS, "--policies", "l2")
+    shown = invoke(
+        "analyze", source, tmp_path / "one", "--layers", "1", *OPTIONS, "--policies", "l2"
+    )
     assert shown.exit_code == 0, shown.stderr
     assert "down_proj" in shown.stdout
     assert "report.html" in shown.stdout
     alone = Analysis.model_validate_json((tmp_path / "one/analysis.json").read_text())
     assert alone.layers[0].inputs == found.layers[1].inputs
-    assert alone.layers[0].policies == {name: found.layers[1].policies[name] for name in ("max", "l2")}
+    assert alone.layers[0].policies == {
+        name: found.layers[1].policies[name] for name in ("max", "l2")
+    }
     assert alone.error_difficulty_correlation["qkv"]["none"] is None
     assert (tmp_path / "one/report.html").read_text().count("<img") == 6
 
@@ -333,14 +397,18 @@ def test_refusals_name_the_option_and_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_taken_output_is_refused_before_anything_runs(make_model: MakeModel, tmp_path: Path) -> None:
+def test_taken_output_is_refused_before_anything_runs(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine").touch()
     with pytest.raises(ConfigError, match="Choose another output"):
         run(make_model(), tmp_path / "out")
 
 
-def test_failure_on_the_way_leaves_no_output(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_on_the_way_leaves_no_output(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> str:
         raise KeyboardInterrupt
 
@@ -353,13 +421,17 @@ def test_failure_on_the_way_leaves_no_output(make_model: MakeModel, tmp_path: Pa
 
 def test_quantised_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "smoothrot"}}
+    config = json.loads((source / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "smoothrot"}
+    }
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="already quantised"):
         run(source, tmp_path / "out")
 
 
-def test_missing_matplotlib_is_named(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_named(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in [name for name in sys.modules if name.startswith("smoothrot_offline.analysis")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

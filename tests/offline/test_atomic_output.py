@@ -43,7 +43,9 @@ cli.main()
 """
 
 
-def run_and_signal(source: Path, out: Path, step: int, which: signal.Signals) -> subprocess.CompletedProcess[str]:
+def run_and_signal(
+    source: Path, out: Path, step: int, which: signal.Signals
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", DRIVER, str(step), str(int(which)), str(source), str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
@@ -52,7 +54,9 @@ def leftovers(out: Path) -> list[Path]:
     return sorted(out.parent.glob(f"{out.name}.partial*"))
 
 
-def test_kill_9_leaves_nothing_that_loads_and_the_next_run_goes_on(make_model: MakeModel, tmp_path: Path) -> None:
+def test_kill_9_leaves_nothing_that_loads_and_the_next_run_goes_on(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source, out = make_model(vocab_size=16384), tmp_path / "out"
     killed = run_and_signal(source, out, 5, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -82,9 +86,11 @@ def test_configuration_and_manifest_come_after_everything_they_describe(
 
     monkeypatch.setattr(OutputDirectory, "write_json", recording)
     convert(make_model(), tmp_path / "out", OPTIONS)
-    assert written == ["model.safetensors.index.json", "config.json.incomplete", "smoothrot_manifest.json"], (
-        "what makes the directory a model comes after its weights"
-    )
+    assert written == [
+        "model.safetensors.index.json",
+        "config.json.incomplete",
+        "smoothrot_manifest.json",
+    ], "what makes the directory a model comes after its weights"
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -101,16 +107,31 @@ def test_polite_kill_and_ctrl_c_keep_the_finished_layers_and_say_how_to_go_on(
     assert leftovers(out) == []
 
 
-def test_polite_kill_before_a_layer_is_finished_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+def test_polite_kill_before_a_layer_is_finished_leaves_nothing(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     killed = run_and_signal(make_model(), tmp_path / "out", 1, signal.SIGTERM)
     assert "nothing was kept" in killed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(make_model: MakeModel, tmp_path: Path) -> None:
+def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source, out = make_model(vocab_size=4096), tmp_path / "out"
     failed = subprocess.run(
-        [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--preset", "none", "--scales", "none"],
+        [
+            sys.executable,
+            "-m",
+            "smoothrot_offline.cli",
+            "run",
+            str(source),
+            str(out),
+            "--preset",
+            "none",
+            "--scales",
+            "none",
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -131,7 +152,9 @@ def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(make_mo
     assert leftovers(out) == []
 
 
-def test_full_disk_is_named_as_such(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_named_as_such(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -143,7 +166,9 @@ def test_full_disk_is_named_as_such(make_model: MakeModel, tmp_path: Path, monke
     assert convert(tmp_path / "model", tmp_path / "out", OPTIONS).resumed_layers == 3
 
 
-def test_conversion_that_fails_before_a_layer_is_finished_leaves_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+def test_conversion_that_fails_before_a_layer_is_finished_leaves_nothing(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     def fail(_message: str, done: int, _total: int) -> None:
         if done == 2:
             raise RuntimeError("stop")
@@ -169,10 +194,12 @@ def test_empty_output_directory_is_used(make_model: MakeModel, tmp_path: Path) -
     assert verify(tmp_path / "out").ok
 
 
-def test_leftovers_of_an_output_that_is_not_resumed_are_cleaned_and_those_of_live_runs_and_others_left_alone(
+def test_leftovers_go_and_those_of_live_runs_and_others_stay(
     tmp_path: Path,
 ) -> None:
-    others = [tmp_path / name for name in ("out.partial", "out.partial-backup", "other.partial-0123abcd")]
+    others = [
+        tmp_path / name for name in ("out.partial", "out.partial-backup", "other.partial-0123abcd")
+    ]
     dead, live = tmp_path / "out.partial-0123abcd", tmp_path / "out.partial-4567abcd"
     for path in (*others, dead):
         path.mkdir()
@@ -182,14 +209,19 @@ def test_leftovers_of_an_output_that_is_not_resumed_are_cleaned_and_those_of_liv
     descriptor = os.open(live, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        with pytest.raises(ConfigError, match="another conversion"), OutputDirectory(tmp_path / "out"):
+        with (
+            pytest.raises(ConfigError, match="another conversion"),
+            OutputDirectory(tmp_path / "out"),
+        ):
             pass
     finally:
         os.close(descriptor)
     assert all(path.is_dir() for path in (*others, live))
 
 
-def test_files_have_the_permissions_of_ordinary_files(make_model: MakeModel, tmp_path: Path) -> None:
+def test_files_have_the_permissions_of_ordinary_files(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     mask = os.umask(0o022)
     try:
         convert(make_model(), tmp_path / "out", OPTIONS)

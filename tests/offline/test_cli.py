@@ -40,11 +40,26 @@ def invoke_json(*arguments: object) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def converted_once(build_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_once(
+    build_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     base = tmp_path_factory.mktemp("converted")
     build_model(tie_word_embeddings=True).save_pretrained(base / "model")
     (base / "model/tokenizer.json").write_text("{}")
-    assert invoke("run", "--preset", "none", base / "model", base / "out", "--scales", "none", "--lm-head-bits", 8).exit_code == 0
+    assert (
+        invoke(
+            "run",
+            "--preset",
+            "none",
+            base / "model",
+            base / "out",
+            "--scales",
+            "none",
+            "--lm-head-bits",
+            8,
+        ).exit_code
+        == 0
+    )
     return base / "out"
 
 
@@ -67,7 +82,11 @@ def test_json_of_a_real_process_is_all_of_its_stdout(make_model: MakeModel, tmp_
         "--json",
     ]
     done = subprocess.run(
-        [*command, "--calib-samples", "2", "--calib-seqlen", "8"], capture_output=True, text=True, timeout=300, check=True
+        [*command, "--calib-samples", "2", "--calib-seqlen", "8"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     facts = json.loads(done.stdout)
     assert facts["output"] == str(tmp_path / "out")
@@ -76,8 +95,12 @@ def test_json_of_a_real_process_is_all_of_its_stdout(make_model: MakeModel, tmp_
     assert 0 < facts["mean_weight_error"] < 0.3
 
 
-def test_results_for_people_name_the_output(converted: Path, make_model: MakeModel, tmp_path: Path) -> None:
-    result = invoke("run", "--preset", "none", make_model(name="other"), tmp_path / "second", "--scales", "none")
+def test_results_for_people_name_the_output(
+    converted: Path, make_model: MakeModel, tmp_path: Path
+) -> None:
+    result = invoke(
+        "run", "--preset", "none", make_model(name="other"), tmp_path / "second", "--scales", "none"
+    )
     assert "second: " in result.stdout
     assert "4-bit" not in result.stderr
     for command in ("verify", "inspect"):
@@ -103,8 +126,12 @@ def test_wrong_command_lines_exit_with_2(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("extra", [(), ("--json",)])
-def test_refusal_is_one_line_on_stderr_and_exit_code_1(make_model: MakeModel, tmp_path: Path, extra: tuple[str, ...]) -> None:
-    result = invoke("run", "--preset", "none", make_model(), tmp_path / "out", "--group-size", 128, *extra)
+def test_refusal_is_one_line_on_stderr_and_exit_code_1(
+    make_model: MakeModel, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    result = invoke(
+        "run", "--preset", "none", make_model(), tmp_path / "out", "--group-size", 128, *extra
+    )
     assert result.exit_code == 1
     assert result.stdout == ""
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -118,7 +145,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert isinstance(result.exception, CheckpointError)
 
 
-def test_unexpected_failure_is_one_line_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unexpected_failure_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oops")
 
@@ -154,10 +183,23 @@ def llama_3_8b(directory: Path) -> Path:
     return directory
 
 
-def test_plan_of_a_large_model_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_of_a_large_model_reads_headers_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = llama_3_8b(tmp_path)
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a weight was read"))
-    plan = invoke_json("plan", "--preset", "none", source, "--max-tp", 2, "--lm-head-bits", 8, "--calib", "text.txt")
+    plan = invoke_json(
+        "plan",
+        "--preset",
+        "none",
+        source,
+        "--max-tp",
+        2,
+        "--lm-head-bits",
+        8,
+        "--calib",
+        "text.txt",
+    )
     linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert plan["refusals"] == []
     assert plan["source_bytes"]["linears"] == 2 * linears
@@ -168,23 +210,34 @@ def test_plan_of_a_large_model_reads_headers_only(tmp_path: Path, monkeypatch: p
         "R2": {"size": 128, "block": 128, "factors": "128"},
         "R4": {"size": 14336, "block": 7168, "factors": "28·256"},
     }
-    assert [entry["size"] for entry in plan["tensor_parallel"] if entry["refused"] is None] == [1, 2]
+    assert [entry["size"] for entry in plan["tensor_parallel"] if entry["refused"] is None] == [
+        1,
+        2,
+    ]
     # More than its largest tensor in float64, less than the model.
     assert 8 * 4096 * 14336 < plan["memory_bytes"] < 16e9
     assert plan["seconds"] > 0
 
 
-def test_plan_of_the_converted_sizes_is_what_run_writes(make_model: MakeModel, tmp_path: Path) -> None:
+def test_plan_of_the_converted_sizes_is_what_run_writes(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model("qwen2", tie_word_embeddings=True)
     options = ("--scales", "none", "--lm-head-bits", 8)
     assert (
         invoke_json("plan", "--preset", "none", source, *options)["output_bytes"]
-        == invoke_json("run", "--preset", "none", source, tmp_path / "out", *options)["output_bytes"]
+        == invoke_json("run", "--preset", "none", source, tmp_path / "out", *options)[
+            "output_bytes"
+        ]
     )
     stored = load_file(tmp_path / "out" / WEIGHTS)
     inspected = invoke_json("inspect", tmp_path / "out")
-    assert sum(inspected["output_bytes"].values()) == sum(tensor.nbytes for tensor in stored.values())
-    assert sum(inspected["sixteen_bit_bytes"].values()) == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
+    assert sum(inspected["output_bytes"].values()) == sum(
+        tensor.nbytes for tensor in stored.values()
+    )
+    assert sum(inspected["sixteen_bit_bytes"].values()) == sum(
+        t.nbytes for t in load_file(source / "model.safetensors").values()
+    )
 
 
 def test_plan_names_refusals_and_exits_with_1(make_model: MakeModel) -> None:
@@ -197,31 +250,50 @@ def test_plan_names_refusals_and_exits_with_1(make_model: MakeModel) -> None:
 
 
 def test_plan_names_why_a_tensor_parallel_size_is_not_served(make_model: MakeModel) -> None:
-    found = invoke_json("plan", "--preset", "none", make_model(), "--max-tp", 2, "--calib-seqlen", 64)
+    found = invoke_json(
+        "plan", "--preset", "none", make_model(), "--max-tp", 2, "--calib-seqlen", 64
+    )
     sizes = {entry["size"]: entry["refused"] for entry in found["tensor_parallel"]}
     assert sizes[1] is None
     assert "9 attention heads" in sizes[2]
     assert "Hadamard blocks of 76" in sizes[8]
 
 
-def test_plan_of_a_hub_model_fetches_no_weight(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_of_a_hub_model_fetches_no_weight(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_model()
     tensors = load_file(source / "model.safetensors")
-    header = {name: SimpleNamespace(dtype="BF16", shape=list(tensor.shape)) for name, tensor in tensors.items()}
-    metadata = SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=header)})
+    header = {
+        name: SimpleNamespace(dtype="BF16", shape=list(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    metadata = SimpleNamespace(
+        files_metadata={"model.safetensors": SimpleNamespace(tensors=header)}
+    )
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _model, name: source / name)
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda _model: metadata)
-    hub, local = (invoke_json("plan", "--preset", "none", model, "--scales", "none") for model in ("some-org/some-model", source))
+    hub, local = (
+        invoke_json("plan", "--preset", "none", model, "--scales", "none")
+        for model in ("some-org/some-model", source)
+    )
     assert hub["model"] == "some-org/some-model"
     assert hub["output_bytes"] == local["output_bytes"]
 
 
 def _flip_a_code(directory: Path) -> None:
-    _edit(directory, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight_packed"].view(-1)[:1].bitwise_xor_(1))
+    _edit(
+        directory,
+        lambda tensors: (
+            tensors["model.layers.0.mlp.up_proj.weight_packed"].view(-1)[:1].bitwise_xor_(1)
+        ),
+    )
 
 
 def _nan_scale(directory: Path) -> None:
-    _edit(directory, lambda tensors: tensors["lm_head.weight_scale"].view(-1)[:1].fill_(float("nan")))
+    _edit(
+        directory, lambda tensors: tensors["lm_head.weight_scale"].view(-1)[:1].fill_(float("nan"))
+    )
 
 
 def _negative_scale(directory: Path) -> None:
@@ -253,34 +325,49 @@ def _edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_flip_a_code, ["model.layers.0.mlp.up_proj.weight_packed", "not the ones that were written"]),
+        (
+            _flip_a_code,
+            ["model.layers.0.mlp.up_proj.weight_packed", "not the ones that were written"],
+        ),
         (_nan_scale, ["lm_head.weight_scale", "NaN"]),
         (_negative_scale, ["lm_head.weight_scale", "positive"]),
         (_drop_scale, ["model.layers.2.mlp.down_proj.weight_scale", "missing"]),
         (_half_scale, ["model.layers.2.mlp.down_proj.weight_scale", "expected torch.float32"]),
-        (lambda directory: (directory / "tokenizer.json").write_text("{ }"), ["tokenizer.json", "not the one that was written"]),
+        (
+            lambda directory: (directory / "tokenizer.json").write_text("{ }"),
+            ["tokenizer.json", "not the one that was written"],
+        ),
         (lambda directory: (directory / "tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
     ],
 )
-def test_verify_finds_every_damage(converted: Path, damage: Callable[[Path], object], words: list[str]) -> None:
+def test_verify_finds_every_damage(
+    converted: Path, damage: Callable[[Path], object], words: list[str]
+) -> None:
     assert invoke_json("verify", converted)["ok"]
     damage(converted)
     result = invoke("verify", converted, "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert not found["ok"]
-    assert any(all(word in problem for word in words) for problem in found["problems"]), found["problems"]
+    assert any(all(word in problem for word in words) for problem in found["problems"]), found[
+        "problems"
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'smoothrot'"),
-        ({"quantization_config": {"quant_method": "smoothrot", "format_version": 2}}, "format_version: expected 1, got 2"),
+        (
+            {"quantization_config": {"quant_method": "smoothrot", "format_version": 2}},
+            "format_version: expected 1, got 2",
+        ),
         ({"dtype": "float64"}, "dtype: expected bfloat16 or float16"),
     ],
 )
-def test_verify_refuses_what_is_not_this_format(converted: Path, change: dict[str, Any], words: str) -> None:
+def test_verify_refuses_what_is_not_this_format(
+    converted: Path, change: dict[str, Any], words: str
+) -> None:
     path = converted / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     result = invoke("verify", converted)
@@ -307,19 +394,26 @@ def test_inspect_says_what_is_stored(converted: Path) -> None:
     assert "152 in blocks of 152" in shown
 
 
-def test_plan_and_inspect_show_what_the_server_rotates(make_model: MakeModel, tmp_path: Path) -> None:
+def test_plan_and_inspect_show_what_the_server_rotates(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model("gemma3", tie_word_embeddings=True)
     planned = invoke_json("plan", "--preset", "none", source, "--scales", "none")
     assert planned["hadamard"]["R1 online"] == {"size": 72, "block": 72, "factors": "36·2"}
     assert planned["output_bytes"]["lm_head"] == 0
-    assert invoke("run", "--preset", "none", source, tmp_path / "out", "--scales", "none").exit_code == 0
+    assert (
+        invoke("run", "--preset", "none", source, tmp_path / "out", "--scales", "none").exit_code
+        == 0
+    )
     assert invoke_json("verify", tmp_path / "out")["ok"]
     assert invoke_json("inspect", tmp_path / "out")["output_bytes"] == planned["output_bytes"]
     shown = " ".join(invoke("inspect", tmp_path / "out").stdout.split())
     assert "152 in blocks of 152; input of q, k, v, gate and up, 72 in blocks of 72" in shown
 
 
-def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_eval_prints_what_the_evaluation_measures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from smoothrot_offline.evaluate import PerplexityResult
 
     asked: list[tuple[object, ...]] = []
@@ -329,9 +423,23 @@ def test_eval_prints_what_the_evaluation_measures(monkeypatch: pytest.MonkeyPatc
         return PerplexityResult(8.0, math.log(8.0), 99, 3, 33, False, "bfloat16", "text.txt", 1.5)
 
     monkeypatch.setattr("smoothrot_offline.evaluate.evaluate_perplexity", evaluate)
-    facts = invoke_json("eval", tmp_path, "--text", "text.txt", "--seqlen", 33, "--limit-chunks", 3, "--device", "cpu")
+    facts = invoke_json(
+        "eval",
+        tmp_path,
+        "--text",
+        "text.txt",
+        "--seqlen",
+        33,
+        "--limit-chunks",
+        3,
+        "--device",
+        "cpu",
+    )
     assert asked == [(tmp_path, Path("text.txt"), 33, 3, torch.float32, torch.device("cpu"))]
     assert (facts["perplexity"], facts["tokens"]) == (8.0, 99)
-    assert "perplexity 8.0000 over 99 tokens in bfloat16" in invoke("eval", tmp_path, "--text", "text.txt").stdout
+    assert (
+        "perplexity 8.0000 over 99 tokens in bfloat16"
+        in invoke("eval", tmp_path, "--text", "text.txt").stdout
+    )
     invoke("eval", tmp_path, "--text", "text.txt", "--dtype", "auto")
     assert asked[-1][:5] == (tmp_path, Path("text.txt"), 2048, None, None)

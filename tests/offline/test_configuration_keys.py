@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A setting that only one of vLLM's and transformers' classes reads is refused unless both then compute the same model."""
+"""A setting that only one of vLLM's and transformers' classes reads is refused unless both then
+compute the same model."""
 
 import ast
 import importlib.util
@@ -16,7 +17,8 @@ from smoothrot_offline.architectures import SUPPORTED, resolve
 from smoothrot_offline.architectures.settings import SERVER_WIDE
 from smoothrot_vllm.errors import UnsupportedModelError
 
-# Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it is derived from.
+# Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it
+# is derived from.
 SERVERS = {
     "llama": ["llama"],
     "mistral": ["mistral", "llama"],
@@ -28,7 +30,8 @@ SERVERS = {
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
 }
-# Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods of the configuration.
+# Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods
+# of the configuration.
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
 # vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
 HARMLESS = {"qwen3": {"qk_norm"}}
@@ -59,12 +62,17 @@ STRAY: list[tuple[str, str, Any]] = [
 
 
 def read_keys(source: str) -> set[str]:
-    """Keys that a module reads from a configuration: ``config.key`` and ``getattr(config, "key", …)``."""
+    """Keys that a module reads from a configuration: ``config.key`` and ``getattr(config, "key",
+    …)``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and _is_config(node.value):
             found.add(node.attr)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "hasattr")
+        ):
             target, key = node.args[:2]
             if _is_config(target) and isinstance(key, ast.Constant):
                 found.add(str(key.value))
@@ -72,7 +80,13 @@ def read_keys(source: str) -> set[str]:
 
 
 def _is_config(node: ast.expr) -> bool:
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    name = (
+        node.id
+        if isinstance(node, ast.Name)
+        else node.attr
+        if isinstance(node, ast.Attribute)
+        else ""
+    )
     return name in ("config", "hf_config")
 
 
@@ -81,7 +95,12 @@ def server_keys(model_type: str) -> set[str]:
     assert spec is not None
     assert spec.submodule_search_locations is not None
     models = Path(spec.submodule_search_locations[0]) / "model_executor" / "models"
-    return set().union(*(read_keys((models / f"{module}.py").read_text()) for module in SERVERS[model_type])) - SILENT
+    return (
+        set().union(
+            *(read_keys((models / f"{module}.py").read_text()) for module in SERVERS[model_type])
+        )
+        - SILENT
+    )
 
 
 def reference_keys(model_type: str) -> set[str]:
@@ -89,7 +108,11 @@ def reference_keys(model_type: str) -> set[str]:
     kind = CONFIG_MAPPING[model_type]
     package = Path(str(transformers.__file__)).parent / "models" / kind.__module__.split(".")[-2]
     modeling = read_keys((package / f"modeling_{package.name}.py").read_text())
-    return modeling | {key for key in kind().to_dict() if key in (package / f"configuration_{package.name}.py").read_text()}
+    return modeling | {
+        key
+        for key in kind().to_dict()
+        if key in (package / f"configuration_{package.name}.py").read_text()
+    }
 
 
 @pytest.mark.parametrize("model_type", SERVERS)
@@ -99,7 +122,12 @@ def test_each_key_that_only_the_server_reads_has_a_rule(model_type: str) -> None
     ruled |= {"head_dim"} if table.head_dim_from_hidden else set()
     # Refused where transformers has no kinds of layers.
     ruled |= set() if table.layer_types else {"layer_types"}
-    unruled = server_keys(model_type) - reference_keys(model_type) - ruled - HARMLESS.get(model_type, set())
+    unruled = (
+        server_keys(model_type)
+        - reference_keys(model_type)
+        - ruled
+        - HARMLESS.get(model_type, set())
+    )
     assert unruled == set()
 
 
@@ -136,7 +164,11 @@ def test_stray_key_is_refused_by_its_name(
 def test_qwen2_converts_with_a_window_in_all_layers_or_in_none(
     build_model: Callable[..., PreTrainedModel], changes: dict[str, Any], served: bool
 ) -> None:
-    config = build_model("qwen2").config.to_dict() | {"architectures": None, "layer_types": None} | changes
+    config = (
+        build_model("qwen2").config.to_dict()
+        | {"architectures": None, "layer_types": None}
+        | changes
+    )
     if served:
         resolve(config)
         return
@@ -144,7 +176,9 @@ def test_qwen2_converts_with_a_window_in_all_layers_or_in_none(
         resolve(config)
 
 
-@pytest.mark.parametrize("rope", [{"partial_rotary_factor": 0.5}, {"mrope_section": [1, 1, 2]}, {"use_fope": True}])
+@pytest.mark.parametrize(
+    "rope", [{"partial_rotary_factor": 0.5}, {"mrope_section": [1, 1, 2]}, {"use_fope": True}]
+)
 def test_rotary_settings_that_transformers_does_not_compute_are_refused(
     build_model: Callable[..., PreTrainedModel], rope: dict[str, Any]
 ) -> None:
@@ -153,6 +187,17 @@ def test_rotary_settings_that_transformers_does_not_compute_are_refused(
         resolve(config | {"rope_parameters": config["rope_parameters"] | rope})
 
 
-def test_flags_that_change_nothing_are_let_pass(build_model: Callable[..., PreTrainedModel]) -> None:
-    neutral = {"bias": False, "qkv_bias": False, "logit_scale": 1, "is_causal": True, "quantization_config": None}
-    assert resolve(build_model("llama").config.to_dict() | {"architectures": None} | neutral).layers == 3
+def test_flags_that_change_nothing_are_let_pass(
+    build_model: Callable[..., PreTrainedModel],
+) -> None:
+    neutral = {
+        "bias": False,
+        "qkv_bias": False,
+        "logit_scale": 1,
+        "is_causal": True,
+        "quantization_config": None,
+    }
+    assert (
+        resolve(build_model("llama").config.to_dict() | {"architectures": None} | neutral).layers
+        == 3
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole conversion on small random models: what it computes, what it writes, and how much it holds."""
+"""The whole conversion on small random models: what it computes, what it writes, and how much it
+holds."""
 
 import gc
 import hashlib
@@ -38,7 +39,9 @@ def config(**options: object) -> ConvertConfig:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 def logits(directory: Path) -> torch.Tensor:
@@ -63,7 +66,9 @@ def logits(directory: Path) -> torch.Tensor:
     ids=lambda source: "-".join(map(str, source.values())),
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "plain", "tp2-head8"]
+    "options",
+    [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}],
+    ids=["default", "plain", "tp2-head8"],
 )
 def test_eight_bit_output_computes_what_the_source_does(
     make_model: MakeModel, tmp_path: Path, source: dict[str, object], options: dict[str, object]
@@ -74,12 +79,18 @@ def test_eight_bit_output_computes_what_the_source_does(
     assert error_at_eight_bits(directory, tmp_path / "out", **options) < 0.05
 
 
-@pytest.mark.parametrize("options", [{}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "tp2-head8"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "tp2-head8"]
+)
 def test_eight_bit_output_of_fused_linears_computes_what_the_source_does(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object]
 ) -> None:
-    """Rotated only: without rotation these random weights lose 5.2 %, stored as Phi-3's or, split, as Llama's."""
-    assert error_at_eight_bits(make_model("phi3", dtype=torch.float16), tmp_path / "out", **options) < 0.05
+    """Rotated only: without rotation these random weights lose 5.2 %, stored as Phi-3's or,
+    split, as Llama's."""
+    assert (
+        error_at_eight_bits(make_model("phi3", dtype=torch.float16), tmp_path / "out", **options)
+        < 0.05
+    )
 
 
 def error_at_eight_bits(source: Path, out: Path, **options: object) -> float:
@@ -97,29 +108,42 @@ def test_same_source_and_options_give_the_same_bytes(make_model: MakeModel, tmp_
     convert(source, tmp_path / "c", config(lm_head_bits=8, seed=6))
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert (
-        digests(tmp_path / "a")["model-00001-of-00001.safetensors"] != digests(tmp_path / "c")["model-00001-of-00001.safetensors"]
+        digests(tmp_path / "a")["model-00001-of-00001.safetensors"]
+        != digests(tmp_path / "c")["model-00001-of-00001.safetensors"]
     )
 
 
-def test_sharded_source_gives_the_tensors_of_the_single_file(make_model: MakeModel, tmp_path: Path) -> None:
+def test_sharded_source_gives_the_tensors_of_the_single_file(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     whole, sharded = make_model(), make_model(name="sharded", shard="50KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     tensors = []
     for name, source in (("a", whole), ("b", sharded)):
         convert(source, tmp_path / name, config(scales="none"))
-        tensors.append({key: value.sha256 for key, value in read_manifest(tmp_path / name).tensors.items()})
+        tensors.append(
+            {key: value.sha256 for key, value in read_manifest(tmp_path / name).tensors.items()}
+        )
     assert tensors[0] == tensors[1]
 
 
-def test_output_is_sharded_with_an_index_that_transformers_reads(make_model: MakeModel, tmp_path: Path) -> None:
+def test_output_is_sharded_with_an_index_that_transformers_reads(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model(vocab_size=4096, hidden_size=288)
     convert(source, tmp_path / "out", config(scales="none", shard_mib=1))
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
-    assert files == [f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)]
+    assert files == [
+        f"model-{k:05d}-of-{len(files):05d}.safetensors" for k in range(1, len(files) + 1)
+    ]
     assert sorted(set(index["weight_map"].values())) == files
-    stored = {name: tensor for file in files for name, tensor in load_file(tmp_path / "out" / file).items()}
+    stored = {
+        name: tensor
+        for file in files
+        for name, tensor in load_file(tmp_path / "out" / file).items()
+    }
     assert stored.keys() == index["weight_map"].keys()
     assert sum(tensor.nbytes for tensor in stored.values()) == index["metadata"]["total_size"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -130,25 +154,41 @@ def test_configuration_describes_the_output(make_model: MakeModel, tmp_path: Pat
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "modeling_evil.py").write_text("raise SystemExit")
-    convert(source, tmp_path / "out", config(activation_bits=8, lm_head_bits=8, max_tp=2, group_size=-1, scales="none"))
+    convert(
+        source,
+        tmp_path / "out",
+        config(activation_bits=8, lm_head_bits=8, max_tp=2, group_size=-1, scales="none"),
+    )
     written = json.loads((tmp_path / "out/config.json").read_text())
     schema = parse_schema(written["quantization_config"])
     assert written["tie_word_embeddings"] is False
     assert (schema.activations.bits, schema.activations.clip) == (8, 1.0)
     assert schema.lm_head is not None
-    assert (schema.lm_head.weights.bits, schema.lm_head.activations.bits, schema.lm_head.activations.clip) == (8, 8, 1.0)
+    assert (
+        schema.lm_head.weights.bits,
+        schema.lm_head.activations.bits,
+        schema.lm_head.activations.clip,
+    ) == (8, 8, 1.0)
     assert schema.online.down_proj is not None
-    assert (schema.online.down_proj.size, schema.online.down_proj.block, schema.max_tensor_parallel) == (152, 76, 2)
+    assert (
+        schema.online.down_proj.size,
+        schema.online.down_proj.block,
+        schema.max_tensor_parallel,
+    ) == (152, 76, 2)
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     assert (tmp_path / "out/chat_template.jinja").exists()
     assert not (tmp_path / "out/modeling_evil.py").exists()
 
 
-def test_a_four_bit_head_has_the_groups_of_the_linears(make_model: MakeModel, tmp_path: Path) -> None:
+def test_a_four_bit_head_has_the_groups_of_the_linears(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model(hidden_size=288, intermediate_size=320)
     convert(source, tmp_path / "out", config(lm_head_bits=4, group_size=32, scales="none"))
     assert verify(tmp_path / "out").ok
-    head = parse_schema(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]).lm_head
+    head = parse_schema(
+        json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    ).lm_head
     assert head is not None
     assert (head.weights.bits, head.weights.group_size, head.activations.bits) == (4, 32, 8)
     stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
@@ -168,29 +208,46 @@ def test_conversion_without_folds_into_it_keeps_a_shared_head(
     assert "lm_head.weight" not in stored
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
     kept = {name for name in original if not name.endswith("_proj.weight")}
-    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"} < kept
+    assert {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+    } < kept
     assert all(torch.equal(stored[name], original[name]) for name in kept)
 
 
-def test_rotation_that_cannot_be_folded_is_left_to_the_server(make_model: MakeModel, tmp_path: Path) -> None:
+def test_rotation_that_cannot_be_folded_is_left_to_the_server(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     convert(make_model("gemma3"), tmp_path / "out", config(scales="none", max_tp=2))
-    schema = parse_schema(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
-    assert schema.online == Online(down_proj=OnlineHadamard(size=152, block=76), readers=OnlineHadamard(size=72, block=72))
+    schema = parse_schema(
+        json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    )
+    assert schema.online == Online(
+        down_proj=OnlineHadamard(size=152, block=76), readers=OnlineHadamard(size=72, block=72)
+    )
     rotations = read_manifest(tmp_path / "out").rotations
     assert rotations is not None
     assert (rotations.r1, rotations.r2, rotations.r4) == (72, 12, 76)
 
 
-def test_python_code_that_transformers_has_its_own_version_of_is_left_behind(make_model: MakeModel, tmp_path: Path) -> None:
+def test_python_code_that_transformers_has_its_own_version_of_is_left_behind(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model("phi3")
     path = source / "config.json"
-    named = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    named = {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": named}))
     convert(source, tmp_path / "out", config(scales="none"))
     assert "auto_map" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
-def test_rows_of_a_fused_linear_have_scales_of_their_own(make_model: MakeModel, tmp_path: Path) -> None:
+def test_rows_of_a_fused_linear_have_scales_of_their_own(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model("phi3")
     convert(source, tmp_path / "out", config(rotate=False, scales="none"))
     stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
@@ -201,18 +258,25 @@ def test_rows_of_a_fused_linear_have_scales_of_their_own(make_model: MakeModel, 
         assert torch.equal(stored[f"model.layers.0.{linear}.weight_scale"], torch.cat(parts))
 
 
-def test_codes_are_those_of_the_quantiser_on_the_source(make_model: MakeModel, tmp_path: Path) -> None:
+def test_codes_are_those_of_the_quantiser_on_the_source(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model(hidden_size=288, intermediate_size=320)
     options = config(rotate=False, scales="none", group_size=32)
     convert(source, tmp_path / "out", options)
     stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
-    schema = parse_schema(json.loads((tmp_path / "out/config.json").read_text())["quantization_config"])
+    schema = parse_schema(
+        json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    )
     for name, weight in load_file(source / "model.safetensors").items():
         if name.endswith("_proj.weight"):
             scheme = schema.scheme(name.removesuffix(".weight"))
             assert scheme is not None
             assert scheme.weights.group_size == 32
-            assert torch.equal(stored[name.replace("weight", "weight_scale")], quantize_rtn(weight, scheme.weights).scale)
+            assert torch.equal(
+                stored[name.replace("weight", "weight_scale")],
+                quantize_rtn(weight, scheme.weights).scale,
+            )
 
 
 def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: Path) -> None:
@@ -221,12 +285,15 @@ def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: P
     assert read_manifest(tmp_path / "out").tensors["model.embed_tokens.weight"].dtype == "BF16"
 
 
-def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(make_model: MakeModel, tmp_path: Path) -> None:
+def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model()
     convert(source, tmp_path / "out", config(scales="max", alpha=0.6))
     manifest = read_manifest(tmp_path / "out")
     assert manifest.source.files == {
-        name: hashlib.sha256((source / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
+        name: hashlib.sha256((source / name).read_bytes()).hexdigest()
+        for name in ("config.json", "model.safetensors")
     }
     assert manifest.calibration is not None
     assert (manifest.calibration.samples, manifest.calibration.seqlen) == (2, 16)
@@ -255,11 +322,20 @@ def test_calibration_file_leaves_its_digest_but_not_its_path(
     manifest = read_manifest(tmp_path / "out")
     assert manifest.config.calib == "text.txt"
     assert manifest.calibration is not None
-    assert manifest.calibration.tokens_sha256 == hashlib.sha256(TOKENS.numpy().astype("<i8").tobytes()).hexdigest()
+    assert (
+        manifest.calibration.tokens_sha256
+        == hashlib.sha256(TOKENS.numpy().astype("<i8").tobytes()).hexdigest()
+    )
 
 
-def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: pytest.fail("calibration was loaded"))
+def test_no_calibration_pass_without_scales(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        smoothrot_offline.decide,
+        "load_calibration",
+        lambda *_: pytest.fail("calibration was loaded"),
+    )
     monkeypatch.setattr(LayerRunner, "run", lambda *_: pytest.fail("a layer was run"))
     convert(make_model(), tmp_path / "out", config(scales="none"))
     assert read_manifest(tmp_path / "out").calibration is None
@@ -270,7 +346,12 @@ def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Pat
     [
         {"family": "llama", "attention_bias": True},
         {"family": "mistral", "sliding_window": 5},
-        {"family": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        {
+            "family": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 0,
+        },
         {"family": "qwen3"},
         {"family": "phi3", "sliding_window": 5},
         {"family": "smollm3"},
@@ -279,12 +360,16 @@ def test_no_calibration_pass_without_scales(make_model: MakeModel, tmp_path: Pat
     ],
     ids=lambda source: "-".join(map(str, source.values())),
 )
-def test_layers_run_one_by_one_see_what_the_whole_model_sees(make_model: MakeModel, source: dict[str, object]) -> None:
+def test_layers_run_one_by_one_see_what_the_whole_model_sees(
+    make_model: MakeModel, source: dict[str, object]
+) -> None:
     directory = make_model(**source)
     model = load_model(directory, torch.float32)
     seen: list[torch.Tensor] = []
     for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0].flatten(0, -2))
+        )
     with torch.no_grad():
         model(TOKENS)
     checkpoint = open_checkpoint(directory)
@@ -294,7 +379,9 @@ def test_layers_run_one_by_one_see_what_the_whole_model_sees(make_model: MakeMod
     runner = LayerRunner(spec)
     for index, expected in enumerate(seen):
         prefix = spec.layer_prefix(index)
-        weights = {name: checkpoint.load([prefix + name])[prefix + name] for name in spec.layer_tensors()}
+        weights = {
+            name: checkpoint.load([prefix + name])[prefix + name] for name in spec.layer_tensors()
+        }
         got: list[torch.Tensor] = []
         runner.run(index, weights, hidden, {"mlp.down_proj": got.append})
         torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
@@ -304,14 +391,24 @@ def test_memory_does_not_grow_with_the_number_of_layers(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def peak(layers: int) -> int:
-        source = make_model(name=f"source{layers}", hidden_size=288, intermediate_size=608, num_hidden_layers=layers)
+        source = make_model(
+            name=f"source{layers}", hidden_size=288, intermediate_size=608, num_hidden_layers=layers
+        )
         most = 0
 
         def sampling(*arguments: object) -> object:
             nonlocal most
             time.sleep(0.02)  # by now the layer that is read ahead is there, in each of the two
             tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
-            most = max(most, sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+            most = max(
+                most,
+                sum(
+                    {
+                        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                        for t in tensors
+                    }.values()
+                ),
+            )
             return quantize_rtn(*arguments)
 
         monkeypatch.setattr(smoothrot_offline.convert, "quantize_rtn", sampling)

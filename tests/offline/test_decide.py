@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion decides by measurement: clips, 8-bit layers and signs, and that the output carries the decisions."""
+"""What a conversion decides by measurement: clips, 8-bit layers and signs, and that the output
+carries the decisions."""
 
 import json
 from collections.abc import Callable
@@ -51,7 +52,10 @@ def test_best_clip_is_the_one_whose_outputs_change_least() -> None:
 
 def test_a_clip_for_several_inputs_is_the_one_with_the_least_sum() -> None:
     generator = torch.Generator().manual_seed(0)
-    plain = (torch.tensor([[7.0, -7.0, 7.0, 7.0]]).repeat(8, 16), torch.randn(4, 64, generator=generator))
+    plain = (
+        torch.tensor([[7.0, -7.0, 7.0, 7.0]]).repeat(8, 16),
+        torch.randn(4, 64, generator=generator),
+    )
     spread = (torch.randn(200, 64, generator=generator), torch.randn(24, 64, generator=generator))
     scheme = ActivationScheme(bits=4)
     assert best_clip([plain], scheme) == 1.0
@@ -73,7 +77,10 @@ def spec(make_model: MakeModel) -> ModelSpec:
 
 def test_eight_bits_go_where_four_cost_most_for_each_weight(spec: ModelSpec) -> None:
     groups = {group[0]: group for group in spec.architecture.input_groups()}
-    weights = {first: sum(out * inputs for out, inputs in map(spec.linear_shape, group)) for first, group in groups.items()}
+    weights = {
+        first: sum(out * inputs for out, inputs in map(spec.linear_shape, group))
+        for first, group in groups.items()
+    }
     costs = {first: 1e-6 * weights[first] for first in groups}
     dear = [
         LayerStudy(sensitivity=costs),
@@ -89,14 +96,18 @@ def test_eight_bits_go_where_four_cost_most_for_each_weight(spec: ModelSpec) -> 
     assert (kept.weights.bits, kept.activations.bits, kept.activations.clip) == (8, 8, 1.0)
 
 
-@pytest.mark.parametrize(("family", "fraction"), [("llama", 0.0), ("llama", 0.3), ("llama", 1.0), ("mixtral", 0.5)])
+@pytest.mark.parametrize(
+    ("family", "fraction"), [("llama", 0.0), ("llama", 0.3), ("llama", 1.0), ("mixtral", 0.5)]
+)
 def test_the_share_of_eight_bit_weights_is_never_exceeded_and_groups_stay_whole(
     make_model: MakeModel, tmp_path: Path, family: str, fraction: float
 ) -> None:
     convert(make_model(family), tmp_path / "out", make_config(**SMALL, keep_8bit=fraction))
     schema = schema_of(tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
-    spec = resolve({key: value for key, value in checkpoint.config.items() if key != "quantization_config"})
+    spec = resolve(
+        {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    )
     kept = total = 0
     for name, out, inputs in spec.output_linears(tied=True):
         scheme = schema.scheme(name)
@@ -111,7 +122,16 @@ def test_the_share_of_eight_bit_weights_is_never_exceeded_and_groups_stay_whole(
     for index in range(spec.layers):
         for groups in spec.architecture.scheme_groups():
             # A server fuses what reads one input, and has one scheme for all experts of a layer.
-            assert len({str(schema.scheme(spec.layer_prefix(index) + linear)) for group in groups for linear in group}) == 1
+            assert (
+                len(
+                    {
+                        str(schema.scheme(spec.layer_prefix(index) + linear))
+                        for group in groups
+                        for linear in group
+                    }
+                )
+                == 1
+            )
     assert verify(tmp_path / "out").ok
 
 
@@ -119,7 +139,12 @@ def test_clips_found_are_those_of_the_output(make_model: MakeModel, tmp_path: Pa
     convert(make_model(), tmp_path / "out", make_config(**SMALL, clip_search=True))
     schema, manifest = schema_of(tmp_path / "out"), read_manifest(tmp_path / "out")
     for index, layer in enumerate(manifest.layers):
-        assert layer.clips.keys() == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+        assert layer.clips.keys() == {
+            "self_attn.q_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.down_proj",
+        }
         for linear, clip in layer.clips.items():
             assert clip in CLIPS
             scheme = schema.scheme(f"model.layers.{index}.{linear}")
@@ -128,20 +153,32 @@ def test_clips_found_are_those_of_the_output(make_model: MakeModel, tmp_path: Pa
 
 
 def test_eight_bit_inputs_are_not_clipped(make_model: MakeModel, tmp_path: Path) -> None:
-    convert(make_model(), tmp_path / "out", make_config(**SMALL, clip_search=True, activation_bits=8))
+    convert(
+        make_model(), tmp_path / "out", make_config(**SMALL, clip_search=True, activation_bits=8)
+    )
     assert schema_of(tmp_path / "out").overrides == {}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
-def test_trial_loss_is_that_of_the_converted_model(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+def test_trial_loss_is_that_of_the_converted_model(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
     source = make_model(family, dtype=torch.float32)
-    # At 4 bits the last bits of the stored embedding turn codes, and a random model's loss with them.
+    # At 4 bits the last bits of the stored embedding turn codes, and a random model's loss with
+    # them.
     config = make_config(scales="none", seed=3, weight_bits=8, activation_bits=8)
     convert(source, tmp_path / "out", config)
     checkpoint = open_checkpoint(source)
     spec = resolve(checkpoint.config)
     studies = [LayerStudy()] * spec.layers
-    found = trial_loss(checkpoint, spec, make_schema(spec, config), ModelTransform.of(spec, config), studies, TOKENS)
+    found = trial_loss(
+        checkpoint,
+        spec,
+        make_schema(spec, config),
+        ModelTransform.of(spec, config),
+        studies,
+        TOKENS,
+    )
     with torch.inference_mode():
         logits = load_model(tmp_path / "out", torch.float32)(TOKENS).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
@@ -168,5 +205,8 @@ def test_the_seed_with_the_least_held_out_loss_is_folded(
     assert all(tokens.shape == (8, 16) for tokens in held_out)
     assert read_manifest(tmp_path / "chosen").calibration.samples == 4
     convert(source, tmp_path / "first", make_config(**SMALL, seed=5))
-    first, chosen = (read_manifest(tmp_path / name).tensors["model.embed_tokens.weight"] for name in ("first", "chosen"))
+    first, chosen = (
+        read_manifest(tmp_path / name).tensors["model.embed_tokens.weight"]
+        for name in ("first", "chosen")
+    )
     assert first.sha256 != chosen.sha256

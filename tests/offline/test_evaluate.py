@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.evaluate import evaluate_perplexity, windows
@@ -31,14 +37,18 @@ SIZES: dict[str, Any] = {
 
 
 def save_tokenizer(directory: Path, add_bos: bool) -> None:
-    vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2} | {word: 3 + i for i, word in enumerate(WORDS)}
+    vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2} | {
+        word: 3 + i for i, word in enumerate(WORDS)
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if add_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        directory
-    )
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(directory)
 
 
 def save_model(directory: Path, add_bos: bool = False, family: str = "llama") -> Path:
@@ -81,7 +91,9 @@ def test_limit_takes_the_first_windows_only(model_dir: Path, text_file: Path) ->
     assert limited.nll != evaluate_perplexity(model_dir, text_file, seqlen=32).nll
 
 
-def test_tokenizer_that_adds_bos_adds_it_once(tmp_path: Path, text_file: Path, model_dir: Path) -> None:
+def test_tokenizer_that_adds_bos_adds_it_once(
+    tmp_path: Path, text_file: Path, model_dir: Path
+) -> None:
     result = evaluate_perplexity(save_model(tmp_path, add_bos=True), text_file, seqlen=32)
     assert (result.chunks, result.tokens, result.bos_in_each_chunk) == (4, 31 * 3 + 5, False)
 
@@ -91,13 +103,17 @@ def test_gemma_gets_bos_in_each_window(tmp_path: Path, text_file: Path) -> None:
     assert (result.chunks, result.tokens, result.bos_in_each_chunk) == (4, 101, True)
 
 
-@pytest.mark.parametrize(("count", "lengths"), [(64, [32, 32]), (65, [32, 32]), (66, [32, 32, 2]), (1, []), (0, [])])
+@pytest.mark.parametrize(
+    ("count", "lengths"), [(64, [32, 32]), (65, [32, 32]), (66, [32, 32, 2]), (1, []), (0, [])]
+)
 def test_windows_keep_every_tail_that_predicts_a_token(count: int, lengths: list[int]) -> None:
     assert [len(w) for w in windows(torch.arange(count), 32)] == lengths
 
 
 @pytest.mark.parametrize("options", [{"seqlen": 1}, {"limit_chunks": 0}])
-def test_options_out_of_range_are_refused(model_dir: Path, text_file: Path, options: dict[str, int]) -> None:
+def test_options_out_of_range_are_refused(
+    model_dir: Path, text_file: Path, options: dict[str, int]
+) -> None:
     with pytest.raises(ConfigError, match="--seqlen >= 2"):
         evaluate_perplexity(model_dir, text_file, **options)
 
@@ -138,7 +154,9 @@ def test_unreadable_text_is_refused(tmp_path: Path, content: bytes, words: str) 
         read_text(file)
 
 
-def test_calibration_windows_are_runs_of_the_text_and_depend_on_the_seed(model_dir: Path, text_file: Path) -> None:
+def test_calibration_windows_are_runs_of_the_text_and_depend_on_the_seed(
+    model_dir: Path, text_file: Path
+) -> None:
     drawn = load_calibration(str(text_file), model_dir, samples=16, seqlen=10, seed=3)
     assert (drawn.shape, drawn.dtype) == ((16, 10), torch.int64)
     runs = {tuple(3 + WORDS.index(w) for w in TEXT.split()[i : i + 10]) for i in range(92)}
@@ -147,13 +165,19 @@ def test_calibration_windows_are_runs_of_the_text_and_depend_on_the_seed(model_d
     assert not torch.equal(drawn, load_calibration(str(text_file), model_dir, 16, 10, seed=4))
 
 
-def test_calibration_windows_start_with_the_bos_that_the_tokenizer_adds(tmp_path: Path, text_file: Path) -> None:
-    drawn = load_calibration(str(text_file), save_model(tmp_path, add_bos=True), samples=8, seqlen=10, seed=0)
+def test_calibration_windows_start_with_the_bos_that_the_tokenizer_adds(
+    tmp_path: Path, text_file: Path
+) -> None:
+    drawn = load_calibration(
+        str(text_file), save_model(tmp_path, add_bos=True), samples=8, seqlen=10, seed=0
+    )
     assert (drawn[:, 0] == 1).all()
     assert (drawn[:, 1:] > 2).all()
 
 
-def test_text_shorter_than_a_window_is_refused_but_one_window_is_enough(model_dir: Path, text_file: Path) -> None:
+def test_text_shorter_than_a_window_is_refused_but_one_window_is_enough(
+    model_dir: Path, text_file: Path
+) -> None:
     assert load_calibration(str(text_file), model_dir, 2, 101, seed=0).shape == (2, 101)
     with pytest.raises(ConfigError, match="at least 102 tokens for one window, got 101"):
         load_calibration(str(text_file), model_dir, 2, 102, seed=0)
@@ -170,7 +194,9 @@ def test_generated_text_starts_at_bos_fills_windows_and_repeats_for_a_seed(model
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_missing_file_and_unreachable_dataset_are_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_file_and_unreachable_dataset_are_refused(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load_calibration("/nowhere/at all.txt", model_dir, 2, 8, seed=0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -179,7 +205,9 @@ def test_missing_file_and_unreachable_dataset_are_refused(model_dir: Path, monke
         load_calibration("owner/name", model_dir, 2, 8, seed=0)
 
 
-def test_dataset_of_the_hub_is_read_as_far_as_needed(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_of_the_hub_is_read_as_far_as_needed(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     datasets = pytest.importorskip("datasets")
     rows = ({"text": TEXT} for _ in range(1000))
     asked = []

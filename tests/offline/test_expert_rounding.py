@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error-compensated rounding of experts: each for its own tokens, the same of both models, and little of few."""
+"""Error-compensated rounding of experts: each for its own tokens, the same of both models, and
+little of few."""
 
 import hashlib
 import logging
@@ -31,7 +32,9 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 def content(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 def codes(directory: Path) -> dict[str, torch.Tensor]:
@@ -41,7 +44,9 @@ def codes(directory: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inputs_of_experts_follow_the_routing_that_is_given(make_model: MakeModel, family: str) -> None:
+def test_inputs_of_experts_follow_the_routing_that_is_given(
+    make_model: MakeModel, family: str
+) -> None:
     checkpoint = open_checkpoint(make_model(family, dtype=torch.float32))
     spec, name = resolve(checkpoint.config), "model.embed_tokens.weight"
     tensors = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors())
@@ -51,7 +56,9 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(make_model: MakeMode
     linears = [group[0] for group in gated + downs]
     own, routing = copy.expert_inputs(middle, linears)
     normed = copy.feed_forward_input(middle).flatten(0, -2)
-    torch.testing.assert_close(routing, normed @ tensors[f"{spec.architecture.feed_forward}.gate.weight"].T)
+    torch.testing.assert_close(
+        routing, normed @ tensors[f"{spec.architecture.feed_forward}.gate.weight"].T
+    )
     # Another routing, which leaves the last expert out.
     other = routing.roll(1, dims=1).index_fill(1, torch.tensor([spec.experts - 1]), -torch.inf)
     forced, _ = copy.expert_inputs(middle, linears, other)
@@ -61,14 +68,19 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(make_model: MakeMode
             x = normed[(chosen == expert).any(dim=-1)]
             assert (gate in found) == (down in found) == (len(x) > 0)
             if len(x):
-                product = torch.nn.functional.silu(x @ tensors[f"{gate}.weight"].T) * (x @ tensors[f"{up}.weight"].T)
+                product = torch.nn.functional.silu(x @ tensors[f"{gate}.weight"].T) * (
+                    x @ tensors[f"{up}.weight"].T
+                )
                 torch.testing.assert_close(found[gate], x)
                 torch.testing.assert_close(found[down], product)
     assert gated[-1][0] not in forced
 
 
 def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_named(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS[:1, :3])
     source = make_model("qwen3_moe", num_hidden_layers=1)
@@ -84,27 +96,45 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_n
         with caplog.at_level(logging.WARNING, "smoothrot_offline"):
             convert(source, tmp_path / rounding, make_config(**options(rounding=rounding)))
         found[rounding] = codes(tmp_path / rounding)
-    (warning,) = [record.getMessage() for record in caplog.records if "routed to these experts" in record.getMessage()]
+    (warning,) = [
+        record.getMessage()
+        for record in caplog.records
+        if "routed to these experts" in record.getMessage()
+    ]
     assert warning.startswith("decoder layer 0: ")
     named = {
-        int(word.split()[0]): int(word.split("(")[1][:-1]) for word in warning.split("(tokens): ")[1].split(". ")[0].split(", ")
+        int(word.split()[0]): int(word.split("(")[1][:-1])
+        for word in warning.split("(tokens): ")[1].split(". ")[0].split(", ")
     }
     # Three tokens of two experts each.
     assert list(named) == list(range(6))
     assert sum(named.values()) == 6
     assert 0 in named.values()
     for expert, tokens in named.items():
-        names = [f"model.layers.0.mlp.experts.{expert}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
-        as_nearest = [torch.equal(found["rtn"][f"{name}_packed"], found["gptaq"][f"{name}_packed"]) for name in names]
+        names = [
+            f"model.layers.0.mlp.experts.{expert}.{kind}_proj.weight"
+            for kind in ("gate", "up", "down")
+        ]
+        as_nearest = [
+            torch.equal(found["rtn"][f"{name}_packed"], found["gptaq"][f"{name}_packed"])
+            for name in names
+        ]
         assert all(as_nearest) == (tokens == 0), expert
         assert [damped[name] for name in names] == pytest.approx([0.01 / max(1, tokens)] * 3)
     assert damped["model.layers.0.self_attn.o_proj.weight"] == pytest.approx(0.01 / (9 * 12))
 
 
 def test_experts_with_enough_tokens_are_not_named(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: torch.arange(1280).reshape(64, 20) * 31 % 96)
+    monkeypatch.setattr(
+        smoothrot_offline.decide,
+        "load_calibration",
+        lambda *_: torch.arange(1280).reshape(64, 20) * 31 % 96,
+    )
     with caplog.at_level(logging.WARNING, "smoothrot_offline"):
         convert(
             make_model("mixtral", num_hidden_layers=1, num_experts_per_tok=4),
@@ -120,7 +150,9 @@ def test_an_interrupted_conversion_ends_with_the_bytes_of_any_other_run(
 ) -> None:
     monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
     source = make_model(family)
-    config = make_config(**options(scales="l2", smooth_norms=True, rounding="gptaq", clip_search=True, keep_8bit=0.3))
+    config = make_config(
+        **options(scales="l2", smooth_norms=True, rounding="gptaq", clip_search=True, keep_8bit=0.3)
+    )
 
     def stop(message: str, _done: int, _total: int) -> None:
         if message == "layer 3 of 3":

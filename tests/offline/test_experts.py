@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models with experts: their modules, each expert's own scales, conversions, and what is refused by name."""
+"""Models with experts: their modules, each expert's own scales, conversions, and what is refused
+by name."""
 
 import logging
 from collections.abc import Callable
@@ -57,7 +58,10 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "changes"), [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": True})])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": True})],
+)
 def test_separate_experts_compute_what_transformers_does(
     build_model: Callable[..., PreTrainedModel], name: str, changes: dict[str, Any]
 ) -> None:
@@ -67,14 +71,21 @@ def test_separate_experts_compute_what_transformers_does(
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(make_model: MakeModel, family: str) -> None:
+def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
+    make_model: MakeModel, family: str
+) -> None:
     source = make_model(family, dtype=torch.float32)
     checkpoint = open_checkpoint(source)
     spec = resolve(checkpoint.config)
     weight = checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
     hidden, runner = embed(TOKENS, weight), LayerRunner(spec)
     for index in range(spec.layers):
-        runner.run(index, checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()), hidden, {})
+        runner.run(
+            index,
+            checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()),
+            hidden,
+            {},
+        )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).model
     model.norm = torch.nn.Identity()
     with torch.no_grad():
@@ -85,26 +96,36 @@ def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, fam
     checkpoint = open_checkpoint(make_model(family, dtype=torch.float32))
     spec, config = resolve(checkpoint.config), make_config(scales="max", rotate=False)
     layer = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors())
-    hidden = embed(TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"])
+    hidden = embed(
+        TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    )
     seen: dict[str, torch.Tensor] = {}
     downs = [FAMILIES[family].format(e) for e in range(spec.experts)]
     observers = {down: lambda x, down=down: seen.update({down: x.clone()}) for down in downs}
     LayerRunner(spec).run(0, layer, hidden.clone(), observers)
-    found = smooth_layer(0, layer, hidden, LayerRunner(spec), spec, config, make_schema(spec, config), {})
+    found = smooth_layer(
+        0, layer, hidden, LayerRunner(spec), spec, config, make_schema(spec, config), {}
+    )
     assert found.scales.shape == (spec.experts, spec.intermediate)
-    assert sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * spec.config.num_experts_per_tok
+    assert (
+        sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * spec.config.num_experts_per_tok
+    )
     for row, record, down in zip(found.scales, found.records, downs, strict=True):
         if down not in seen:
             assert record is None
             assert (row == 1).all()
             continue
-        expected = (seen[down].abs().amax(0).double() / layer[f"{down}.weight"].abs().amax(0).double()).sqrt()
+        expected = (
+            seen[down].abs().amax(0).double() / layer[f"{down}.weight"].abs().amax(0).double()
+        ).sqrt()
         torch.testing.assert_close(row, expected)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.usefixtures("calibrated")
-def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_path: Path, family: str, bits: int) -> None:
+def test_a_conversion_is_whole_and_runs_as_defined(
+    make_model: MakeModel, tmp_path: Path, family: str, bits: int
+) -> None:
     source, out = make_model(family, num_hidden_layers=2), tmp_path / "out"
     convert(source, out, make_config(**options(activation_bits=bits, weight_bits=bits)))
     assert verify(out).ok
@@ -116,7 +137,10 @@ def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_pa
     assert scales.shape == (spec.experts, spec.intermediate)
     assert inspect(out).quantization.ignore == spec.routers()
     with torch.no_grad():
-        compiled, defined = (load_model(out, torch.float32, kernels)(TOKENS).logits for kernels in ("compiled", "reference"))
+        compiled, defined = (
+            load_model(out, torch.float32, kernels)(TOKENS).logits
+            for kernels in ("compiled", "reference")
+        )
         original = load_model(source, torch.float32)(TOKENS).logits
     torch.testing.assert_close(compiled, defined, rtol=1e-4, atol=1e-4)
     if bits == 8:
@@ -125,7 +149,9 @@ def test_a_conversion_is_whole_and_runs_as_defined(make_model: MakeModel, tmp_pa
 
 
 @pytest.mark.usefixtures("calibrated")
-def test_gptq_rounds_each_expert_for_its_own_tokens(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+def test_gptq_rounds_each_expert_for_its_own_tokens(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
     source = make_model(family, num_hidden_layers=1)
     found = {}
     for rounding in ("rtn", "gptq"):
@@ -137,7 +163,9 @@ def test_gptq_rounds_each_expert_for_its_own_tokens(make_model: MakeModel, tmp_p
     original, errors = load_model(source, torch.float32), {}
     with torch.no_grad():
         # What the first layer makes of the very tokens it was rounded for, routed alike.
-        expected = original.model.layers[0](original.model.embed_tokens(TOKENS), **_rotary(original))
+        expected = original.model.layers[0](
+            original.model.embed_tokens(TOKENS), **_rotary(original)
+        )
         rotation = read_transform(tmp_path / "rtn").transform.residual
         assert rotation is not None
         for rounding, model in found.items():
@@ -154,18 +182,29 @@ def _rotary(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def test_experts_that_no_token_reaches_are_named_once(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS[:1, :2])
     with caplog.at_level(logging.WARNING, "smoothrot_offline"):
-        convert(make_model("qwen3_moe"), tmp_path / "out", make_config(calib_samples=1, calib_seqlen=2))
-    (warning,) = [record.getMessage() for record in caplog.records if "no token was routed" in record.getMessage()]
+        convert(
+            make_model("qwen3_moe"), tmp_path / "out", make_config(calib_samples=1, calib_seqlen=2)
+        )
+    (warning,) = [
+        record.getMessage()
+        for record in caplog.records
+        if "no token was routed" in record.getMessage()
+    ]
     scales = read_transform(tmp_path / "out").scales
     for index, layer in enumerate(read_manifest(tmp_path / "out").layers):
         # Two tokens reach four of the six experts at most.
         assert len(layer.unseen_experts) >= 2
         assert f"layer {index}: {', '.join(map(str, layer.unseen_experts))}" in warning
-        assert [e for e, record in enumerate(layer.experts) if record is None] == layer.unseen_experts
+        assert [
+            e for e, record in enumerate(layer.experts) if record is None
+        ] == layer.unseen_experts
         found = scales[index].down
         assert found is not None
         assert [e for e, row in enumerate(found) if (row == 1).all()] == layer.unseen_experts
@@ -174,13 +213,25 @@ def test_experts_that_no_token_reaches_are_named_once(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scales": "search", "group_size": 32, "hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32},
+        {
+            "scales": "search",
+            "group_size": 32,
+            "hidden_size": 96,
+            "moe_intermediate_size": 64,
+            "head_dim": 32,
+        },
         {"scales": "learned"},
         {"scales": "none", "rotations": "learned", "rotation_steps": 2},
         {"scales": "quantile", "smooth_norms": True, "sign_seeds": 2, "lm_head_bits": 8},
         {"scales": "max", "rotate": False},
         {"scales": "none", "rounding": "gptq"},
-        {"rounding": "gptaq", "group_size": 64, "hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 64},
+        {
+            "rounding": "gptaq",
+            "group_size": 64,
+            "hidden_size": 64,
+            "moe_intermediate_size": 64,
+            "head_dim": 64,
+        },
         {"scales": "none", "clip_search": True},
     ],
     ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
@@ -188,16 +239,26 @@ def test_experts_that_no_token_reaches_are_named_once(
 def test_other_options_convert_too(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS.repeat(5, 1))
+    monkeypatch.setattr(
+        smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS.repeat(5, 1)
+    )
     sizes = {key: value for key, value in changes.items() if key not in ConvertConfig.model_fields}
     source, out = make_model("qwen3_moe", num_hidden_layers=1, **sizes), tmp_path / "out"
-    convert(source, out, make_config(**options(**{key: value for key, value in changes.items() if key not in sizes})))
+    convert(
+        source,
+        out,
+        make_config(
+            **options(**{key: value for key, value in changes.items() if key not in sizes})
+        ),
+    )
     assert verify(out).ok
     assert compare_with_source(out, source).problems == []
 
 
 @pytest.mark.usefixtures("calibrated")
-def test_clips_and_eight_bits_are_the_same_for_all_experts_of_a_layer(make_model: MakeModel, tmp_path: Path, family: str) -> None:
+def test_clips_and_eight_bits_are_the_same_for_all_experts_of_a_layer(
+    make_model: MakeModel, tmp_path: Path, family: str
+) -> None:
     source, out = make_model(family, num_hidden_layers=2), tmp_path / "out"
     # Attention and the experts of one layer.
     convert(source, out, make_config(**options(clip_search=True, keep_8bit=0.6)))
@@ -208,7 +269,11 @@ def test_clips_and_eight_bits_are_the_same_for_all_experts_of_a_layer(make_model
     eight = []
     for index, layer in enumerate(read_manifest(out).layers):
         assert layer.clips.keys() == layer.sensitivity.keys() == {group[0][0] for group in groups}
-        experts = {str(schema.scheme(spec.layer_prefix(index) + linear)) for group in groups[-1] for linear in group}
+        experts = {
+            str(schema.scheme(spec.layer_prefix(index) + linear))
+            for group in groups[-1]
+            for linear in group
+        }
         assert len(experts) == 1, "the server has one scheme for all of them"
         scheme = schema.scheme(spec.layer_prefix(index) + groups[-1][0][0])
         assert scheme is not None
@@ -216,13 +281,21 @@ def test_clips_and_eight_bits_are_the_same_for_all_experts_of_a_layer(make_model
         assert scheme.activations.clip == (1.0 if eight[-1] else layer.clips[groups[-1][0][0]])
     assert sorted(eight) == [False, True]
     with torch.no_grad():
-        compiled, defined = (load_model(out, torch.float32, kernels)(TOKENS).logits for kernels in ("compiled", "reference"))
+        compiled, defined = (
+            load_model(out, torch.float32, kernels)(TOKENS).logits
+            for kernels in ("compiled", "reference")
+        )
     torch.testing.assert_close(compiled, defined, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["fast", "balanced", "best", "paper-compat"])
 def test_presets_are_those_of_dense_models(make_model: MakeModel, name: Any) -> None:
-    sizes = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 96}
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_size": 96,
+    }
     mixture = open_checkpoint(make_model("mixtral", intermediate_size=128, **sizes))
     dense = open_checkpoint(make_model(name="dense", intermediate_size=128, **sizes))
     choice = choose_preset(name, {"calib_seqlen": 32}, mixture)
@@ -237,7 +310,9 @@ def test_presets_are_those_of_dense_models(make_model: MakeModel, name: Any) -> 
 def test_max_tp_divides_the_width_of_an_expert(make_model: MakeModel) -> None:
     checkpoint = open_checkpoint(make_model("qwen3_moe", intermediate_size=152))
     spec = resolve(checkpoint.config)
-    assert make_schema(spec, make_config(max_tp=2)).online.down_proj.block == 2  # 76 / 2 = 38 = 19 * 2
+    assert (
+        make_schema(spec, make_config(max_tp=2)).online.down_proj.block == 2
+    )  # 76 / 2 = 38 = 19 * 2
     (refused,) = plan_conversion(checkpoint, make_config(max_tp=8)).refusals
     assert "76" in refused
 
@@ -245,8 +320,14 @@ def test_max_tp_divides_the_width_of_an_expert(make_model: MakeModel) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers: expected \[\], experts in every layer, got \[0\]"),
-        ({"decoder_sparse_step": 2}, r"decoder_sparse_step: expected 1, experts in every layer, got 2"),
+        (
+            {"mlp_only_layers": [0]},
+            r"mlp_only_layers: expected \[\], experts in every layer, got \[0\]",
+        ),
+        (
+            {"decoder_sparse_step": 2},
+            r"decoder_sparse_step: expected 1, experts in every layer, got 2",
+        ),
         ({"num_experts_per_tok": 7}, r"num_experts_per_tok: expected 1 to num_experts = 6 .*got 7"),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu"),
         (
@@ -255,7 +336,9 @@ def test_max_tp_divides_the_width_of_an_expert(make_model: MakeModel) -> None:
         ),
     ],
 )
-def test_other_mixtures_are_refused_by_name(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
+def test_other_mixtures_are_refused_by_name(
+    make_model: MakeModel, changes: dict[str, Any], words: str
+) -> None:
     source = make_model("qwen3_moe")
     edit_config(source, **changes)
     with pytest.raises(UnsupportedModelError, match=words):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of others: their code is never run, their pickles never opened, and what is wrong with them is said by name."""
+"""Files of others: their code is never run, their pickles never opened, and what is wrong with
+them is said by name."""
 
 import builtins
 import json
@@ -22,13 +23,22 @@ from smoothrot_offline.foreign_models import load_config
 from smoothrot_offline.foreign_tokenizers import load_tokenizer
 from smoothrot_offline.model import load_model
 from smoothrot_offline.transform_record import read_transform
-from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    SmoothRotError,
+    UnsupportedModelError,
+)
 from smoothrot_vllm.format import TRANSFORM_NAME
 from smoothrot_vllm.headers import check_shards
 
 CANARY = "canary.Canary"
-CANARY_CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Canary: pass\n"
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee\nsize 12345\n"
+CANARY_CODE = (
+    "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nclass Canary: pass\n"
+)
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d436b5ee\nsize 12345\n"
+)
 TEXT_OPTIONS = ("--calib", SHORT_TEXT, "--calib-samples", "2", "--calib-seqlen", "16")
 Edit = Callable[[Path], object]
 
@@ -63,7 +73,17 @@ def commands(source: Path) -> dict[str, tuple[object, ...]]:
         "run": ("run", "--preset", "none", *TEXT_OPTIONS, source, out),
         "eval": ("eval", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, source),
         "analyze": ("analyze", *TEXT_OPTIONS, source, source.parent / "analysis"),
-        "report": ("report", "--no-speed", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, source),
+        "report": (
+            "report",
+            "--no-speed",
+            "--text",
+            SHORT_TEXT,
+            "--seqlen",
+            32,
+            "--limit-chunks",
+            2,
+            source,
+        ),
     }
 
 
@@ -77,8 +97,13 @@ def refusal(result: Result) -> str:
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "eval", "report"])
-@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": [CANARY, CANARY]}, {"AutoTokenizer": [None, CANARY]}, [CANARY, None]])
-def test_code_of_a_tokenizer_is_never_run_nor_asked_about(source: Path, command: str, auto_map: Any) -> None:
+@pytest.mark.parametrize(
+    "auto_map",
+    [{"AutoTokenizer": [CANARY, CANARY]}, {"AutoTokenizer": [None, CANARY]}, [CANARY, None]],
+)
+def test_code_of_a_tokenizer_is_never_run_nor_asked_about(
+    source: Path, command: str, auto_map: Any
+) -> None:
     edit(source / "tokenizer_config.json", auto_map=auto_map)
     result = invoke(*commands(source)[command])
     assert not (source / "ran").exists()
@@ -89,8 +114,14 @@ def test_code_of_a_tokenizer_is_never_run_nor_asked_about(source: Path, command:
 
 @pytest.mark.parametrize("command", ["plan", "run", "eval", "report"])
 @pytest.mark.parametrize("model_type", ["llama", "own_model"])
-def test_code_of_a_model_is_never_run_nor_asked_about(source: Path, command: str, model_type: str) -> None:
-    edit(source / "config.json", auto_map={"AutoConfig": CANARY, "AutoModelForCausalLM": CANARY}, model_type=model_type)
+def test_code_of_a_model_is_never_run_nor_asked_about(
+    source: Path, command: str, model_type: str
+) -> None:
+    edit(
+        source / "config.json",
+        auto_map={"AutoConfig": CANARY, "AutoModelForCausalLM": CANARY},
+        model_type=model_type,
+    )
     result = invoke(*commands(source)[command])
     assert not (source / "ran").exists()
     assert "Do you wish to run" not in result.output
@@ -110,16 +141,23 @@ def test_code_of_a_family_that_transformers_has_too_is_never_run(tmp_path: Path)
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize(
+    "key", ["attn_implementation", "_attn_implementation", "_experts_implementation"]
+)
 def test_kernels_of_a_hub_are_refused(source: Path, key: str) -> None:
     edit(source / "config.json", **{key: "some-org/some-kernel"})
-    with pytest.raises(UnsupportedModelError, match=f"config.json: {key}: .*'some-org/some-kernel', code of a hub repository"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=f"config.json: {key}: .*'some-org/some-kernel', code of a hub repository",
+    ):
         load_model(source)
 
 
 def test_pickles_are_never_opened(source: Path) -> None:
     (source / "model.safetensors").unlink()
-    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR.")
+    (source / "pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR."
+    )
     for command in commands(source).values():
         assert "which can run code when opened" in refusal(invoke(*command))
     edit(source / "config.json", transformers_weights="pytorch_model.bin")
@@ -128,7 +166,9 @@ def test_pickles_are_never_opened(source: Path) -> None:
     assert not (source / "ran").exists()
 
 
-def test_a_local_directory_is_read_without_the_network(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_directory_is_read_without_the_network(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
 
     def refuse(*arguments: Any, **_: Any) -> Any:
@@ -144,12 +184,22 @@ def test_a_local_directory_is_read_without_the_network(source: Path, monkeypatch
     check_shards(out)
     for check in ("verify", "inspect"):
         assert invoke(check, out).exit_code == 0
-    assert invoke("eval", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, out).exit_code == 0
+    assert (
+        invoke("eval", "--text", SHORT_TEXT, "--seqlen", 32, "--limit-chunks", 2, out).exit_code
+        == 0
+    )
     assert asked == []
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    "file",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ],
 )
 @pytest.mark.parametrize("command", ["plan", "run", "eval"])
 def test_git_lfs_pointers_are_named_with_the_remedy(source: Path, file: str, command: str) -> None:
@@ -168,7 +218,9 @@ def test_git_lfs_pointer_of_an_index_is_named(source: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "eval"])
-def test_a_tokenizer_of_another_version_is_named_before_any_work(source: Path, command: str) -> None:
+def test_a_tokenizer_of_another_version_is_named_before_any_work(
+    source: Path, command: str
+) -> None:
     content = json.loads((source / "tokenizer.json").read_text())
     content["model"]["type"] = "ModelOfTheFuture"
     (source / "tokenizer.json").write_text(json.dumps(content))
@@ -179,13 +231,18 @@ def test_a_tokenizer_of_another_version_is_named_before_any_work(source: Path, c
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "eval"])
-def test_a_missing_sentencepiece_is_named_before_any_work(source: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sentencepiece_is_named_before_any_work(
+    source: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (source / file).unlink()
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     hide_package(monkeypatch, "sentencepiece")
     message = refusal(invoke(*commands(source)[command]))
-    assert "tokenizer.model needs the package sentencepiece, which is not installed: pip install sentencepiece" in message
+    assert (
+        "tokenizer.model needs the package sentencepiece, which is not installed: pip install"
+        " sentencepiece" in message
+    )
     assert list(source.parent.iterdir()) == [source]
 
 
@@ -213,7 +270,9 @@ def hide_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 def test_a_directory_without_a_tokenizer_says_so(source: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (source / file).unlink()
-    assert "expected tokenizer.json or tokenizer.model, found neither" in refusal(invoke(*commands(source)["plan"]))
+    assert "expected tokenizer.json or tokenizer.model, found neither" in refusal(
+        invoke(*commands(source)["plan"])
+    )
 
 
 @pytest.mark.parametrize("place", ["vocab", "added_tokens"])
@@ -224,17 +283,33 @@ def test_token_ids_that_would_fill_the_memory_are_refused(source: Path, place: s
     else:
         content["added_tokens"][0]["id"] = 2**31
     (source / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected token ids up to \d+, got 2147483648"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: expected token ids up to \d+, got 2147483648"
+    ):
         load_tokenizer(source)
 
 
 @pytest.mark.parametrize(
     ("method", "package"),
-    [("gptq", "pip install gptqmodel optimum"), ("awq", "pip install gptqmodel"), ("bitsandbytes", "pip install bitsandbytes")],
+    [
+        ("gptq", "pip install gptqmodel optimum"),
+        ("awq", "pip install gptqmodel"),
+        ("bitsandbytes", "pip install bitsandbytes"),
+    ],
 )
 @pytest.mark.parametrize("command", ["eval", "report"])
-def test_models_of_other_methods_name_the_package_that_runs_them(source: Path, command: str, method: str, package: str) -> None:
-    edit(source / "config.json", quantization_config={"quant_method": method, "bits": 4, "group_size": 32, "load_in_4bit": True})
+def test_models_of_other_methods_name_the_package_that_runs_them(
+    source: Path, command: str, method: str, package: str
+) -> None:
+    edit(
+        source / "config.json",
+        quantization_config={
+            "quant_method": method,
+            "bits": 4,
+            "group_size": 32,
+            "load_in_4bit": True,
+        },
+    )
     message = refusal(invoke(*commands(source)[command]))
     assert f"quant_method '{method}'" in message
     assert package in message
@@ -242,7 +317,9 @@ def test_models_of_other_methods_name_the_package_that_runs_them(source: Path, c
 
 def test_an_unknown_quantization_method_is_not_taken_for_none(source: Path) -> None:
     edit(source / "config.json", quantization_config={"quant_method": "nonsense"})
-    with pytest.raises(ConfigError, match="expected a method that transformers has, got 'nonsense'"):
+    with pytest.raises(
+        ConfigError, match="expected a method that transformers has, got 'nonsense'"
+    ):
         load_model(source)
 
 
@@ -250,12 +327,26 @@ def test_compressed_tensors_are_evaluated_and_reported(source: Path, tmp_path: P
     peer = tmp_path / "peer"
     (source / "special_tokens_map.json").write_text("{}")
     write_peer(source, peer, "w4a16")
-    result = invoke("report", "--no-speed", "--text", SHORT_TEXT, "--seqlen", 64, "--limit-chunks", 4, "--json", source, peer)
+    result = invoke(
+        "report",
+        "--no-speed",
+        "--text",
+        SHORT_TEXT,
+        "--seqlen",
+        64,
+        "--limit-chunks",
+        4,
+        "--json",
+        source,
+        peer,
+    )
     assert result.exit_code == 0, result.output
     plain, other = json.loads(result.stdout)["directories"]
     assert (plain["kind"], other["kind"]) == ("plain", "compressed-tensors")
     assert other["size"]["sixteen_bit_bytes"] == plain["size"]["sixteen_bit_bytes"]
-    perplexities = [record["perplexity"][SHORT_TEXT.name]["perplexity"] for record in (plain, other)]
+    perplexities = [
+        record["perplexity"][SHORT_TEXT.name]["perplexity"] for record in (plain, other)
+    ]
     assert perplexities[0] != perplexities[1]
     assert abs(perplexities[1] / perplexities[0] - 1) < 0.5
 
@@ -275,7 +366,9 @@ def test_compressed_tensors_are_evaluated_and_reported(source: Path, tmp_path: P
         ({"quantization_config": {"bits": 4}}, "expected an object with a quant_method"),
     ],
 )
-def test_configurations_that_do_not_fit_the_weights_are_refused(source: Path, changes: dict[str, Any], words: str) -> None:
+def test_configurations_that_do_not_fit_the_weights_are_refused(
+    source: Path, changes: dict[str, Any], words: str
+) -> None:
     edit(source / "config.json", **changes)
     with pytest.raises(SmoothRotError, match=words):
         load_model(source)
@@ -293,8 +386,12 @@ def test_an_endless_text_of_a_tokenizer_is_no_reason_to_refuse(source: Path) -> 
     assert load_config(source).model_type == "llama"
 
 
-@pytest.mark.parametrize("command", [("plan",), ("eval", "--text", SHORT_TEXT), ("verify",), ("inspect",), ("report",)])
-def test_a_path_that_the_system_refuses_is_no_bug(tmp_path: Path, command: tuple[object, ...]) -> None:
+@pytest.mark.parametrize(
+    "command", [("plan",), ("eval", "--text", SHORT_TEXT), ("verify",), ("inspect",), ("report",)]
+)
+def test_a_path_that_the_system_refuses_is_no_bug(
+    tmp_path: Path, command: tuple[object, ...]
+) -> None:
     assert "x" * 300 in refusal(invoke(*command, tmp_path / ("x" * 300)))
 
 
@@ -304,16 +401,30 @@ def test_a_path_that_the_system_refuses_is_no_bug(tmp_path: Path, command: tuple
         ("eval", ("--seqlen", 2**63), "expected --seqlen >= 2"),
         ("eval", ("--limit-chunks", 2**63), "--limit-chunks >= 1"),
         ("run", ("--scales", "max", "--calib-samples", 2**63), "calib_samples"),
-        ("run", ("--scales", "max", "--calib-samples", 2**31 - 1), "expected more memory than the system gives"),
+        (
+            "run",
+            ("--scales", "max", "--calib-samples", 2**31 - 1),
+            "expected more memory than the system gives",
+        ),
         ("report", ("--seqlen", 2**63), "seqlen"),
-        ("analyze", ("--layers", "0-1000000000000"), "expected layers of the model, got 1000000000000"),
+        (
+            "analyze",
+            ("--layers", "0-1000000000000"),
+            "expected layers of the model, got 1000000000000",
+        ),
     ],
 )
 def test_counts_beyond_what_torch_counts_are_refused(
-    source: Path, command: str, options: tuple[object, ...], words: str, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    command: str,
+    options: tuple[object, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes"
+        )
 
     monkeypatch.setattr("smoothrot_offline.calibration_data._draw_windows", full)
     assert words in refusal(invoke(*commands(source)[command], *options))
@@ -356,12 +467,17 @@ def test_scales_of_another_dtype_are_a_problem_by_name(converted: Path, dtype: t
     ("change", "words"),
     [
         (lambda tensors, norm: tensors.pop(norm), "is missing"),
-        (lambda tensors, norm: tensors.update({norm: tensors[norm][:-1].clone()}), "expected finite floats of shape"),
+        (
+            lambda tensors, norm: tensors.update({norm: tensors[norm][:-1].clone()}),
+            "expected finite floats of shape",
+        ),
         (lambda tensors, norm: tensors[norm].fill_(torch.nan), "expected finite floats of shape"),
         (lambda tensors, norm: tensors.update(stranger=tensors[norm].clone()), "none by this name"),
     ],
 )
-def test_a_transform_of_another_form_is_refused_by_tensor(converted: Path, change: Callable[..., object], words: str) -> None:
+def test_a_transform_of_another_form_is_refused_by_tensor(
+    converted: Path, change: Callable[..., object], words: str
+) -> None:
     path = converted / TRANSFORM_NAME
     tensors = load_file(path)
     change(tensors, "model.layers.0.input_layernorm.weight")

@@ -20,5 +20,9 @@ def test_example_configuration_is_valid_and_complete() -> None:
 
 
 def test_example_codes_are_the_bytes_it_says() -> None:
-    codes, stored = re.findall(r"the codes\s+`(\[.*?\])` of four inputs are the bytes `(.*?)`", PAGE)[0]
-    assert bytes(pack_int4(torch.tensor(json.loads(codes), dtype=torch.int8)).tolist()) == bytes.fromhex(stored)
+    codes, stored = re.findall(
+        r"the codes\s+`(\[.*?\])` of four inputs are the bytes `(.*?)`", PAGE
+    )[0]
+    assert bytes(
+        pack_int4(torch.tensor(json.loads(codes), dtype=torch.int8)).tolist()
+    ) == bytes.fromhex(stored)

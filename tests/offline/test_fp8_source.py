@@ -15,7 +15,12 @@ from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.plan import plan_conversion
 from smoothrot_offline.verify import verify
-from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    SmoothRotError,
+    UnsupportedModelError,
+)
 
 MakeModel = Callable[..., Path]
 OPTIONS = make_config(scales="none")
@@ -25,7 +30,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def as_fp8(source: Path) -> dict[str, torch.Tensor]:
-    """Make the linears of a checkpoint FP8; returns what they are worth, an element at a time from the definition."""
+    """Make the linears of a checkpoint FP8; returns what they are worth, an element at a time
+    from the definition."""
     worth = {}
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
@@ -33,7 +39,9 @@ def as_fp8(source: Path) -> dict[str, torch.Tensor]:
             weight = tensors[name].to(torch.float8_e4m3fn)
             shape = [-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True)]
             scale = torch.rand(shape) + 0.5
-            rows, columns = torch.meshgrid(*(torch.arange(size) for size in weight.shape), indexing="ij")
+            rows, columns = torch.meshgrid(
+                *(torch.arange(size) for size in weight.shape), indexing="ij"
+            )
             worth[name] = weight.float() * scale[rows // BLOCK[0], columns // BLOCK[1]]
             tensors |= {name: weight, f"{name}_scale_inv": scale}
         save_file(tensors, file, metadata={"format": "pt"})
@@ -42,12 +50,16 @@ def as_fp8(source: Path) -> dict[str, torch.Tensor]:
         weight_map = json.loads(index.read_text())["weight_map"]
         weight_map |= {f"{name}_scale_inv": weight_map[name] for name in worth}
         index.write_text(json.dumps({"weight_map": weight_map}))
-    edit_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": list(BLOCK)})
+    edit_config(
+        source, quantization_config={"quant_method": "fp8", "weight_block_size": list(BLOCK)}
+    )
     return worth
 
 
 @pytest.mark.parametrize("shard", ["1GB", "60KB"], ids=["one file", "sharded"])
-def test_converts_as_the_float32_model_that_it_stands_for(make_model: MakeModel, tmp_path: Path, shard: str) -> None:
+def test_converts_as_the_float32_model_that_it_stands_for(
+    make_model: MakeModel, tmp_path: Path, shard: str
+) -> None:
     source = make_model(shard=shard)
     worth = as_fp8(source)
     plain = make_model(name="plain")
@@ -72,17 +84,44 @@ def config(**changes: object) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        (weights(lambda t: t.pop(f"{UP}_scale_inv")), CheckpointError, "up_proj.*_scale_inv.* got none"),
-        (weights(lambda t: t.update({f"{UP}_scale_inv": torch.ones(5, 3)})), CheckpointError, r"\(5, 3\)"),
-        (config(quantization_config={"quant_method": "fp8"}), UnsupportedModelError, "weight_block_size"),
+        (
+            weights(lambda t: t.pop(f"{UP}_scale_inv")),
+            CheckpointError,
+            "up_proj.*_scale_inv.* got none",
+        ),
+        (
+            weights(lambda t: t.update({f"{UP}_scale_inv": torch.ones(5, 3)})),
+            CheckpointError,
+            r"\(5, 3\)",
+        ),
+        (
+            config(quantization_config={"quant_method": "fp8"}),
+            UnsupportedModelError,
+            "weight_block_size",
+        ),
         (config(quantization_config=None), CheckpointError, "expected dtype .* got F8_E4M3"),
-        (weights(lambda t: t[f"{UP}_scale_inv"].fill_(float("nan"))), CheckpointError, "10 NaN or infinite"),
+        (
+            weights(lambda t: t[f"{UP}_scale_inv"].fill_(float("nan"))),
+            CheckpointError,
+            "10 NaN or infinite",
+        ),
         (weights(lambda t: t[UP].view(torch.uint8)[3].fill_(127)), CheckpointError, "72 NaN"),
     ],
-    ids=["no scale", "scale of another shape", "no blocks", "not said in config", "NaN scale", "NaN weight"],
+    ids=[
+        "no scale",
+        "scale of another shape",
+        "no blocks",
+        "not said in config",
+        "NaN scale",
+        "NaN weight",
+    ],
 )
 def test_refused_by_name(
-    make_model: MakeModel, tmp_path: Path, change: Callable[[Path], None], kind: type[SmoothRotError], words: str
+    make_model: MakeModel,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    kind: type[SmoothRotError],
+    words: str,
 ) -> None:
     source = make_model()
     as_fp8(source)
@@ -95,6 +134,9 @@ def test_refused_by_name(
 def test_does_not_generate_its_own_calibration_text(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
     as_fp8(source)
-    assert "got FP8 weights" in plan_conversion(open_checkpoint(source), make_config(calib_seqlen=16)).refusals[0]
+    assert (
+        "got FP8 weights"
+        in plan_conversion(open_checkpoint(source), make_config(calib_seqlen=16)).refusals[0]
+    )
     with pytest.raises(ConfigError, match="got FP8 weights"):
         convert(source, tmp_path / "out", make_config(calib_seqlen=16))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned rotations are orthogonal whatever happens, beat the Hadamard start where there is something to learn, and repeat."""
+"""Learned rotations are orthogonal whatever happens, beat the Hadamard start where there is
+something to learn, and repeat."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,12 @@ from smoothrot_offline.model import load_model
 from smoothrot_offline.quantize import quantize_rtn
 from smoothrot_offline.quantize.straight_through import fake_quantize_tokens
 from smoothrot_offline.rotate import DenseRotation, head_matrices, random_rotation
-from smoothrot_offline.rotations import Learned, ReaderSample, learn_head_rotations, learn_residual_rotation
+from smoothrot_offline.rotations import (
+    Learned,
+    ReaderSample,
+    learn_head_rotations,
+    learn_residual_rotation,
+)
 from smoothrot_offline.verify import verify
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
@@ -27,7 +33,8 @@ KV_HEADS, GROUP, HEAD = 2, 3, 16
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """These matrices are too small for two: on a busy machine the threads would mostly wait for each other."""
+    """These matrices are too small for two: on a busy machine the threads would mostly wait for
+    each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +46,8 @@ def generator(seed: int) -> torch.Generator:
 
 
 def planted(tokens: int, turn: torch.Tensor, seed: int) -> torch.Tensor:
-    """Inputs that the Hadamard start serves badly: before ``turn``, some tokens are one huge entry of a rotated channel."""
+    """Inputs that the Hadamard start serves badly: before ``turn``, some tokens are one huge
+    entry of a rotated channel."""
     x = torch.randn(tokens, turn.shape[-1], generator=generator(seed))
     x[::2, 3] += 30.0
     return x @ turn.float().T
@@ -61,7 +69,9 @@ def layer_error(x: torch.Tensor, weight: torch.Tensor, weights: WeightScheme = W
     return float((got - exact).square().sum() / exact.square().sum())
 
 
-def residual_error(samples: list[ReaderSample], matrix: torch.Tensor, weights: WeightScheme = WEIGHTS) -> float:
+def residual_error(
+    samples: list[ReaderSample], matrix: torch.Tensor, weights: WeightScheme = WEIGHTS
+) -> float:
     q = matrix.float()
     return sum(layer_error(s.inputs @ q, s.weight @ q, weights) for s in samples) / len(samples)
 
@@ -73,7 +83,9 @@ def assert_orthogonal(matrices: torch.Tensor) -> None:
 
 
 def learn_residual(samples: list[ReaderSample], start: torch.Tensor, **options: int) -> Learned:
-    return learn_residual_rotation(samples, start, activations=ACTIVATIONS, weights=WEIGHTS, **options)
+    return learn_residual_rotation(
+        samples, start, activations=ACTIVATIONS, weights=WEIGHTS, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,39 +94,63 @@ def start() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])
-def test_r1_reduces_the_error_on_unseen_tokens(start: torch.Tensor, group_size: Literal[-1, 32]) -> None:
+def test_r1_reduces_the_error_on_unseen_tokens(
+    start: torch.Tensor, group_size: Literal[-1, 32]
+) -> None:
     weights = WeightScheme(group_size=group_size)
     samples = reader_samples(start, 9, 256)
     learned = learn_residual_rotation(
-        [ReaderSample(s.inputs[:128], s.weight) for s in samples], start, activations=ACTIVATIONS, weights=weights, steps=60
+        [ReaderSample(s.inputs[:128], s.weight) for s in samples],
+        start,
+        activations=ACTIVATIONS,
+        weights=weights,
+        steps=60,
     )
     assert learned.after < learned.before
     unseen = [ReaderSample(s.inputs[128:], s.weight) for s in samples]
     assert_orthogonal(learned.matrices)
-    assert residual_error(unseen, learned.matrices, weights) < 0.9 * residual_error(unseen, start, weights)
+    assert residual_error(unseen, learned.matrices, weights) < 0.9 * residual_error(
+        unseen, start, weights
+    )
 
 
 class Heads:
-    """An attention block's values, with outliers that its Hadamard start gathers into one channel of each head."""
+    """An attention block's values, with outliers that its Hadamard start gathers into one
+    channel of each head."""
 
     def __init__(self) -> None:
         self.start = head_matrices(KV_HEADS, HEAD)
         turns = self.start.repeat_interleave(GROUP, dim=0)
-        self.inputs = torch.cat([planted(384, turn, seed) for seed, turn in enumerate(turns)], dim=1)
+        self.inputs = torch.cat(
+            [planted(384, turn, seed) for seed, turn in enumerate(turns)], dim=1
+        )
         self.output = torch.randn(40, KV_HEADS * GROUP * HEAD, generator=generator(7))
         self.value = torch.randn(KV_HEADS * HEAD, 48, generator=generator(8))
 
     def learn(self, steps: int) -> Learned:
         return learn_head_rotations(
-            self.inputs[:256], self.output, self.value, self.start, activations=ACTIVATIONS, weights=WEIGHTS, steps=steps
+            self.inputs[:256],
+            self.output,
+            self.value,
+            self.start,
+            activations=ACTIVATIONS,
+            weights=WEIGHTS,
+            steps=steps,
         )
 
     def error(self, matrices: torch.Tensor) -> float:
         """On the tokens that :meth:`learn` does not see."""
-        values, queries = DenseRotation(matrices.float()), DenseRotation(matrices.float().repeat_interleave(GROUP, dim=0))
+        values, queries = (
+            DenseRotation(matrices.float()),
+            DenseRotation(matrices.float().repeat_interleave(GROUP, dim=0)),
+        )
         value = values.rotate(self.value.T).T
-        rounding = (quantize_rtn(value, WEIGHTS).dequantize() - value).square().sum() / value.square().sum()
-        return layer_error(queries.rotate(self.inputs[256:]), queries.rotate(self.output)) + float(rounding)
+        rounding = (
+            quantize_rtn(value, WEIGHTS).dequantize() - value
+        ).square().sum() / value.square().sum()
+        return layer_error(queries.rotate(self.inputs[256:]), queries.rotate(self.output)) + float(
+            rounding
+        )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +181,9 @@ def test_start_is_kept_where_the_held_out_error_does_not_fall(
     monkeypatch.setattr("smoothrot_offline.rotations.residual.ANGLE", 5.0)
     monkeypatch.setattr("smoothrot_offline.rotations.heads.ANGLE", 5.0)
     weight = torch.randn(40, WIDTH, generator=generator(0)).sign() @ start.float().T
-    samples = [ReaderSample(torch.randn(64, WIDTH, generator=generator(seed)), weight) for seed in range(3)]
+    samples = [
+        ReaderSample(torch.randn(64, WIDTH, generator=generator(seed)), weight) for seed in range(3)
+    ]
     kept = learn_residual(samples, start, steps=1)
     assert torch.equal(kept.matrices, start)
     assert kept.after == kept.before
@@ -173,20 +211,31 @@ def test_dense_rotation_turns_each_block_of_a_row() -> None:
     blocks = torch.randn(3, 4, 4, dtype=torch.float64, generator=generator(0))
     x = torch.randn(2, 5, 12, dtype=torch.float64, generator=generator(1))
     torch.testing.assert_close(DenseRotation(blocks).rotate(x), x @ torch.block_diag(*blocks))
-    torch.testing.assert_close(DenseRotation(blocks).rotate(x[0, 0]), x[0, 0] @ torch.block_diag(*blocks))
+    torch.testing.assert_close(
+        DenseRotation(blocks).rotate(x[0, 0]), x[0, 0] @ torch.block_diag(*blocks)
+    )
 
 
-LEARNED: dict[str, Any] = {"rotations": "learned", "rotation_steps": 3, "calib_samples": 3, "calib_seqlen": 16}
+LEARNED: dict[str, Any] = {
+    "rotations": "learned",
+    "rotation_steps": 3,
+    "calib_samples": 3,
+    "calib_seqlen": 16,
+}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
-def test_a_conversion_learns_what_can_be_folded(make_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+def test_a_conversion_learns_what_can_be_folded(
+    make_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     biases = {} if family == "phi3" else {"attention_bias": True}  # Phi-3's classes have none
     source = make_model(family, **biases, dtype=torch.float16)
     convert(source, tmp_path / "out", make_config(weight_bits=8, activation_bits=8, **LEARNED))
     tokens = torch.arange(24).reshape(2, 12) * 7 % 96
     with torch.inference_mode():
-        expected, got = (load_model(path, torch.float32)(tokens).logits for path in (source, tmp_path / "out"))
+        expected, got = (
+            load_model(path, torch.float32)(tokens).logits for path in (source, tmp_path / "out")
+        )
     assert (got - expected).norm() < 0.05 * expected.norm()
     assert verify(tmp_path / "out").ok
     rotations = read_manifest(tmp_path / "out").rotations
@@ -197,11 +246,18 @@ def test_a_conversion_learns_what_can_be_folded(make_model: Callable[..., Path],
     assert (rotations.learned.r1 is None) == (family == "gemma3")
 
 
-def test_conversions_with_learned_rotations_repeat(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_conversions_with_learned_rotations_repeat(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     source, messages = make_model(), []
     config = make_config(scales="none", sign_seeds=2, **LEARNED)
     for name in ("a", "b"):
-        convert(source, tmp_path / name, config, lambda message, done, total: messages.append((message, done, total)))
+        convert(
+            source,
+            tmp_path / name,
+            config,
+            lambda message, done, total: messages.append((message, done, total)),
+        )
     convert(source, tmp_path / "c", config.model_copy(update={"rotations": "hadamard"}))
     tensors = [read_manifest(tmp_path / name).tensors for name in ("a", "b", "c")]
     assert tensors[0] == tensors[1]
@@ -210,7 +266,9 @@ def test_conversions_with_learned_rotations_repeat(make_model: Callable[..., Pat
     assert any(message.startswith("learning R2 of layer 3") for message, _, _ in messages)
 
 
-def test_nothing_is_learned_without_rotation(make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_nothing_is_learned_without_rotation(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
     config = make_config(rotate=False, scales="none", **LEARNED)
     assert not config.needs_calibration
     convert(make_model(), tmp_path / "out", config)

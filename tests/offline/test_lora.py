@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter transformed for a converted model adds to its weights what the original adds to the original's."""
+"""An adapter transformed for a converted model adds to its weights what the original adds to the
+original's."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +22,12 @@ from smoothrot_offline.smooth import LayerScales
 from smoothrot_offline.transform import ModelTransform
 from smoothrot_offline.transform_record import RecordedTransform, read_transform
 from smoothrot_vllm.adapters import BASE_KEY, CONFIG_NAME
-from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    SmoothRotError,
+    UnsupportedModelError,
+)
 
 RANK = 4
 CALIBRATION = {"calib": "generated", "calib_samples": 2, "calib_seqlen": 16}
@@ -41,8 +47,14 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
     spec = resolve(model.config.to_dict() | {"architectures": [type(model).__name__]})
     transform = ModelTransform.of(spec, make_config(scales="none"))
     if learned:
-        residual = None if transform.residual is None else DenseRotation(orthogonal(1, spec.hidden, spec.hidden))
-        heads = [orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim) for _ in range(spec.layers)]
+        residual = (
+            None
+            if transform.residual is None
+            else DenseRotation(orthogonal(1, spec.hidden, spec.hidden))
+        )
+        heads = [
+            orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim) for _ in range(spec.layers)
+        ]
         transform = replace(transform, residual=residual, heads=heads)
     prefix, table = spec.layer_prefix(1), spec.architecture
     state = model.state_dict()
@@ -50,11 +62,16 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
     norms = {prefix + norm: layer[f"{norm}.weight"] for norm in table.readers}
     scales = LayerScales()
     if smoothed:
-        down, *of_norms = (torch.rand(size).double() + 0.5 for size in (spec.intermediate, spec.hidden, spec.hidden))
+        down, *of_norms = (
+            torch.rand(size).double() + 0.5
+            for size in (spec.intermediate, spec.hidden, spec.hidden)
+        )
         scales = LayerScales(down, dict(zip(table.readers, of_norms, strict=True)))
     factors = {
         linear: (torch.randn(RANK, inputs).double(), torch.randn(outputs, RANK).double())
-        for linear, (outputs, inputs) in ((linear, spec.linear_shape(linear)) for linear in table.linears)
+        for linear, (outputs, inputs) in (
+            (linear, spec.linear_shape(linear)) for linear in table.linears
+        )
     }
     adapted = {name: tensor.clone() for name, tensor in layer.items()}
     for linear, (a, b) in factors.items():
@@ -76,11 +93,21 @@ def save_adapter(directory: Path, linears: dict[str, tuple[int, int]], **config:
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for linear, (outputs, inputs) in linears.items():
-        tensors[f"base_model.model.{linear}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator)
-        tensors[f"base_model.model.{linear}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator)
+        tensors[f"base_model.model.{linear}.lora_A.weight"] = torch.randn(
+            RANK, inputs, generator=generator
+        )
+        tensors[f"base_model.model.{linear}.lora_B.weight"] = torch.randn(
+            outputs, RANK, generator=generator
+        )
     save_file(tensors, directory / WEIGHTS_NAME)
     modules = sorted({linear.rpartition(".")[2] for linear in linears})
-    content = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": modules, "bias": "none"}
+    content = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 8,
+        "target_modules": modules,
+        "bias": "none",
+    }
     (directory / CONFIG_NAME).write_text(json.dumps(content | config))
     return directory
 
@@ -103,8 +130,13 @@ def test_an_adapter_is_transformed_as_the_base_was(base: Path, tmp_path: Path) -
     assert before.keys() == after.keys()
     recorded = read_transform(base)
     for index, linear in ((0, "self_attn.q_proj"), (2, "mlp.down_proj")):
-        names = [f"base_model.model.model.layers.{index}.{linear}.lora_{factor}.weight" for factor in "AB"]
-        expected = transform_factors(recorded, index, linear, *(before[name].double() for name in names))
+        names = [
+            f"base_model.model.model.layers.{index}.{linear}.lora_{factor}.weight"
+            for factor in "AB"
+        ]
+        expected = transform_factors(
+            recorded, index, linear, *(before[name].double() for name in names)
+        )
         for name, tensor in zip(names, expected, strict=True):
             assert torch.equal(after[name], tensor.float())
     config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
@@ -113,22 +145,43 @@ def test_an_adapter_is_transformed_as_the_base_was(base: Path, tmp_path: Path) -
     assert config == json.loads((adapter / CONFIG_NAME).read_text())
 
 
-def test_the_recorded_transform_is_the_one_that_was_folded(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Of a base at 8 bits, whose weights are near enough to tell: learned rotations, searched scales and a chosen seed."""
-    options = {"rotations": "learned", "rotation_steps": 2, "scales": "search", "smooth_norms": True, "sign_seeds": 2}
+def test_the_recorded_transform_is_the_one_that_was_folded(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a base at 8 bits, whose weights are near enough to tell: learned rotations, searched
+    scales and a chosen seed."""
+    options = {
+        "rotations": "learned",
+        "rotation_steps": 2,
+        "scales": "search",
+        "smooth_norms": True,
+        "sign_seeds": 2,
+    }
     source = make_model()
-    convert(source, tmp_path / "base", make_config(weight_bits=8, activation_bits=8, **options, **CALIBRATION))
+    convert(
+        source,
+        tmp_path / "base",
+        make_config(weight_bits=8, activation_bits=8, **options, **CALIBRATION),
+    )
     recorded = read_transform(tmp_path / "base")
-    spec, stored = recorded.transform.spec, load_file(tmp_path / "base" / "model-00001-of-00001.safetensors")
+    spec, stored = (
+        recorded.transform.spec,
+        load_file(tmp_path / "base" / "model-00001-of-00001.safetensors"),
+    )
     original = load_file(source / "model.safetensors")
     prefix = spec.layer_prefix(1)
     layer = {name: original[prefix + name].double() for name in spec.layer_tensors()}
     recorded.transform.layer(1, layer, recorded.scales[1])
     for linear in spec.architecture.linears:
-        codes, scale = stored[f"{prefix}{linear}.weight_packed"], stored[f"{prefix}{linear}.weight_scale"]
+        codes, scale = (
+            stored[f"{prefix}{linear}.weight_packed"],
+            stored[f"{prefix}{linear}.weight_scale"],
+        )
         weight = layer[f"{linear}.weight"]
         assert (codes.double() * scale - weight).norm() < 0.02 * weight.norm(), linear
-    assert torch.equal(recorded.norms[f"{prefix}input_layernorm"], original[f"{prefix}input_layernorm.weight"])
+    assert torch.equal(
+        recorded.norms[f"{prefix}input_layernorm"], original[f"{prefix}input_layernorm.weight"]
+    )
 
 
 def no_weights(adapter: Path) -> None:
@@ -159,19 +212,47 @@ FACTOR = f"base_model.model.{QUERY}.lora_A.weight"
     ("damage", "kind", "message"),
     [
         (no_weights, CheckpointError, "pickles are never read"),
-        (lambda adapter: (adapter / WEIGHTS_NAME).write_bytes(b"x" * 40), CheckpointError, "expected a whole safetensors file"),
-        (edit(lambda tensors: tensors.pop(FACTOR)), CheckpointError, f"{QUERY}: expected lora_A and lora_B, missing lora_A"),
-        (edit(lambda tensors: tensors[FACTOR].fill_(torch.inf)), CheckpointError, "expected finite floats"),
-        (edit(lambda tensors: tensors.update({FACTOR: torch.zeros(RANK, 70)})), CheckpointError, r"lora_A \(rank, 72\)"),
-        (edit(lambda tensors: tensors.update(x=torch.zeros(1))), UnsupportedModelError, "tensor x: expected base_model.model"),
+        (
+            lambda adapter: (adapter / WEIGHTS_NAME).write_bytes(b"x" * 40),
+            CheckpointError,
+            "expected a whole safetensors file",
+        ),
+        (
+            edit(lambda tensors: tensors.pop(FACTOR)),
+            CheckpointError,
+            f"{QUERY}: expected lora_A and lora_B, missing lora_A",
+        ),
+        (
+            edit(lambda tensors: tensors[FACTOR].fill_(torch.inf)),
+            CheckpointError,
+            "expected finite floats",
+        ),
+        (
+            edit(lambda tensors: tensors.update({FACTOR: torch.zeros(RANK, 70)})),
+            CheckpointError,
+            r"lora_A \(rank, 72\)",
+        ),
+        (
+            edit(lambda tensors: tensors.update(x=torch.zeros(1))),
+            UnsupportedModelError,
+            "tensor x: expected base_model.model",
+        ),
         (configured(use_dora=True), ConfigError, "use_dora: expected False, got True"),
         (configured(modules_to_save=["lm_head"]), ConfigError, "modules_to_save"),
-        (configured(init_lora_weights="pissa_niter_4"), ConfigError, "changes the base model's weights"),
+        (
+            configured(init_lora_weights="pissa_niter_4"),
+            ConfigError,
+            "changes the base model's weights",
+        ),
         (configured(**{BASE_KEY: "0" * 64}), ConfigError, "already transformed"),
     ],
 )
 def test_other_adapters_are_refused_and_nothing_is_written(
-    base: Path, tmp_path: Path, damage: Callable[[Path], Any], kind: type[SmoothRotError], message: str
+    base: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], Any],
+    kind: type[SmoothRotError],
+    message: str,
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter", SHAPES)
     damage(adapter)
@@ -183,7 +264,10 @@ def test_other_adapters_are_refused_and_nothing_is_written(
 def test_a_head_or_another_models_linear_is_refused(base: Path, tmp_path: Path) -> None:
     for name, linear in (("head", "lm_head"), ("later", "model.layers.9.mlp.up_proj")):
         adapter = save_adapter(tmp_path / name, {linear: (96, 72)})
-        with pytest.raises(UnsupportedModelError, match=f"adapter of {linear}: expected a linear of one of the 3 decoder layers"):
+        with pytest.raises(
+            UnsupportedModelError,
+            match=f"adapter of {linear}: expected a linear of one of the 3 decoder layers",
+        ):
             convert_adapter(adapter, tmp_path / "out", base)
 
 

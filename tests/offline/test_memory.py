@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peak memory of a conversion does not grow with the number of decoder layers, and is what the plan says or less."""
+"""The peak memory of a conversion does not grow with the number of decoder layers, and is what
+the plan says or less."""
 
 import json
 import os
@@ -20,22 +21,26 @@ SHAPE = {
     "num_attention_heads": 8,
     "vocab_size": VOCABULARY,
 }
-# Freed blocks go back to the system at once: what is resident is what is in use. As the command line sets the allocator, it
-# keeps blocks for the next tensor, and how many of them fit is luck: ten more layers then grew the peak by 1 to 32 MB.
-GIVE_BACK = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"}
+# Freed blocks go back to the system at once: what is resident is what is in use. As the command
+# line sets the allocator, it keeps blocks for the next tensor, and how many of them fit is luck:
+# ten more layers then grew the peak by 1 to 32 MB.
+GIVE_BACK = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"
+}
 ALLOCATORS: dict[str, dict[str, str]] = {"gives back": GIVE_BACK, "as the command line": {}}
 FEW, MANY = 4, 14
-# A small shard, so that none holds many layers. 8-bit weights: without the search for their scales a layer takes half the time,
-# and its output twice the memory.
+# A small shard, so that none holds many layers. 8-bit weights: without the search for their scales
+# a layer takes half the time, and its output twice the memory.
 PLAIN = {"scales": "none", "weight_bits": 8, "shard_mib": 4}
 CASES: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "calibrated": {**PLAIN, "scales": "l2", "calib_samples": 4, "calib_seqlen": 128},
 }
 
-# Converts in forked children, so that torch is imported once. A fork begins without the pages of libraries, which a first, small
-# conversion brings back: what it grows by after that is the conversion's own. A plan's measurements of speed take memory too, but
-# in another process, as a rule; and there is no tokenizer here.
+# Converts in forked children, so that torch is imported once. A fork begins without the pages of
+# libraries, which a first, small conversion brings back: what it grows by after that is the
+# conversion's own. A plan's measurements of speed take memory too, but in another process, as a
+# rule; and there is no tokenizer here.
 DRIVER = """
 import json, os, resource, sys, tempfile
 from pathlib import Path
@@ -56,7 +61,8 @@ smoothrot_offline.decide.load_calibration = lambda _text, _model, samples, seqle
     torch.arange(samples * seqlen).reshape(samples, seqlen) * 31 % 1024
 )
 first, *sources = map(Path, sys.argv[3:])
-for options, source in ((options, source) for options in json.loads(sys.argv[2]) for source in sources):
+every = json.loads(sys.argv[2])
+for options, source in ((options, source) for options in every for source in sources):
     config = make_config(**options)
     folder = Path(tempfile.mkdtemp(dir=source.parent))
     reader, writer = os.pipe()
@@ -79,12 +85,15 @@ for options, source in ((options, source) for options in json.loads(sys.argv[2])
     print(json.dumps(json.loads(os.read(reader, 1 << 16)) | {"peak": used.ru_maxrss * 1024}))
 """
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts other units elsewhere")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="ru_maxrss counts other units elsewhere"
+)
 
 
 @dataclass(frozen=True)
 class Used:
-    """Bytes of one conversion's process: resident before it, at its peak, and what the plan had said of the peak."""
+    """Bytes of one conversion's process: resident before it, at its peak, and what the plan had
+    said of the peak."""
 
     before: int
     peak: int
@@ -93,19 +102,34 @@ class Used:
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Used, Used]]:
-    """By allocator and case, what the conversion of a model of ``FEW`` layers uses, and that of ``MANY``."""
+    """By allocator and case, what the conversion of a model of ``FEW`` layers uses, and that of
+    ``MANY``."""
     folder = tmp_path_factory.mktemp("memory")
     text = folder / "text"
-    text.write_text("of no matter")  # text that the model writes itself would have it in memory as a whole
+    text.write_text(
+        "of no matter"
+    )  # text that the model writes itself would have it in memory as a whole
     sources = [
-        make_model(folder / "first", {**SHAPE, "hidden_size": 64, "intermediate_size": 64}, random=True),
-        *(make_model(folder / str(layers), {**SHAPE, "num_hidden_layers": layers}, random=True) for layers in (FEW, MANY)),
+        make_model(
+            folder / "first", {**SHAPE, "hidden_size": 64, "intermediate_size": 64}, random=True
+        ),
+        *(
+            make_model(folder / str(layers), {**SHAPE, "num_hidden_layers": layers}, random=True)
+            for layers in (FEW, MANY)
+        ),
     ]
     options = json.dumps([own | {"calib": str(text)} for own in CASES.values()])
     found = {}
     for allocator, tunables in ALLOCATORS.items():
         command = [sys.executable, "-c", DRIVER, allocator, options, *map(str, sources)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=os.environ | tunables)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+            env=os.environ | tunables,
+        )
         assert done.returncode == 0, done.stderr
         few_many = [Used(**json.loads(line)) for line in done.stdout.splitlines()]
         for case, few, many in zip(CASES, few_many[::2], few_many[1::2], strict=True):
@@ -114,15 +138,21 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tupl
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_peak_is_that_of_one_layer_however_many_there_are(used: dict[tuple[str, str], tuple[Used, Used]], case: str) -> None:
+def test_the_peak_is_that_of_one_layer_however_many_there_are(
+    used: dict[tuple[str, str], tuple[Used, Used]], case: str
+) -> None:
     few, many = used["gives back", case]
-    # Of ten more layers the source has 47 MB, the output 24 MB, and the folds in float64 189 MB: none of them stays.
+    # Of ten more layers the source has 47 MB, the output 24 MB, and the folds in float64 189 MB:
+    # none of them stays.
     assert many.peak - few.peak < 8 * LAYER_WEIGHTS
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_plan_covers_the_peak_and_is_of_its_size(used: dict[tuple[str, str], tuple[Used, Used]], case: str) -> None:
+def test_the_plan_covers_the_peak_and_is_of_its_size(
+    used: dict[tuple[str, str], tuple[Used, Used]], case: str
+) -> None:
     for found in used["as the command line", case]:
         assert found.peak <= found.planned
-        # Of what is added to a process that has torch loaded, which alone is most of so small a conversion's peak.
+        # Of what is added to a process that has torch loaded, which alone is most of so small a
+        # conversion's peak.
         assert found.planned - found.before <= 3 * (found.peak - found.before)

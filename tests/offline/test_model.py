@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from smoothrot_offline.model import QuantizedLinear, load_model
 from smoothrot_offline.quantize import quantize_rtn
@@ -54,8 +61,11 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return directory
 
 
-def quantized_copy(source: Path, target: Path, weight_bits: int, act_bits: int, lm_head: bool = False) -> Path:
-    """Quantise every decoder linear by RTN, down_proj behind an online Hadamard in blocks of 48, and store it."""
+def quantized_copy(
+    source: Path, target: Path, weight_bits: int, act_bits: int, lm_head: bool = False
+) -> Path:
+    """Quantise every decoder linear by RTN, down_proj behind an online Hadamard in blocks of 48,
+    and store it."""
     target.mkdir()
     config = json.loads((source / "config.json").read_text())
     linear = LinearScheme(
@@ -99,10 +109,15 @@ def test_eight_bit_model_follows_the_original(plain: Path, tmp_path: Path, kerne
 
 
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8)])
-def test_compiled_kernels_give_the_logits_of_the_reference(plain: Path, tmp_path: Path, weight_bits: int, act_bits: int) -> None:
+def test_compiled_kernels_give_the_logits_of_the_reference(
+    plain: Path, tmp_path: Path, weight_bits: int, act_bits: int
+) -> None:
     directory = quantized_copy(plain, tmp_path / "q", weight_bits, act_bits)
     torch.testing.assert_close(
-        logits(directory, kernels="compiled"), logits(directory, kernels="reference"), rtol=1e-4, atol=1e-5
+        logits(directory, kernels="compiled"),
+        logits(directory, kernels="reference"),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -131,17 +146,42 @@ def test_lm_head_is_quantized_where_the_scheme_says_so(plain: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{DOWN}.weight_scale"), rf"missing \['{DOWN}.weight_scale'\], unexpected none"),
-        (lambda t: t.update({f"{DOWN}.weight": torch.ones(64, 96)}), rf"missing none, unexpected \['{DOWN}.weight'\]"),
-        (lambda t: t.update({f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"][:, 1:].clone()}), r"\(64, 48\).*got \(64, 47\)"),
-        (lambda t: t.update({f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"].float()}), "uint8, got .* torch.float32"),
-        (lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].bfloat16()}), "float32, got .* torch.bfloat16"),
-        (lambda t: t[f"{DOWN}.weight_scale"][3].fill_(torch.nan), r"weight_scale: expected finite .*got nan at \[3, 0\]"),
+        (
+            lambda t: t.pop(f"{DOWN}.weight_scale"),
+            rf"missing \['{DOWN}.weight_scale'\], unexpected none",
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.weight": torch.ones(64, 96)}),
+            rf"missing none, unexpected \['{DOWN}.weight'\]",
+        ),
+        (
+            lambda t: t.update(
+                {f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"][:, 1:].clone()}
+            ),
+            r"\(64, 48\).*got \(64, 47\)",
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.weight_packed": t[f"{DOWN}.weight_packed"].float()}),
+            "uint8, got .* torch.float32",
+        ),
+        (
+            lambda t: t.update({f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].bfloat16()}),
+            "float32, got .* torch.bfloat16",
+        ),
+        (
+            lambda t: t[f"{DOWN}.weight_scale"][3].fill_(torch.nan),
+            r"weight_scale: expected finite .*got nan at \[3, 0\]",
+        ),
         (lambda t: t[f"{DOWN}.weight_scale"][3].fill_(0), r"above zero, got 0.0 at \[3, 0\]"),
-        (lambda t: t["model.norm.weight"][5].fill_(torch.inf), r"model.norm.weight: expected finite values, got inf at \[5\]"),
+        (
+            lambda t: t["model.norm.weight"][5].fill_(torch.inf),
+            r"model.norm.weight: expected finite values, got inf at \[5\]",
+        ),
     ],
 )
-def test_unusable_tensors_are_refused_by_name(plain: Path, tmp_path: Path, change: Change, message: str) -> None:
+def test_unusable_tensors_are_refused_by_name(
+    plain: Path, tmp_path: Path, change: Change, message: str
+) -> None:
     directory = quantized_copy(plain, tmp_path / "q", 4, 4)
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -189,16 +229,27 @@ LOADERS = ("AutoModelForCausalLM", "AutoModel")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_transformers_alone_refuses_a_converted_model(tiny_converted: Callable[..., Path], loader: str) -> None:
+def test_transformers_alone_refuses_a_converted_model(
+    tiny_converted: Callable[..., Path], loader: str
+) -> None:
     code = f"import sys, transformers; transformers.{loader}.from_pretrained(sys.argv[1])"
     result = subprocess.run(
-        [sys.executable, "-c", code, tiny_converted("llama")], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", code, tiny_converted("llama")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert result.returncode == 1
-    assert re.search(r"ValueError: .*none: these are the codes of a SmoothRot model\. Serve it with vLLM", result.stderr)
+    assert re.search(
+        r"ValueError: .*none: these are the codes of a SmoothRot model\. Serve it with vLLM",
+        result.stderr,
+    )
 
 
-def test_transformers_loads_a_converted_model_once_the_converter_is_imported(tiny_converted: Callable[..., Path]) -> None:
+def test_transformers_loads_a_converted_model_once_the_converter_is_imported(
+    tiny_converted: Callable[..., Path],
+) -> None:
     directory = tiny_converted("llama")
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     expected: Any = load_model(directory)

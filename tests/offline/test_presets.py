@@ -21,8 +21,16 @@ MakeModel = Callable[..., Path]
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_takes_the_first_group_size_that_fits(make_model: MakeModel, name: str) -> None:
-    odd, even = make_model(), make_model(name="even", hidden_size=256, intermediate_size=512, num_attention_heads=8,
-                                         num_key_value_heads=2)  # fmt: skip
+    odd, even = (
+        make_model(),
+        make_model(
+            name="even",
+            hidden_size=256,
+            intermediate_size=512,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+        ),
+    )
     assert choose_preset(name, {}, open_checkpoint(odd)).config.group_size == -1
     config = choose_preset(name, {}, open_checkpoint(even)).config
     assert config.group_size == PRESETS[name].group_sizes[0]
@@ -38,8 +46,17 @@ def test_a_family_without_a_head_keeps_its_embedding_for_it(make_model: MakeMode
 
 
 def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:
-    config = choose_preset("best", {"rounding": "rtn", "group_size": -1, "sign_seeds": 2}, open_checkpoint(make_model())).config
-    assert (config.rounding, config.group_size, config.sign_seeds, config.scales) == ("rtn", -1, 2, "search")
+    config = choose_preset(
+        "best",
+        {"rounding": "rtn", "group_size": -1, "sign_seeds": 2},
+        open_checkpoint(make_model()),
+    ).config
+    assert (config.rounding, config.group_size, config.sign_seeds, config.scales) == (
+        "rtn",
+        -1,
+        2,
+        "search",
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,13 +64,20 @@ def test_norms_are_smoothed_for_four_bit_inputs_only(make_model: MakeModel, name
     model = open_checkpoint(make_model())
     assert choose_preset(name, {}, model).config.smooth_norms
     assert not choose_preset(name, {"activation_bits": 8}, model).config.smooth_norms
-    assert choose_preset(name, {"activation_bits": 8, "smooth_norms": True}, model).config.smooth_norms
+    assert choose_preset(
+        name, {"activation_bits": 8, "smooth_norms": True}, model
+    ).config.smooth_norms
     assert not choose_preset("paper-compat", {}, model).config.smooth_norms
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [((1.0,), "best"), ((9e9, 1.0), "balanced"), ((9e9, 9e9, 9e9), "fast")])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [((1.0,), "best"), ((9e9, 1.0), "balanced"), ((9e9, 9e9, 9e9), "fast")]
+)
 def test_auto_is_the_best_that_takes_reasonable_time(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], expected: str
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: tuple[float, ...],
+    expected: str,
 ) -> None:
     estimates = iter(seconds)
     monkeypatch.setattr(smoothrot_offline.presets, "estimate_seconds", lambda *_: next(estimates))
@@ -63,19 +87,39 @@ def test_auto_is_the_best_that_takes_reasonable_time(
     assert REASONABLE_SECONDS == 3600
 
 
-def test_command_line_says_what_was_chosen_and_keeps_what_was_given(make_model: MakeModel, tmp_path: Path) -> None:
-    arguments = ["run", str(make_model()), str(tmp_path / "out"), "--preset", "balanced", "--activation-bits", "8",
-                 "--calib-samples", "2", "--calib-seqlen", "16", "--no-rotate"]  # fmt: skip
+def test_command_line_says_what_was_chosen_and_keeps_what_was_given(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    arguments = ["run", str(make_model()), str(tmp_path / "out"), "--preset", "balanced"]
+    arguments += ["--activation-bits", "8", "--calib-samples", "2", "--calib-seqlen", "16"]
+    arguments += ["--no-rotate"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     assert "preset balanced, as asked for: W4A8 per channel, gptq, scales l2" in result.stderr
     config = read_manifest(tmp_path / "out").config
-    assert (config.preset, config.rounding, config.activation_bits, config.rotate) == ("balanced", "gptq", 8, False)
+    assert (config.preset, config.rounding, config.activation_bits, config.rotate) == (
+        "balanced",
+        "gptq",
+        8,
+        False,
+    )
     assert config.calib_samples == 2
 
 
-def test_share_of_eight_bit_weights_is_given_as_auto_fraction(make_model: MakeModel, tmp_path: Path) -> None:
-    command = ["run", str(make_model()), str(tmp_path / "out"), "--preset", "none", "--calib-samples", "2", "--calib-seqlen", "8"]
+def test_share_of_eight_bit_weights_is_given_as_auto_fraction(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    command = [
+        "run",
+        str(make_model()),
+        str(tmp_path / "out"),
+        "--preset",
+        "none",
+        "--calib-samples",
+        "2",
+        "--calib-seqlen",
+        "8",
+    ]
     assert CliRunner().invoke(app, [*command, "--keep-8bit", "half"]).exit_code == 2
     assert CliRunner().invoke(app, [*command, "--keep-8bit", "auto:0.25"]).exit_code == 0
     assert read_manifest(tmp_path / "out").config.keep_8bit == 0.25

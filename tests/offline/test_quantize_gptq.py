@@ -4,7 +4,12 @@ from typing import Literal
 import pytest
 import torch
 
-from smoothrot_offline.quantize import HessianAccumulator, QuantizedWeight, quantize_gptq, quantize_rtn
+from smoothrot_offline.quantize import (
+    HessianAccumulator,
+    QuantizedWeight,
+    quantize_gptq,
+    quantize_rtn,
+)
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import WeightScheme
 
@@ -25,7 +30,9 @@ def weight(generator: torch.Generator) -> torch.Tensor:
 @pytest.fixture
 def inputs(generator: torch.Generator) -> torch.Tensor:
     """Correlated tokens whose channels differ in size: a random mix of 32 factors, plus noise."""
-    factors = torch.randn(TOKENS, 32, generator=generator) @ torch.randn(32, IN, generator=generator)
+    factors = torch.randn(TOKENS, 32, generator=generator) @ torch.randn(
+        32, IN, generator=generator
+    )
     noise = torch.randn(TOKENS, IN, generator=generator)
     return (factors + noise) * torch.rand(IN, generator=generator).mul(2).exp()
 
@@ -36,7 +43,12 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
     return accumulator.hessian
 
 
-def output_error(weight: torch.Tensor, quantized: QuantizedWeight, x: torch.Tensor, target: torch.Tensor | None = None) -> float:
+def output_error(
+    weight: torch.Tensor,
+    quantized: QuantizedWeight,
+    x: torch.Tensor,
+    target: torch.Tensor | None = None,
+) -> float:
     y = (x if target is None else target).double() @ weight.double().T
     return (y - x.double() @ quantized.dequantize(torch.float64).T).square().sum().item()
 
@@ -58,9 +70,14 @@ def test_non_finite_activations_are_refused() -> None:
 
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("act_order", [False, True])
-def test_white_inputs_leave_nothing_to_compensate(weight: torch.Tensor, group_size: Literal[-1, 32], act_order: bool) -> None:
+def test_white_inputs_leave_nothing_to_compensate(
+    weight: torch.Tensor, group_size: Literal[-1, 32], act_order: bool
+) -> None:
     scheme = WeightScheme(group_size=group_size)
-    quantized, plain = quantize_gptq(weight, torch.eye(IN).double(), scheme, act_order=act_order), quantize_rtn(weight, scheme)
+    quantized, plain = (
+        quantize_gptq(weight, torch.eye(IN).double(), scheme, act_order=act_order),
+        quantize_rtn(weight, scheme),
+    )
     assert torch.equal(quantized.codes, plain.codes)
     assert torch.equal(quantized.scale, plain.scale)
 
@@ -73,11 +90,16 @@ def test_output_error_is_well_below_rtn_on_correlated_inputs(
 ) -> None:
     scheme = WeightScheme.model_validate({"bits": bits, "group_size": group_size})
     quantized = quantize_gptq(weight, hessian_of(inputs), scheme, act_order=act_order)
-    assert output_error(weight, quantized, inputs) < 0.5 * output_error(weight, quantize_rtn(weight, scheme), inputs)
+    assert output_error(weight, quantized, inputs) < 0.5 * output_error(
+        weight, quantize_rtn(weight, scheme), inputs
+    )
 
 
-def test_rounding_is_that_of_the_plain_recursion(weight: torch.Tensor, inputs: torch.Tensor) -> None:
-    """Optimal brain quantisation in float64, one channel at a time, H re-inverted over what remains: no blocks, no Cholesky."""
+def test_rounding_is_that_of_the_plain_recursion(
+    weight: torch.Tensor, inputs: torch.Tensor
+) -> None:
+    """Optimal brain quantisation in float64, one channel at a time, H re-inverted over what
+    remains: no blocks, no Cholesky."""
     hessian = hessian_of(inputs)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN)
     quantized = quantize_gptq(weight, hessian, PER_CHANNEL, act_order=False)
@@ -88,7 +110,8 @@ def test_rounding_is_that_of_the_plain_recursion(weight: torch.Tensor, inputs: t
         codes[:, i] = (work[:, i] / scale).round().clamp(-8, 7)
         error = (work[:, i] - codes[:, i] * scale) / inverse[0, 0]
         work[:, i:] -= error[:, None] * inverse[0]
-    # A value within float32 noise of a rounding tie may go the other way; its row then differs from there on.
+    # A value within float32 noise of a rounding tie may go the other way; its row then differs from
+    # there on.
     same_rows = (quantized.codes == codes).all(dim=1).float().mean()
     assert same_rows > 0.8
     assert output_error(weight, quantized, inputs) < 1.02 * output_error(
@@ -101,7 +124,9 @@ def test_act_order_and_damping_act(weight: torch.Tensor, inputs: torch.Tensor) -
     base = quantize_gptq(weight, hessian, PER_CHANNEL, act_order=False)
     ordered = quantize_gptq(weight, hessian, PER_CHANNEL, act_order=True)
     assert output_error(weight, ordered, inputs) < output_error(weight, base, inputs)
-    assert not torch.equal(base.codes, quantize_gptq(weight, hessian, PER_CHANNEL, act_order=False, damping=0.3).codes)
+    assert not torch.equal(
+        base.codes, quantize_gptq(weight, hessian, PER_CHANNEL, act_order=False, damping=0.3).codes
+    )
     overdamped = quantize_gptq(weight, hessian, PER_CHANNEL, act_order=False, damping=1e9)
     assert torch.equal(overdamped.codes, quantize_rtn(weight, PER_CHANNEL).codes)
 
@@ -111,7 +136,9 @@ def test_act_order_keeps_groups_in_their_place(weight: torch.Tensor, inputs: tor
     weight = weight * torch.logspace(-2, 2, IN)
     quantized = quantize_gptq(weight, hessian_of(inputs), scheme, act_order=True)
     assert torch.equal(quantized.scale, quantize_rtn(weight, scheme).scale)
-    assert output_error(weight, quantized, inputs) < output_error(weight, quantize_rtn(weight, scheme), inputs)
+    assert output_error(weight, quantized, inputs) < output_error(
+        weight, quantize_rtn(weight, scheme), inputs
+    )
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
@@ -128,13 +155,19 @@ def test_singular_hessians_are_damped_until_they_factorise(
         assert output_error(weight, quantized, x) < 0.1 * output_error(weight, plain, x)
 
 
-def test_inactive_channels_are_rounded_to_nearest_and_do_not_disturb_the_rest(weight: torch.Tensor, inputs: torch.Tensor) -> None:
+def test_inactive_channels_are_rounded_to_nearest_and_do_not_disturb_the_rest(
+    weight: torch.Tensor, inputs: torch.Tensor
+) -> None:
     inactive = torch.zeros(IN, dtype=torch.bool)
     inactive[5::11] = True
     inputs = inputs.masked_fill(inactive, 0)
     quantized = quantize_gptq(weight, hessian_of(inputs), PER_CHANNEL)
-    assert torch.equal(quantized.codes[:, inactive], quantize_rtn(weight, PER_CHANNEL).codes[:, inactive])
-    assert output_error(weight, quantized, inputs) < 0.5 * output_error(weight, quantize_rtn(weight, PER_CHANNEL), inputs)
+    assert torch.equal(
+        quantized.codes[:, inactive], quantize_rtn(weight, PER_CHANNEL).codes[:, inactive]
+    )
+    assert output_error(weight, quantized, inputs) < 0.5 * output_error(
+        weight, quantize_rtn(weight, PER_CHANNEL), inputs
+    )
 
 
 def test_zero_rows_of_the_weight_stay_zero(weight: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -148,25 +181,37 @@ def test_asymmetric_calibration_comes_closer_to_the_full_precision_output(
     weight: torch.Tensor, inputs: torch.Tensor, generator: torch.Generator
 ) -> None:
     leak = torch.randn(IN, IN, generator=generator) * 0.02
-    perturbed = inputs + inputs @ leak  # what earlier layers' errors, correlated with the input, make of it
+    perturbed = (
+        inputs + inputs @ leak
+    )  # what earlier layers' errors, correlated with the input, make of it
     accumulator = HessianAccumulator(IN, asymmetric=True)
     accumulator.add(perturbed, inputs)
     symmetric = quantize_gptq(weight, accumulator.hessian, PER_CHANNEL)
     asymmetric = quantize_gptq(weight, accumulator.hessian, PER_CHANNEL, cross=accumulator.cross)
-    assert output_error(weight, asymmetric, perturbed, inputs) < 0.5 * output_error(weight, symmetric, perturbed, inputs)
+    assert output_error(weight, asymmetric, perturbed, inputs) < 0.5 * output_error(
+        weight, symmetric, perturbed, inputs
+    )
 
 
-def test_asymmetric_calibration_of_unperturbed_inputs_is_gptq(weight: torch.Tensor, inputs: torch.Tensor) -> None:
+def test_asymmetric_calibration_of_unperturbed_inputs_is_gptq(
+    weight: torch.Tensor, inputs: torch.Tensor
+) -> None:
     accumulator = HessianAccumulator(IN, asymmetric=True)
     accumulator.add(inputs, inputs)
     asymmetric = quantize_gptq(weight, accumulator.hessian, PER_CHANNEL, cross=accumulator.cross)
-    assert torch.equal(asymmetric.codes, quantize_gptq(weight, accumulator.hessian, PER_CHANNEL).codes)
+    assert torch.equal(
+        asymmetric.codes, quantize_gptq(weight, accumulator.hessian, PER_CHANNEL).codes
+    )
 
 
-def test_same_input_gives_the_same_codes_and_is_left_alone(weight: torch.Tensor, inputs: torch.Tensor) -> None:
+def test_same_input_gives_the_same_codes_and_is_left_alone(
+    weight: torch.Tensor, inputs: torch.Tensor
+) -> None:
     hessian = hessian_of(inputs)
     before = weight.clone(), hessian.clone()
-    first, second = (quantize_gptq(weight, hessian, PER_CHANNEL, cross=0.01 * hessian) for _ in range(2))
+    first, second = (
+        quantize_gptq(weight, hessian, PER_CHANNEL, cross=0.01 * hessian) for _ in range(2)
+    )
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.scale, second.scale)
     assert torch.equal(weight, before[0])

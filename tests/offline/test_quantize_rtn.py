@@ -27,7 +27,8 @@ def test_clip_search_matches_the_exhaustive_search(width: int) -> None:
     largest = rows.abs().amax(1)
     exhaustive = torch.stack([loss(rows, largest * shrink / 7) for shrink in SHRINKS]).amin(0)
     searched = loss(rows, clip_search_scale(rows, 4))
-    # The histogram may take a neighbour of the best shrink when both are equally good to within its bins.
+    # The histogram may take a neighbour of the best shrink when both are equally good to within its
+    # bins.
     assert (searched <= exhaustive * 1.05 + 1e-12).all()
     assert searched.sum() <= exhaustive.sum() * 1.005
 
@@ -39,7 +40,9 @@ def test_clip_search_of_many_rows_equals_that_of_each() -> None:
 
 
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
-def test_four_bit_error_is_at_most_half_a_step_inside_the_range(group_size: Literal[-1, 32, 64, 128]) -> None:
+def test_four_bit_error_is_at_most_half_a_step_inside_the_range(
+    group_size: Literal[-1, 32, 64, 128],
+) -> None:
     weight = heavy_tailed(48, 256)
     quantized = quantize_rtn(weight, WeightScheme(bits=4, group_size=group_size))
     assert quantized.codes.dtype == torch.int8
@@ -56,7 +59,10 @@ def test_four_bit_error_is_at_most_half_a_step_inside_the_range(group_size: Lite
 def test_smaller_groups_lose_less() -> None:
     weight = heavy_tailed(64, 512)
     errors = [
-        (quantize_rtn(weight, WeightScheme(bits=4, group_size=g)).dequantize() - weight).square().sum() for g in (-1, 128, 64, 32)
+        (quantize_rtn(weight, WeightScheme(bits=4, group_size=g)).dequantize() - weight)
+        .square()
+        .sum()
+        for g in (-1, 128, 64, 32)
     ]
     assert errors == sorted(errors, reverse=True)
 

@@ -16,7 +16,13 @@ from smoothrot_offline.read_ahead import layers_ahead, load_layer
 from smoothrot_vllm.errors import CheckpointError
 
 LAYERS = 4
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "vocab_size": 64}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "vocab_size": 64,
+}
 
 
 @pytest.fixture
@@ -43,7 +49,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[threading.Event]:
 
 
 @pytest.mark.parametrize("indices", [range(LAYERS), range(2, LAYERS), range(0)])
-def test_every_layer_is_given_in_order(source: tuple[Checkpoint, ModelSpec], indices: range) -> None:
+def test_every_layer_is_given_in_order(
+    source: tuple[Checkpoint, ModelSpec], indices: range
+) -> None:
     found = list(layers_ahead(*source, indices))
     assert len(found) == len(indices)
     for index, layer in zip(indices, found, strict=True):

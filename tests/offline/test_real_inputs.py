@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources, outputs and calibration data as people have them: converted with the right result, or refused before any work."""
+"""Sources, outputs and calibration data as people have them: converted with the right result, or
+refused before any work."""
 
 import json
 import math
@@ -48,13 +49,23 @@ def edit_config(directory: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def edit_weights(
+    directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
     tensors = change(load_file(directory / WEIGHTS))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        directory / WEIGHTS,
+        metadata={"format": "pt"},
+    )
 
 
 def codes(out: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in out.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same_output(one: Path, other: Path) -> None:
@@ -72,11 +83,16 @@ def chatty(make_model: MakeModel) -> Path:
 
 
 def _prefixed(prefix: str) -> Callable[[Path], None]:
-    return lambda source: edit_weights(source, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    return lambda source: edit_weights(
+        source, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+    )
 
 
 def _base_model(source: Path) -> None:
-    edit_weights(source, lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    edit_weights(
+        source,
+        lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+    )
 
 
 def _shard_without_index(source: Path) -> None:
@@ -87,7 +103,10 @@ def _shard_without_index(source: Path) -> None:
     ("change", "named"),
     [
         (_prefixed("_orig_mod."), "'_orig_mod.' is stripped"),
-        (_prefixed("module._orig_mod."), "'module.' is stripped from them; the prefix '_orig_mod.'"),
+        (
+            _prefixed("module._orig_mod."),
+            "'module.' is stripped from them; the prefix '_orig_mod.'",
+        ),
         (_base_model, "'model.' is put before them"),
         (_shard_without_index, None),
     ],
@@ -117,19 +136,30 @@ def test_two_unindexed_files_with_one_tensor_are_refused(make_model: MakeModel) 
 
 
 @pytest.mark.parametrize("changes", [{"architectures": ["LlamaModel"]}, {}])
-def test_embedding_model_without_a_head_is_refused_as_one(make_model: MakeModel, changes: dict[str, Any]) -> None:
+def test_embedding_model_without_a_head_is_refused_as_one(
+    make_model: MakeModel, changes: dict[str, Any]
+) -> None:
     source = make_model()
-    edit_weights(source, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
+    edit_weights(
+        source,
+        lambda tensors: {
+            name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"
+        },
+    )
     _base_model(source)
     edit_config(source, **changes)
     with pytest.raises(SmoothRotError, match="embedding model"):
         admit(open_checkpoint(source), PLAIN)
 
 
-def test_float64_source_converts_to_bfloat16_codes_of_its_values(make_model: MakeModel, tmp_path: Path) -> None:
+def test_float64_source_converts_to_bfloat16_codes_of_its_values(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model()
     convert(source, tmp_path / "plain", PLAIN)
-    edit_weights(source, lambda tensors: {name: tensor.double() for name, tensor in tensors.items()})
+    edit_weights(
+        source, lambda tensors: {name: tensor.double() for name, tensor in tensors.items()}
+    )
     convert(source, tmp_path / "out", PLAIN)
     assert_same_output(tmp_path / "plain", tmp_path / "out")
     assert verify(tmp_path / "out").ok
@@ -141,7 +171,9 @@ def test_float64_source_converts_to_bfloat16_codes_of_its_values(make_model: Mak
         (
             {
                 "AutoConfig": "microsoft/Phi-3-mini-4k-instruct--configuration_phi3.Phi3Config",
-                "AutoModelForCausalLM": "microsoft/Phi-3-mini-4k-instruct--modeling_phi3.Phi3ForCausalLM",
+                "AutoModelForCausalLM": (
+                    "microsoft/Phi-3-mini-4k-instruct--modeling_phi3.Phi3ForCausalLM"
+                ),
             },
             True,
         ),
@@ -181,7 +213,9 @@ def test_empty_directory_is_filled_in_place_as_a_mount_point_must_be(
     assert convert(source, out, PLAIN).resumed_layers == 1
     assert out.stat().st_ino == inode
     assert verify(out).ok
-    assert {path.name for path in out.iterdir()} - {"lost+found"} == {path.name for path in (tmp_path / "other").iterdir()}
+    assert {path.name for path in out.iterdir()} - {"lost+found"} == {
+        path.name for path in (tmp_path / "other").iterdir()
+    }
     assert_same_output(tmp_path / "other", out)
 
 
@@ -193,16 +227,23 @@ def _no_directory(rename: Callable[[Path, Path], Path]) -> Callable[[Path, Path]
     return strict
 
 
-def test_failure_in_an_empty_directory_leaves_it_empty(make_model: MakeModel, tmp_path: Path) -> None:
+def test_failure_in_an_empty_directory_leaves_it_empty(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source, out = make_model(), tmp_path / "out"
     out.mkdir()
-    edit_weights(source, lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan})
+    edit_weights(
+        source,
+        lambda tensors: tensors | {"model.norm.weight": tensors["model.norm.weight"] * math.nan},
+    )
     with pytest.raises(SmoothRotError, match="NaN"):
         convert(source, out, PLAIN)
     assert list(out.iterdir()) == []
 
 
-def test_output_that_is_not_resumed_goes_into_an_empty_directory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_is_not_resumed_goes_into_an_empty_directory_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "rename", _no_directory(Path.rename))
     with OutputDirectory(tmp_path) as directory:
         directory.write_text("report.html", "page")
@@ -225,7 +266,9 @@ def test_root_as_output_is_refused_by_name(make_model: MakeModel) -> None:
     assert "bug" not in result.stderr
 
 
-def test_both_spellings_of_the_dtype_say_what_the_output_has(make_model: MakeModel, tmp_path: Path) -> None:
+def test_both_spellings_of_the_dtype_say_what_the_output_has(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model(dtype=torch.float32)
     edit_config(source, dtype="float32", torch_dtype="float32")
     convert(source, tmp_path / "out", PLAIN)
@@ -235,7 +278,9 @@ def test_both_spellings_of_the_dtype_say_what_the_output_has(make_model: MakeMod
     assert invoke("inspect", tmp_path / "out").exit_code == 0
 
 
-def test_text_is_generated_from_a_list_of_ends_of_text(make_model: MakeModel, tmp_path: Path) -> None:
+def test_text_is_generated_from_a_list_of_ends_of_text(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model("qwen2")
     edit_config(source, bos_token_id=None, eos_token_id=[7, 2])
     tokens = load_calibration("generated", source, 2, 8, 0)
@@ -254,7 +299,9 @@ def test_text_is_generated_from_what_the_chat_template_begins_with(chatty: Path)
 
 
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
-def test_start_token_outside_the_vocabulary_is_refused_by_plan(make_model: MakeModel, key: str) -> None:
+def test_start_token_outside_the_vocabulary_is_refused_by_plan(
+    make_model: MakeModel, key: str
+) -> None:
     source = make_model("qwen2")
     edit_config(source, **{"bos_token_id": None, "eos_token_id": None} | {key: 96})
     plan = plan_conversion(open_checkpoint(source), make_config(scales="max", calib_seqlen=8))
@@ -263,7 +310,9 @@ def test_start_token_outside_the_vocabulary_is_refused_by_plan(make_model: MakeM
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptaq"])
-def test_linears_of_zeros_convert_and_verify(make_model: MakeModel, tmp_path: Path, rounding: str) -> None:
+def test_linears_of_zeros_convert_and_verify(
+    make_model: MakeModel, tmp_path: Path, rounding: str
+) -> None:
     source = make_model()
     linears = ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj", "self_attn.v_proj")
     zeros = [f"model.layers.1.{linear}.weight" for linear in linears]
@@ -274,11 +323,23 @@ def test_linears_of_zeros_convert_and_verify(make_model: MakeModel, tmp_path: Pa
         return tensors | {name: torch.zeros_like(tensors[name]) for name in zeros}
 
     edit_weights(source, zero)
-    options = ("--rounding", rounding, "--scales", "search", "--clip-search", "--calib-samples", "2", "--calib-seqlen", "8")
+    options = (
+        "--rounding",
+        rounding,
+        "--scales",
+        "search",
+        "--clip-search",
+        "--calib-samples",
+        "2",
+        "--calib-seqlen",
+        "8",
+    )
     done = invoke("run", source, tmp_path / "out", "--preset", "none", "--smooth-norms", *options)
     assert done.exit_code == 0, done.stderr
     stored = codes(tmp_path / "out")
-    assert all(bool(tensor.isfinite().all()) for tensor in stored.values() if tensor.is_floating_point())
+    assert all(
+        bool(tensor.isfinite().all()) for tensor in stored.values() if tensor.is_floating_point()
+    )
     checked = invoke("verify", tmp_path / "out", "--source", source)
     assert checked.exit_code == 0, checked.stderr
 
@@ -286,9 +347,16 @@ def test_linears_of_zeros_convert_and_verify(make_model: MakeModel, tmp_path: Pa
 def test_linears_of_zeros_are_analyzed(make_model: MakeModel, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     source = make_model()
-    zeros = [f"model.layers.1.{linear}.weight" for linear in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")]
-    edit_weights(source, lambda tensors: tensors | {name: torch.zeros_like(tensors[name]) for name in zeros})
-    done = invoke("analyze", source, tmp_path / "analysis", "--calib-samples", 1, "--calib-seqlen", 16)
+    zeros = [
+        f"model.layers.1.{linear}.weight"
+        for linear in ("self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    edit_weights(
+        source, lambda tensors: tensors | {name: torch.zeros_like(tensors[name]) for name in zeros}
+    )
+    done = invoke(
+        "analyze", source, tmp_path / "analysis", "--calib-samples", 1, "--calib-seqlen", 16
+    )
     assert done.exit_code == 0, done.stderr
     found = json.loads((tmp_path / "analysis/analysis.json").read_text())
     assert found["layers"][1]["inputs"]["down_proj"]["peak"]["magnitude"] == 0
@@ -299,10 +367,16 @@ def test_chats_are_rendered_by_the_chat_template(tmp_path: Path, chatty: Path) -
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False)
     share_gpt = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     file = tmp_path / "chats.jsonl"
-    file.write_text("\n".join(json.dumps(line) for line in ({"messages": CHAT}, {"conversations": share_gpt})))
+    file.write_text(
+        "\n".join(json.dumps(line) for line in ({"messages": CHAT}, {"conversations": share_gpt}))
+    )
     assert expected == "<|user|>Hi<|end|><|assistant|>Hello<|end|>"
     assert read_text(file, tokenizer) == 2 * expected
-    convert(chatty, tmp_path / "out", make_config(scales="max", calib=str(file), calib_samples=2, calib_seqlen=8))
+    convert(
+        chatty,
+        tmp_path / "out",
+        make_config(scales="max", calib=str(file), calib_samples=2, calib_seqlen=8),
+    )
     assert verify(tmp_path / "out").ok
 
 
@@ -310,7 +384,13 @@ def test_chats_are_rendered_by_the_chat_template(tmp_path: Path, chatty: Path) -
     ("line", "words"),
     [
         ({"messages": CHAT}, "expected a model with a chat template"),
-        ({"messages": []}, "expected an object with a 'text', or with a list of messages or conversations; got keys messages"),
+        (
+            {"messages": []},
+            (
+                "expected an object with a 'text', or with a list of messages or conversations; got"
+                " keys messages"
+            ),
+        ),
         ({"prompt": "x"}, "got keys prompt"),
     ],
 )
@@ -329,7 +409,9 @@ def test_chats_that_cannot_be_rendered_are_refused_by_plan(
 def test_calibration_file_that_is_not_utf8_is_one_short_line(tmp_path: Path, chatty: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_bytes(b"nez \xe9 " * 100_000)
-    result = invoke("run", chatty, tmp_path / "out", "--preset", "none", "--calib", file, "--calib-seqlen", 8)
+    result = invoke(
+        "run", chatty, tmp_path / "out", "--preset", "none", "--calib", file, "--calib-seqlen", 8
+    )
     assert result.exit_code == 1
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "expected UTF-8, got byte 0xe9 at position 4" in error
@@ -341,19 +423,29 @@ def test_calibration_file_that_is_not_utf8_is_one_short_line(tmp_path: Path, cha
     [
         (lambda source, text: text.write_text("abc"), "at least 8 tokens"),
         (lambda source, text: (source / "tokenizer.json").unlink(), "tokenizer"),
-        (lambda source, text: edit_config(source, max_position_embeddings=4), "context of 4 tokens"),
+        (
+            lambda source, text: edit_config(source, max_position_embeddings=4),
+            "context of 4 tokens",
+        ),
         (lambda source, text: text.unlink(), "there is no such file"),
     ],
 )
 def test_plan_and_run_refuse_calibration_alike_and_before_any_work(
-    tmp_path: Path, chatty: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path, Path], object], words: str
+    tmp_path: Path,
+    chatty: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path, Path], object],
+    words: str,
 ) -> None:
     text = tmp_path / "some text.txt"
     text.write_text("a long enough text of bytes")
     config = make_config(calib=str(text), calib_seqlen=8)
     assert plan_conversion(open_checkpoint(chatty), config).refusals == []
     damage(chatty, text)
-    monkeypatch.setattr("smoothrot_offline.convert.conversion_identity", lambda *_: pytest.fail("the source was hashed"))
+    monkeypatch.setattr(
+        "smoothrot_offline.convert.conversion_identity",
+        lambda *_: pytest.fail("the source was hashed"),
+    )
     (refusal,) = plan_conversion(open_checkpoint(chatty), config).refusals
     assert words in refusal
     with pytest.raises(SmoothRotError) as caught:
@@ -380,7 +472,9 @@ def test_plan_of_a_refused_model_is_the_reason_alone(make_model: MakeModel) -> N
     assert "preset" not in facts
 
 
-def test_every_side_file_is_copied_and_what_is_left_is_said(make_model: MakeModel, tmp_path: Path) -> None:
+def test_every_side_file_is_copied_and_what_is_left_is_said(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model()
     copied = [
         "additional_chat_templates/tool_use.jinja",
@@ -391,7 +485,14 @@ def test_every_side_file_is_copied_and_what_is_left_is_said(make_model: MakeMode
         "LICENSE.md",
     ]
     left = {"modeling_x.py": "code", "training_args.bin": "pickle", "model.gguf": "weights"}
-    for name in [*copied, *left, ".gitattributes", ".cache/x.json", "onnx/model.onnx", "onnx/tokenizer.json"]:
+    for name in [
+        *copied,
+        *left,
+        ".gitattributes",
+        ".cache/x.json",
+        "onnx/model.onnx",
+        "onnx/tokenizer.json",
+    ]:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
     found = side_files(source)
@@ -399,7 +500,9 @@ def test_every_side_file_is_copied_and_what_is_left_is_said(make_model: MakeMode
     assert {str(file) for file in found.copied} == {*copied, "generation_config.json"}
     convert(source, tmp_path / "out", PLAIN)
     assert [(tmp_path / "out" / name).read_text() for name in copied] == copied
-    assert not any((tmp_path / "out" / name).exists() for name in [*left, ".gitattributes", ".cache", "onnx"])
+    assert not any(
+        (tmp_path / "out" / name).exists() for name in [*left, ".gitattributes", ".cache", "onnx"]
+    )
     assert verify(tmp_path / "out").ok
     (tmp_path / "out" / copied[0]).write_text("changed")
     assert any(copied[0] in problem for problem in verify(tmp_path / "out").problems)
@@ -412,7 +515,9 @@ def test_output_inside_the_source_does_not_copy_itself(make_model: MakeModel) ->
     source = make_model()
     convert(source, source / "first", PLAIN)
     convert(source, source / "second", PLAIN)
-    assert {path.name for path in (source / "first").iterdir()} == {path.name for path in (source / "second").iterdir()}
+    assert {path.name for path in (source / "first").iterdir()} == {
+        path.name for path in (source / "second").iterdir()
+    }
 
 
 def test_plan_says_the_fall_to_channels_and_small_hadamard_blocks(make_model: MakeModel) -> None:
@@ -421,23 +526,41 @@ def test_plan_says_the_fall_to_channels_and_small_hadamard_blocks(make_model: Ma
     assert choose_preset("fast", {}, fits).notes == ()
     assert plan_conversion(fits, choose_preset("fast", {}, fits).config).notes == []
     source = make_model(intermediate_size=2 * 641, **sizes)
-    facts = json.loads(invoke("plan", source, "--preset", "fast", "--calib-seqlen", 64, "--json").stdout)
+    facts = json.loads(
+        invoke("plan", source, "--preset", "fast", "--calib-seqlen", 64, "--json").stdout
+    )
     assert facts["refusals"] == []
     assert facts["config"]["group_size"] == -1
     fall, blocks = facts["notes"]
-    assert "fall from groups of 128 to one scale for each output channel: mlp.down_proj: 1282 inputs" in fall
+    assert (
+        "fall from groups of 128 to one scale for each output channel: mlp.down_proj: 1282 inputs"
+        in fall
+    )
     assert "R4: 1282 channels are rotated in 641 blocks of 2" in blocks
     shown = invoke("plan", source, "--preset", "fast", "--calib-seqlen", 64).stdout
     assert f"note: {fall}\n" in shown, "not wrapped in a pipe"
     assert "FLOP" not in shown
 
 
-def test_log_has_a_line_for_each_stage_with_the_total_and_the_time_left(make_model: MakeModel, tmp_path: Path) -> None:
+def test_log_has_a_line_for_each_stage_with_the_total_and_the_time_left(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model()
     out = tmp_path / ("a long name of a directory " * 5)
-    command = [sys.executable, "-m", "smoothrot_offline.cli", "run", str(source), str(out), "--preset", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "smoothrot_offline.cli",
+        "run",
+        str(source),
+        str(out),
+        "--preset",
+        "none",
+    ]
     options = ["--calib-samples", "2", "--calib-seqlen", "8"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=300, check=True
+    )
     lines = [line for line in done.stderr.splitlines() if " steps, " in line]
     assert lines[0].startswith("0 of ")
     total = lines[0].split()[2]
@@ -455,7 +578,17 @@ def test_log_has_a_line_for_each_stage_with_the_total_and_the_time_left(make_mod
 def test_refusal_in_a_log_leaves_no_bar(tmp_path: Path, chatty: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x")
-    command = [sys.executable, "-m", "smoothrot_offline.cli", "eval", str(chatty), "--text", str(text), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "smoothrot_offline.cli",
+        "eval",
+        str(chatty),
+        "--text",
+        str(text),
+        "--device",
+        "cpu",
+    ]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert failed.returncode == 1
     (error,) = failed.stderr.splitlines()[1:]
@@ -470,7 +603,9 @@ def test_evaluation_counts_each_window_up_to_the_last(tmp_path: Path, chatty: Pa
     text.write_text("some text of bytes")
     seen: list[tuple[int, int]] = []
     measure_perplexity(
-        load_model(chatty), text_windows(chatty, text, seqlen=8), lambda _message, done, total: seen.append((done, total))
+        load_model(chatty),
+        text_windows(chatty, text, seqlen=8),
+        lambda _message, done, total: seen.append((done, total)),
     )
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
@@ -479,17 +614,25 @@ def test_refusal_by_name_imports_neither_torch_nor_transformers(make_model: Make
     source = make_model()
     edit_config(source, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     code = (
-        "import sys\nfrom smoothrot_offline.cli import app\n"
-        "try:\n    app(['plan', sys.argv[1]])\nexcept SystemExit as end:\n    assert end.code == 1\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "import sys\nfrom smoothrot_offline.cli import app\ntry:\n    app(['plan',"
+        " sys.argv[1]])\nexcept SystemExit as end:\n    assert end.code == 1\nassert not {'torch',"
+        " 'transformers'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(source)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "GPT2LMHeadModel (model_type 'gpt2') is not supported" in done.stderr
 
 
 @pytest.mark.parametrize("value", ["x" * 5000, None, [[["deep"]]]])
-def test_wrong_types_in_the_configuration_are_typed_errors(make_model: MakeModel, value: object) -> None:
+def test_wrong_types_in_the_configuration_are_typed_errors(
+    make_model: MakeModel, value: object
+) -> None:
     source = make_model()
     edit_config(source, bos_token_id=value, quantization_config=None)
     result = invoke("plan", source, "--preset", "none", "--calib-seqlen", 8)
@@ -498,4 +641,6 @@ def test_wrong_types_in_the_configuration_are_typed_errors(make_model: MakeModel
 
 def test_calibration_option_that_is_neither_file_nor_id_is_refused_by_plan(chatty: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
-        admit(open_checkpoint(chatty), make_config(calib=f"no such{os.sep}file here", calib_seqlen=8))
+        admit(
+            open_checkpoint(chatty), make_config(calib=f"no such{os.sep}file here", calib_seqlen=8)
+        )

@@ -16,7 +16,12 @@ from smoothrot_offline.calibrate import embed
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.headers import resolve_source
-from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError, UnsupportedModelError
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    SmoothRotError,
+    UnsupportedModelError,
+)
 
 MakeModel = Callable[..., Path]
 WEIGHTS = "model.safetensors"
@@ -38,19 +43,33 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
     out = source.parent / "out"
     with pytest.raises(SmoothRotError) as caught:
         convert(source, out, make_config(**{"scales": "none"} | options))
-    assert [path.name for path in source.parent.iterdir()] == [source.name], "a refusal leaves nothing behind"
+    assert [path.name for path in source.parent.iterdir()] == [source.name], (
+        "a refusal leaves nothing behind"
+    )
     return caught.value
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditional.*not supported"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel .*not supported"),
+        (
+            {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
+            "Gemma3ForConditional.*not supported",
+        ),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "GPT2LMHeadModel .*not supported",
+        ),
         ({"model_type": None}, "not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected LlamaForCausalLM"),
-        ({"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 8}, "mixture of experts"),
-        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4}, "mixture of experts"),
+        (
+            {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 8},
+            "mixture of experts",
+        ),
+        (
+            {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4},
+            "mixture of experts",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantised.*gptq"),
@@ -62,43 +81,90 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
         ({"num_key_value_heads": 2}, "9 attention heads to be a multiple of 2"),
         ({"num_key_value_heads": 0}, "num_key_value_heads: expected a whole number from 1"),
         ({"head_dim": -8}, "head_dim: expected a whole number from 1"),
-        ({"vocab_size": 2**40}, "vocab_size: expected a whole number from 1 to 2147483647, got 1099511627776"),
+        (
+            {"vocab_size": 2**40},
+            "vocab_size: expected a whole number from 1 to 2147483647, got 1099511627776",
+        ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected 0 to 65536"),
         ({"num_labels": 10**9}, "num_labels: expected 0 to 65536"),
     ],
 )
-def test_unsupported_architectures_are_named(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
+def test_unsupported_architectures_are_named(
+    make_model: MakeModel, changes: dict[str, Any], words: str
+) -> None:
     assert_unsupported(make_model(), changes, words)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_activation": "silu"}, "hidden_activation: expected one of gelu_pytorch_tanh.*silu"),
+        (
+            {"hidden_activation": "silu"},
+            "hidden_activation: expected one of gelu_pytorch_tanh.*silu",
+        ),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: expected one of None.*50"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention: expected one of None, False.*True"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "spiral"}}}, "rope_type: expected one of .*spiral"),
-        ({"layer_types": ["sliding_attention", "full_attention", "no_attention"]}, "transformers refuses"),
+        (
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention: expected one of None, False.*True",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "spiral"}}},
+            "rope_type: expected one of .*spiral",
+        ),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "no_attention"]},
+            "transformers refuses",
+        ),
     ],
 )
-def test_settings_that_gemma_3_is_not_served_with_are_named(make_model: MakeModel, changes: dict[str, Any], words: str) -> None:
+def test_settings_that_gemma_3_is_not_served_with_are_named(
+    make_model: MakeModel, changes: dict[str, Any], words: str
+) -> None:
     assert_unsupported(make_model("gemma3"), changes, words)
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("qwen3", {"attention_bias": True}, "attention_bias: expected one of False.*Qwen3ForCausalLM.*True"),
+        (
+            "qwen3",
+            {"attention_bias": True},
+            "attention_bias: expected one of False.*Qwen3ForCausalLM.*True",
+        ),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window: expected one of False.*True"),
         ("phi3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
-        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "transformers refuses"),
-        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code.*modeling_x.X"),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "transformers refuses",
+        ),
+        (
+            "phi3",
+            {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}},
+            "own Python code.*modeling_x.X",
+        ),
         ("phi3", {"layer_types": ["full_attention"] * 3}, "layer_types"),
-        ("phi3", {"hidden_size": 2**53, "partial_rotary_factor": ["x"]}, "partial_rotary_factor: expected a number"),
+        (
+            "phi3",
+            {"hidden_size": 2**53, "partial_rotary_factor": ["x"]},
+            "partial_rotary_factor: expected a number",
+        ),
         ("smollm3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
-        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation: expected one of gelu_pytorch_tanh.*silu"),
-        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings: expected one of True.*False"),
-        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: expected one of None, False.*True"),
+        (
+            "gemma2",
+            {"hidden_activation": "silu"},
+            "hidden_activation: expected one of gelu_pytorch_tanh.*silu",
+        ),
+        (
+            "gemma2",
+            {"tie_word_embeddings": False},
+            "tie_word_embeddings: expected one of True.*False",
+        ),
+        (
+            "gemma2",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention: expected one of None, False.*True",
+        ),
     ],
 )
 def test_settings_that_a_family_is_not_served_with_are_named(
@@ -136,7 +202,9 @@ def _index_to_nowhere(directory: Path) -> None:
 
 def _index_out_of_the_directory(directory: Path) -> None:
     (directory / WEIGHTS).rename(directory / "moved.safetensors")
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "../moved.safetensors"}}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {UP: "../moved.safetensors"}})
+    )
 
 
 def _index_names_wrong_file(directory: Path) -> None:
@@ -166,7 +234,10 @@ def _missing(directory: Path) -> None:
 
 
 def _bias_without_flag(directory: Path) -> None:
-    edit_weights(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(72)}))
+    edit_weights(
+        directory,
+        lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(72)}),
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,9 +256,18 @@ def _bias_without_flag(directory: Path) -> None:
         (_transposed, [WEIGHTS, UP, "expected shape (152, 72)", "(72, 152)"]),
         (_missing, [UP, "is missing"]),
         (_bias_without_flag, [WEIGHTS, "self_attn.o_proj.bias", "no place in this architecture"]),
-        (lambda directory: (directory / "config.json").unlink(), ["config.json", "the file is missing"]),
-        (lambda directory: (directory / "config.json").write_text("{"), ["config.json", "cannot be read as JSON"]),
-        (lambda directory: (directory / "config.json").write_text("[]"), ["config.json", "expected a JSON object"]),
+        (
+            lambda directory: (directory / "config.json").unlink(),
+            ["config.json", "the file is missing"],
+        ),
+        (
+            lambda directory: (directory / "config.json").write_text("{"),
+            ["config.json", "cannot be read as JSON"],
+        ),
+        (
+            lambda directory: (directory / "config.json").write_text("[]"),
+            ["config.json", "expected a JSON object"],
+        ),
     ],
 )
 def test_damaged_sources_are_refused_with_file_and_tensor(
@@ -203,7 +283,9 @@ def test_damaged_sources_are_refused_with_file_and_tensor(
 def test_shared_head_that_differs_is_refused(make_model: MakeModel) -> None:
     source = make_model(tie_word_embeddings=True)
     embedding = "model.embed_tokens.weight"
-    edit_weights(source, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()}))
+    edit_weights(
+        source, lambda tensors: tensors.update({"lm_head.weight": tensors[embedding].clone()})
+    )
     convert(source, source.parent / "same", make_config(scales="none"))
     edit_weights(source, lambda tensors: tensors["lm_head.weight"].mul_(2))
     with pytest.raises(CheckpointError, match="tie_word_embeddings"):
@@ -219,7 +301,9 @@ def test_shared_head_that_differs_is_refused(make_model: MakeModel) -> None:
         ({"scales": "max", "calib_seqlen": 65}, ["--calib-seqlen 65", "64 tokens"]),
     ],
 )
-def test_options_that_do_not_fit_the_model_are_refused(make_model: MakeModel, options: dict[str, Any], words: list[str]) -> None:
+def test_options_that_do_not_fit_the_model_are_refused(
+    make_model: MakeModel, options: dict[str, Any], words: list[str]
+) -> None:
     message = str(refusal(make_model(), **options))
     assert [word for word in words if word not in message] == [], message
 
@@ -251,7 +335,13 @@ def test_width_without_any_hadamard_block_is_refused(make_model: MakeModel) -> N
 
 def test_fold_that_overflows_float16_is_refused(make_model: MakeModel) -> None:
     source = make_model(dtype=torch.float16)
-    edit_weights(source, lambda tensors: (tensors["model.norm.weight"].fill_(60000), tensors["lm_head.weight"].fill_(100)))
+    edit_weights(
+        source,
+        lambda tensors: (
+            tensors["model.norm.weight"].fill_(60000),
+            tensors["lm_head.weight"].fill_(100),
+        ),
+    )
     assert "lm_head.weight" in str(refusal(source))
 
 
@@ -263,10 +353,17 @@ def test_tokens_outside_the_vocabulary_are_refused() -> None:
             embed(bad, embedding)
 
 
-def test_activations_that_overflow_are_refused_with_the_layer(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("smoothrot_offline.decide.load_calibration", lambda *_: torch.arange(8).reshape(1, 8))
+def test_activations_that_overflow_are_refused_with_the_layer(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "smoothrot_offline.decide.load_calibration", lambda *_: torch.arange(8).reshape(1, 8)
+    )
     source = make_model(dtype=torch.float32)
-    edit_weights(source, lambda tensors: [tensors[UP.replace("up", kind)].mul_(1e30) for kind in ("up", "down")])
+    edit_weights(
+        source,
+        lambda tensors: [tensors[UP.replace("up", kind)].mul_(1e30) for kind in ("up", "down")],
+    )
     assert "decoder layer 1" in str(refusal(source, scales="max", calib_seqlen=8))
 
 
@@ -277,14 +374,26 @@ def test_what_is_neither_directory_nor_hub_id_is_refused(model: str) -> None:
 
 
 def test_hub_failure_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(CheckpointError, match=r"some-org/some-model: not a local directory.*offline"):
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *_, **__: (_ for _ in ()).throw(OSError("offline")),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"some-org/some-model: not a local directory.*offline"
+    ):
         resolve_source("some-org/some-model")
 
 
 def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> None:
     config = json.loads((make_model("qwen2", tie_word_embeddings=True) / "config.json").read_text())
     spec = resolve(config)
-    assert (spec.layers, spec.hidden, spec.intermediate, spec.heads, spec.kv_heads, spec.head_dim) == (3, 72, 152, 9, 3, 8)
+    assert (
+        spec.layers,
+        spec.hidden,
+        spec.intermediate,
+        spec.heads,
+        spec.kv_heads,
+        spec.head_dim,
+    ) == (3, 72, 152, 9, 3, 8)
     assert spec.tied
     assert spec.biased() == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}

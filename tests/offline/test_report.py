@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``report``: a plain directory and two converted ones side by side, without a network; its numbers, page and refusals."""
+"""``report``: a plain directory and two converted ones side by side, without a network; its
+numbers, page and refusals."""
 
 import functools
 import json
@@ -22,7 +23,8 @@ from smoothrot_offline.reporting import Report
 
 CHOICES = ["red", "green", "blue", "no colour at all"]
 DOCUMENTS = [
-    {"question": f"Question {number}: what colour is it?", "choices": CHOICES, "label": number % 4} for number in range(12)
+    {"question": f"Question {number}: what colour is it?", "choices": CHOICES, "label": number % 4}
+    for number in range(12)
 ]
 TASK = """\
 task: tiny_colours
@@ -52,7 +54,16 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     base = tmp_path_factory.mktemp("models")
     source = save_tiny_model(base / "plain", "llama")
     for name, options in {
-        "w4a8": ("--activation-bits", 8, "--group-size", 32, "--calib-samples", 2, "--calib-seqlen", 32),
+        "w4a8": (
+            "--activation-bits",
+            8,
+            "--group-size",
+            32,
+            "--calib-samples",
+            2,
+            "--calib-seqlen",
+            32,
+        ),
         "w4a4": ("--scales", "none"),
     }.items():
         assert invoke("run", source, base / name, "--preset", "none", *options).exit_code == 0
@@ -62,7 +73,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def texts(tmp_path: Path) -> list[Path]:
     (tmp_path / "text.txt").write_text(SHORT_TEXT.read_text()[:1000])
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one two", "three four")))
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("one two", "three four"))
+    )
     return [tmp_path / "text.txt", tmp_path / "docs.jsonl"]
 
 
@@ -70,7 +83,9 @@ def texts(tmp_path: Path) -> list[Path]:
 def task_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "colours.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    (folder / "colours.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in DOCUMENTS)
+    )
     (folder / "colours.yaml").write_text(TASK.format(data=folder / "colours.jsonl"))
     return folder
 
@@ -87,7 +102,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def accuracy(directory: Path, documents: list[dict[str, Any]]) -> float:
-    """Share of the documents whose right answer is the likeliest continuation, one continuation at a time."""
+    """Share of the documents whose right answer is the likeliest continuation, one continuation
+    at a time."""
     model, tokenizer, right = load_model(directory, torch.float32), byte_tokenizer(), 0
     for document in documents:
         question = tokenizer(document["question"]).input_ids
@@ -103,24 +119,41 @@ def accuracy(directory: Path, documents: list[dict[str, Any]]) -> float:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_every_number_is_the_direct_one(directories: list[Path], texts: list[Path], task_folder: Path, tmp_path: Path) -> None:
+def test_every_number_is_the_direct_one(
+    directories: list[Path], texts: list[Path], task_folder: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("lm_eval")
     options: list[object] = [part for text in texts for part in ("--text", text)]
     options += ["--seqlen", 128, "--tasks", "tiny_colours", "--include-path", task_folder]
-    options += ["--prompt-tokens", 16, "--new-tokens", 2, "--rounds", 3, "--out", tmp_path / "report.json"]
+    options += [
+        "--prompt-tokens",
+        16,
+        "--new-tokens",
+        2,
+        "--rounds",
+        3,
+        "--out",
+        tmp_path / "report.json",
+    ]
     result = invoke("report", *directories, *options, "--json")
     assert result.exit_code == 0, result.stderr
     found = Report.model_validate_json(result.stdout)
     assert Report.model_validate_json((tmp_path / "report.json").read_text()) == found
-    assert [record.directory for record in found.directories] == [str(directory) for directory in directories]
+    assert [record.directory for record in found.directories] == [
+        str(directory) for directory in directories
+    ]
     assert [record.kind for record in found.directories] == ["plain", "SmoothRot", "SmoothRot"]
     for record, directory in zip(found.directories, directories, strict=True):
         assert record.dtype == "float32"
         for text in texts:
             direct = evaluate_perplexity(directory, text, 128, dtype=torch.float32)
-            assert record.perplexity[text.name].perplexity == pytest.approx(direct.perplexity, rel=1e-6)
+            assert record.perplexity[text.name].perplexity == pytest.approx(
+                direct.perplexity, rel=1e-6
+            )
             assert record.perplexity[text.name].tokens == direct.tokens
-        assert record.size.disk_bytes == sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        assert record.size.disk_bytes == sum(
+            file.stat().st_size for file in directory.glob("*.safetensors")
+        )
         assert record.size.ratio == record.size.sixteen_bit_bytes / record.size.disk_bytes
         (score,) = record.tasks
         assert (score.task, score.metric, score.samples) == ("tiny_colours", "acc", len(DOCUMENTS))
@@ -144,9 +177,23 @@ def test_every_number_is_the_direct_one(directories: list[Path], texts: list[Pat
     assert found.speed_conditions.threads == torch.get_num_threads()
 
 
-def test_limits_and_no_speed_measure_less_and_say_so(directories: list[Path], texts: list[Path], tmp_path: Path) -> None:
+def test_limits_and_no_speed_measure_less_and_say_so(
+    directories: list[Path], texts: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "report.html"
-    options = ("--text", texts[0], "--seqlen", 64, "--limit-chunks", 2, "--no-speed", "--dtype", "auto", "--out", out)
+    options = (
+        "--text",
+        texts[0],
+        "--seqlen",
+        64,
+        "--limit-chunks",
+        2,
+        "--no-speed",
+        "--dtype",
+        "auto",
+        "--out",
+        out,
+    )
     result = invoke("report", *directories[:2], *options)
     assert result.exit_code == 0, result.stderr
     for words in ("the first 2 only", "smaller", "Arithmetic: bfloat16", "126"):
@@ -163,7 +210,16 @@ def test_limits_and_no_speed_measure_less_and_say_so(directories: list[Path], te
 @pytest.mark.usefixtures("no_network")
 def test_limit_takes_the_first_documents(directories: list[Path], task_folder: Path) -> None:
     pytest.importorskip("lm_eval")
-    options = ("--tasks", "tiny_colours", "--include-path", task_folder, "--limit", 5, "--no-speed", "--json")
+    options = (
+        "--tasks",
+        "tiny_colours",
+        "--include-path",
+        task_folder,
+        "--limit",
+        5,
+        "--no-speed",
+        "--json",
+    )
     result = invoke("report", directories[2], *options)
     assert result.exit_code == 0, result.stderr
     (record,) = Report.model_validate_json(result.stdout).directories
@@ -180,7 +236,9 @@ def test_limit_takes_the_first_documents(directories: list[Path], task_folder: P
         (("--tasks", "piqa", "--include-path", "nowhere"), "expected a folder"),
     ],
 )
-def test_refusals_name_the_option(directories: list[Path], options: tuple[object, ...], words: str) -> None:
+def test_refusals_name_the_option(
+    directories: list[Path], options: tuple[object, ...], words: str
+) -> None:
     result = invoke("report", directories[1], *options)
     assert result.exit_code == 1
     assert words in result.stderr
@@ -195,20 +253,28 @@ def test_taken_output_is_refused_and_kept(directories: list[Path], tmp_path: Pat
     assert (tmp_path / "report.json").read_text() == "mine"
 
 
-def test_names_that_would_be_confused_are_refused(directories: list[Path], texts: list[Path], tmp_path: Path) -> None:
+def test_names_that_would_be_confused_are_refused(
+    directories: list[Path], texts: list[Path], tmp_path: Path
+) -> None:
     assert "different directories" in invoke("report", directories[1], directories[1]).stderr
     (tmp_path / "more").mkdir()
     (tmp_path / "more/text.txt").write_text("other")
-    result = invoke("report", directories[1], "--text", texts[0], "--text", tmp_path / "more/text.txt")
+    result = invoke(
+        "report", directories[1], "--text", texts[0], "--text", tmp_path / "more/text.txt"
+    )
     assert "text.txt more than once" in result.stderr
 
 
 def test_directory_of_a_method_that_is_not_installed_is_refused_before_a_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded")
+    )
     source = save_tiny_model(tmp_path / "awq", "llama")
-    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((source / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "awq"}
+    }
     (source / "config.json").write_text(json.dumps(config))
     result = invoke("report", source, "--no-speed")
     assert result.exit_code == 1
@@ -228,8 +294,12 @@ def test_task_whose_data_is_missing_is_refused_before_a_model_runs(
 ) -> None:
     pytest.importorskip("lm_eval")
     (task_folder / "colours.jsonl").unlink()
-    monkeypatch.setattr("smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded"))
-    result = invoke("report", directories[1], "--tasks", "tiny_colours", "--include-path", task_folder)
+    monkeypatch.setattr(
+        "smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded")
+    )
+    result = invoke(
+        "report", directories[1], "--tasks", "tiny_colours", "--include-path", task_folder
+    )
     assert result.exit_code == 1
     assert "cannot load their data" in result.stderr
 
@@ -237,7 +307,9 @@ def test_task_whose_data_is_missing_is_refused_before_a_model_runs(
 def test_unknown_task_is_named(directories: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = pytest.importorskip("lm_eval.tasks")
     # Without the index of lm-eval's own thousands of tasks, which takes long to build.
-    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(
+        tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False)
+    )
     result = invoke("report", directories[1], "--tasks", "magic")
     assert result.exit_code == 1
     assert "lm-eval knows no magic" in result.stderr

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversion that is killed anywhere goes on where it stopped, and ends with the bytes of one that was not."""
+"""A conversion that is killed anywhere goes on where it stopped, and ends with the bytes of one
+that was not."""
 
 import fcntl
 import hashlib
@@ -28,8 +29,9 @@ PLAIN = {"scales": "none"}
 # One shard of a mebibyte is less than the whole, so that shards are finished between layers.
 FAMILY = {"vocab_size": 4096}
 
-# Converts in forked children, so that torch is imported once. A child kills itself before its Nth flush, rename or unlink: what a
-# crash can interrupt lies between these. Prints a line for each kill, with what was left to see.
+# Converts in forked children, so that torch is imported once. A child kills itself before its Nth
+# flush, rename or unlink: what a crash can interrupt lies between these. Prints a line for each
+# kill, with what was left to see.
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
@@ -41,7 +43,8 @@ from smoothrot_offline.write import JOURNAL_NAME
 from smoothrot_vllm.errors import SmoothRotError
 
 torch.set_num_threads(1)
-source, folder, options, stride = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+options, stride = json.loads(sys.argv[3]), int(sys.argv[4])
 
 def run(out, kill_at):
     child = os.fork()
@@ -87,7 +90,9 @@ while True:
 
 
 def content(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,15 @@ def test_kill_9_anywhere_and_the_same_command_finishes_with_the_same_bytes(
     source, folder = make_model(**FAMILY), tmp_path / "outputs"
     folder.mkdir()
     options = {**options, "shard_mib": 1}
-    command = [sys.executable, "-c", DRIVER, str(source), str(folder), json.dumps(options), str(stride)]
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER,
+        str(source),
+        str(folder),
+        json.dumps(options),
+        str(stride),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
@@ -109,7 +122,9 @@ def test_kill_9_anywhere_and_the_same_command_finishes_with_the_same_bytes(
     expected = content(folder / "whole")
     for kill in kills:
         assert content(Path(kill["out"])) == expected, f"killed before call {kill['point']}"
-        assert all(name == Path(kill["out"]).name for name in kill["whole"]), "no partial directory looks whole"
+        assert all(name == Path(kill["out"]).name for name in kill["whole"]), (
+            "no partial directory looks whole"
+        )
     assert list(folder.glob("*.partial")) == []
 
 
@@ -145,7 +160,10 @@ def test_finished_layers_are_not_computed_again(make_model: MakeModel, tmp_path:
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"seed": 5}, "options: seed: .* had 0, this one has 5"), ({"lm_head_bits": 8}, "options: lm_head_bits")],
+    [
+        ({"seed": 5}, "options: seed: .* had 0, this one has 5"),
+        ({"lm_head_bits": 8}, "options: lm_head_bits"),
+    ],
 )
 def test_other_options_are_refused_by_name_and_leave_the_work_alone(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object], field: str
@@ -165,7 +183,12 @@ def test_other_options_are_refused_by_name_and_leave_the_work_alone(
     ],
 )
 def test_other_software_or_machine_is_refused_by_name(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, value: object, field: str
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    value: object,
+    field: str,
 ) -> None:
     source, out = interrupted(make_model, tmp_path)
     monkeypatch.setattr(function, lambda: value)
@@ -173,7 +196,9 @@ def test_other_software_or_machine_is_refused_by_name(
         convert(source, out, make_config(**PLAIN))
 
 
-def test_other_source_or_calibration_text_is_refused_by_name(make_model: MakeModel, tmp_path: Path) -> None:
+def test_other_source_or_calibration_text_is_refused_by_name(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     text = tmp_path / "text"
     text.write_text("one")
     source, out = interrupted(make_model, tmp_path, calib=str(text))
@@ -186,11 +211,17 @@ def test_other_source_or_calibration_text_is_refused_by_name(make_model: MakeMod
         convert(source, out, make_config(**PLAIN, calib=str(text)))
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-1])])
-def test_damaged_work_is_refused_by_file(make_model: MakeModel, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-1])]
+)
+def test_damaged_work_is_refused_by_file(
+    make_model: MakeModel, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     source, out = interrupted(make_model, tmp_path)
     damage(tmp_path / "out.partial" / "resume-layer-00001.safetensors")
-    with pytest.raises(ResumeError, match=r"resume-layer-00001\.safetensors: expected the file that was written"):
+    with pytest.raises(
+        ResumeError, match=r"resume-layer-00001\.safetensors: expected the file that was written"
+    ):
         convert(source, out, make_config(**PLAIN))
 
 
@@ -200,7 +231,15 @@ KEPT = '"sha256": "0", "layer": {"weight_error": {}}, "hidden": null'
 @pytest.mark.parametrize(
     "line",
     [
-        *('{"layer": {}}', '{"layer": 3}', '{"shard": {"x": 1}}', '{"decisions": {}}', "[]", "{", "[" * 10**5),
+        *(
+            '{"layer": {}}',
+            '{"layer": 3}',
+            '{"shard": {"x": 1}}',
+            '{"decisions": {}}',
+            "[]",
+            "{",
+            "[" * 10**5,
+        ),
         f'{{"tensors": ["a"], "file": "../precious.safetensors", {KEPT}}}',
         f'{{"tensors": ["a"], "file": "{"x" * 5000}.safetensors", {KEPT}}}',
         f'{{"tensors": ["a"], "file": 3, {KEPT}}}',
@@ -208,7 +247,9 @@ KEPT = '"sha256": "0", "layer": {"weight_error": {}}, "hidden": null'
         '{"tensors": ["a"], "file": "a.safetensors", "sha256": "0", "layer": {"weight_error": {}}}',
     ],
 )
-def test_damaged_journal_is_refused_by_file(make_model: MakeModel, tmp_path: Path, line: str) -> None:
+def test_damaged_journal_is_refused_by_file(
+    make_model: MakeModel, tmp_path: Path, line: str
+) -> None:
     source, out = interrupted(make_model, tmp_path)
     journal = tmp_path / "out.partial" / JOURNAL_NAME
     journal.write_text(journal.read_text() + line + "\n")
@@ -218,7 +259,10 @@ def test_damaged_journal_is_refused_by_file(make_model: MakeModel, tmp_path: Pat
     assert (tmp_path / "precious.safetensors").exists()
 
 
-@pytest.mark.parametrize("facts", [{}, {"seed": 0, "studies": "x"}, {"seed": 0, "studies": [3], "learned": None, "schema": {}}])
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"seed": 0, "studies": "x"}, {"seed": 0, "studies": [3], "learned": None, "schema": {}}],
+)
 def test_damaged_decisions_of_a_journal_are_refused(
     build_model: Callable[..., PreTrainedModel], facts: dict[str, object]
 ) -> None:
@@ -227,7 +271,9 @@ def test_damaged_decisions_of_a_journal_are_refused(
         unpack_decisions(facts, {}, spec, make_config())
 
 
-def test_torn_last_line_of_the_journal_is_work_not_finished(make_model: MakeModel, tmp_path: Path) -> None:
+def test_torn_last_line_of_the_journal_is_work_not_finished(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source, out = interrupted(make_model, tmp_path)
     journal = tmp_path / "out.partial" / JOURNAL_NAME
     journal.write_bytes(journal.read_bytes()[:-9])
@@ -250,17 +296,26 @@ def test_second_writer_is_told_who_the_first_is(make_model: MakeModel, tmp_path:
     assert content(partial) == before
 
 
-def test_partial_directory_of_someone_else_is_left_alone(make_model: MakeModel, tmp_path: Path) -> None:
+def test_partial_directory_of_someone_else_is_left_alone(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     strange = tmp_path / "out.partial"
     strange.mkdir()
     (strange / "precious").write_text("data")
-    with pytest.raises(ConfigError, match="expected the work of an interrupted conversion, got precious"):
+    with pytest.raises(
+        ConfigError, match="expected the work of an interrupted conversion, got precious"
+    ):
         convert(make_model(), tmp_path / "out", make_config(**PLAIN))
     assert (strange / "precious").read_text() == "data"
 
 
 def test_learned_rotations_and_scales_survive(make_model: MakeModel, tmp_path: Path) -> None:
-    options = CALIBRATION | {"scales": "l2", "rotations": "learned", "rotation_steps": 2, "keep_8bit": 0.3}
+    options = CALIBRATION | {
+        "scales": "l2",
+        "rotations": "learned",
+        "rotation_steps": 2,
+        "keep_8bit": 0.3,
+    }
     source, out = interrupted(make_model, tmp_path, **options)
     convert(source, out, make_config(**options))
     convert(source, tmp_path / "whole", make_config(**options))

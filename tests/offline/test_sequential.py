@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error-compensated rounding within a conversion: the converted model comes closer to the original."""
+"""Error-compensated rounding within a conversion: the converted model comes closer to the
+original."""
 
 from pathlib import Path
 
@@ -14,16 +15,25 @@ from smoothrot_offline.model import load_model
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
-def logit_errors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def logit_errors(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, float]:
     """Relative logit error on the calibration text, by rounding."""
     folder: Path = tmp_path_factory.mktemp("sequential")
     source = save_tiny_model(folder / "source", request.param)
-    tokens = torch.tensor([AutoTokenizer.from_pretrained(source)(SHORT_TEXT.read_text()).input_ids[:512]])
+    tokens = torch.tensor(
+        [AutoTokenizer.from_pretrained(source)(SHORT_TEXT.read_text()).input_ids[:512]]
+    )
     with torch.inference_mode():
         expected = load_model(source, torch.float32)(tokens).logits
         errors = {}
         for rounding in ("rtn", "gptq", "gptaq"):
-            options = {"activation_bits": 8, "calib": str(SHORT_TEXT), "calib_samples": 16, "calib_seqlen": 256}
+            options = {
+                "activation_bits": 8,
+                "calib": str(SHORT_TEXT),
+                "calib_samples": 16,
+                "calib_seqlen": 256,
+            }
             convert(source, folder / rounding, make_config(rounding=rounding, **options))
             logits = load_model(folder / rounding, torch.float32)(tokens).logits
             errors[rounding] = float((logits - expected).norm() / expected.norm())
@@ -34,5 +44,7 @@ def test_gptq_at_least_halves_the_logit_error_of_rtn(logit_errors: dict[str, flo
     assert logit_errors["gptq"] < 0.5 * logit_errors["rtn"]
 
 
-def test_gptaq_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(logit_errors: dict[str, float]) -> None:
+def test_gptaq_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(
+    logit_errors: dict[str, float],
+) -> None:
     assert logit_errors["gptaq"] < 0.95 * logit_errors["gptq"]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The converter on a simulated GPU: nothing heavy stays on the CPU, no tensors of two devices meet, the bits are the CPU's."""
+"""The converter on a simulated GPU: nothing heavy stays on the CPU, no tensors of two devices
+meet, the bits are the CPU's."""
 
 import hashlib
 import json
@@ -33,15 +34,34 @@ from smoothrot_vllm.errors import ConfigError, DeviceMemoryError, ResumeError
 MakeModel = Callable[..., Path]
 SMALL = {"calib_samples": 3, "calib_seqlen": 16}
 SMALLER = {"num_hidden_layers": 1}
-GROUPS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+GROUPS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rtn": ("llama", {}, {"scales": "none"}),
-    "rtn, groups, 4-bit head": ("llama", GROUPS, {"scales": "quantile", "group_size": 32, "lm_head_bits": 4}),
-    "gptq, smoothed norms, 8-bit head": ("qwen2", {}, {"rounding": "gptq", "smooth_norms": True, "lm_head_bits": 8}),
+    "rtn, groups, 4-bit head": (
+        "llama",
+        GROUPS,
+        {"scales": "quantile", "group_size": 32, "lm_head_bits": 4},
+    ),
+    "gptq, smoothed norms, 8-bit head": (
+        "qwen2",
+        {},
+        {"rounding": "gptq", "smooth_norms": True, "lm_head_bits": 8},
+    ),
     "gptaq, search, clips, mixed precision": (
         "llama",
         {},
-        {"rounding": "gptaq", "scales": "search", "clip_search": True, "keep_8bit": 0.2, "act_order": False},
+        {
+            "rounding": "gptaq",
+            "scales": "search",
+            "clip_search": True,
+            "keep_8bit": 0.2,
+            "act_order": False,
+        },
     ),
     "learned scales and rotations": (
         "llama",
@@ -49,7 +69,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"scales": "learned", "rotations": "learned", "rotation_steps": 2, "smooth_norms": True},
     ),
     "sign seeds": ("phi3", {}, {"sign_seeds": 2, "smooth_norms": True}),
-    "online rotation": ("gemma3", {}, {"rounding": "gptq", "rotations": "learned", "rotation_steps": 2}),
+    "online rotation": (
+        "gemma3",
+        {},
+        {"rounding": "gptq", "rotations": "learned", "rotation_steps": 2},
+    ),
     "experts": ("mixtral", SMALLER, {"rounding": "gptaq", "clip_search": True, "keep_8bit": 0.1}),
     "not rotated": ("gemma2", {}, {"rotate": False, "rounding": "gptq", "smooth_norms": True}),
 }
@@ -67,7 +91,9 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def content(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 def invoke(*arguments: object) -> Result:
@@ -84,8 +110,17 @@ def stop_at(layer: int) -> Callable[[str, int, int], None]:
 
 def test_the_simulation_refuses_what_a_gpu_refuses(gpu: SimulatedGpu) -> None:
     here, there = torch.ones(4, 4), torch.ones(4, 4, device="cuda")
-    assert (here.device, there.device, (there + 1).device, there.cpu().device) == (CPU, GPU, GPU, CPU)
-    assert [there.to(here).device, here.to(there).device, here.to(there.device, torch.float64).device] == [CPU, GPU, GPU]
+    assert (here.device, there.device, (there + 1).device, there.cpu().device) == (
+        CPU,
+        GPU,
+        GPU,
+        CPU,
+    )
+    assert [
+        there.to(here).device,
+        here.to(there).device,
+        here.to(there.device, torch.float64).device,
+    ] == [CPU, GPU, GPU]
     mixes: list[Callable[[], object]] = [
         lambda: here + there,
         lambda: there @ here,
@@ -115,7 +150,8 @@ def test_a_conversion_has_the_bits_of_the_cpus(
     family, sizes, options = CASES[case]
     source, config = make_model(family, **sizes), make_config(**SMALL | options)
     if case == "experts":
-        # To write a text, transformers runs its own experts, on a GPU by calls that the CPU has no code for.
+        # To write a text, transformers runs its own experts, on a GPU by calls that the CPU has no
+        # code for.
         tokens = torch.randint(96, (3, 16), generator=torch.Generator().manual_seed(0))
         monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: tokens)
     convert(source, tmp_path / "cpu", config)
@@ -136,13 +172,18 @@ def test_a_conversion_has_the_bits_of_the_cpus(
 def test_an_interrupted_conversion_goes_on_only_on_its_device(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, config = make_model(), make_config(**SMALL, rounding="gptaq", rotations="learned", rotation_steps=1)
+    source, config = (
+        make_model(),
+        make_config(**SMALL, rounding="gptaq", rotations="learned", rotation_steps=1),
+    )
     for name, device in (("cpu", CPU), ("gpu", GPU)):
         with simulated_gpu(monkeypatch), pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / name, config, stop_at(2), device=device)
     with (
         simulated_gpu(monkeypatch),
-        pytest.raises(ResumeError, match=f"machine: device: .* had 'cpu', this one has 'cuda {NAME}'"),
+        pytest.raises(
+            ResumeError, match=f"machine: device: .* had 'cpu', this one has 'cuda {NAME}'"
+        ),
     ):
         convert(source, tmp_path / "cpu", config, device=GPU)
     with pytest.raises(ResumeError, match=r"machine: device: .* this one has 'cpu'"):
@@ -153,18 +194,35 @@ def test_an_interrupted_conversion_goes_on_only_on_its_device(
     assert content(tmp_path / "gpu") == content(tmp_path / "whole")
 
 
-def test_eval_and_analyze_have_the_cpus_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_and_analyze_have_the_cpus_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = save_tiny_model(tmp_path / "model", "llama")
     (tmp_path / "text").write_text(SHORT_TEXT.read_text(encoding="utf-8")[:400])
     convert(source, tmp_path / "converted", make_config(scales="none", activation_bits=8))
-    options = AnalysisConfig(calib=str(tmp_path / "text"), calib_samples=2, calib_seqlen=16, layers=(1,), policies=("learned",))
-    expected = [evaluate_perplexity(tmp_path / name, tmp_path / "text", 64, 1) for name in ("model", "converted")]
+    options = AnalysisConfig(
+        calib=str(tmp_path / "text"),
+        calib_samples=2,
+        calib_seqlen=16,
+        layers=(1,),
+        policies=("learned",),
+    )
+    expected = [
+        evaluate_perplexity(tmp_path / name, tmp_path / "text", 64, 1)
+        for name in ("model", "converted")
+    ]
     analysis, _ = analyze(source, tmp_path / "cpu", options)
     with simulated_gpu(monkeypatch) as gpu:
-        found = [evaluate_perplexity(tmp_path / name, tmp_path / "text", 64, 1, device=GPU) for name in ("model", "converted")]
+        found = [
+            evaluate_perplexity(tmp_path / name, tmp_path / "text", 64, 1, device=GPU)
+            for name in ("model", "converted")
+        ]
         assert analyze(source, tmp_path / "gpu", options, device=GPU)[0] == analysis
-    # A converted directory runs on the ops' definitions there, whose float sums come in another order.
-    assert [result.nll for result in found] == pytest.approx([result.nll for result in expected], rel=1e-5)
+    # A converted directory runs on the ops' definitions there, whose float sums come in another
+    # order.
+    assert [result.nll for result in found] == pytest.approx(
+        [result.nll for result in expected], rel=1e-5
+    )
     assert found[0].nll == expected[0].nll
     assert gpu.products["cpu"] == 0
 
@@ -172,12 +230,24 @@ def test_eval_and_analyze_have_the_cpus_numbers(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("error", "kept"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "out of memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "ALLOC_FAILED when .*"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "out of memory",
+        ),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            "ALLOC_FAILED when .*",
+        ),
     ],
 )
 def test_used_up_memory_names_the_cpu_and_keeps_the_work(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kept: str
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kept: str,
 ) -> None:
     quantise = smoothrot_offline.sequential.quantize_gptq
 
@@ -187,7 +257,10 @@ def test_used_up_memory_names_the_cpu_and_keeps_the_work(
         return quantise(*arguments, name=name, **options)
 
     monkeypatch.setattr(smoothrot_offline.sequential, "quantize_gptq", too_large)
-    with simulated_gpu(monkeypatch), pytest.raises(DeviceMemoryError, match=f"{NAME}.*{kept}. Free the GPU .* --device cpu"):
+    with (
+        simulated_gpu(monkeypatch),
+        pytest.raises(DeviceMemoryError, match=f"{NAME}.*{kept}. Free the GPU .* --device cpu"),
+    ):
         convert(make_model(), tmp_path / "out", make_config(**SMALL, rounding="gptq"), device=GPU)
     assert (tmp_path / "out.partial" / JOURNAL_NAME).is_file()
     assert not torch.are_deterministic_algorithms_enabled()
@@ -198,7 +271,9 @@ def test_another_error_on_a_gpu_stays_what_it_is(gpu: SimulatedGpu) -> None:
         raise RuntimeError("CUDA error: illegal address")
 
 
-def test_a_gpu_computes_in_full_float32_and_repeatably(gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_computes_in_full_float32_and_repeatably(
+    gpu: SimulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     torch.set_float32_matmul_precision("high")
     try:
@@ -216,14 +291,25 @@ def test_a_gpu_computes_in_full_float32_and_repeatably(gpu: SimulatedGpu, monkey
 def test_definitions_of_the_ops_take_tensors_of_any_device(gpu: SimulatedGpu) -> None:
     x, weight = torch.linspace(-1, 1, 64, device=GPU).reshape(2, 32), torch.ones(32, device=GPU)
     assert reference.rms_norm_quant(x, weight, 1e-6, 0.9, 4)[0].device == GPU
-    codes, scale = torch.ones(2, 64, 32, dtype=torch.int8, device=GPU), torch.ones(2, 64, 1, device=GPU)
+    codes, scale = (
+        torch.ones(2, 64, 32, dtype=torch.int8, device=GPU),
+        torch.ones(2, 64, 1, device=GPU),
+    )
     chosen = torch.zeros(2, 1, dtype=torch.int64, device=GPU)
     both, down = (codes, scale), (codes[:, :, :32], scale)
-    assert reference.experts(x, torch.ones(2, 1, device=GPU), chosen, both, down, 32, 0.9, 8, 8).device == GPU
+    assert (
+        reference.experts(x, torch.ones(2, 1, device=GPU), chosen, both, down, 32, 0.9, 8, 8).device
+        == GPU
+    )
 
 
 def test_auto_is_the_gpu_where_there_is_one(gpu: SimulatedGpu) -> None:
-    assert [choose_device(option).device for option in ("auto", "cpu", "cuda", "cuda:0")] == [GPU, CPU, GPU, GPU]
+    assert [choose_device(option).device for option in ("auto", "cpu", "cuda", "cuda:0")] == [
+        GPU,
+        CPU,
+        GPU,
+        GPU,
+    ]
     assert choose_device("auto").described == f"cuda:0 ({NAME}), the first GPU"
     assert choose_device("auto", workers=2).described == "cpu, as --workers 2 work on it"
     with pytest.raises(ConfigError, match=r"--device cuda:1: expected GPU 1 .* got 1 of them"):
@@ -232,29 +318,56 @@ def test_auto_is_the_gpu_where_there_is_one(gpu: SimulatedGpu) -> None:
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("cuda", "expected GPU 0 .* got 0 of them .* use --device cpu"), ("gpu", "expected auto, cpu, cuda or")],
+    [
+        ("cuda", "expected GPU 0 .* got 0 of them .* use --device cpu"),
+        ("gpu", "expected auto, cpu, cuda or"),
+    ],
 )
 @pytest.mark.parametrize("command", ["run", "plan", "eval", "analyze"])
 def test_a_device_that_is_not_there_is_refused(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, option: str, message: str
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    option: str,
+    message: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rest = {"run": [tmp_path / "out"], "plan": [], "eval": ["--text", SHORT_TEXT], "analyze": [tmp_path / "out"]}[command]
+    rest = {
+        "run": [tmp_path / "out"],
+        "plan": [],
+        "eval": ["--text", SHORT_TEXT],
+        "analyze": [tmp_path / "out"],
+    }[command]
     result = invoke(command, make_model(), *rest, "--device", option)
     assert result.exit_code == 1
     assert re.search(f"--device {option}: {message}", result.stderr)
 
 
-def test_commands_say_which_device_they_chose(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_say_which_device_they_chose(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_model()
     options = ("--preset", "none", "--scales", "none")
     with simulated_gpu(monkeypatch):
         result = invoke("run", source, tmp_path / "out", *options)
-        assert (result.exit_code, result.stderr.count(f"device: cuda:0 ({NAME}), the first GPU\n")) == (0, 1)
+        assert (
+            result.exit_code,
+            result.stderr.count(f"device: cuda:0 ({NAME}), the first GPU\n"),
+        ) == (0, 1)
         assert read_manifest(tmp_path / "out").device == f"cuda {NAME}"
         shown = invoke("plan", source, *options).stdout
-        assert f"device: cuda:0 ({NAME}); memory and time below are those of the CPU" in " ".join(shown.split())
-        refused = invoke("run", source, tmp_path / "other", *options, "--workers", 2, "--device", "cuda")
+        assert f"device: cuda:0 ({NAME}); memory and time below are those of the CPU" in " ".join(
+            shown.split()
+        )
+        refused = invoke(
+            "run", source, tmp_path / "other", *options, "--workers", 2, "--device", "cuda"
+        )
         assert "--workers 2: expected 1 with --device cuda:0" in refused.stderr
         assert not (tmp_path / "other").exists()
-        assert json.loads(invoke("plan", source, *options, "--device", "cpu", "--json").stdout)["device"] == "cpu"
+        assert (
+            json.loads(invoke("plan", source, *options, "--device", "cpu", "--json").stdout)[
+                "device"
+            ]
+            == "cpu"
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothing scales: each policy follows its formula, and the layer error it claims is the one that is there."""
+"""Smoothing scales: each policy follows its formula, and the layer error it claims is the one
+that is there."""
 
 import pytest
 import torch
@@ -25,9 +26,15 @@ def statistics_of(*batches: torch.Tensor) -> InputStatistics:
 def outlier_layer() -> tuple[InputStatistics, LayerError]:
     """Channels of very different size, and one massive token, in both X and the statistics."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1024, WIDTH, generator=generator) * torch.randn(WIDTH, generator=generator).exp()
+    x = (
+        torch.randn(1024, WIDTH, generator=generator)
+        * torch.randn(WIDTH, generator=generator).exp()
+    )
     x[0, 3] = 500.0
-    weight = torch.randn(HIDDEN, WIDTH, generator=generator) * torch.randn(WIDTH, generator=generator).mul(0.5).exp()
+    weight = (
+        torch.randn(HIDDEN, WIDTH, generator=generator)
+        * torch.randn(WIDTH, generator=generator).mul(0.5).exp()
+    )
     statistics = statistics_of(x)
     return statistics, LayerError(statistics.sample, weight, SCHEME, BLOCK)
 
@@ -70,18 +77,26 @@ def test_policies_follow_their_formulas_and_leave_dead_channels_alone() -> None:
     assert scales("l2") == pytest.approx([*norms[:2].sqrt().tolist(), 1.0, 1.0])
 
 
-def test_layer_error_is_that_of_the_reference_ops(outlier_layer: tuple[InputStatistics, LayerError]) -> None:
+def test_layer_error_is_that_of_the_reference_ops(
+    outlier_layer: tuple[InputStatistics, LayerError],
+) -> None:
     _, error = outlier_layer
     scales = torch.rand(WIDTH, generator=torch.Generator().manual_seed(1)) + 0.5
     from smoothrot_offline.quantize import quantize_rtn
     from smoothrot_offline.rotate import hadamard
 
     weight = quantize_rtn(hadamard(error.weight * scales, BLOCK), SCHEME.weights)
-    codes, scale = reference.hadamard_quant(error.sample / scales, BLOCK, SCHEME.activations.clip, 4)
-    served = reference.gemm(codes, scale, reference.pack_int4(weight.codes), weight.scale, None, torch.float32, 4, 4)
+    codes, scale = reference.hadamard_quant(
+        error.sample / scales, BLOCK, SCHEME.activations.clip, 4
+    )
+    served = reference.gemm(
+        codes, scale, reference.pack_int4(weight.codes), weight.scale, None, torch.float32, 4, 4
+    )
     expected = (served - error.sample @ error.weight.T).square().sum().item()
     assert error.of(scales) == pytest.approx(expected, rel=1e-3)
-    assert error.differentiable(scales, error.shrink(scales)).item() == pytest.approx(expected, rel=1e-3)
+    assert error.differentiable(scales, error.shrink(scales)).item() == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 def test_searched_scales_beat_the_fixed_ones_and_learned_the_searched(
@@ -89,12 +104,16 @@ def test_searched_scales_beat_the_fixed_ones_and_learned_the_searched(
 ) -> None:
     statistics, error = outlier_layer
     policies: tuple[Policy, ...] = ("max", "quantile", "l2", "search", "learned")
-    choices = {policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies}
+    choices = {
+        policy: choose_scales(policy, statistics, error, PolicyOptions()) for policy in policies
+    }
     reference_error = error.of(choices["max"].scales)
     for choice in choices.values():
         assert choice.error == pytest.approx(error.of(choice.scales) / reference_error)
     assert choices["max"].error == 1.0
-    assert choices["search"].error <= min(choices[policy].error for policy in ("max", "quantile", "l2"))
+    assert choices["search"].error <= min(
+        choices[policy].error for policy in ("max", "quantile", "l2")
+    )
     assert choices["search"].error < 0.88
     assert choices["learned"].error < choices["search"].error
     start = choices["learned"].start

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothing of what the norms give out: the scales, where they are stored, and that a conversion carries them."""
+"""Smoothing of what the norms give out: the scales, where they are stored, and that a conversion
+carries them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,23 +25,33 @@ NORM = "input_layernorm"
 
 def first_layer(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, torch.Tensor]:
     return {
-        name: tensor.double() for name, tensor in checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors()).items()
+        name: tensor.double()
+        for name, tensor in checkpoint.load_relative(
+            spec.layer_prefix(0), spec.layer_tensors()
+        ).items()
     }
 
 
 @pytest.mark.parametrize("folded", [True, False], ids=["R1 folded", "not rotated"])
-def test_scales_even_out_inputs_against_weights(make_model: Callable[..., Path], folded: bool) -> None:
+def test_scales_even_out_inputs_against_weights(
+    make_model: Callable[..., Path], folded: bool
+) -> None:
     checkpoint = open_checkpoint(make_model())
     spec = resolve(checkpoint.config)
     layer = first_layer(checkpoint, spec)
     residual = random_rotation(spec.hidden, 3) if folded else None
     statistics = NormStatistics(spec, residual, layer)
-    x = torch.randn(50, spec.hidden) + 3 * torch.randn(spec.hidden)  # what all tokens share is what a rotation leaves uneven
+    x = torch.randn(50, spec.hidden) + 3 * torch.randn(
+        spec.hidden
+    )  # what all tokens share is what a rotation leaves uneven
     for part in x.split(20):
         statistics.observers()[NORM](part)
     scales = statistics.scales(layer, torch.float64)[NORM]
 
-    out = x.double() / (x.double().square().mean(dim=1, keepdim=True) + spec.config.rms_norm_eps).sqrt()
+    out = (
+        x.double()
+        / (x.double().square().mean(dim=1, keepdim=True) + spec.config.rms_norm_eps).sqrt()
+    )
     weight = torch.cat([layer[f"{reader}.weight"] for reader in spec.architecture.readers[NORM]])
     gamma = layer[f"{NORM}.weight"]
     if residual is None:
@@ -70,17 +81,24 @@ def test_a_channel_that_is_never_used_is_left_alone(make_model: Callable[..., Pa
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("options", [{}, {"sign_seeds": 2}, {"rotations": "learned", "rotation_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"sign_seeds": 2}, {"rotations": "learned", "rotation_steps": 2}], ids=str
+)
 def test_a_conversion_stores_what_it_divides_by(
     make_model: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, int | str]
 ) -> None:
     source = make_model(family)
-    config = make_config(smooth_norms=True, weight_bits=8, activation_bits=8, **options, **CALIBRATION)
+    config = make_config(
+        smooth_norms=True, weight_bits=8, activation_bits=8, **options, **CALIBRATION
+    )
     convert(source, tmp_path / "out", config)
     assert verify(tmp_path / "out").problems == []
     recorded = read_transform(tmp_path / "out")
     spec, table = recorded.transform.spec, recorded.transform.spec.architecture
-    stored, original = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors"), load_file(source / "model.safetensors")
+    stored, original = (
+        load_file(tmp_path / "out" / "model-00001-of-00001.safetensors"),
+        load_file(source / "model.safetensors"),
+    )
     for index, layer in enumerate(read_manifest(tmp_path / "out").layers):
         prefix = spec.layer_prefix(index)
         for norm in table.readers:
@@ -89,7 +107,10 @@ def test_a_conversion_stores_what_it_divides_by(
             gives = gamma if recorded.transform.residual is None else torch.ones_like(gamma)
             # Bit for bit: the scales were chosen so.
             torch.testing.assert_close(
-                stored[f"{prefix}{norm}.weight"].double() + table.norm_offset, gives / scales, rtol=1e-14, atol=0
+                stored[f"{prefix}{norm}.weight"].double() + table.norm_offset,
+                gives / scales,
+                rtol=1e-14,
+                atol=0,
             )
             found = layer.norm_scales[norm]
             assert (found.smallest, found.largest) == (float(scales.min()), float(scales.max()))
@@ -97,5 +118,9 @@ def test_a_conversion_stores_what_it_divides_by(
 
 
 def test_without_smoothing_the_norms_stay(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    convert(make_model(), tmp_path / "out", make_config(smooth_norms=True, scales="none", rounding="gptq", **CALIBRATION))
+    convert(
+        make_model(),
+        tmp_path / "out",
+        make_config(smooth_norms=True, scales="none", rounding="gptq", **CALIBRATION),
+    )
     assert all(not layer.norm_scales for layer in read_manifest(tmp_path / "out").layers)

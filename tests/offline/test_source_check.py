@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify --source``: codes derived again from the source, and what a forged checkpoint cannot hide."""
+"""``verify --source``: codes derived again from the source, and what a forged checkpoint cannot
+hide."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ CALIBRATION = {"calib_samples": 2, "calib_seqlen": 16}
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-def made(make_model: MakeModel, tmp_path: Path, family: str = "llama", **options: object) -> tuple[Path, Path]:
+def made(
+    make_model: MakeModel, tmp_path: Path, family: str = "llama", **options: object
+) -> tuple[Path, Path]:
     source = make_model(family)
     convert(source, tmp_path / "out", make_config(**CALIBRATION | options))
     return source, tmp_path / "out"
@@ -36,7 +39,12 @@ def made(make_model: MakeModel, tmp_path: Path, family: str = "llama", **options
     ids=["rtn", "smoothed", "gptq", "learned", "fused", "rotated online"],
 )
 def test_says_what_was_compared(
-    make_model: MakeModel, tmp_path: Path, family: str, options: dict[str, object], codes: int, errors: int
+    make_model: MakeModel,
+    tmp_path: Path,
+    family: str,
+    options: dict[str, object],
+    codes: int,
+    errors: int,
 ) -> None:
     source, out = made(make_model, tmp_path, family, **options)
     found = compare_with_source(out, source)
@@ -44,8 +52,12 @@ def test_says_what_was_compared(
     assert (found.codes, found.errors) == (codes, errors)
 
 
-@pytest.mark.parametrize(("rounding", "words"), [("rtn", "1 bytes of codes"), ("gptq", "relative weight error")])
-def test_one_changed_code_is_found(make_model: MakeModel, tmp_path: Path, rounding: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("rounding", "words"), [("rtn", "1 bytes of codes"), ("gptq", "relative weight error")]
+)
+def test_one_changed_code_is_found(
+    make_model: MakeModel, tmp_path: Path, rounding: str, words: str
+) -> None:
     source, out = made(make_model, tmp_path, scales="none", rounding=rounding)
     file = out / "model-00001-of-00001.safetensors"
     tensors = load_file(file)

@@ -10,7 +10,12 @@ import pytest
 import torch
 from moe_models import with_separate_experts
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.masking_utils import eager_mask
 
 from smoothrot_offline.architectures import ModelSpec, resolve
@@ -39,7 +44,12 @@ Tensors = dict[str, torch.Tensor]
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
-    "llama, all biases, tied": {"family": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama, all biases, tied": {
+        "family": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
     "llama, one key-value head": {"family": "llama", "num_key_value_heads": 1},
     "llama, widths with blocks of 2 only": {
         "family": "llama",
@@ -91,7 +101,9 @@ class Float64Norm(nn.Module):
         self.eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (
+            (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        )
 
 
 def float64_attention(
@@ -105,7 +117,8 @@ def float64_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention without transformers' softmax in float32, and with the cap that its float64 attention leaves out."""
+    """Attention without transformers' softmax in float32, and with the cap that its float64
+    attention leaves out."""
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, 1).mT * scaling
     if softcap is not None:
@@ -134,16 +147,23 @@ class Subject:
     def each_layer(self, fold: Callable[[Tensors, int], None]) -> None:
         for index in range(self.spec.layers):
             prefix = self.spec.layer_prefix(index)
-            layer = {name.removeprefix(prefix): self.tensors[name] for name in self.tensors if name.startswith(prefix)}
+            layer = {
+                name.removeprefix(prefix): self.tensors[name]
+                for name in self.tensors
+                if name.startswith(prefix)
+            }
             fold(layer, index)
             self.tensors |= {prefix + name: tensor for name, tensor in layer.items()}
 
     def error(self, online: Mapping[str, int] | None = None) -> float:
-        """Relative error of the logits that the transformed tensors give, with inputs rotated online by linear and block."""
+        """Relative error of the logits that the transformed tensors give, with inputs rotated
+        online by linear and block."""
         config = copy.deepcopy(self._original.config)
         config.tie_word_embeddings = False
         # Not made in float32 and widened: Gemma's scale of the embedding would be rounded.
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="float64", dtype=torch.float64)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="float64", dtype=torch.float64
+        )
         model = _with_float64_norms(with_separate_experts(model.eval(), self.spec))
         model.load_state_dict(self.tensors)
         for linear, block in (online or {}).items():
@@ -172,37 +192,57 @@ def subject(request: pytest.FixtureRequest, build_model: Callable[..., PreTraine
 
 
 def random_scales(spec: ModelSpec, index: int) -> torch.Tensor:
-    return torch.rand(spec.smoothed, generator=torch.Generator().manual_seed(index), dtype=torch.float64) * 20 + 0.05
+    return (
+        torch.rand(
+            spec.smoothed, generator=torch.Generator().manual_seed(index), dtype=torch.float64
+        )
+        * 20
+        + 0.05
+    )
 
 
 def random_layer_scales(spec: ModelSpec, seed: int) -> LayerScales:
     generator = torch.Generator().manual_seed(100 + seed)
-    norms = {norm: torch.rand(spec.hidden, dtype=torch.float64, generator=generator) + 0.5 for norm in spec.architecture.readers}
+    norms = {
+        norm: torch.rand(spec.hidden, dtype=torch.float64, generator=generator) + 0.5
+        for norm in spec.architecture.readers
+    }
     return LayerScales(random_scales(spec, seed), norms)
 
 
 def random_orthogonal(*shape: int) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(11))).Q
+    return torch.linalg.qr(
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
+    ).Q
 
 
 def with_random_rotations(transform: ModelTransform) -> ModelTransform:
-    """With orthogonal matrices of no structure where learned ones go, as different from layer to layer."""
+    """With orthogonal matrices of no structure where learned ones go, as different from layer to
+    layer."""
     spec = transform.spec
     heads = random_orthogonal(spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
     dense = DenseRotation(random_orthogonal(1, spec.hidden, spec.hidden))
-    return replace(transform, residual=None if transform.residual is None else dense, heads=list(heads))
+    return replace(
+        transform, residual=None if transform.residual is None else dense, heads=list(heads)
+    )
 
 
 def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     table = subject.spec.architecture
     subject.each_layer(lambda layer, _: fold_norms(layer, table))
-    folded = [t for name, t in subject.tensors.items() if name.endswith(tuple(f".{norm}.weight" for norm in table.readers))]
+    folded = [
+        t
+        for name, t in subject.tensors.items()
+        if name.endswith(tuple(f".{norm}.weight" for norm in table.readers))
+    ]
     assert len(folded) == 6
     assert all((t + table.norm_offset == 1).all() for t in folded)
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True)
+@pytest.mark.parametrize(
+    "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
+)
 def test_r1_keeps_the_logits(subject: Subject) -> None:
     table, rotation = subject.spec.architecture, random_rotation(subject.spec.hidden, seed=5)
 
@@ -214,7 +254,9 @@ def test_r1_keeps_the_logits(subject: Subject) -> None:
     transform = ModelTransform(subject.spec, 5, rotation, Online())
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
-    tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
+    tensors["lm_head.weight"] = transform.head(
+        tensors["lm_head.weight"], tensors["model.norm.weight"]
+    )
     tensors["model.norm.weight"] = transform.final_norm(tensors["model.norm.weight"])
     assert subject.error() <= 1e-10
 
@@ -224,9 +266,13 @@ def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
     before = dict(subject.tensors)
     subject.each_layer(lambda layer, _: rotate_reader_inputs(layer, table, block))
     readers = [reader for group in table.readers.values() for reader in group]
-    changed = {name for name, tensor in subject.tensors.items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in subject.tensors.items() if not torch.equal(tensor, before[name])
+    }
     layers = range(subject.spec.layers)
-    assert changed == {f"{subject.spec.layer_prefix(i)}{reader}.weight" for i in layers for reader in readers}
+    assert changed == {
+        f"{subject.spec.layer_prefix(i)}{reader}.weight" for i in layers for reader in readers
+    }
     assert subject.error(dict.fromkeys(readers, block)) <= 1e-10
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
@@ -236,7 +282,9 @@ def test_r2_keeps_the_logits(subject: Subject) -> None:
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize("subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True)
+@pytest.mark.parametrize(
+    "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
+)
 def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
     table, hidden = subject.spec.architecture, subject.spec.hidden
     rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
@@ -248,7 +296,9 @@ def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
     subject.each_layer(fold)
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = rotation.rotate(tensors["model.embed_tokens.weight"])
-    tensors["lm_head.weight"] = rotation.rotate(tensors["lm_head.weight"] * tensors["model.norm.weight"])
+    tensors["lm_head.weight"] = rotation.rotate(
+        tensors["lm_head.weight"] * tensors["model.norm.weight"]
+    )
     tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"])
     assert subject.error() <= 1e-10
 
@@ -262,7 +312,10 @@ def test_any_orthogonal_matrix_of_each_value_head_will_do_for_r2(subject: Subjec
 
 def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
     table, spec = subject.spec.architecture, subject.spec
-    layer = {f"{n}.weight": torch.randn(spec.linear_shape(n), dtype=torch.float64) for n in (table.value, table.output)}
+    layer = {
+        f"{n}.weight": torch.randn(spec.linear_shape(n), dtype=torch.float64)
+        for n in (table.value, table.output)
+    }
     dense = dict(layer)
     rotate_heads(layer, spec)
     rotate_heads(dense, spec, head_matrices(spec.kv_heads, spec.head_dim))
@@ -270,16 +323,31 @@ def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
 
 
 def test_smoothing_keeps_the_logits(subject: Subject) -> None:
-    subject.each_layer(lambda layer, i: fold_smoothing(layer, subject.spec.architecture, random_scales(subject.spec, i)))
+    subject.each_layer(
+        lambda layer, i: fold_smoothing(
+            layer, subject.spec.architecture, random_scales(subject.spec, i)
+        )
+    )
     assert subject.error() <= 1e-10
 
 
 def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
     table = subject.spec.architecture
     before = dict(subject.tensors)
-    subject.each_layer(lambda layer, i: fold_norm_smoothing(layer, table, random_layer_scales(subject.spec, i).norms))
-    changed = {name.split(".", 3)[-1].removesuffix(".weight") for name in before if not before[name].equal(subject.tensors[name])}
-    assert changed == {*table.readers, *(reader for readers in table.readers.values() for reader in readers)}
+    subject.each_layer(
+        lambda layer, i: fold_norm_smoothing(
+            layer, table, random_layer_scales(subject.spec, i).norms
+        )
+    )
+    changed = {
+        name.split(".", 3)[-1].removesuffix(".weight")
+        for name in before
+        if not before[name].equal(subject.tensors[name])
+    }
+    assert changed == {
+        *table.readers,
+        *(reader for readers in table.readers.values() for reader in readers),
+    }
     assert subject.error() <= 1e-10
 
 
@@ -298,38 +366,57 @@ def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int)
 
 @pytest.mark.parametrize("learned", [False, True], ids=["hadamard", "learned"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_all_transforms_together_keep_the_logits(subject: Subject, shards: int, learned: bool) -> None:
+def test_all_transforms_together_keep_the_logits(
+    subject: Subject, shards: int, learned: bool
+) -> None:
     config = make_config(max_tp=shards, seed=3)
     transform = ModelTransform.of(subject.spec, config)
     if learned:
         transform = with_random_rotations(transform)
-    subject.each_layer(lambda layer, index: transform.layer(index, layer, random_layer_scales(subject.spec, index)))
+    subject.each_layer(
+        lambda layer, index: transform.layer(index, layer, random_layer_scales(subject.spec, index))
+    )
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
-    tensors["lm_head.weight"] = transform.head(tensors["lm_head.weight"], tensors["model.norm.weight"])
+    tensors["lm_head.weight"] = transform.head(
+        tensors["lm_head.weight"], tensors["model.norm.weight"]
+    )
     tensors["model.norm.weight"] = transform.final_norm(tensors["model.norm.weight"])
     online = online_rotations(subject.spec, config)
     assert online.down_proj is not None
     assert online.down_proj.block == choose_block(subject.spec.intermediate, shards).size
     rotations = {linear: online.rotation(linear) for linear in subject.spec.architecture.linears}
-    assert subject.error({linear: r.block for linear, r in rotations.items() if r is not None}) <= 1e-10
+    assert (
+        subject.error({linear: r.block for linear, r in rotations.items() if r is not None})
+        <= 1e-10
+    )
 
 
 def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:
     transform = ModelTransform.of(subject.spec, make_config(rotate=False))
     before = dict(subject.tensors)
-    subject.each_layer(lambda layer, i: transform.layer(i, layer, LayerScales(random_scales(subject.spec, i))))
-    changed = {name.split(".", 3)[-1] for name in before if not torch.equal(before[name], subject.tensors[name])}
+    subject.each_layer(
+        lambda layer, i: transform.layer(i, layer, LayerScales(random_scales(subject.spec, i)))
+    )
+    changed = {
+        name.split(".", 3)[-1]
+        for name in before
+        if not torch.equal(before[name], subject.tensors[name])
+    }
     table = subject.spec.architecture
     ups, downs = zip(*table.products, strict=True)
     assert changed - {f"{table.up}.bias"} == {f"{linear}.weight" for linear in (*ups, *downs)}
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize(("size", "block"), [(64, 64), (4096, 4096), (152, 152), (152, 76), (688, 344), (144, 2)])
+@pytest.mark.parametrize(
+    ("size", "block"), [(64, 64), (4096, 4096), (152, 152), (152, 76), (688, 344), (144, 2)]
+)
 def test_offline_hadamard_is_the_one_the_server_applies(size: int, block: int) -> None:
     x = torch.randn(5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(hadamard(x, block), hadamard_transform(x, block) / block**0.5, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        hadamard(x, block), hadamard_transform(x, block) / block**0.5, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_random_signs_depend_on_seed_and_purpose_only() -> None:
@@ -341,7 +428,9 @@ def test_random_signs_depend_on_seed_and_purpose_only() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
-def test_unusable_scales_are_refused(build_model: Callable[..., PreTrainedModel], bad: float) -> None:
+def test_unusable_scales_are_refused(
+    build_model: Callable[..., PreTrainedModel], bad: float
+) -> None:
     spec = resolve(build_model().config.to_dict())
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj"):
         fold_smoothing({}, spec.architecture, torch.tensor([1.0, bad]))

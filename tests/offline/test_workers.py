@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers converted by several processes: the bytes of one process, its errors, and no process that outlives its parent."""
+"""Layers converted by several processes: the bytes of one process, its errors, and no process
+that outlives its parent."""
 
 import hashlib
 import signal
@@ -24,7 +25,9 @@ CONFIG = make_config(scales="none", shard_mib=1)
 
 
 def content(directory: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in directory.iterdir()
+    }
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
@@ -66,14 +69,19 @@ def test_interrupted_and_killed_workers_leave_what_ends_in_the_bytes_of_one_proc
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, CONFIG, stop_at_the_last_layer, workers=2)
     assert workers_of(psutil.Process()) == []
-    with every_worker_killed_as_it_starts(), pytest.raises(OutputError, match="Use fewer --workers"):
+    with (
+        every_worker_killed_as_it_starts(),
+        pytest.raises(OutputError, match="Use fewer --workers"),
+    ):
         convert(source, out, CONFIG, workers=2)
     assert convert(source, out, CONFIG, workers=2).resumed_layers == 2
     convert(source, tmp_path / "one", CONFIG)
     assert content(out) == content(tmp_path / "one")
 
 
-def test_an_error_in_a_worker_is_the_error_of_the_conversion(make_model: MakeModel, tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_the_error_of_the_conversion(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     source = make_model()
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -88,15 +96,17 @@ def test_an_error_in_a_worker_is_the_error_of_the_conversion(make_model: MakeMod
 def test_no_worker_outlives_a_killed_conversion(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model(num_hidden_layers=80)
     code = (
-        "import sys; from pathlib import Path; from smoothrot_offline.config import make_config\n"
-        "from smoothrot_offline.convert import convert\n"
-        "if __name__ == '__main__':\n"
-        " convert(Path(sys.argv[1]), Path(sys.argv[2]), make_config(scales='none'), lambda m, *_: print(m, flush=True), 2)\n"
+        "import sys; from pathlib import Path; from smoothrot_offline.config import"
+        " make_config\nfrom smoothrot_offline.convert import convert\nif __name__ == '__main__':\n"
+        " convert(Path(sys.argv[1]), Path(sys.argv[2]), make_config(scales='none'), lambda m, *_:"
+        " print(m, flush=True), 2)\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
     process = subprocess.Popen(
-        [sys.executable, str(script), str(source), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), str(source), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -111,6 +121,8 @@ def test_no_worker_outlives_a_killed_conversion(make_model: MakeModel, tmp_path:
     assert alive == []
 
 
-def test_rounding_that_goes_from_layer_to_layer_takes_one_process(make_model: MakeModel, tmp_path: Path) -> None:
+def test_rounding_that_goes_from_layer_to_layer_takes_one_process(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="--workers 2: expected 1 with --rounding gptq"):
         convert(make_model(), tmp_path / "out", make_config(rounding="gptq"), workers=2)

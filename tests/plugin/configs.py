@@ -15,7 +15,10 @@ _SCHEMA = {
     "max_tensor_parallel": 2,
     "ignore": [],
 }
-_PACKED_MODULES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+_PACKED_MODULES = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
 
 
 def make_config(**changes: Any) -> SmoothRotConfig:

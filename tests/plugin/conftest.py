@@ -29,8 +29,11 @@ def vllm_config(_single_rank: None) -> Iterator[VllmConfig]:
 
 
 @pytest.fixture
-def tensor_parallel(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Make vLLM's layers believe they are built on rank ``rank`` of ``size``; communication stays unused."""
+def tensor_parallel(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int, int], None]:
+    """Make vLLM's layers believe they are built on rank ``rank`` of ``size``; communication
+    stays unused."""
 
     def pretend(rank: int, size: int) -> None:
         for module in ("distributed", "model_executor.layers.linear", "model_executor.parameter"):

@@ -27,20 +27,28 @@ def adapter(directory: Path, **config: str) -> Path:
         (None, {BASE_KEY: DIGEST}, "does not say how its weights were transformed"),
     ],
 )
-def test_adapters_of_another_basis_are_refused(tmp_path: Path, served: str | None, config: dict[str, str], message: str) -> None:
+def test_adapters_of_another_basis_are_refused(
+    tmp_path: Path, served: str | None, config: dict[str, str], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         check_adapter(adapter(tmp_path, **config), served)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "expected JSON"), ("[1]", "expected a JSON object, got list")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "expected JSON"), ("[1]", "expected a JSON object, got list")]
+)
 def test_a_damaged_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / CONFIG_NAME).write_text(text)
     with pytest.raises(ConfigError, match=f"{CONFIG_NAME}: {message}"):
         check_adapter(tmp_path, DIGEST)
 
 
-def test_the_guard_stands_before_vllms_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PEFTHelper, "from_local_dir", PEFTHelper.from_local_dir)  # put back after the test
+def test_the_guard_stands_before_vllms_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        PEFTHelper, "from_local_dir", PEFTHelper.from_local_dir
+    )  # put back after the test
     guard = AdapterGuard()
     guard.install(OTHER)
     guard.install(DIGEST)

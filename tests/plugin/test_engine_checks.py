@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the engine: what is refused is all that vLLM has but what is known to work, and the page tells of each argument."""
+"""Settings of the engine: what is refused is all that vLLM has but what is known to work, and
+the page tells of each argument."""
 
 import dataclasses
 import re
@@ -16,14 +17,23 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.model_loader import LoadFormats
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from smoothrot_vllm.engine_checks import CPU_CACHE_DTYPES, LOAD_FORMATS, REFUSALS, TOKEN_DRAFTS, check_engine
+from smoothrot_vllm.engine_checks import (
+    CPU_CACHE_DTYPES,
+    LOAD_FORMATS,
+    REFUSALS,
+    TOKEN_DRAFTS,
+    check_engine,
+)
 from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.format import Online, OnlineHadamard, QuantizationSchema
 
 FOLDED = QuantizationSchema()
 UNFOLDED = QuantizationSchema(online=Online(readers=OnlineHadamard(size=128, block=128)))
 SECTION = (
-    (REPOSITORY / "docs" / "compat.md").read_text(encoding="utf-8").partition("## Engine arguments")[2].partition("\n## ")[0]
+    (REPOSITORY / "docs" / "compat.md")
+    .read_text(encoding="utf-8")
+    .partition("## Engine arguments")[2]
+    .partition("\n## ")[0]
 )
 ROWS = [line.strip("|").split(" | ") for line in SECTION.splitlines() if line.startswith("| `")]
 
@@ -37,7 +47,8 @@ def literals(annotation: Any) -> set[str]:
 
 
 def engine(**changes: Any) -> Any:
-    """The parts of vLLM's configuration that are looked at, as an engine without options has them."""
+    """The parts of vLLM's configuration that are looked at, as an engine without options has
+    them."""
     parts: dict[str, Any] = {
         "model_config": SimpleNamespace(
             runner_type="generate",
@@ -63,7 +74,9 @@ def test_only_drafts_from_tokens_go_with_a_rotated_residual_stream(method: str) 
     if method in TOKEN_DRAFTS:
         check_engine(config, FOLDED)
         return
-    with pytest.raises(ConfigError, match=f"--speculative-config: .*got {method}: this method reads hidden states"):
+    with pytest.raises(
+        ConfigError, match=f"--speculative-config: .*got {method}: this method reads hidden states"
+    ):
         check_engine(config, FOLDED)
 
 
@@ -90,12 +103,21 @@ def test_on_cpus_only_what_attention_computes_with_is_cached(dtype: str) -> None
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_connectors_that_take_hidden_states_are_found_among_others(nested: bool) -> None:
-    parts = [{"kv_connector": name} for name in ("OffloadingConnector", "ExampleHiddenStatesConnector")]
-    transfer = SimpleNamespace(kv_connector="MultiConnector", kv_connector_extra_config={"connectors": parts})
+    parts = [
+        {"kv_connector": name} for name in ("OffloadingConnector", "ExampleHiddenStatesConnector")
+    ]
+    transfer = SimpleNamespace(
+        kv_connector="MultiConnector", kv_connector_extra_config={"connectors": parts}
+    )
     if nested:
-        multi = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": parts}}
+        multi = {
+            "kv_connector": "MultiConnector",
+            "kv_connector_extra_config": {"connectors": parts},
+        }
         transfer.kv_connector_extra_config = {"connectors": [multi]}
-    with pytest.raises(ConfigError, match=r"--kv-transfer-config: .*got ExampleHiddenStatesConnector"):
+    with pytest.raises(
+        ConfigError, match=r"--kv-transfer-config: .*got ExampleHiddenStatesConnector"
+    ):
         check_engine(engine(kv_transfer_config=transfer), FOLDED)
     transfer.kv_connector_extra_config = {"connectors": parts[:1]}
     check_engine(engine(kv_transfer_config=transfer), FOLDED)
@@ -107,17 +129,33 @@ def test_an_engine_without_options_is_accepted() -> None:
 
 def test_the_page_tells_of_every_engine_argument_and_refusal() -> None:
     patterns = re.findall(r"`(--[a-z0-9*-]+)", " ".join(row[0] for row in ROWS))
-    arguments = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(AsyncEngineArgs) if field.name[0] != "_"]
+    arguments = [
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(AsyncEngineArgs)
+        if field.name[0] != "_"
+    ]
     assert len(arguments) > 200
-    told = {argument for argument in arguments if any(fnmatch(argument, pattern) for pattern in patterns)}
+    told = {
+        argument
+        for argument in arguments
+        if any(fnmatch(argument, pattern) for pattern in patterns)
+    }
     assert [argument for argument in arguments if argument not in told] == []
-    assert [pattern for pattern in patterns if not any(fnmatch(argument, pattern) for argument in arguments)] == []
+    assert [
+        pattern
+        for pattern in patterns
+        if not any(fnmatch(argument, pattern) for argument in arguments)
+    ] == []
     refused = " ".join(row[0] for row in ROWS if "refused" in row[1])
-    assert [refusal.option for refusal in REFUSALS if refusal.option.split()[0] not in refused] == []
+    assert [
+        refusal.option for refusal in REFUSALS if refusal.option.split()[0] not in refused
+    ] == []
 
 
 def test_the_page_names_tests_that_there_are() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (REPOSITORY / "tests").rglob("test_*.py")
+    )
     files = {path.name for path in (REPOSITORY / "tests").rglob("test_*.py")}
     named = re.findall(r"`(test_\w+(?:\.py)?)`", " ".join(row[-1] for row in ROWS))
     assert len(named) > 15

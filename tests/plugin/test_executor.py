@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the worker runs: which configurations get our executor, which cores it takes, and what it refuses."""
+"""Where the worker runs: which configurations get our executor, which cores it takes, and what
+it refuses."""
 
 import os
 import subprocess
@@ -19,14 +20,17 @@ from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
 from smoothrot_vllm.executor import InEngineExecutor, cores_of
 from smoothrot_vllm.executor_choice import EXECUTOR
 
-# (logical, physical, memory node): two nodes of two cores with two threads each; the process may not use CPU 0.
+# (logical, physical, memory node): two nodes of two cores with two threads each; the process may
+# not use CPU 0.
 CPUS = [(1, 1, 0), (2, 2, 1), (3, 3, 1), (4, 0, 0), (5, 1, 0), (6, 2, 1), (7, 3, 1)]
 
 
 @pytest.fixture(scope="module")
 def converted(tiny_converted: Callable[..., Path]) -> str:
     plugin.register()
-    return str(tiny_converted("llama", "--activation-bits", "8", "--scales", "none", "--max-tp", "2"))
+    return str(
+        tiny_converted("llama", "--activation-bits", "8", "--scales", "none", "--max-tp", "2")
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,20 +52,31 @@ def test_a_single_worker_of_a_converted_model_is_put_into_the_engine(
 
 def test_vllm_in_one_process_keeps_its_own(converted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    assert EngineArgs(converted).create_engine_config().parallel_config.distributed_executor_backend == "uni"
+    assert (
+        EngineArgs(converted).create_engine_config().parallel_config.distributed_executor_backend
+        == "uni"
+    )
 
 
 def test_other_models_are_left_to_vllm(tmp_path: Path) -> None:
     plugin.register()
     source = str(save_tiny_model(tmp_path / "source", "llama"))
-    assert EngineArgs(source).create_engine_config().parallel_config.distributed_executor_backend == "mp"
+    assert (
+        EngineArgs(source).create_engine_config().parallel_config.distributed_executor_backend
+        == "mp"
+    )
     chosen = EngineArgs(source, distributed_executor_backend=EXECUTOR).create_engine_config()
     assert Executor.get_class(chosen) is InEngineExecutor
 
 
 def test_more_than_one_worker_is_refused_before_any_starts(converted: str) -> None:
-    config = EngineArgs(converted, tensor_parallel_size=2, distributed_executor_backend=EXECUTOR).create_engine_config()
-    with pytest.raises(ConfigError, match="expected one worker, got tensor, pipeline and data parallel sizes of 2, 1, 1"):
+    config = EngineArgs(
+        converted, tensor_parallel_size=2, distributed_executor_backend=EXECUTOR
+    ).create_engine_config()
+    with pytest.raises(
+        ConfigError,
+        match="expected one worker, got tensor, pipeline and data parallel sizes of 2, 1, 1",
+    ):
         InEngineExecutor(config)
 
 
@@ -74,7 +89,9 @@ def test_another_device_is_refused(converted: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_resources, "get_allowed_cpu_list", lambda: [LogicalCPUInfo(*cpu) for cpu in CPUS])
+    monkeypatch.setattr(
+        cpu_resources, "get_allowed_cpu_list", lambda: [LogicalCPUInfo(*cpu) for cpu in CPUS]
+    )
     monkeypatch.setattr(cpu_resources, "get_visible_memory_node", lambda: [0, 1])
 
 
@@ -105,7 +122,10 @@ def test_automatic_cores_are_of_the_first_visible_node_with_any(
 @pytest.mark.usefixtures("cpus")
 @pytest.mark.parametrize("binding", ["0-1", "8", "", "1|2", "all", "3-"])
 def test_cores_that_cannot_be_had_are_refused(binding: str) -> None:
-    with pytest.raises(ConfigError, match=r"VLLM_CPU_OMP_THREADS_BIND: expected .* among 1, 2, 3, 4, 5, 6, 7.*; got"):
+    with pytest.raises(
+        ConfigError,
+        match=r"VLLM_CPU_OMP_THREADS_BIND: expected .* among 1, 2, 3, 4, 5, 6, 7.*; got",
+    ):
         cores_of(binding, 0)
 
 
@@ -116,7 +136,10 @@ def test_too_few_automatic_cores_are_refused(
 ) -> None:
     monkeypatch.setattr(cpu_resources, "get_visible_memory_node", lambda: nodes)
     with pytest.raises(
-        ConfigError, match=f"more than the {reserved} cores of VLLM_CPU_NUM_OF_RESERVED_CPU .*, got {found} among"
+        ConfigError,
+        match=(
+            f"more than the {reserved} cores of VLLM_CPU_NUM_OF_RESERVED_CPU .*, got {found} among"
+        ),
     ):
         cores_of("auto", reserved)
 

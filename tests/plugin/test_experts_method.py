@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own routed experts with our method: loading the tensors of each, checking them, computing; and what is refused."""
+"""vLLM's own routed experts with our method: loading the tensors of each, checking them,
+computing; and what is refused."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,12 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 import smoothrot_vllm.experts
 from smoothrot_vllm import reference
-from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError, UnsupportedPlatformError
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    UnsupportedPlatformError,
+)
 from smoothrot_vllm.experts import SmoothRotExpertsMethod, check_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 128, 192, 4, 2
@@ -63,9 +69,13 @@ def stored_tensors(weights: dict[str, int]) -> Tensors:
     top, tensors = reference.quant_max(bits), {}
     for expert in range(EXPERTS):
         for name in NAMES.values():
-            rows, columns = (HIDDEN, INTERMEDIATE) if name == "down_proj" else (INTERMEDIATE, HIDDEN)
+            rows, columns = (
+                (HIDDEN, INTERMEDIATE) if name == "down_proj" else (INTERMEDIATE, HIDDEN)
+            )
             groups = 1 if weights["group_size"] == -1 else columns // weights["group_size"]
-            codes = torch.randint(-top - 1, top + 1, (rows, columns), generator=generator, dtype=torch.int8)
+            codes = torch.randint(
+                -top - 1, top + 1, (rows, columns), generator=generator, dtype=torch.int8
+            )
             tensors[f"{expert}.{name}.weight_packed"] = reference.encode(codes, bits)
             scale = (torch.rand(rows, groups, generator=generator) + 0.5) / (top * columns**0.5)
             tensors[f"{expert}.{name}.weight_scale"] = scale
@@ -77,31 +87,49 @@ def load(layer: RoutedExperts, tensors: Tensors) -> None:
 
 
 def stacked(tensors: Tensors, names: list[str], suffix: str) -> torch.Tensor:
-    return torch.stack([torch.cat([tensors[f"{e}.{name}.{suffix}"] for name in names]) for e in range(EXPERTS)])
+    return torch.stack(
+        [torch.cat([tensors[f"{e}.{name}.{suffix}"] for name in names]) for e in range(EXPERTS)]
+    )
 
 
 @pytest.mark.parametrize("weights", SCHEMES.values(), ids=list(SCHEMES))
-def test_experts_compute_the_reference(build: Callable[..., RoutedExperts], weights: dict[str, int]) -> None:
+def test_experts_compute_the_reference(
+    build: Callable[..., RoutedExperts], weights: dict[str, int]
+) -> None:
     layer: Any = build(weights=weights)
     assert isinstance(layer.quant_method, SmoothRotExpertsMethod)
     tensors = stored_tensors(weights)
     load(layer, tensors)
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(7))
-    share, chosen = torch.randn(7, EXPERTS, generator=torch.Generator().manual_seed(8)).softmax(-1).topk(TOP_K)
+    share, chosen = (
+        torch.randn(7, EXPERTS, generator=torch.Generator().manual_seed(8)).softmax(-1).topk(TOP_K)
+    )
     got = layer.forward_modular(x, share, chosen.int())
     stacks = [
         stacked(tensors, names, suffix)
         for names in (["gate_proj", "up_proj"], ["down_proj"])
         for suffix in ("weight_packed", "weight_scale")
     ]
-    expected = reference.experts(x, share, chosen, (stacks[0], stacks[1]), (stacks[2], stacks[3]), 96, 1.0, 8, weights["bits"])
+    expected = reference.experts(
+        x,
+        share,
+        chosen,
+        (stacks[0], stacks[1]),
+        (stacks[2], stacks[3]),
+        96,
+        1.0,
+        8,
+        weights["bits"],
+    )
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, share, chosen.int()), got)
 
 
-def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_loads_its_share_of_each_expert(
+    build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = SCHEMES["w4 in groups of 32"]
     tensors = stored_tensors(weights)
     layer: Any = build(weights=weights, tp_size=2)
@@ -109,23 +137,39 @@ def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExpert
     monkeypatch.setattr(layer.moe_config.moe_parallel_config, "tp_rank", 1)
     load(layer, tensors)
     half = INTERMEDIATE // 2
-    gate, up = (stacked(tensors, [name], "weight_packed")[:, half:] for name in ("gate_proj", "up_proj"))
+    gate, up = (
+        stacked(tensors, [name], "weight_packed")[:, half:] for name in ("gate_proj", "up_proj")
+    )
     assert torch.equal(layer.w13_weight_packed, torch.cat([gate, up], dim=1))
     for suffix, columns in (("weight_packed", half // 2), ("weight_scale", half // 32)):
-        assert torch.equal(getattr(layer, f"w2_{suffix}"), stacked(tensors, ["down_proj"], suffix)[..., columns:])
+        assert torch.equal(
+            getattr(layer, f"w2_{suffix}"), stacked(tensors, ["down_proj"], suffix)[..., columns:]
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("2.up_proj.weight_packed", None, r"experts: expected 24 tensors.*none named .*experts\.2\.up_proj\.weight_packed"),
-        ("3.down_proj.weight_scale", None, r"none named .*experts\.3\.down_proj\.weight_scale \(1 missing\)"),
+        (
+            "2.up_proj.weight_packed",
+            None,
+            r"experts: expected 24 tensors.*none named .*experts\.2\.up_proj\.weight_packed",
+        ),
+        (
+            "3.down_proj.weight_scale",
+            None,
+            r"none named .*experts\.3\.down_proj\.weight_scale \(1 missing\)",
+        ),
         (
             "1.up_proj.weight_scale",
             lambda t: t.index_fill(0, torch.tensor([5]), torch.nan),
             r"1\.up_proj.*scales > 0, got nan in row 5",
         ),
-        ("0.down_proj.weight_scale", lambda t: t.index_fill(0, torch.tensor([9]), 0.0), r"0\.down_proj.*got 0\.0 in row 9"),
+        (
+            "0.down_proj.weight_scale",
+            lambda t: t.index_fill(0, torch.tensor([9]), 0.0),
+            r"0\.down_proj.*got 0\.0 in row 9",
+        ),
         (
             "0.gate_proj.weight_packed",
             lambda t: t[:-1],
@@ -139,7 +183,10 @@ def test_a_rank_loads_its_share_of_each_expert(build: Callable[..., RoutedExpert
     ],
 )
 def test_missing_and_damaged_tensors_are_named(
-    build: Callable[..., RoutedExperts], name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, words: str
+    build: Callable[..., RoutedExperts],
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+    words: str,
 ) -> None:
     layer, tensors = build(), stored_tensors(SCHEMES["w4 per channel"])
     damaged = tensors.pop(name)
@@ -154,20 +201,31 @@ def test_missing_and_damaged_tensors_are_named(
         loaded()
 
 
-def test_experts_of_mixed_schemes_and_widths_are_refused(build: Callable[..., RoutedExperts]) -> None:
+def test_experts_of_mixed_schemes_and_widths_are_refused(
+    build: Callable[..., RoutedExperts],
+) -> None:
     eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
-    with pytest.raises(ConfigError, match=r"experts: expected one scheme.*W4A8.*W8A8.*experts\.1\.up_proj"):
+    with pytest.raises(
+        ConfigError, match=r"experts: expected one scheme.*W4A8.*W8A8.*experts\.1\.up_proj"
+    ):
         build(overrides={f"{PREFIX}.1.up_proj": eight})
-    with pytest.raises(ConfigError, match=r"experts: expected online\.down_proj\.size 192, .*got 256"):
+    with pytest.raises(
+        ConfigError, match=r"experts: expected online\.down_proj\.size 192, .*got 256"
+    ):
         build(online={"down_proj": {"size": 256, "block": 256}}, max_tensor_parallel=1)
-    with pytest.raises(ConfigError, match=r"experts: 96 of an expert's 192 channels on each of 2 .*weight groups of 64"):
+    with pytest.raises(
+        ConfigError,
+        match=r"experts: 96 of an expert's 192 channels on each of 2 .*weight groups of 64",
+    ):
         build(weights={"bits": 4, "group_size": 64}, tp_size=2)
     with pytest.raises(UnsupportedModelError, match=r"experts: .*online\.readers"):
         build(online={"readers": {"size": HIDDEN, "block": HIDDEN}})
 
 
 def test_experts_that_stay_16_bit_are_vllms(build: Callable[..., RoutedExperts]) -> None:
-    layer = build(ignore=[f"{PREFIX}.{expert}.{name}" for expert in range(EXPERTS) for name in NAMES.values()])
+    layer = build(
+        ignore=[f"{PREFIX}.{expert}.{name}" for expert in range(EXPERTS) for name in NAMES.values()]
+    )
     assert not isinstance(layer.quant_method, SmoothRotExpertsMethod)
 
 
@@ -186,7 +244,9 @@ def moe(build: Callable[..., RoutedExperts]) -> FusedMoEConfig:
         ("--data-parallel-size", {"dp_size": 2}),
     ],
 )
-def test_options_that_do_not_go_with_experts_are_refused(moe: FusedMoEConfig, option: str, change: dict[str, Any]) -> None:
+def test_options_that_do_not_go_with_experts_are_refused(
+    moe: FusedMoEConfig, option: str, change: dict[str, Any]
+) -> None:
     parallel = replace(moe.moe_parallel_config, **change)
     with pytest.raises(ConfigError, match=f"experts: expected no {option}"):
         check_experts(PREFIX, replace(moe, moe_parallel_config=parallel))
@@ -203,22 +263,34 @@ def test_other_experts_are_refused(moe: FusedMoEConfig) -> None:
 def test_on_a_gpu_experts_are_accepted_as_far_as_the_kernels_go(
     build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoothrot_vllm.experts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(
+        smoothrot_vllm.experts, "current_platform", SimpleNamespace(is_cpu=lambda: False)
+    )
     assert isinstance(build().quant_method, SmoothRotExpertsMethod)
-    with pytest.raises(UnsupportedPlatformError, match=r"experts: 48 channels of a rank's experts: expected a multiple of 32"):
+    with pytest.raises(
+        UnsupportedPlatformError,
+        match=r"experts: 48 channels of a rank's experts: expected a multiple of 32",
+    ):
         build(tp_size=4, online={}, max_tensor_parallel=4)
 
 
 def test_on_a_gpu_the_codes_stay_as_stored_and_the_rotation_is_prepared_there(
     build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the method asks of the device is recorded; a GPU's prepacked codes are a copy of the stored ones."""
+    """What the method asks of the device is recorded; a GPU's prepacked codes are a copy of the
+    stored ones."""
     layer = build()
     load(layer, stored_tensors(SCHEMES["w4 per channel"]))
     stored = {name: parameter.shape for name, parameter in layer.named_parameters()}
     prepared: list[tuple[int, torch.device]] = []
-    monkeypatch.setattr(smoothrot_vllm.ops, "prepare_rotation", lambda block, device: prepared.append((block, device)))
-    monkeypatch.setattr(smoothrot_vllm.ops, "prepack_weight", lambda weight, scale, bits: weight.clone())
+    monkeypatch.setattr(
+        smoothrot_vllm.ops,
+        "prepare_rotation",
+        lambda block, device: prepared.append((block, device)),
+    )
+    monkeypatch.setattr(
+        smoothrot_vllm.ops, "prepack_weight", lambda weight, scale, bits: weight.clone()
+    )
     method: Any = layer.quant_method
     method.process_weights_after_loading(layer)
     assert prepared == [(96, torch.device("cpu"))]

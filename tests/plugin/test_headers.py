@@ -16,7 +16,11 @@ from smoothrot_vllm.headers import check_shards
 def checkpoint(tmp_path: Path) -> Path:
     save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, tmp_path / "model-1.safetensors")
     save_file({"c": torch.zeros(4)}, tmp_path / "model-2.safetensors")
-    weight_map = {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    weight_map = {
+        "a": "model-1.safetensors",
+        "b": "model-1.safetensors",
+        "c": "model-2.safetensors",
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return tmp_path
 
@@ -29,18 +33,27 @@ def test_a_whole_checkpoint_passes_with_and_without_an_index(checkpoint: Path) -
 
 def test_missing_tensors_are_named(checkpoint: Path) -> None:
     save_file({"other": torch.zeros(4)}, checkpoint / "model-1.safetensors")
-    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: expected tensor a and 1 more, as"):
+    with pytest.raises(
+        CheckpointError, match=r"model-1\.safetensors: expected tensor a and 1 more, as"
+    ):
         check_shards(checkpoint)
 
 
 def test_a_tensor_gone_from_file_and_index_is_named_from_the_manifest(checkpoint: Path) -> None:
-    (checkpoint / "smoothrot_manifest.json").write_text(json.dumps({"tensors": {name: {} for name in "abcd"}}))
-    with pytest.raises(CheckpointError, match=r"expected tensor d \(one of 1\), as smoothrot_manifest\.json lists it"):
+    (checkpoint / "smoothrot_manifest.json").write_text(
+        json.dumps({"tensors": {name: {} for name in "abcd"}})
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"expected tensor d \(one of 1\), as smoothrot_manifest\.json lists it",
+    ):
         check_shards(checkpoint)
 
 
 def test_a_manifest_of_what_is_there_passes(checkpoint: Path) -> None:
-    (checkpoint / "smoothrot_manifest.json").write_text(json.dumps({"tensors": {name: {} for name in "abc"}}))
+    (checkpoint / "smoothrot_manifest.json").write_text(
+        json.dumps({"tensors": {name: {} for name in "abc"}})
+    )
     check_shards(checkpoint)
 
 
@@ -52,7 +65,9 @@ def test_a_weight_map_that_is_no_object_is_refused(checkpoint: Path) -> None:
 
 def test_a_missing_file_is_named(checkpoint: Path) -> None:
     (checkpoint / "model-2.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: expected a file, the file is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"model-2\.safetensors: expected a file, the file is missing"
+    ):
         check_shards(checkpoint)
 
 
@@ -63,7 +78,9 @@ def test_a_truncated_file_is_named(checkpoint: Path, keep: int, indexed: bool) -
         (checkpoint / "model.safetensors.index.json").unlink()
     file = checkpoint / "model-2.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model-2\.safetensors: expected a whole safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"model-2\.safetensors: expected a whole safetensors file"
+    ):
         check_shards(checkpoint)
 
 

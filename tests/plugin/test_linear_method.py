@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own layers with our method: loading stored tensors shard by shard, checking them, computing with them."""
+"""vLLM's own layers with our method: loading stored tensors shard by shard, checking them,
+computing with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,16 @@ import pytest
 import torch
 from configs import make_config
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -18,7 +27,11 @@ from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE
 from smoothrot_vllm.quant_config import SmoothRotConfig
 
 HIDDEN, INTERMEDIATE, HEAD, HEADS, KV_HEADS, VOCAB = 128, 192, 32, 4, 2, 261
-GATE_UP, QKV, DOWN = "model.layers.0.mlp.gate_up_proj", "model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.down_proj"
+GATE_UP, QKV, DOWN = (
+    "model.layers.0.mlp.gate_up_proj",
+    "model.layers.0.self_attn.qkv_proj",
+    "model.layers.0.mlp.down_proj",
+)
 SCHEMES = {
     "w4 per channel": {"bits": 4, "group_size": -1},
     "w4 in groups of 32": {"bits": 4, "group_size": 32},
@@ -38,9 +51,13 @@ class Stored:
         generator = torch.Generator().manual_seed(seed)
         bits, group = weights["bits"], weights["group_size"]
         top = reference.quant_max(bits)
-        codes = torch.randint(-top - 1, top + 1, (rows, columns), generator=generator, dtype=torch.int8)
+        codes = torch.randint(
+            -top - 1, top + 1, (rows, columns), generator=generator, dtype=torch.int8
+        )
         groups = 1 if group == -1 else columns // group
-        return cls(reference.encode(codes, bits), torch.rand(rows, groups, generator=generator) + 0.5)
+        return cls(
+            reference.encode(codes, bits), torch.rand(rows, groups, generator=generator) + 0.5
+        )
 
     def load_into(self, layer: torch.nn.Module, *shard: int | str) -> None:
         load(layer, WEIGHT_PACKED, self.packed, *shard)
@@ -53,10 +70,18 @@ def load(layer: torch.nn.Module, name: str, tensor: torch.Tensor, *shard: int | 
     parameter.weight_loader(parameter, tensor, *shard)
 
 
-def linear_reference(x: torch.Tensor, stored: Stored, layer_config: SmoothRotConfig, block: int = 0) -> torch.Tensor:
+def linear_reference(
+    x: torch.Tensor, stored: Stored, layer_config: SmoothRotConfig, block: int = 0
+) -> torch.Tensor:
     weights, acts = layer_config.schema.weights, layer_config.schema.activations
-    codes, scale = reference.hadamard_quant(x, block, acts.clip, acts.bits) if block else reference.quant(x, acts.clip, acts.bits)
-    return reference.gemm(codes, scale, stored.packed, stored.scale, None, x.dtype, acts.bits, weights.bits)
+    codes, scale = (
+        reference.hadamard_quant(x, block, acts.clip, acts.bits)
+        if block
+        else reference.quant(x, acts.clip, acts.bits)
+    )
+    return reference.gemm(
+        codes, scale, stored.packed, stored.scale, None, x.dtype, acts.bits, weights.bits
+    )
 
 
 def tokens(columns: int, count: int = 5) -> torch.Tensor:
@@ -64,17 +89,34 @@ def tokens(columns: int, count: int = 5) -> torch.Tensor:
 
 
 def qkv(config: SmoothRotConfig) -> QKVParallelLinear:
-    return QKVParallelLinear(HIDDEN, HEAD, HEADS, KV_HEADS, bias=False, quant_config=config, prefix=QKV, return_bias=False)
+    return QKVParallelLinear(
+        HIDDEN,
+        HEAD,
+        HEADS,
+        KV_HEADS,
+        bias=False,
+        quant_config=config,
+        prefix=QKV,
+        return_bias=False,
+    )
 
 
 def gate_up(config: SmoothRotConfig) -> MergedColumnParallelLinear:
     sizes = [INTERMEDIATE, INTERMEDIATE]
-    return MergedColumnParallelLinear(HIDDEN, sizes, bias=False, quant_config=config, prefix=GATE_UP, return_bias=False)
+    return MergedColumnParallelLinear(
+        HIDDEN, sizes, bias=False, quant_config=config, prefix=GATE_UP, return_bias=False
+    )
 
 
 def down(config: SmoothRotConfig, bias: bool = False) -> RowParallelLinear:
     return RowParallelLinear(
-        INTERMEDIATE, HIDDEN, bias=bias, quant_config=config, prefix=DOWN, return_bias=False, reduce_results=bias
+        INTERMEDIATE,
+        HIDDEN,
+        bias=bias,
+        quant_config=config,
+        prefix=DOWN,
+        return_bias=False,
+        reduce_results=bias,
     )
 
 
@@ -87,10 +129,15 @@ def config(request: pytest.FixtureRequest, vllm_config: VllmConfig) -> SmoothRot
     return make_config(weights=request.param)
 
 
-@pytest.mark.parametrize("online", [{}, {"readers": {"size": HIDDEN, "block": 64}}], ids=["plain", "rotated"])
+@pytest.mark.parametrize(
+    "online", [{}, {"readers": {"size": HIDDEN, "block": 64}}], ids=["plain", "rotated"]
+)
 @pytest.mark.parametrize("size", [1, 2])
 def test_qkv_computes_the_reference_on_every_rank(
-    config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int, online: dict[str, Any]
+    config: SmoothRotConfig,
+    tensor_parallel: Callable[[int, int], None],
+    size: int,
+    online: dict[str, Any],
 ) -> None:
     block = 64 if online else 0
     config = make_config(weights=config.schema.weights.model_dump(), online=online)
@@ -106,7 +153,10 @@ def test_qkv_computes_the_reference_on_every_rank(
         for name, linear in stored.items():
             linear.load_into(layer, name)
         finish(layer)
-        expected = [linear_reference(x, linear, config, block).chunk(size, dim=1)[rank] for linear in stored.values()]
+        expected = [
+            linear_reference(x, linear, config, block).chunk(size, dim=1)[rank]
+            for linear in stored.values()
+        ]
         torch.testing.assert_close(layer(x), torch.cat(expected, dim=1), rtol=1e-6, atol=1e-5)
 
 
@@ -114,7 +164,9 @@ def test_qkv_computes_the_reference_on_every_rank(
 def test_gate_up_computes_the_reference_on_every_rank(
     config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int
 ) -> None:
-    stored = [Stored.random(INTERMEDIATE, HIDDEN, config.schema.weights.model_dump(), i) for i in range(2)]
+    stored = [
+        Stored.random(INTERMEDIATE, HIDDEN, config.schema.weights.model_dump(), i) for i in range(2)
+    ]
     x = tokens(HIDDEN)
     for rank in range(size):
         tensor_parallel(rank, size)
@@ -122,7 +174,9 @@ def test_gate_up_computes_the_reference_on_every_rank(
         for part, linear in enumerate(stored):
             linear.load_into(layer, part)
         finish(layer)
-        expected = [linear_reference(x, linear, config).chunk(size, dim=1)[rank] for linear in stored]
+        expected = [
+            linear_reference(x, linear, config).chunk(size, dim=1)[rank] for linear in stored
+        ]
         torch.testing.assert_close(layer(x), torch.cat(expected, dim=1), rtol=1e-6, atol=1e-5)
 
 
@@ -137,10 +191,14 @@ def test_down_rotates_and_quantises_its_own_shard(
         layer = down(config)
         stored.load_into(layer)
         finish(layer)
-        scale = stored.scale if stored.scale.shape[1] == 1 else stored.scale.chunk(size, dim=1)[rank]
+        scale = (
+            stored.scale if stored.scale.shape[1] == 1 else stored.scale.chunk(size, dim=1)[rank]
+        )
         shard = Stored(stored.packed.chunk(size, dim=1)[rank], scale)
         x_shard = x.chunk(size, dim=1)[rank].contiguous()
-        torch.testing.assert_close(layer(x_shard), linear_reference(x_shard, shard, config, block=96), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(
+            layer(x_shard), linear_reference(x_shard, shard, config, block=96), rtol=1e-6, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -148,7 +206,8 @@ def test_down_rotates_and_quantises_its_own_shard(
 def test_one_checkpoint_serves_every_size_up_to_its_largest(
     tensor_parallel: Callable[[int, int], None], size: int, group: int
 ) -> None:
-    """The attention and feed-forward of a model with 8 query and 2 key-value heads, made with --max-tp 8."""
+    """The attention and feed-forward of a model with 8 query and 2 key-value heads, made with
+    --max-tp 8."""
     width = 8 * 96
     config = make_config(
         weights={"bits": 4, "group_size": group},
@@ -157,31 +216,46 @@ def test_one_checkpoint_serves_every_size_up_to_its_largest(
     )
     weights = config.schema.weights.model_dump()
     heads = {"q": 8, "k": 2, "v": 2}
-    attention = {name: Stored.random(count * HEAD, HIDDEN, weights, i) for i, (name, count) in enumerate(heads.items())}
+    attention = {
+        name: Stored.random(count * HEAD, HIDDEN, weights, i)
+        for i, (name, count) in enumerate(heads.items())
+    }
     stored = Stored.random(HIDDEN, width, weights, 3)
     x, wide = tokens(HIDDEN), tokens(width)
     for rank in range(size):
         tensor_parallel(rank, size)
-        layer = QKVParallelLinear(HIDDEN, HEAD, 8, 2, bias=False, quant_config=config, prefix=QKV, return_bias=False)
+        layer = QKVParallelLinear(
+            HIDDEN, HEAD, 8, 2, bias=False, quant_config=config, prefix=QKV, return_bias=False
+        )
         for name, linear in attention.items():
             linear.load_into(layer, name)
         finish(layer)
         # A key-value head is on several ranks once there are more ranks than heads.
         shares = {"q": size, "k": min(size, 2), "v": min(size, 2)}
         expected = [
-            linear_reference(x, linear, config).chunk(shares[name], dim=1)[rank * shares[name] // size]
+            linear_reference(x, linear, config).chunk(shares[name], dim=1)[
+                rank * shares[name] // size
+            ]
             for name, linear in attention.items()
         ]
         torch.testing.assert_close(layer(x), torch.cat(expected, dim=1), rtol=1e-6, atol=1e-5)
         row = RowParallelLinear(
-            width, HIDDEN, bias=False, quant_config=config, prefix=DOWN, return_bias=False, reduce_results=False
+            width,
+            HIDDEN,
+            bias=False,
+            quant_config=config,
+            prefix=DOWN,
+            return_bias=False,
+            reduce_results=False,
         )
         stored.load_into(row)
         finish(row)
         scale = stored.scale if group == -1 else stored.scale.chunk(size, dim=1)[rank]
         shard = Stored(stored.packed.chunk(size, dim=1)[rank], scale)
         own = wide.chunk(size, dim=1)[rank].contiguous()
-        torch.testing.assert_close(row(own), linear_reference(own, shard, config, block=96), rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(
+            row(own), linear_reference(own, shard, config, block=96), rtol=1e-6, atol=1e-5
+        )
 
 
 def test_leading_dimensions_and_dtype_are_kept(config: SmoothRotConfig) -> None:
@@ -196,7 +270,9 @@ def test_leading_dimensions_and_dtype_are_kept(config: SmoothRotConfig) -> None:
         assert torch.equal(y.reshape(6, HIDDEN), layer(x))
 
 
-def test_bias_is_added_by_the_first_rank_only(vllm_config: VllmConfig, tensor_parallel: Callable[[int, int], None]) -> None:
+def test_bias_is_added_by_the_first_rank_only(
+    vllm_config: VllmConfig, tensor_parallel: Callable[[int, int], None]
+) -> None:
     config = make_config()
     stored = Stored.random(HIDDEN, INTERMEDIATE, SCHEMES["w4 per channel"], 3)
     x, bias = tokens(INTERMEDIATE), torch.linspace(-2, 2, HIDDEN)
@@ -210,7 +286,10 @@ def test_bias_is_added_by_the_first_rank_only(vllm_config: VllmConfig, tensor_pa
         finish(layer)
         shard = x.chunk(2, dim=1)[rank].contiguous()
         difference.append(
-            layer(shard) - linear_reference(shard, Stored(stored.packed.chunk(2, dim=1)[rank], stored.scale), config, 96)
+            layer(shard)
+            - linear_reference(
+                shard, Stored(stored.packed.chunk(2, dim=1)[rank], stored.scale), config, 96
+            )
         )
     torch.testing.assert_close(difference[0], bias.expand(5, HIDDEN), rtol=0, atol=1e-4)
     torch.testing.assert_close(difference[1], torch.zeros(5, HIDDEN), rtol=0, atol=1e-5)
@@ -270,7 +349,10 @@ def test_an_unusable_scale_is_refused_with_its_value(vllm_config: VllmConfig, va
     stored = Stored.random(HIDDEN, INTERMEDIATE, SCHEMES["w4 per channel"], 3)
     stored.scale[11, 0] = value
     stored.load_into(layer)
-    with pytest.raises(CheckpointError, match=rf"{DOWN}\.weight_scale .*got 1 others of 128, the first {value} in row 11"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{DOWN}\.weight_scale .*got 1 others of 128, the first {value} in row 11",
+    ):
         finish(layer)
 
 
@@ -281,8 +363,14 @@ def test_an_unusable_scale_is_refused_with_its_value(vllm_config: VllmConfig, va
             torch.zeros(HIDDEN, INTERMEDIATE, dtype=torch.uint8),
             "expected torch.uint8 with 96 columns, got torch.uint8 (128, 192)",
         ),
-        (torch.zeros(HIDDEN, INTERMEDIATE // 2, dtype=torch.int8), "expected torch.uint8 with 96 columns, got torch.int8"),
-        (torch.zeros(HIDDEN + 1, INTERMEDIATE // 2, dtype=torch.uint8), "stored (129, 96) does not fill this rank's (128, 96)"),
+        (
+            torch.zeros(HIDDEN, INTERMEDIATE // 2, dtype=torch.int8),
+            "expected torch.uint8 with 96 columns, got torch.int8",
+        ),
+        (
+            torch.zeros(HIDDEN + 1, INTERMEDIATE // 2, dtype=torch.uint8),
+            "stored (129, 96) does not fill this rank's (128, 96)",
+        ),
     ],
 )
 def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(
@@ -305,7 +393,10 @@ def test_random_weights_for_benchmarks_need_no_checkpoint() -> None:
 def test_a_fusion_of_unknown_parts_is_refused(vllm_config: VllmConfig) -> None:
     config = make_config()
     config.packed_modules_mapping = {}
-    with pytest.raises(UnsupportedModelError, match=r"gate_up_proj: vLLM fuses 2 linears here, .* names 1 \(gate_up_proj\)"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"gate_up_proj: vLLM fuses 2 linears here, .* names 1 \(gate_up_proj\)",
+    ):
         gate_up(config)
 
 
@@ -314,12 +405,18 @@ def test_a_fusion_that_is_stored_as_one_is_sharded_part_by_part(
     config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int
 ) -> None:
     weights, x = config.schema.weights.model_dump(), tokens(HIDDEN)
-    for make, parts in ((qkv, (4 * HEAD, 2 * HEAD, 2 * HEAD)), (gate_up, (INTERMEDIATE, INTERMEDIATE))):
+    for make, parts in (
+        (qkv, (4 * HEAD, 2 * HEAD, 2 * HEAD)),
+        (gate_up, (INTERMEDIATE, INTERMEDIATE)),
+    ):
         stored = Stored.random(sum(parts), HIDDEN, weights, 5)
         expected = linear_reference(x, stored, config).split(parts, dim=1)
         for rank in range(size):
             tensor_parallel(rank, size)
-            config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"], "gate_up_proj": ["gate_up_proj"]}
+            config.packed_modules_mapping = {
+                "qkv_proj": ["qkv_proj"],
+                "gate_up_proj": ["gate_up_proj"],
+            }
             layer = make(config)
             stored.load_into(layer)
             finish(layer)
@@ -327,11 +424,19 @@ def test_a_fusion_that_is_stored_as_one_is_sharded_part_by_part(
             torch.testing.assert_close(layer(x), shards, rtol=1e-6, atol=1e-5)
 
 
-def test_surplus_rows_of_a_fusion_that_is_stored_as_one_are_refused(vllm_config: VllmConfig) -> None:
+def test_surplus_rows_of_a_fusion_that_is_stored_as_one_are_refused(
+    vllm_config: VllmConfig,
+) -> None:
     config = make_config()
     config.packed_modules_mapping = {"gate_up_proj": ["gate_up_proj"]}
-    with pytest.raises(CheckpointError, match=r"gate_up_proj\.weight_packed: stored \(386, 64\) does not fill"):
-        load(gate_up(config), WEIGHT_PACKED, torch.zeros(2 * INTERMEDIATE + 2, HIDDEN // 2, dtype=torch.uint8))
+    with pytest.raises(
+        CheckpointError, match=r"gate_up_proj\.weight_packed: stored \(386, 64\) does not fill"
+    ):
+        load(
+            gate_up(config),
+            WEIGHT_PACKED,
+            torch.zeros(2 * INTERMEDIATE + 2, HIDDEN // 2, dtype=torch.uint8),
+        )
 
 
 def test_a_head_cannot_be_tied_after_the_fact(vllm_config: VllmConfig) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration in vLLM's hands: what it accepts, what it answers for each layer, what it refuses."""
+"""The configuration in vLLM's hands: what it accepts, what it answers for each layer, what it
+refuses."""
 
 import pickle
 from collections.abc import Callable
@@ -39,17 +40,26 @@ def test_survives_pickling_as_vllm_sends_it_to_workers() -> None:
 
 
 def test_offers_the_three_activation_dtypes() -> None:
-    assert set(make_config().get_supported_act_dtypes()) == {torch.bfloat16, torch.float16, torch.float32}
+    assert set(make_config().get_supported_act_dtypes()) == {
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    }
 
 
 def test_the_method_without_a_configuration_is_refused() -> None:
     """So vLLM asks for it where ``--quantization smoothrot`` is given for a 16-bit model."""
-    with pytest.raises(ConfigError, match=r"--quantization smoothrot: expected a converted model.*smoothrot-convert first"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--quantization smoothrot: expected a converted model.*smoothrot-convert first",
+    ):
         SmoothRotConfig()
 
 
 def test_takes_over_no_other_checkpoint() -> None:
-    assert SmoothRotConfig.override_quantization_method({"quant_method": "gptq"}, "smoothrot") is None
+    assert (
+        SmoothRotConfig.override_quantization_method({"quant_method": "gptq"}, "smoothrot") is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,10 +81,16 @@ def test_a_bad_configuration_is_refused_by_field(changes: dict[str, Any], messag
         make_config(**changes)
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, built_for: str, capability: tuple[int, int] | None) -> None:
+def pretend_gpu(
+    monkeypatch: pytest.MonkeyPatch, built_for: str, capability: tuple[int, int] | None
+) -> None:
     """vLLM on a GPU of this capability, with a library that was built for these architectures."""
-    found = None if capability is None else SimpleNamespace(major=capability[0], minor=capability[1])
-    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, get_device_capability=lambda: found)
+    found = (
+        None if capability is None else SimpleNamespace(major=capability[0], minor=capability[1])
+    )
+    platform = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda=lambda: True, get_device_capability=lambda: found
+    )
     monkeypatch.setattr("vllm.platforms._current_platform", platform)
     monkeypatch.setattr("smoothrot_vllm.ops.cuda_architectures", lambda: tuple(built_for.split()))
 
@@ -82,12 +98,16 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, built_for: str, capability: tup
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
     monkeypatch.setattr("vllm.platforms._current_platform", platform)
-    with pytest.raises(UnsupportedPlatformError, match="expected vLLM's CPU or CUDA platform, got tpu"):
+    with pytest.raises(
+        UnsupportedPlatformError, match="expected vLLM's CPU or CUDA platform, got tpu"
+    ):
         make_config()
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 3), (12, 1)])
-def test_a_gpu_with_kernels_is_accepted(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def test_a_gpu_with_kernels_is_accepted(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
     pretend_gpu(monkeypatch, "80 90a 100 120", capability)
     assert make_config(lm_head=None).schema.weights.bits == 4
 
@@ -103,7 +123,10 @@ def test_a_gpu_with_kernels_is_accepted(monkeypatch: pytest.MonkeyPatch, capabil
     ],
 )
 def test_a_gpu_without_kernels_is_refused(
-    monkeypatch: pytest.MonkeyPatch, built_for: str, capability: tuple[int, int] | None, message: str
+    monkeypatch: pytest.MonkeyPatch,
+    built_for: str,
+    capability: tuple[int, int] | None,
+    message: str,
 ) -> None:
     pretend_gpu(monkeypatch, built_for, capability)
     with pytest.raises(UnsupportedPlatformError, match=message):
@@ -131,19 +154,37 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_tied_quantised_head_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tie_word_embeddings true.*lm_head is 8-bit"):
-        make_config().maybe_update_config("some/model", hf_config=SimpleNamespace(tie_word_embeddings=True))
-    make_config(lm_head=None).maybe_update_config("some/model", hf_config=SimpleNamespace(tie_word_embeddings=True))
+        make_config().maybe_update_config(
+            "some/model", hf_config=SimpleNamespace(tie_word_embeddings=True)
+        )
+    make_config(lm_head=None).maybe_update_config(
+        "some/model", hf_config=SimpleNamespace(tie_word_embeddings=True)
+    )
 
 
 def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
     online = {"down_proj": {"size": 192, "block": 96}, "readers": {"size": 128, "block": 128}}
     config = make_config(ignore=["model.layers.1.self_attn.o_proj"], online=online)
     layers: dict[str, LinearBase | ParallelLMHead] = {
-        "qkv_proj": QKVParallelLinear(128, 32, 4, 2, bias=False, quant_config=config, prefix="model.layers.0.self_attn.qkv_proj"),
-        "gate_up_proj": MergedColumnParallelLinear(
-            128, [192, 192], bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_up_proj"
+        "qkv_proj": QKVParallelLinear(
+            128,
+            32,
+            4,
+            2,
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.self_attn.qkv_proj",
         ),
-        "down_proj": RowParallelLinear(192, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj"),
+        "gate_up_proj": MergedColumnParallelLinear(
+            128,
+            [192, 192],
+            bias=False,
+            quant_config=config,
+            prefix="model.layers.0.mlp.gate_up_proj",
+        ),
+        "down_proj": RowParallelLinear(
+            192, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.down_proj"
+        ),
         "lm_head": ParallelLMHead(261, 128, quant_config=config, prefix="lm_head"),
     }
     methods: dict[str, Any] = {name: layer.quant_method for name, layer in layers.items()}
@@ -155,13 +196,18 @@ def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
     }
     assert [m.block for m in methods.values()] == [128, 128, 96, 0]
     assert [m.weight_bits for m in methods.values()] == [4, 4, 4, 8]
-    # Nothing of the 16-bit layer is left beside the codes, which a silent fallback would compute with.
+    # Nothing of the 16-bit layer is left beside the codes, which a silent fallback would compute
+    # with.
     assert all(not hasattr(layer, "weight") for layer in layers.values())
 
 
 def test_readers_are_rotated_only_if_the_checkpoint_says_so(vllm_config: VllmConfig) -> None:
     gate_up = MergedColumnParallelLinear(
-        128, [192, 192], bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.gate_up_proj"
+        128,
+        [192, 192],
+        bias=False,
+        quant_config=make_config(),
+        prefix="model.layers.0.mlp.gate_up_proj",
     )
     assert isinstance(gate_up.quant_method, SmoothRotLinearMethod)
     assert gate_up.quant_method.rotation is None
@@ -169,7 +215,9 @@ def test_readers_are_rotated_only_if_the_checkpoint_says_so(vllm_config: VllmCon
 
 def test_what_stays_16_bit(vllm_config: VllmConfig) -> None:
     config = make_config(ignore=["model.layers.1.self_attn.o_proj"], lm_head=None)
-    ignored = RowParallelLinear(128, 128, bias=False, quant_config=config, prefix="model.layers.1.self_attn.o_proj")
+    ignored = RowParallelLinear(
+        128, 128, bias=False, quant_config=config, prefix="model.layers.1.self_attn.o_proj"
+    )
     embedding = VocabParallelEmbedding(261, 128, quant_config=config)
     head = ParallelLMHead(261, 128, quant_config=config, prefix="lm_head")
     assert isinstance(ignored.quant_method, UnquantizedLinearMethod)
@@ -181,16 +229,22 @@ def test_a_layer_kind_the_format_lacks_is_refused_by_name(vllm_config: VllmConfi
     class Convolution(torch.nn.Module):
         pass
 
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mixer: expected .*routed experts, got Convolution"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0\.mixer: expected .*routed experts, got Convolution"
+    ):
         make_config().get_quant_method(Convolution(), "model.layers.0.mixer")
 
 
 def test_an_override_must_cover_every_part_of_a_fused_layer() -> None:
     eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
     partial = make_config(overrides={"model.layers.0.mlp.up_proj": eight})
-    with pytest.raises(ConfigError, match=r"gate_up_proj: .*gate_proj: W4A8 per channel.*up_proj: W8A8 per channel"):
+    with pytest.raises(
+        ConfigError, match=r"gate_up_proj: .*gate_proj: W4A8 per channel.*up_proj: W8A8 per channel"
+    ):
         partial.scheme("model.layers.0.mlp.gate_up_proj")
-    whole = make_config(overrides={f"model.layers.0.mlp.{part}_proj": eight for part in ("gate", "up")})
+    whole = make_config(
+        overrides={f"model.layers.0.mlp.{part}_proj": eight for part in ("gate", "up")}
+    )
     assert whole.scheme("model.layers.0.mlp.gate_up_proj").weights.bits == 8
     assert whole.scheme("model.layers.1.mlp.gate_up_proj").weights.bits == 4
 
@@ -203,7 +257,9 @@ def test_ignoring_one_part_of_a_fused_layer_is_refused() -> None:
 
 def test_module_names_follow_vllms_renaming() -> None:
     eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
-    config = make_config(ignore=["model.layers.0.mlp.down_proj"], overrides={"model.layers.1.mlp.down_proj": eight})
+    config = make_config(
+        ignore=["model.layers.0.mlp.down_proj"], overrides={"model.layers.1.mlp.down_proj": eight}
+    )
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.scheme("language_model.model.layers.0.mlp.down_proj") is None
     assert config.scheme("language_model.model.layers.1.mlp.down_proj").weights.bits == 8
@@ -214,23 +270,48 @@ def test_a_tensor_parallel_size_that_splits_a_block_is_refused_with_the_numbers(
     tensor_parallel: Callable[[int, int], None], size: int, block: int, limit: int
 ) -> None:
     tensor_parallel(0, size)
-    config = make_config(online={"down_proj": {"size": 192, "block": block}}, max_tensor_parallel=limit)
+    config = make_config(
+        online={"down_proj": {"size": 192, "block": block}}, max_tensor_parallel=limit
+    )
     with pytest.raises(
-        ConfigError, match=rf"tensor parallel size {size}: .*192/{size}.*blocks of {block}.*--tensor-parallel-size {limit}"
+        ConfigError,
+        match=(
+            rf"tensor parallel size {size}: .*192/{size}.*blocks of {block}.*--tensor-parallel-size"
+            rf" {limit}"
+        ),
     ):
-        ColumnParallelLinear(128, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_proj")
+        ColumnParallelLinear(
+            128, 128, bias=False, quant_config=config, prefix="model.layers.0.mlp.gate_proj"
+        )
 
 
-def test_a_rank_with_part_of_a_weight_group_is_refused_with_the_numbers(tensor_parallel: Callable[[int, int], None]) -> None:
+def test_a_rank_with_part_of_a_weight_group_is_refused_with_the_numbers(
+    tensor_parallel: Callable[[int, int], None],
+) -> None:
     tensor_parallel(1, 2)
     config = make_config(weights={"bits": 4, "group_size": 128}, online={})
-    with pytest.raises(ConfigError, match=r"o_proj: 64 of 128 inputs on each of 2 .*weight groups of 128"):
-        RowParallelLinear(128, 128, bias=False, quant_config=config, prefix="model.layers.0.self_attn.o_proj")
+    with pytest.raises(
+        ConfigError, match=r"o_proj: 64 of 128 inputs on each of 2 .*weight groups of 128"
+    ):
+        RowParallelLinear(
+            128, 128, bias=False, quant_config=config, prefix="model.layers.0.self_attn.o_proj"
+        )
 
 
 def test_a_rotation_of_another_width_is_refused(vllm_config: VllmConfig) -> None:
     online = {"readers": {"size": 256, "block": 256}}
     with pytest.raises(ConfigError, match=r"qkv_proj: .*rotates 256 inputs, but the layer has 128"):
-        QKVParallelLinear(128, 32, 4, 2, quant_config=make_config(online=online), prefix="model.layers.0.self_attn.qkv_proj")
-    with pytest.raises(ConfigError, match=r"down_proj: .*rotates 192 inputs, but the layer has 256"):
-        RowParallelLinear(256, 128, bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.down_proj")
+        QKVParallelLinear(
+            128,
+            32,
+            4,
+            2,
+            quant_config=make_config(online=online),
+            prefix="model.layers.0.self_attn.qkv_proj",
+        )
+    with pytest.raises(
+        ConfigError, match=r"down_proj: .*rotates 192 inputs, but the layer has 256"
+    ):
+        RowParallelLinear(
+            256, 128, bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.down_proj"
+        )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point: what vLLM finds, what importing it costs, and under which versions it steps aside."""
+"""The entry point: what vLLM finds, what importing it costs, and under which versions it steps
+aside."""
 
 import importlib.metadata
 import logging
@@ -31,8 +32,16 @@ def test_registering_twice_changes_nothing() -> None:
 
 
 def test_importing_the_plugin_imports_neither_torch_nor_vllm() -> None:
-    code = "import sys, smoothrot_vllm.plugin; print([m for m in ('torch', 'vllm', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, smoothrot_vllm.plugin; print([m for m in ('torch', 'vllm', 'pydantic') if m in"
+        " sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.5", "0.33.0"])
@@ -61,9 +70,11 @@ def test_under_other_versions_only_converted_models_are_refused(
 ) -> None:
     _install(monkeypatch, version)
     plugin.register()
-    assert [record.getMessage() for record in caplog.records if record.name == "vllm.smoothrot"] == [
-        f"the smoothrot plugin expects vLLM 0.32 or 0.33, got {version}: converted models are refused, others are served "
-        "without it"
+    assert [
+        record.getMessage() for record in caplog.records if record.name == "vllm.smoothrot"
+    ] == [
+        f"the smoothrot plugin expects vLLM 0.32 or 0.33, got {version}: converted models are"
+        " refused, others are served without it"
     ]
     (refused,) = registry.values()
     # vLLM asks every method about every quantised model.
@@ -78,7 +89,9 @@ def test_under_other_versions_only_converted_models_are_refused(
 
 
 def test_a_vllm_that_registers_otherwise_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, registry: dict[str, type[QuantizationConfig]]
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    registry: dict[str, type[QuantizationConfig]],
 ) -> None:
     _install(monkeypatch, "1.0.0")
     monkeypatch.delattr(quantization, "register_quantization_config")
@@ -88,7 +101,9 @@ def test_a_vllm_that_registers_otherwise_is_left_alone(
 
 
 def test_another_version_can_be_allowed_and_warns(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, registry: dict[str, type[QuantizationConfig]]
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    registry: dict[str, type[QuantizationConfig]],
 ) -> None:
     _install(monkeypatch, "0.34.0")
     monkeypatch.setenv("SMOOTHROT_ALLOW_ANY_VLLM", "1")
@@ -125,7 +140,9 @@ def test_a_build_without_cuda_kernels_warns_on_a_gpu(
 def test_the_installed_version_tells_whether_there_are_cuda_kernels() -> None:
     from smoothrot_vllm import ops
 
-    assert importlib.metadata.version("smoothrot-vllm").endswith(plugin.WITHOUT_CUDA) == (not ops.cuda_architectures())
+    assert importlib.metadata.version("smoothrot-vllm").endswith(plugin.WITHOUT_CUDA) == (
+        not ops.cuda_architectures()
+    )
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, version: str) -> None:

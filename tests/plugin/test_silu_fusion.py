@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own MLPs around our down_proj: their activation runs inside our op, with the bits of the separate one."""
+"""vLLM's own MLPs around our down_proj: their activation runs inside our op, with the bits of
+the separate one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,17 @@ pytestmark = pytest.mark.usefixtures("vllm_config")
 def build(mlp: type, config: SmoothRotConfig | None = None) -> Any:
     """A random MLP whose weights are those of every other of its shape."""
     torch.manual_seed(0)
-    layer = mlp(HIDDEN, INTERMEDIATE, "silu", quant_config=config or make_config(), prefix="model.layers.0.mlp")
-    for linear, outputs, inputs in (("gate_up_proj", 2 * INTERMEDIATE, HIDDEN), ("down_proj", HIDDEN, INTERMEDIATE)):
+    layer = mlp(
+        HIDDEN,
+        INTERMEDIATE,
+        "silu",
+        quant_config=config or make_config(),
+        prefix="model.layers.0.mlp",
+    )
+    for linear, outputs, inputs in (
+        ("gate_up_proj", 2 * INTERMEDIATE, HIDDEN),
+        ("down_proj", HIDDEN, INTERMEDIATE),
+    ):
         module = layer.get_submodule(linear)
         for name, tensor in (
             (WEIGHT_PACKED, torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)),
@@ -68,13 +78,17 @@ def fused_calls() -> Iterator[list[None]]:
 
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_fused_mlp_has_the_bits_of_the_separate_one(vllm_config: VllmConfig, mlp: type, dtype: torch.dtype) -> None:
+def test_the_fused_mlp_has_the_bits_of_the_separate_one(
+    vllm_config: VllmConfig, mlp: type, dtype: torch.dtype
+) -> None:
     fused = build(mlp)
     with option(vllm_config, False):
         separate = build(mlp)
     assert type(fused.act_fn) is DeferredSiluAndMul
     assert type(separate.act_fn) is SiluAndMul
-    separate.act_fn._forward_method = SiluAndMul.forward_native  # as --enforce-eager has it: compiled, it rounds once
+    separate.act_fn._forward_method = (
+        SiluAndMul.forward_native
+    )  # as --enforce-eager has it: compiled, it rounds once
     for tokens in (1, 33):
         x = torch.randn(tokens, HIDDEN).to(dtype)
         with fused_calls() as calls:
@@ -95,7 +109,10 @@ def test_the_compiled_mlp_calls_the_fused_op_and_no_silu() -> None:
     x = torch.randn(3, HIDDEN).bfloat16()
     compiled = torch.compile(fused, fullgraph=True, dynamic=True, backend=capture)
     assert torch.equal(compiled(x), fused(x))
-    assert [target for target in targets if "smoothrot" in target] == ["smoothrot.linear", "smoothrot.silu_mul_linear"]
+    assert [target for target in targets if "smoothrot" in target] == [
+        "smoothrot.linear",
+        "smoothrot.silu_mul_linear",
+    ]
     assert not [target for target in targets if "silu" in target and "smoothrot" not in target]
 
 
@@ -133,15 +150,23 @@ def test_the_activation_stays_where_it_is_not_plain_silu_or_not_the_only_one() -
         for number, activation in enumerate(activations):
             parent.add_module(f"act_{number}", activation)
         parent.down_proj = down
-        assert list(map(type, activations)) == [type(module) for name, module in parent.named_children() if name != "down_proj"]
+        assert list(map(type, activations)) == [
+            type(module) for name, module in parent.named_children() if name != "down_proj"
+        ]
 
 
 def test_gate_and_up_of_another_layer_are_refused() -> None:
     down: RowParallelLinear = build(LlamaMLP).down_proj
-    with pytest.raises(UnsupportedModelError, match=r"0\.mlp\.down_proj: expected its own input, got gate and up of .*1\.mlp"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"0\.mlp\.down_proj: expected its own input, got gate and up of .*1\.mlp",
+    ):
         down(GateUp(torch.randn(2, 2 * INTERMEDIATE), "model.layers.1.mlp.down_proj"))
 
 
 def test_an_option_that_is_no_boolean_is_refused(vllm_config: VllmConfig) -> None:
-    with option(vllm_config, "no"), pytest.raises(ConfigError, match=f"{OPTION}: expected true or false, got 'no'"):
+    with (
+        option(vllm_config, "no"),
+        pytest.raises(ConfigError, match=f"{OPTION}: expected true or false, got 'no'"),
+    ):
         build(LlamaMLP)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What setup.py finds in the environment that the package is installed into, and what it makes of that."""
+"""What setup.py finds in the environment that the package is installed into, and what it makes
+of that."""
 
 import json
 import os
@@ -27,7 +28,10 @@ def environment(tmp_path: Path) -> Environment:
     """A folder of make-believe packages that must not be imported."""
 
     def make(
-        torch: str | None = None, cuda: str | None = None, cutlass: bool = False, nvcc_parts: tuple[str, ...] = ()
+        torch: str | None = None,
+        cuda: str | None = None,
+        cutlass: bool = False,
+        nvcc_parts: tuple[str, ...] = (),
     ) -> list[str]:
         def write(file: str, text: str = "raise AssertionError('imported')\n") -> None:
             path = tmp_path / file
@@ -36,7 +40,12 @@ def environment(tmp_path: Path) -> Environment:
 
         if torch:
             write("torch/__init__.py")
-            lines = ["from typing import Optional", f"__version__ = {torch!r}", f"cuda: Optional[str] = {cuda!r}", "hip = None"]
+            lines = [
+                "from typing import Optional",
+                f"__version__ = {torch!r}",
+                f"cuda: Optional[str] = {cuda!r}",
+                "hip = None",
+            ]
             write("torch/version.py", "\n".join(lines))
         if cutlass:
             write("cutlass_library/__init__.py")
@@ -81,7 +90,9 @@ def test_the_installed_torch_is_found() -> None:
     import torch
 
     found = build_plan.find_torch(sys.path)
-    assert found == build_plan.Torch(Path(torch.__file__).parent, str(torch.__version__), torch.version.cuda)
+    assert found == build_plan.Torch(
+        Path(torch.__file__).parent, str(torch.__version__), torch.version.cuda
+    )
     assert (found.include / "torch/csrc/stable/library.h").exists()
     assert (found.lib / "libtorch_cpu.so").exists()
 
@@ -102,7 +113,14 @@ WHOLE_NVCC = nvcc.PACKAGED_PARTS
     ("setting", "cuda", "release", "gpu", "requirements", "without"),
     [
         ("auto", "13.0", "13.0", False, (nvcc.CUTLASS,), ""),
-        ("auto", "13.0", None, True, (*nvcc.PACKAGES, nvcc.CUTLASS), ""),  # a GPU: nvcc comes from PyPI
+        (
+            "auto",
+            "13.0",
+            None,
+            True,
+            (*nvcc.PACKAGES, nvcc.CUTLASS),
+            "",
+        ),  # a GPU: nvcc comes from PyPI
         ("auto", "13.0", None, False, (), "neither nvcc nor a GPU"),
         ("auto", None, "13.0", True, (), "torch 2.13.0 is a build without CUDA"),
         ("auto", "12.9", "12.4", True, (nvcc.CUTLASS,), ""),
@@ -129,7 +147,9 @@ def test_cuda_kernels_are_built_where_they_can_run(
     assert (plan.nvcc is not None) == (release is not None and not without)
 
 
-def test_a_complete_environment_lacks_nothing(environment: Environment, machine: Callable[..., None]) -> None:
+def test_a_complete_environment_lacks_nothing(
+    environment: Environment, machine: Callable[..., None]
+) -> None:
     machine(None, gpu=True)
     folders = environment("2.13.0", "13.0", cutlass=True, nvcc_parts=WHOLE_NVCC)
     plan = build_plan.plan({}, folders)
@@ -137,8 +157,15 @@ def test_a_complete_environment_lacks_nothing(environment: Environment, machine:
 
 
 @pytest.mark.parametrize("missing", WHOLE_NVCC)
-def test_an_nvcc_from_pypi_without_its_other_packages_is_none(environment: Environment, missing: str) -> None:
-    assert nvcc._packaged_nvcc(environment(nvcc_parts=tuple(part for part in WHOLE_NVCC if part != missing))) is None
+def test_an_nvcc_from_pypi_without_its_other_packages_is_none(
+    environment: Environment, missing: str
+) -> None:
+    assert (
+        nvcc._packaged_nvcc(
+            environment(nvcc_parts=tuple(part for part in WHOLE_NVCC if part != missing))
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +178,11 @@ def test_an_nvcc_from_pypi_without_its_other_packages_is_none(environment: Envir
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    environment: Environment, machine: Callable[..., None], setting: str, release: str | None, message: str
+    environment: Environment,
+    machine: Callable[..., None],
+    setting: str,
+    release: str | None,
+    message: str,
 ) -> None:
     machine(release, gpu=True)
     with pytest.raises(build_plan.BuildError, match=message):
@@ -178,26 +209,45 @@ def test_an_nvcc_is_looked_for_in_the_named_toolkit_alone(
 
 
 @pytest.mark.parametrize("has_torch", [True, False])
-def test_the_build_hook_asks_for_what_the_environment_lacks(has_torch: bool, tmp_path: Path) -> None:
-    """As pip calls it: with setuptools in a folder of its own and the environment's packages hidden from sys.path."""
+def test_the_build_hook_asks_for_what_the_environment_lacks(
+    has_torch: bool, tmp_path: Path
+) -> None:
+    """As pip calls it: with setuptools in a folder of its own and the environment's packages
+    hidden from sys.path."""
     import setuptools
 
     overlay = tmp_path / "overlay"
     overlay.mkdir()
-    for package in ("setuptools", "_distutils_hack", f"setuptools-{setuptools.__version__}.dist-info"):
+    for package in (
+        "setuptools",
+        "_distutils_hack",
+        f"setuptools-{setuptools.__version__}.dist-info",
+    ):
         (overlay / package).symlink_to(Path(setuptools.__file__).parents[1] / package)
-    hide = "import sys; sys.path = [p for p in sys.path if not p.endswith(('site-packages', 'dist-packages'))]"
+    hide = (
+        "import sys; sys.path = [p for p in sys.path if not p.endswith(('site-packages',"
+        " 'dist-packages'))]"
+    )
     (overlay / "sitecustomize.py").write_text(hide)
     python = sys.executable
     if not has_torch:
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True
+        )
         python = str(tmp_path / "bare" / "bin" / "python")
     code = (
-        "import importlib.util, json, setuptools.build_meta as build; assert importlib.util.find_spec('torch') is None;"
-        "asked = build.get_requires_for_build_wheel(); print(json.dumps(asked))"
+        "import importlib.util, json, setuptools.build_meta as build; assert"
+        " importlib.util.find_spec('torch') is None;asked = build.get_requires_for_build_wheel();"
+        " print(json.dumps(asked))"
     )
-    variables = os.environ | {"PYTHONPATH": str(overlay), "PYTHONNOUSERSITE": "1", "SMOOTHROT_CUDA": "0"}
+    variables = os.environ | {
+        "PYTHONPATH": str(overlay),
+        "PYTHONNOUSERSITE": "1",
+        "SMOOTHROT_CUDA": "0",
+    }
     call = [python, "-c", code]
-    done = subprocess.run(call, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        call, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == ([] if has_torch else [build_plan.TORCH])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/decode.py on the CPU: its rehearsal, and the check that comes before our models are timed."""
+"""benchmarks/decode.py on the CPU: its rehearsal, and the check that comes before our models are
+timed."""
 
 import json
 import sys
@@ -19,9 +20,15 @@ SPEC = resolve(decode.REHEARSAL)
 PER_LAYER = 4
 
 
-def test_the_dry_run_times_every_contender_and_checks_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run_times_every_contender_and_checks_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "decode.json"
-    monkeypatch.setattr(sys, "argv", ["decode.py", "--device", "cuda", "--minutes", "1.5", "--json", str(output), "--dry-run"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["decode.py", "--device", "cuda", "--minutes", "1.5", "--json", str(output), "--dry-run"],
+    )
     threads = torch.get_num_threads()
     try:
         assert decode.main() == 0
@@ -40,15 +47,22 @@ def test_the_dry_run_times_every_contender_and_checks_ours(tmp_path: Path, monke
     assert weights["balanced_w4a8"] < weights["fp8"] < weights["bf16"]
 
 
-def _agreement(preset: str, act_bits: int, spoilt: int | None = None, spoil: str = "") -> dict[str, float]:
-    """Of ours with one weight spoilt, against the bfloat16 model of what the weights were before."""
+def _agreement(
+    preset: str, act_bits: int, spoilt: int | None = None, spoil: str = ""
+) -> dict[str, float]:
+    """Of ours with one weight spoilt, against the bfloat16 model of what the weights were
+    before."""
     weights = list(stored_weights(SPEC, preset_schema(SPEC, preset, act_bits)))
     reference = [weight.dequantized() for weight in weights]
     if spoilt is not None:
         found = weights[spoilt]
         changes: dict[str, StoredWeight] = {
-            "scale of another output": replace(found, scale=found.scale.roll(1, dims=0).contiguous()),
-            "scale of another group": replace(found, scale=found.scale.roll(1, dims=1).contiguous()),
+            "scale of another output": replace(
+                found, scale=found.scale.roll(1, dims=0).contiguous()
+            ),
+            "scale of another group": replace(
+                found, scale=found.scale.roll(1, dims=1).contiguous()
+            ),
             "no rotation": replace(found, block=0),
         }
         weights[spoilt] = changes[spoil]
@@ -78,7 +92,9 @@ def test_the_logits_alone_fail_if_the_head_is_wrong() -> None:
     assert cosines["logits"] < decode.LEAST_COSINES[8]["logits"]
 
 
-def test_a_model_that_fails_its_check_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_its_check_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(decode, "LEAST_COSINES", {8: {"logits": 1.01}})
     args = decode.parse(["--dry-run", "--contenders", "bf16", "best_w4a8", "--batches", "1"])
     report = decode.run(args, decode.Rehearsal())

@@ -9,8 +9,18 @@ from decode_profile import OUTSIDE, decode_step
 VOCABULARY = 100
 
 
-def event(name: str, start: float, length: float, shapes: list[list[int]] | None = None, **changes: Any) -> dict[str, Any]:
-    plain = {"ph": "X", "cat": "cpu_op", "pid": 1, "tid": 1, "name": name, "ts": start, "dur": length}
+def event(
+    name: str, start: float, length: float, shapes: list[list[int]] | None = None, **changes: Any
+) -> dict[str, Any]:
+    plain = {
+        "ph": "X",
+        "cat": "cpu_op",
+        "pid": 1,
+        "tid": 1,
+        "name": name,
+        "ts": start,
+        "dur": length,
+    }
     return plain | {"args": {"Input Dims": shapes or []}} | changes
 
 
@@ -31,7 +41,10 @@ def step(start: float) -> list[dict[str, Any]]:
 @pytest.fixture
 def events() -> list[dict[str, Any]]:
     """A prompt, three decode steps, and another thread that is busy all the while."""
-    prompt = [event("execute_context_1(16)_generation_0(0)", 0, 900, cat="user_annotation"), event("aten::mm", 10, 500)]
+    prompt = [
+        event("execute_context_1(16)_generation_0(0)", 0, 900, cat="user_annotation"),
+        event("aten::mm", 10, 500),
+    ]
     busy = event("aten::mm", 1000, 300, tid=2)
     return [*prompt, *step(1000), *step(1100), *step(1200), busy]
 

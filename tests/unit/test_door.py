@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door for files of others lets nothing in that would hang or fill the memory, and nothing is read beside it."""
+"""The door for files of others lets nothing in that would hang or fill the memory, and nothing
+is read beside it."""
 
 import ast
 import os
@@ -42,11 +43,16 @@ def fifo(path: Path) -> None:
         (lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
         (large, "expected at most 268435456 bytes"),
         (fifo, "expected a file, got something else"),
-        (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "expected a file, got something else"),
+        (
+            lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+            "expected a file, got something else",
+        ),
         (lambda path: (path.unlink(), path.mkdir()), "expected a file, got something else"),
     ],
 )
-def test_json_that_would_hang_or_fill_the_memory_is_refused(tmp_path: Path, damage: Edit, words: str) -> None:
+def test_json_that_would_hang_or_fill_the_memory_is_refused(
+    tmp_path: Path, damage: Edit, words: str
+) -> None:
     path = tmp_path / "config.json"
     path.write_text("{}")
     damage(path)
@@ -69,7 +75,8 @@ EXPECTED_LOADS = [
     ("offline/resume.py", "json.loads"),
     ("offline/workers.py", "pickle.loads"),
 ]
-"""A layer of a configuration that went through the door, and what the same process has just written."""
+"""A layer of a configuration that went through the door, and what the same process has just
+written."""
 DOORS = ("foreign_files.py", "foreign_models.py", "foreign_tokenizers.py")
 
 
@@ -95,4 +102,6 @@ def test_no_load_leaves_code_of_others_to_a_question(folder: str) -> None:
         for call in called(file):
             if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(call.func)):
                 options = [ast.unparse(option) for option in call.keywords]
-                assert {"trust_remote_code=False", "**LOCAL_ONLY"} & set(options), f"{file}:{call.lineno}"
+                assert {"trust_remote_code=False", "**LOCAL_ONLY"} & set(options), (
+                    f"{file}:{call.lineno}"
+                )

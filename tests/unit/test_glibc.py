@@ -26,14 +26,25 @@ def test_moved_functions_are_bound_to_their_newest_old_version() -> None:
 
 
 def test_a_library_linked_with_the_bound_archive_needs_no_newer_glibc(tmp_path: Path) -> None:
-    source = "#include <dlfcn.h>\n#include <pthread.h>\nint f(pthread_t t) { return pthread_join(t, dlopen(0, RTLD_NOW)); }\n"
+    source = (
+        "#include <dlfcn.h>\n#include <pthread.h>\nint f(pthread_t t) { return pthread_join(t,"
+        " dlopen(0, RTLD_NOW)); }\n"
+    )
     (tmp_path / "f.c").write_text(source)
     subprocess.run(["gcc", "-fPIC", "-c", "f.c", "-o", "f.o"], cwd=tmp_path, check=True)
     subprocess.run(["ar", "rcs", "libf.a", "f.o"], cwd=tmp_path, check=True)
     bound = glibc.bind_to_old(tmp_path / "libf.a", tmp_path / "bound")
-    whole = ["-Wl,--whole-archive", str(bound), "-Wl,--no-whole-archive", "-Wl,--no-undefined", *glibc.LIBRARIES]
+    whole = [
+        "-Wl,--whole-archive",
+        str(bound),
+        "-Wl,--no-whole-archive",
+        "-Wl,--no-undefined",
+        *glibc.LIBRARIES,
+    ]
     subprocess.run(["gcc", "-shared", "-o", "f.so", *whole], cwd=tmp_path, check=True)
-    needed = subprocess.run(["objdump", "-T", "f.so"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    needed = subprocess.run(
+        ["objdump", "-T", "f.so"], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
     assert "(GLIBC_2.2.5) pthread_join" in needed
     assert "(GLIBC_2.2.5) dlopen" in needed
     assert "GLIBC_2.34" not in needed

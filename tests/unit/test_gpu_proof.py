@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver of ``make gpu-proof``: failures, limits, result files, and a bundle that belongs to another tree."""
+"""The driver of ``make gpu-proof``: failures, limits, result files, and a bundle that belongs to
+another tree."""
 
 import hashlib
 import json
@@ -53,7 +54,12 @@ def test_a_failing_step_stops_only_what_needs_it_and_fails_the_whole(lane: Lane)
         Step("good", python(""), 20),
     )
     assert status == 1
-    assert statuses(lane) == {"bad": "failed", "missing": "failed", "needs bad": "left out", "good": "passed"}
+    assert statuses(lane) == {
+        "bad": "failed",
+        "missing": "failed",
+        "needs bad": "left out",
+        "good": "passed",
+    }
     steps = json.loads((lane.out / "proof.json").read_text())["steps"]
     assert steps[0]["reason"] == "exit status 3: the reason"
     assert "no-such-program" in steps[1]["reason"]
@@ -62,10 +68,17 @@ def test_a_failing_step_stops_only_what_needs_it_and_fails_the_whole(lane: Lane)
 
 def test_only_proofs_and_failures_count(lane: Lane) -> None:
     absent = Step("absent", python(""), 9, modules=("no_such_module",))
-    unsupported = Step("unsupported", python(f"print('not on this GPU'); raise SystemExit({UNSUPPORTED})"), 9)
+    unsupported = Step(
+        "unsupported", python(f"print('not on this GPU'); raise SystemExit({UNSUPPORTED})"), 9
+    )
     slow_benchmark = Step("slow", python("import time; time.sleep(60)"), 0.5, proves=False)
     assert run(lane, Step("good", python(""), 9), absent, unsupported, slow_benchmark) == 0
-    assert statuses(lane) == {"good": "passed", "absent": "unsupported", "unsupported": "unsupported", "slow": "killed"}
+    assert statuses(lane) == {
+        "good": "passed",
+        "absent": "unsupported",
+        "unsupported": "unsupported",
+        "slow": "killed",
+    }
     record = json.loads((lane.out / "proof.json").read_text())
     assert not record["proven"]
     assert record["steps"][2]["reason"] == "not on this GPU"
@@ -101,9 +114,13 @@ def test_steps_without_time_are_left_out_by_name(tmp_path: Path) -> None:
 
 
 def test_result_files_are_whole_after_each_step(lane: Lane, tmp_path: Path) -> None:
-    """The second step reads what the first one left; a test's report and a benchmark's go into the result."""
+    """The second step reads what the first one left; a test's report and a benchmark's go into
+    the result."""
     test, report = tmp_path / "test_two.py", tmp_path / "report.json"
-    test.write_text("import pytest\ndef test_right(): pass\ndef test_wrong(): assert 0\ndef test_not(): pytest.skip('why')\n")
+    test.write_text(
+        "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 0\ndef test_not():"
+        " pytest.skip('why')\n"
+    )
     look = f"""
 import json, pathlib, sys, tarfile
 out = pathlib.Path({str(lane.out)!r})
@@ -113,9 +130,20 @@ assert "logs/tests.log" in tarfile.open(out / "logs.tar.gz").getnames()
 assert not [path for path in out.iterdir() if path.name.startswith(".")]
 pathlib.Path({str(report)!r}).write_text('{{"speed": 1.5}}')
 """
-    tests = Step("tests", (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)), 60, junit=True)
+    tests = Step(
+        "tests",
+        (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)),
+        60,
+        junit=True,
+    )
     assert (
-        run(lane, tests, Step("look", python(look), 20, writes=report), Step("none", python(""), 9, writes=tmp_path / "no")) == 1
+        run(
+            lane,
+            tests,
+            Step("look", python(look), 20, writes=report),
+            Step("none", python(""), 9, writes=tmp_path / "no"),
+        )
+        == 1
     )
     assert statuses(lane) == {"tests": "failed", "look": "passed", "none": "failed"}
     steps = json.loads((lane.out / "proof.json").read_text())["steps"]
@@ -137,7 +165,10 @@ def test_a_run_of_only_skipped_tests_is_no_pass(lane: Lane, tmp_path: Path) -> N
 
 def test_who_stops_the_driver_stops_its_step(tmp_path: Path) -> None:
     child = tmp_path / "pid"
-    sleeper = f"import os, pathlib, time; pathlib.Path({str(child)!r}).write_text(str(os.getpid())); time.sleep(120)"
+    sleeper = (
+        f"import os, pathlib, time; pathlib.Path({str(child)!r}).write_text(str(os.getpid()));"
+        " time.sleep(120)"
+    )
     code = f"""
 import sys, gpu_proof
 from lane import Step
@@ -170,7 +201,9 @@ def bundle(tmp_path: Path, tree: Path) -> Path:
     folder.mkdir()
     (folder / LIBRARY).write_bytes(b"library")
     digest = hashlib.sha256(b"library").hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({"source_sha256": source_hash(tree), "library_sha256": digest}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"source_sha256": source_hash(tree), "library_sha256": digest})
+    )
     return folder
 
 
@@ -181,7 +214,9 @@ def test_a_bundle_of_this_tree_is_taken(bundle: Path, tree: Path) -> None:
 @pytest.mark.parametrize("name", TREE_FILES)
 def test_a_bundle_of_other_sources_is_refused(bundle: Path, tree: Path, name: str) -> None:
     (tree / name).write_text("// changed\n")
-    with pytest.raises(BundleError, match=r"expected one compiled from this tree's csrc .*Run `make gpu-bundle`"):
+    with pytest.raises(
+        BundleError, match=r"expected one compiled from this tree's csrc .*Run `make gpu-bundle`"
+    ):
         read_manifest(bundle, tree)
 
 
@@ -198,7 +233,10 @@ def test_every_step_names_files_that_are_here(tmp_path: Path) -> None:
     """A rehearsal leaves out the arguments of the real run."""
     steps = gpu_proof.proof_steps(tmp_path, tmp_path, tmp_path, tmp_path)
     named = [
-        word.partition("::")[0] for step in steps for word in step.command if word.startswith("tests/") or word.endswith(".py")
+        word.partition("::")[0]
+        for step in steps
+        for word in step.command
+        if word.startswith("tests/") or word.endswith(".py")
     ]
     assert len(named) >= len(steps) - 1
     assert [name for name in named if not (gpu_bundle.ROOT / name).exists()] == []

@@ -9,8 +9,31 @@ import torch
 from smoothrot_vllm.errors import UnsupportedModelError
 from smoothrot_vllm.hadamard import MAX_BASE, base_matrix, choose_block, factorize, hadamard_matrix
 
-NO_CONSTRUCTION = {16, 40, 56, 64, 88, 96, 112, 120, 136, 144, 156, 160, 176, 184, 188, 208, 216, 232, 236, 248, 256}
-"""Multiples of 4 that neither Paley construction nor a Williamson quadruple in the table reaches."""
+NO_CONSTRUCTION = {
+    16,
+    40,
+    56,
+    64,
+    88,
+    96,
+    112,
+    120,
+    136,
+    144,
+    156,
+    160,
+    176,
+    184,
+    188,
+    208,
+    216,
+    232,
+    236,
+    248,
+    256,
+}
+"""Multiples of 4 that neither Paley construction nor a Williamson quadruple in the table
+reaches."""
 
 BASES = [1, 2, *(order for order in range(4, MAX_BASE + 1, 4) if order not in NO_CONSTRUCTION)]
 
@@ -59,7 +82,9 @@ def test_factorize_finds_nothing_where_there_is_no_order(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 2, 8, 12, 24, 36, 576, 896, 1536, 2048])
 def test_hadamard_matrix_is_orthonormal(size: int) -> None:
     matrix = hadamard_matrix(size)
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,11 +100,17 @@ def test_hadamard_matrix_is_orthonormal(size: int) -> None:
         (94, 1, 2),
     ],
 )
-def test_choose_block_takes_the_largest_order_a_shard_holds(size: int, shards: int, block: int) -> None:
+def test_choose_block_takes_the_largest_order_a_shard_holds(
+    size: int, shards: int, block: int
+) -> None:
     chosen = choose_block(size, shards)
     assert chosen.size == block
     assert size // shards % chosen.size == 0
-    assert not any(factorize(order) for order in range(block + 1, size // shards + 1) if size // shards % order == 0)
+    assert not any(
+        factorize(order)
+        for order in range(block + 1, size // shards + 1)
+        if size // shards % order == 0
+    )
 
 
 @pytest.mark.parametrize(("size", "shards"), [(8192, 3), (8192, 0), (7, 1), (14, 2)])
@@ -93,7 +124,10 @@ def test_the_default_device_does_not_move_the_matrices() -> None:
     base_matrix.cache_clear()
     with torch.device("meta"):
         made = [base_matrix(2), base_matrix(12), hadamard_matrix(24)]
-    assert all(torch.equal((m.double() @ m.double().T).sign(), torch.eye(len(m), dtype=torch.float64)) for m in made[:2])
+    assert all(
+        torch.equal((m.double() @ m.double().T).sign(), torch.eye(len(m), dtype=torch.float64))
+        for m in made[:2]
+    )
     torch.testing.assert_close(made[2] @ made[2].T, torch.eye(24, dtype=torch.float64))
 
 

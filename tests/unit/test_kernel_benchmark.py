@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/kernels.py without a GPU: what it measures where, floors, peers that are missing or fail, and its table."""
+"""benchmarks/kernels.py without a GPU: what it measures where, floors, peers that are missing or
+fail, and its table."""
 
 import importlib.util
 import io
@@ -29,7 +30,9 @@ from smoothrot_offline.architectures import resolve
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 
 # By its path: `kernels` is also a name that transformers looks for and finds in tests/kernels.
-_spec = importlib.util.spec_from_file_location("kernel_benchmark", REPOSITORY / "benchmarks" / "kernels.py")
+_spec = importlib.util.spec_from_file_location(
+    "kernel_benchmark", REPOSITORY / "benchmarks" / "kernels.py"
+)
 assert _spec is not None
 assert _spec.loader is not None
 kernels: Any = importlib.util.module_from_spec(_spec)
@@ -61,7 +64,9 @@ class TimelessDevice:
     def reader(self, memory: Sequence[torch.Tensor]) -> None:
         """As on a GPU."""
 
-    def time(self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float) -> dict[str, Timing]:
+    def time(
+        self, calls: Mapping[str, tuple[Callable[[], object], int]], rounds: int, seconds: float
+    ) -> dict[str, Timing]:
         for call, _ in calls.values():
             call()
         return {name: Timing(len(name) * 1e-6, len(name) * 1e-6) for name in calls}
@@ -84,7 +89,9 @@ class TimelessDevice:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MODELS", {"Llama-3-8B": [(64, 96)]})
     small = {"rotations": [(64, 96)], "mixtures": ["tiny"]}
-    monkeypatch.setattr(kernels, "CUDA_DEFAULTS", kernels.CUDA_DEFAULTS | small | {"schemes": ["w4a8", "w4a4"]})
+    monkeypatch.setattr(
+        kernels, "CUDA_DEFAULTS", kernels.CUDA_DEFAULTS | small | {"schemes": ["w4a8", "w4a4"]}
+    )
     monkeypatch.setattr(kernels, "CPU_DEFAULTS", kernels.CPU_DEFAULTS | small)
     monkeypatch.setattr(expert_layers, "MIXTURES", {"tiny": expert_layers.Mixture(4, 2, 64, 96)})
 
@@ -94,7 +101,10 @@ def test_missing_and_failing_peers_are_named_and_the_others_measured() -> None:
     args = kernels.parse(["--device", "cuda", "--tokens", "1", "5"])
     report = kernels.run(args, TimelessDevice())
     linear = [r for r in report["results"] if r["op"] == "linear_w4a8"]
-    assert [(r["M"], r["bf16_us"], r["broken_us"], r["picky_us"]) for r in linear] == [(1, 4.0, None, 5.0), (5, 4.0, None, None)]
+    assert [(r["M"], r["bf16_us"], r["broken_us"], r["picky_us"]) for r in linear] == [
+        (1, 4.0, None, 5.0),
+        (5, 4.0, None, None),
+    ]
     producers = {"silu_mul_hadamard_quant", "rms_norm_quant"}
     assert {r["op"] for r in report["results"]} == {
         "linear_w4a4",
@@ -117,7 +127,9 @@ def test_missing_and_failing_peers_are_named_and_the_others_measured() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_no_case_is_begun_when_the_time_is_up() -> None:
-    report = kernels.run(kernels.parse(["--device", "cuda", "--tokens", "1", "--minutes", "0"]), TimelessDevice())
+    report = kernels.run(
+        kernels.parse(["--device", "cuda", "--tokens", "1", "--minutes", "0"]), TimelessDevice()
+    )
     assert report["results"] == []
     assert report["left_out"] == [
         "linear 64 x 96, 1 tokens",
@@ -135,7 +147,10 @@ def test_experts_are_timed_beside_those_of_vllm_on_a_cpu(monkeypatch: pytest.Mon
     monkeypatch.setattr(device, "name", "cpu")
     args = kernels.parse(["--tokens", "1", "5"])
     rows = list(expert_layers.bench_experts(args, device, FLOORS, kernels.Schedule(None)))
-    assert [(row["M"], row["ours_us"], row["bf16_us"]) for row in rows] == [(1, 4.0, 4.0), (5, 4.0, 4.0)]
+    assert [(row["M"], row["ours_us"], row["bf16_us"]) for row in rows] == [
+        (1, 4.0, 4.0),
+        (5, 4.0, 4.0),
+    ]
     # At 1e12 bytes/s: two of four experts of 3 * 64 * 96 half bytes, read once.
     assert rows[0]["floor_us"] == 0.02
 
@@ -143,7 +158,11 @@ def test_experts_are_timed_beside_those_of_vllm_on_a_cpu(monkeypatch: pytest.Mon
 def test_each_device_has_its_own_defaults() -> None:
     assert kernels.parse([]).schemes == ["w4a8", "w4a8_g128"]
     cuda = kernels.parse(["--device", "cuda"])
-    assert (cuda.models, cuda.tokens, cuda.minutes) == (["Llama-3-8B"], [1, 4, 16, 64, 256, 1024, 4096], 2.0)
+    assert (cuda.models, cuda.tokens, cuda.minutes) == (
+        ["Llama-3-8B"],
+        [1, 4, 16, 64, 256, 1024, 4096],
+        2.0,
+    )
     assert kernels.parse(["--device", "cuda", "--tokens", "7"]).tokens == [7]
 
 
@@ -154,13 +173,20 @@ def test_each_device_has_its_own_defaults() -> None:
         (1, "w4a8_g32", 0, (1000 * 1920 / 2 + 4 * 1000 * 60) / 1e12),
         (1, "w8a8", 2, (1000 * 1920 + 4 * 1000 + 2 * 2920) / 1e12),
         (10**6, "w4a8", 2, 10**6 * 1000 * 1920 / 1e14),
-        (10**6, "w4a4", 2, (10**6 * 2920 * 2 + 1000 * 1920 / 2 + 4 * 1000) / 1e12),  # int4 multiplies faster, so moving counts
+        (
+            10**6,
+            "w4a4",
+            2,
+            (10**6 * 2920 * 2 + 1000 * 1920 / 2 + 4 * 1000) / 1e12,
+        ),  # int4 multiplies faster, so moving counts
     ],
 )
 def test_the_floor_is_the_longer_of_moving_and_multiplying(
     tokens: int, scheme: str, activation_bytes: int, seconds: float
 ) -> None:
-    floor = contenders.floor_seconds(tokens, 1000, 1920, schemes.every_scheme()[scheme], FLOORS, activation_bytes)
+    floor = contenders.floor_seconds(
+        tokens, 1000, 1920, schemes.every_scheme()[scheme], FLOORS, activation_bytes
+    )
     assert floor.longer == pytest.approx(seconds, rel=1e-6)
 
 
@@ -174,7 +200,9 @@ def test_peers_that_are_not_installed_say_what_to_install(monkeypatch: pytest.Mo
     assert all("pip install" in reason for reason in peers.missing.values())
 
 
-def test_zentorch_says_that_it_can_be_installed_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zentorch_says_that_it_can_be_installed_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "zentorch", None)
     peers = device_cpu.CpuDevice("wall").peers
     assert list(peers.makers) == ["bf16", "w8a8"]
@@ -183,7 +211,8 @@ def test_zentorch_says_that_it_can_be_installed_where_it_is_not(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("period", "seconds", "calls"), [(1, 1e-6, 16), (12, 1e-6, 24), (16, 1e-6, 16), (100, 1e-6, 100), (2, 3e-4, 4), (3, 1, 3)]
+    ("period", "seconds", "calls"),
+    [(1, 1e-6, 16), (12, 1e-6, 24), (16, 1e-6, 16), (100, 1e-6, 100), (2, 3e-4, 4), (3, 1, 3)],
 )
 def test_a_graph_goes_round_all_weights(period: int, seconds: float, calls: int) -> None:
     assert device_cuda.graph_calls(period, seconds) == calls
@@ -197,10 +226,16 @@ def test_the_schemes_are_those_that_the_presets_write(monkeypatch: pytest.Monkey
         ["w4a8_g64", "w4a4_g64", "w8a8_g64"],
         ["w4a8_g32", "w4a4_g32", "w8a8_g32"],
     )
-    assert sorted(kernels.parse(["--device", "cuda"]).schemes) == sorted(per_channel + balanced + best)
-    eight_bits = LinearScheme(weights=WeightScheme(bits=8, group_size=64), activations=ActivationScheme(bits=8, clip=1.0))
+    assert sorted(kernels.parse(["--device", "cuda"]).schemes) == sorted(
+        per_channel + balanced + best
+    )
+    eight_bits = LinearScheme(
+        weights=WeightScheme(bits=8, group_size=64), activations=ActivationScheme(bits=8, clip=1.0)
+    )
     assert schemes.every_scheme()["w8a8_g64"] == eight_bits
-    changed = presets.Preset((128,), presets.PRESETS["balanced"].options | {"keep_8bit": 0.0, "lm_head_bits": 16})
+    changed = presets.Preset(
+        (128,), presets.PRESETS["balanced"].options | {"keep_8bit": 0.0, "lm_head_bits": 16}
+    )
     monkeypatch.setitem(presets.PRESETS, "balanced", changed)
     assert list(schemes.written_by(["balanced"])) == ["w4a8_g128", "w4a4_g128"]
 
@@ -210,29 +245,51 @@ def test_as_many_weights_are_kept_at_8_bits_as_the_preset_says(preset: str) -> N
     spec = resolve(schemes.CONFIGS["Llama-3-8B"])
     schema = schemes.preset_schema(spec, preset, 8)
     sizes = [spec.linear_shape(name.split(".", 3)[3]) for name in schema.overrides]
-    whole = spec.layers * sum(outputs * inputs for outputs, inputs in map(spec.linear_shape, spec.architecture.linears))
+    whole = spec.layers * sum(
+        outputs * inputs for outputs, inputs in map(spec.linear_shape, spec.architecture.linears)
+    )
     share = presets.PRESETS[preset].options["keep_8bit"]
     assert share - 0.01 < sum(outputs * inputs for outputs, inputs in sizes) / whole <= share
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (512, 128), (4096, 256)])
-def test_every_contender_reads_more_than_the_cache_holds_before_it_repeats_itself(shape: tuple[int, int]) -> None:
+def test_every_contender_reads_more_than_the_cache_holds_before_it_repeats_itself(
+    shape: tuple[int, int],
+) -> None:
     cache_bytes = 300_000
     makers: dict[str, Any] = {"bf16": contenders.torch_linear, "int8_mm": peers_cuda.int8_mm}
     makers |= {f"fp8_{by_row}": partial(peers_cuda.fp8_mm, by_row) for by_row in (False, True)}
     layers = {name: make(*shape, cache_bytes) for name, make in makers.items()}
-    layers |= {name: contenders.ours(*shape, scheme, cache_bytes) for name, scheme in schemes.every_scheme().items()}
+    layers |= {
+        name: contenders.ours(*shape, scheme, cache_bytes)
+        for name, scheme in schemes.every_scheme().items()
+    }
     for name, layer in layers.items():
         weights = [weight if isinstance(weight, tuple) else (weight,) for weight in layer.listed]
-        assert len({part.data_ptr() for weight in weights for part in weight}) == sum(map(len, weights)), name
+        assert len({part.data_ptr() for weight in weights for part in weight}) == sum(
+            map(len, weights)
+        ), name
         assert sum(part.nbytes for weight in weights for part in weight) > cache_bytes, name
         # And no more than needed: copies of small layers would take minutes to make.
         assert layer.copies == 2 or (layer.copies - 1) * layer.nbytes <= cache_bytes, name
 
 
-def test_the_dry_run_covers_every_case_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dry_run_covers_every_case_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, tokens = tmp_path / "kernels.json", ["1", "64"]
-    arguments = ["kernels.py", "--device", "cuda", "--minutes", "2.0", "--json", str(output), "--dry-run", "--tokens", *tokens]
+    arguments = [
+        "kernels.py",
+        "--device",
+        "cuda",
+        "--minutes",
+        "2.0",
+        "--json",
+        str(output),
+        "--dry-run",
+        "--tokens",
+        *tokens,
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     threads = torch.get_num_threads()
     try:
@@ -252,15 +309,23 @@ def test_the_dry_run_covers_every_case_of_a_gpu(tmp_path: Path, monkeypatch: pyt
     }
     for r in linear:
         assert r["floor_us"] == max(r["bytes_floor_us"], r["compute_floor_us"])
-        assert r["share_of_floor"] == pytest.approx(r["floor_us"] / r["ours_us"], rel=0.02, abs=1e-3)
+        assert r["share_of_floor"] == pytest.approx(
+            r["floor_us"] / r["ours_us"], rel=0.02, abs=1e-3
+        )
         for peer in ("bf16", "int8_mm", "fp8_tensor_mm", "fp8_row_mm"):
-            assert r[f"{peer}_ratio"] == pytest.approx(r[f"{peer}_us"] / r["ours_us"], rel=0.02, abs=1e-3)
+            assert r[f"{peer}_ratio"] == pytest.approx(
+                r[f"{peer}_us"] / r["ours_us"], rel=0.02, abs=1e-3
+            )
     prepared = {(r["op"], r["act_bits"], r["M"]) for r in report["results"] if "act_bits" in r}
-    assert prepared == {(op, bits, m) for op in ("quant", "hadamard_quant") for bits in (4, 8) for m in (1, 64)}
+    assert prepared == {
+        (op, bits, m) for op in ("quant", "hadamard_quant") for bits in (4, 8) for m in (1, 64)
+    }
 
 
 @pytest.mark.usefixtures("small")
-def test_a_scheme_that_fails_is_named_and_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheme_that_fails_is_named_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     working = kernels.ours
 
     def ours(columns: int, inputs: int, scheme: LinearScheme, *others: int) -> Rotating:
@@ -275,7 +340,9 @@ def test_a_scheme_that_fails_is_named_and_the_others_are_timed(monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("small")
-def test_a_section_that_fails_is_named_and_the_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_section_that_fails_is_named_and_the_others_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any) -> Iterator[dict[str, Any]]:
         yield {"op": "the one before"}
         raise ArithmeticError("no such number")
@@ -303,7 +370,9 @@ def test_a_cuda_torch_without_a_gpu_is_told_apart(monkeypatch: pytest.MonkeyPatc
     assert "torch.cuda finds none" in gpu_ready.problems()[0]
 
 
-def test_a_library_without_kernels_for_the_gpu_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_without_kernels_for_the_gpu_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))

@@ -28,11 +28,16 @@ def test_unpack_int4_inverts_pack_int4_for_every_pair() -> None:
     assert torch.equal(reference.unpack_int4(reference.pack_int4(pairs)), pairs)
 
 
-@pytest.mark.parametrize(("size", "block"), [(8, 1), (8, 8), (64, 16), (24, 12), (72, 36), (112, 28), (576, 576), (1536, 768)])
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [(8, 1), (8, 8), (64, 16), (24, 12), (72, 36), (112, 28), (576, 576), (1536, 768)],
+)
 def test_hadamard_transform_equals_the_dense_matrix(size: int, block: int) -> None:
     x = torch.randn(3, size, dtype=torch.float64)
     dense = (x.reshape(-1, block) @ hadamard_matrix(block)).reshape(3, size)
-    torch.testing.assert_close(reference.hadamard_transform(x, block) / math.sqrt(block), dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        reference.hadamard_transform(x, block) / math.sqrt(block), dense, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -41,14 +46,19 @@ def test_quant_error_is_at_most_half_a_step_without_clipping(dtype: torch.dtype,
     x = (torch.randn(16, 64) * torch.logspace(-6, 3, 16)[:, None]).to(dtype)
     codes, scale = reference.quant(x, 1.0, bits)
     error = reference.decode(codes, bits).double() * scale[:, None].double() - x.double()
-    # Three float32 roundings (of the scale, its reciprocal and the product) may move a code of 127 across a tie.
+    # Three float32 roundings (of the scale, its reciprocal and the product) may move a code of 127
+    # across a tie.
     assert (error.abs() <= scale.double()[:, None] * (0.5 + 3 * 127 * 2.0**-24)).all()
 
 
 def test_quant_rounds_ties_to_even_and_clips_to_the_asymmetric_range() -> None:
     x = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -6.5, -7.0]])
-    assert reference.decode(reference.quant(x, 1.0, 4)[0], 4).tolist() == [[7, 0, 2, 2, 0, -2, -6, -7]]
-    assert reference.decode(reference.quant(x, 0.5, 4)[0], 4).tolist() == [[7, 1, 3, 5, -1, -3, -8, -8]]
+    assert reference.decode(reference.quant(x, 1.0, 4)[0], 4).tolist() == [
+        [7, 0, 2, 2, 0, -2, -6, -7]
+    ]
+    assert reference.decode(reference.quant(x, 0.5, 4)[0], 4).tolist() == [
+        [7, 1, 3, 5, -1, -3, -8, -8]
+    ]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -85,7 +95,9 @@ def test_gemm_equals_the_dequantised_product_in_float64(groups: int) -> None:
     codes, scale = reference.quant(x, 1.0, 8)
     weight = reference.encode(torch.randint(-8, 8, (7, 64), dtype=torch.int8), 4)
     y = reference.gemm(codes, scale, weight, weight_scale, bias, torch.float32, 8, 4)
-    exact = (codes.double() * scale.double()[:, None]) @ reference.dequantize_weight(weight, weight_scale, 4).double().T + bias
+    exact = (codes.double() * scale.double()[:, None]) @ reference.dequantize_weight(
+        weight, weight_scale, 4
+    ).double().T + bias
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -113,7 +125,9 @@ def test_silu_mul_hadamard_quant_is_hadamard_quant_of_silu_times_up(dtype: torch
 def test_silu_of_large_inputs_is_the_input_or_nothing() -> None:
     gate_up = torch.tensor([[-1e4, 1e4, -88.0, 88.0, 1.0, 1.0, 1.0, 1.0]])
     codes, scale = reference.silu_mul_hadamard_quant(gate_up, 0, 1.0, 8)
-    torch.testing.assert_close(dequantised(codes, scale), torch.tensor([[0.0, 1e4, 0.0, 88.0]]).double(), rtol=0.11, atol=0)
+    torch.testing.assert_close(
+        dequantised(codes, scale), torch.tensor([[0.0, 1e4, 0.0, 88.0]]).double(), rtol=0.11, atol=0
+    )
 
 
 def test_the_exponential_errs_by_less_than_two_units_in_the_last_place() -> None:
@@ -125,7 +139,11 @@ def test_the_exponential_errs_by_less_than_two_units_in_the_last_place() -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [8, 576, 4096])
 def test_rms_norm_quant_is_quant_of_the_normed_sum(dtype: torch.dtype, size: int) -> None:
-    x, residual, weight = torch.randn(4, size).to(dtype), torch.randn(4, size).to(dtype), torch.rand(size).to(dtype)
+    x, residual, weight = (
+        torch.randn(4, size).to(dtype),
+        torch.randn(4, size).to(dtype),
+        torch.rand(size).to(dtype),
+    )
     codes, scale, added = reference.rms_norm_quant(x, weight, 1e-6, 1.0, 8, residual)
     assert added is not None
     torch.testing.assert_close(added, x + residual, rtol=0, atol=0)

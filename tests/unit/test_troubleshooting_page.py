@@ -10,10 +10,17 @@ from tiny_models import REPOSITORY
 def test_every_message_quoted_is_in_the_source() -> None:
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
-    files = [path for folder in ("offline", "smoothrot_vllm") for path in (REPOSITORY / folder).rglob("*.py")]
+    files = [
+        path
+        for folder in ("offline", "smoothrot_vllm")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     texts = [
-        node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     assert len(quoted) >= 20
     assert [message for message in quoted if not any(message in text for text in texts)] == []
