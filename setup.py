@@ -151,10 +151,9 @@ setup(
     version=f"{VERSION}+cpu" if PLAN.without_cuda else VERSION,
     packages=[
         *find_packages(include=["smoothrot_vllm", "smoothrot_vllm.*"]),
-        "smoothrot_offline",
-        *(f"smoothrot_offline.{name}" for name in find_packages("offline")),
+        *find_packages("offline"),
     ],
-    package_dir={"smoothrot_offline": "offline"},
+    package_dir={"smoothrot_offline": "offline/smoothrot_offline"},
     ext_modules=[
         Extension(
             "smoothrot_vllm._C",

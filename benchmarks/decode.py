@@ -42,7 +42,8 @@ from rich.console import Console
 from rich.table import Table
 from schemes import CONFIGS, preset_schema
 
-from smoothrot_offline.architectures import ModelSpec, resolve
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.resolve import resolve
 
 REHEARSAL = COMMON | {
     "hidden_size": 128,

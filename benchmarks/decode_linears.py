@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from decode_model import LayerLinears, Linear, Pieces, quantize_rows
 from schemes import preset_schema
 
-from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_vllm import ops
 from smoothrot_vllm.format import LinearScheme, QuantizationSchema
 from smoothrot_vllm.hadamard import base_matrix, factorize
@@ -169,7 +169,7 @@ def unrotated(weight: torch.Tensor, block: int) -> torch.Tensor:
 
 
 class OurWeight:
-    """A stored weight as the plugin holds it and calls it (smoothrot_vllm/linear.py)."""
+    """A stored weight as the plugin holds it and calls it (smoothrot_vllm/plugin/linear.py)."""
 
     def __init__(self, stored: StoredWeight) -> None:
         bits, activations = stored.scheme.weights.bits, stored.scheme.activations

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
-from smoothrot_offline.architectures import ModelSpec
+from smoothrot_offline.source.family import ModelSpec
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max

@@ -12,7 +12,7 @@ from convert import COMMON, SHAPES
 from smoothrot_vllm.format import LinearScheme, QuantizationSchema
 
 if TYPE_CHECKING:
-    from smoothrot_offline.architectures import ModelSpec
+    from smoothrot_offline.source.family import ModelSpec
 
 # The converter is imported where it is used: it imports transformers, which looks for an optional
 # package called kernels, finds the script of that name in this folder and imports it, so that the
@@ -39,10 +39,9 @@ def preset_schema(spec: "ModelSpec", preset: str, act_bits: int) -> Quantization
     Raises:
         ConfigError: the preset's schemes do not fit the model's sizes.
     """
-    from smoothrot_offline.allocate import allocate
     from smoothrot_offline.config import make_schema
+    from smoothrot_offline.decide.study import LayerStudy, allocate
     from smoothrot_offline.presets import configure
-    from smoothrot_offline.study import LayerStudy
 
     config, _ = configure(preset, {"activation_bits": act_bits}, spec)
     draw = random.Random(0)
@@ -72,7 +71,7 @@ def scheme_name(scheme: LinearScheme) -> str:
 def written_by(presets: Iterable[str]) -> dict[str, LinearScheme]:
     """Every scheme, by name, that these presets give a linear of Llama-3-8B, with 8-bit and with
     4-bit activations."""
-    from smoothrot_offline.architectures import resolve
+    from smoothrot_offline.source.resolve import resolve
 
     spec = resolve(CONFIGS["Llama-3-8B"])
     found: dict[str, LinearScheme] = {}

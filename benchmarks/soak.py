@@ -30,7 +30,7 @@ from common import machine, packages
 from serving import VllmServer
 from transformers import AutoTokenizer
 
-from smoothrot_offline.model import load_model
+from smoothrot_offline.report.model import load_model
 
 TOKENS = 16
 LEAST_TOKENS = 4

@@ -4,7 +4,7 @@ by the plugin.
 
 What comes out is a value or a :class:`CheckpointError` that names the file. No more is read than a
 file of its kind can need, nothing but regular files is opened, and nothing in a file is ever run.
-``offline/foreign_models.py`` is the door to whatever transformers reads.
+``offline/smoothrot_offline/source/models.py`` is the door to whatever transformers reads.
 """
 
 import json

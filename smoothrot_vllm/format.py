@@ -20,7 +20,7 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "smoothrot_manifest.json"
 TRANSFORMERS_WEIGHTS = (
     "none: these are the codes of a SmoothRot model. Serve it with vLLM and the smoothrot-vllm"
-    " plugin, or load it with smoothrot_offline.model.load_model"
+    " plugin, or load it with smoothrot_offline.report.model.load_model"
 )
 """``transformers_weights`` of config.json, which vLLM does not read.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from smoothrot_offline.experts import SparseMoe
-from smoothrot_offline.model import QuantizedLinear, load_model
+from smoothrot_offline.report.model import QuantizedLinear, load_model
+from smoothrot_offline.source.layers import SparseMoe
 from smoothrot_vllm import reference
 
 ROW_PARALLEL = ("o_proj", "down_proj", "w2")

@@ -14,7 +14,7 @@ from serving import VllmServer
 from tiny_models import BIN, SHORT_TEXT
 from transformers import AutoTokenizer
 
-from smoothrot_offline.model import load_model
+from smoothrot_offline.report.model import load_model
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from targets import Files, Target
 
-from smoothrot_offline.foreign_models import foreign_errors
+from smoothrot_offline.source.models import foreign_errors
 
 
 def _untyped(_: Path) -> None:

@@ -17,25 +17,25 @@ from tiny_models import FAMILIES, OWN_SIZES, byte_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from smoothrot_offline.architectures import SUPPORTED, resolve
-from smoothrot_offline.calibration_data import adds_bos, family_needs_bos, read_text, tokenize
-from smoothrot_offline.checkpoint import check_source, file_digest, open_checkpoint
+from smoothrot_offline.check.inspect import inspect, open_converted
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.cli import app
 from smoothrot_offline.config import make_config, make_schema
 from smoothrot_offline.convert import convert
-from smoothrot_offline.decide import unpack_decisions
-from smoothrot_offline.foreign_tokenizers import load_tokenizer
-from smoothrot_offline.inspect import inspect
-from smoothrot_offline.lora import convert_adapter
-from smoothrot_offline.model import SmoothRotHfConfig, load_model
-from smoothrot_offline.resume import Journal
-from smoothrot_offline.transform_record import read_transform
-from smoothrot_offline.verify import open_converted, verify
-from smoothrot_offline.write import JOURNAL_NAME, ResumableDirectory
-from smoothrot_vllm.adapters import check_adapter
+from smoothrot_offline.decide.stages import unpack_decisions
+from smoothrot_offline.output.directory import JOURNAL_NAME, ResumableDirectory
+from smoothrot_offline.output.journal import Journal
+from smoothrot_offline.report.model import SmoothRotHfConfig, load_model
+from smoothrot_offline.source.checkpoint import check_source, file_digest, open_checkpoint
+from smoothrot_offline.source.resolve import SUPPORTED, resolve
+from smoothrot_offline.source.text import adds_bos, family_needs_bos, read_text, tokenize
+from smoothrot_offline.source.tokenizers import load_tokenizer
+from smoothrot_offline.transform.lora import convert_adapter
+from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import SmoothRotError
 from smoothrot_vllm.format import TRANSFORM_NAME, check_tensor_parallel, parse_schema
-from smoothrot_vllm.headers import check_shards
+from smoothrot_vllm.plugin.adapters import check_adapter
+from smoothrot_vllm.plugin.headers import check_shards
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(byte_tokenizer()),
@@ -245,7 +245,7 @@ def run_schema(folder: Path) -> None:
 
 
 def run_plugin(folder: Path) -> None:
-    from smoothrot_vllm.quant_config import SmoothRotConfig
+    from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
     try:
         config = _config_of(folder)

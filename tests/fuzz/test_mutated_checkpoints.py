@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from smoothrot_offline.checkpoint import open_checkpoint
-from smoothrot_offline.verify import open_converted
+from smoothrot_offline.check.inspect import open_converted
+from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_vllm.errors import SmoothRotError
 from smoothrot_vllm.format import QuantizationSchema, parse_schema
-from smoothrot_vllm.headers import check_shards
+from smoothrot_vllm.plugin.headers import check_shards
 
 BOUNDED = settings(
     max_examples=100,

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import SHORT_TEXT, save_tiny_model
 
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.evaluate import evaluate_perplexity
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.verify import verify
+from smoothrot_offline.output.manifest import read_manifest
+from smoothrot_offline.report.evaluate import evaluate_perplexity
 
 OPTIONS: dict[str, Any] = {
     "calib": str(SHORT_TEXT),

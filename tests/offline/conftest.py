@@ -8,7 +8,7 @@ import torch
 from tiny_models import FAMILIES
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from smoothrot_offline.architectures import SUPPORTED
+from smoothrot_offline.source.resolve import SUPPORTED
 
 # Two kinds of width on purpose: 72 = 36·2 and 152 = 76·2 have Hadamard orders that are not
 # symmetric matrices.

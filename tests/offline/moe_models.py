@@ -3,8 +3,8 @@
 
 from transformers import PreTrainedModel
 
-from smoothrot_offline.architectures import ModelSpec
-from smoothrot_offline.experts import separate_experts
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import separate_experts
 
 
 def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.analysis import Analysis, AnalysisConfig, analyze, pictures
-from smoothrot_offline.analysis.measure import InputMeter, Transform, difficulty, quantize
-from smoothrot_offline.calibration_data import load_calibration
 from smoothrot_offline.cli import app
-from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.rotate import Rotation, random_rotation, random_signs
+from smoothrot_offline.report import pages as pictures
+from smoothrot_offline.report.analysis import Analysis, AnalysisConfig
+from smoothrot_offline.report.analyze import analyze
+from smoothrot_offline.report.measure import InputMeter, Transform, difficulty, quantize
+from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.source.text import load_calibration
+from smoothrot_offline.transform.rotation import Rotation, random_rotation, random_signs
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import WeightScheme
 from smoothrot_vllm.hadamard import choose_block
@@ -413,7 +415,7 @@ def test_failure_on_the_way_leaves_no_output(
         raise KeyboardInterrupt
 
     source = make_model()
-    monkeypatch.setattr("smoothrot_offline.analysis.run.analysis_page", fail)
+    monkeypatch.setattr("smoothrot_offline.report.analyze.analysis_page", fail)
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

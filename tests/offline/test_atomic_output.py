@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.model import load_model
-from smoothrot_offline.verify import verify
-from smoothrot_offline.write import OutputDirectory
+from smoothrot_offline.output.directory import OutputDirectory
+from smoothrot_offline.report.model import load_model
 from smoothrot_vllm.errors import CheckpointError, ConfigError, SmoothRotError
 
 OPTIONS = make_config(scales="none")
@@ -26,7 +26,7 @@ MakeModel = Callable[..., Path]
 # Runs the command as a user would, but signals itself when the pipeline reports the given step.
 DRIVER = """
 import contextlib, os, signal, sys
-import smoothrot_offline.progress
+import smoothrot_offline.console
 from smoothrot_offline import cli
 
 step, which = int(sys.argv[1]), int(sys.argv[2])
@@ -37,7 +37,7 @@ def signalling():
 
 # A shell starts background jobs with Ctrl-C ignored, and the tests may be one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-smoothrot_offline.progress.progress_bar = signalling
+smoothrot_offline.console.progress_bar = signalling
 sys.argv[1:] = ["run", *sys.argv[3:], "--preset", "none", "--scales", "none"]
 cli.main()
 """

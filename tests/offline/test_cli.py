@@ -19,9 +19,9 @@ from tiny_models import byte_tokenizer
 from transformers import LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.checkpoint import Checkpoint
 from smoothrot_offline.cli import app
+from smoothrot_offline.source.checkpoint import Checkpoint
+from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError
 
 MakeModel = Callable[..., Path]
@@ -151,7 +151,7 @@ def test_unexpected_failure_is_one_line_too(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("smoothrot_offline.inspect.inspect", fail)
+    monkeypatch.setattr("smoothrot_offline.check.inspect.inspect", fail)
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: unexpected ZeroDivisionError: oops")
@@ -414,7 +414,7 @@ def test_plan_and_inspect_show_what_the_server_rotates(
 def test_eval_prints_what_the_evaluation_measures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from smoothrot_offline.evaluate import PerplexityResult
+    from smoothrot_offline.report.evaluate import PerplexityResult
 
     asked: list[tuple[object, ...]] = []
 
@@ -422,7 +422,7 @@ def test_eval_prints_what_the_evaluation_measures(
         asked.append(arguments)
         return PerplexityResult(8.0, math.log(8.0), 99, 3, 33, False, "bfloat16", "text.txt", 1.5)
 
-    monkeypatch.setattr("smoothrot_offline.evaluate.evaluate_perplexity", evaluate)
+    monkeypatch.setattr("smoothrot_offline.report.evaluate.evaluate_perplexity", evaluate)
     facts = invoke_json(
         "eval",
         tmp_path,

@@ -13,8 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from smoothrot_offline.architectures import SUPPORTED, resolve
-from smoothrot_offline.architectures.settings import SERVER_WIDE
+from smoothrot_offline.source.resolve import SERVER_WIDE, SUPPORTED, resolve
 from smoothrot_vllm.errors import UnsupportedModelError
 
 # Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it

@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import smoothrot_offline.check.admit
 import smoothrot_offline.convert
-import smoothrot_offline.decide
-import smoothrot_offline.preflight
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.calibrate import LayerRunner, embed
-from smoothrot_offline.calibration_data import load_calibration
-from smoothrot_offline.checkpoint import open_checkpoint
+import smoothrot_offline.decide.stages
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import ConvertConfig, make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.model import load_model
-from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.verify import verify
+from smoothrot_offline.output.manifest import read_manifest
+from smoothrot_offline.report.model import load_model
+from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.layers import LayerRunner, embed
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.source.text import load_calibration
 from smoothrot_vllm.format import MANIFEST_NAME, Online, OnlineHadamard, WeightScheme, parse_schema
 
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
@@ -311,8 +311,8 @@ def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(
 def test_calibration_file_leaves_its_digest_but_not_its_path(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
-    monkeypatch.setattr(smoothrot_offline.preflight, "check_calibration", lambda *_: None)
+    monkeypatch.setattr(smoothrot_offline.decide.stages, "load_calibration", lambda *_: TOKENS)
+    monkeypatch.setattr(smoothrot_offline.check.admit, "check_calibration", lambda *_: None)
     text = tmp_path / "private" / "text.txt"
     text.parent.mkdir()
     text.write_text("calibration")
@@ -332,7 +332,7 @@ def test_no_calibration_pass_without_scales(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        smoothrot_offline.decide,
+        smoothrot_offline.decide.stages,
         "load_calibration",
         lambda *_: pytest.fail("calibration was loaded"),
     )
@@ -433,7 +433,7 @@ def test_calibration_tokens_are_asked_for_as_configured(
         asked.append(arguments)
         return load_calibration(*arguments)
 
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", recording)
+    monkeypatch.setattr(smoothrot_offline.decide.stages, "load_calibration", recording)
     source = make_model()
     convert(source, tmp_path / "out", config(seed=9))
     assert asked == [("generated", source, 2, 16, 9, torch.device("cpu"))]

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-import smoothrot_offline.decide
-from smoothrot_offline.allocate import allocate
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.checkpoint import open_checkpoint
+import smoothrot_offline.decide.stages
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config, make_schema
 from smoothrot_offline.convert import convert
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.model import load_model
-from smoothrot_offline.signs import trial_loss
-from smoothrot_offline.study import CLIPS, LayerStudy, best_clip
-from smoothrot_offline.transform import ModelTransform
-from smoothrot_offline.verify import verify
+from smoothrot_offline.decide.rotations import trial_loss
+from smoothrot_offline.decide.study import CLIPS, LayerStudy, allocate, best_clip
+from smoothrot_offline.output.manifest import read_manifest
+from smoothrot_offline.report.model import load_model
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.format import ActivationScheme, QuantizationSchema, parse_schema
 from smoothrot_vllm.reference import decode, quant
 
@@ -196,7 +196,7 @@ def test_the_seed_with_the_least_held_out_loss_is_folded(
         held_out.append(arguments[-1])
         return next(losses)
 
-    monkeypatch.setattr(smoothrot_offline.decide, "trial_loss", trial)
+    monkeypatch.setattr(smoothrot_offline.decide.stages, "trial_loss", trial)
     source = make_model()
     convert(source, tmp_path / "chosen", make_config(**SMALL, sign_seeds=3, seed=5))
     rotations = read_manifest(tmp_path / "chosen").rotations

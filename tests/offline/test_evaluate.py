@@ -16,9 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from smoothrot_offline.calibration_data import load_calibration
-from smoothrot_offline.evaluate import evaluate_perplexity, windows
-from smoothrot_offline.texts import read_text
+from smoothrot_offline.report.evaluate import evaluate_perplexity, windows
+from smoothrot_offline.source.text import load_calibration, read_text
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -12,15 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import smoothrot_offline.decide
-import smoothrot_offline.sequential
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.calibrate import LayerRunner, embed
-from smoothrot_offline.checkpoint import open_checkpoint
+import smoothrot_offline.decide.stages
+import smoothrot_offline.rounding.sequential
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.quantize import QuantizedWeight, quantize_gptq
-from smoothrot_offline.runtime import BuiltLayer
+from smoothrot_offline.rounding.gptq import quantize_gptq
+from smoothrot_offline.rounding.rtn import QuantizedWeight
+from smoothrot_offline.rounding.served import BuiltLayer
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.layers import LayerRunner, embed
+from smoothrot_offline.source.resolve import resolve
 
 MakeModel = Callable[..., Path]
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
@@ -82,7 +83,9 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_n
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS[:1, :3])
+    monkeypatch.setattr(
+        smoothrot_offline.decide.stages, "load_calibration", lambda *_: TOKENS[:1, :3]
+    )
     source = make_model("qwen3_moe", num_hidden_layers=1)
     found = {}
     damped: dict[str, float] = {}
@@ -91,7 +94,7 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_n
         damped[options["name"]] = options["damping"] / weight.shape[1]
         return quantize_gptq(weight, *arguments, **options)
 
-    monkeypatch.setattr(smoothrot_offline.sequential, "quantize_gptq", recording)
+    monkeypatch.setattr(smoothrot_offline.rounding.sequential, "quantize_gptq", recording)
     for rounding in ("rtn", "gptaq"):
         with caplog.at_level(logging.WARNING, "smoothrot_offline"):
             convert(source, tmp_path / rounding, make_config(**options(rounding=rounding)))
@@ -131,7 +134,7 @@ def test_experts_with_enough_tokens_are_not_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(
-        smoothrot_offline.decide,
+        smoothrot_offline.decide.stages,
         "load_calibration",
         lambda *_: torch.arange(1280).reshape(64, 20) * 31 % 96,
     )
@@ -148,7 +151,7 @@ def test_experts_with_enough_tokens_are_not_named(
 def test_an_interrupted_conversion_ends_with_the_bytes_of_any_other_run(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
+    monkeypatch.setattr(smoothrot_offline.decide.stages, "load_calibration", lambda *_: TOKENS)
     source = make_model(family)
     config = make_config(
         **options(scales="l2", smooth_norms=True, rounding="gptaq", clip_search=True, keep_8bit=0.3)

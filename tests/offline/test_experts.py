@@ -13,24 +13,23 @@ from moe_models import with_separate_experts
 from test_refusals import edit_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import smoothrot_offline.decide
-from smoothrot_offline.analysis.record import AnalysisConfig
-from smoothrot_offline.analysis.run import analyze
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.calibrate import LayerRunner, embed
-from smoothrot_offline.checkpoint import open_checkpoint
+import smoothrot_offline.decide.stages
+from smoothrot_offline.check.inspect import inspect
+from smoothrot_offline.check.plan import plan_conversion
+from smoothrot_offline.check.verify import compare_with_source, verify
 from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.convert import convert
-from smoothrot_offline.inspect import inspect
-from smoothrot_offline.lora import convert_adapter
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.model import load_model
-from smoothrot_offline.plan import plan_conversion
+from smoothrot_offline.decide.smoothing import smooth_layer
+from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.presets import choose_preset
-from smoothrot_offline.smooth.stage import smooth_layer
-from smoothrot_offline.source_check import compare_with_source
-from smoothrot_offline.transform_record import read_transform
-from smoothrot_offline.verify import verify
+from smoothrot_offline.report.analysis import AnalysisConfig
+from smoothrot_offline.report.analyze import analyze
+from smoothrot_offline.report.model import load_model
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.layers import LayerRunner, embed
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.transform.lora import convert_adapter
+from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import UnsupportedModelError
 
 MakeModel = Callable[..., Path]
@@ -50,7 +49,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversions are calibrated on TOKENS, or on the first of them."""
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS)
+    monkeypatch.setattr(smoothrot_offline.decide.stages, "load_calibration", lambda *_: TOKENS)
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -187,7 +186,9 @@ def test_experts_that_no_token_reaches_are_named_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS[:1, :2])
+    monkeypatch.setattr(
+        smoothrot_offline.decide.stages, "load_calibration", lambda *_: TOKENS[:1, :2]
+    )
     with caplog.at_level(logging.WARNING, "smoothrot_offline"):
         convert(
             make_model("qwen3_moe"), tmp_path / "out", make_config(calib_samples=1, calib_seqlen=2)
@@ -240,7 +241,7 @@ def test_other_options_convert_too(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(
-        smoothrot_offline.decide, "load_calibration", lambda *_: TOKENS.repeat(5, 1)
+        smoothrot_offline.decide.stages, "load_calibration", lambda *_: TOKENS.repeat(5, 1)
     )
     sizes = {key: value for key, value in changes.items() if key not in ConvertConfig.model_fields}
     source, out = make_model("qwen3_moe", num_hidden_layers=1, **sizes), tmp_path / "out"

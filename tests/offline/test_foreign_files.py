@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SHORT_TEXT, save_tiny_model
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.checkpoint import file_digest, open_checkpoint
 from smoothrot_offline.cli import app
-from smoothrot_offline.foreign_models import load_config
-from smoothrot_offline.foreign_tokenizers import load_tokenizer
-from smoothrot_offline.model import load_model
-from smoothrot_offline.transform_record import read_transform
+from smoothrot_offline.report.model import load_model
+from smoothrot_offline.source.checkpoint import file_digest, open_checkpoint
+from smoothrot_offline.source.models import load_config
+from smoothrot_offline.source.tokenizers import load_tokenizer
+from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import (
     CheckpointError,
     ConfigError,
@@ -30,7 +30,7 @@ from smoothrot_vllm.errors import (
     UnsupportedModelError,
 )
 from smoothrot_vllm.format import TRANSFORM_NAME
-from smoothrot_vllm.headers import check_shards
+from smoothrot_vllm.plugin.headers import check_shards
 
 CANARY = "canary.Canary"
 CANARY_CODE = (
@@ -262,7 +262,7 @@ def hide_package(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
             raise ModuleNotFoundError(f"No module named '{package}'")
         return really(name, *arguments, **options)
 
-    monkeypatch.setattr("smoothrot_offline.foreign_tokenizers.find_spec", found)
+    monkeypatch.setattr("smoothrot_offline.source.tokenizers.find_spec", found)
     monkeypatch.setattr(import_utils, f"is_{package}_available", lambda *_: False)
     monkeypatch.setattr(builtins, "__import__", imported)
 
@@ -426,7 +426,7 @@ def test_counts_beyond_what_torch_counts_are_refused(
             "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes"
         )
 
-    monkeypatch.setattr("smoothrot_offline.calibration_data._draw_windows", full)
+    monkeypatch.setattr("smoothrot_offline.source.text._draw_windows", full)
     assert words in refusal(invoke(*commands(source)[command], *options))
 
 

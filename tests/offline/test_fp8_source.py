@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_refusals import edit_config, edit_weights
 
-from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.check.plan import plan_conversion
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.plan import plan_conversion
-from smoothrot_offline.verify import verify
+from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_vllm.errors import (
     CheckpointError,
     ConfigError,

@@ -9,20 +9,19 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.model import load_model
-from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.quantize.straight_through import fake_quantize_tokens
-from smoothrot_offline.rotate import DenseRotation, head_matrices, random_rotation
-from smoothrot_offline.rotations import (
+from smoothrot_offline.decide.learned_rotations import (
     Learned,
     ReaderSample,
     learn_head_rotations,
     learn_residual_rotation,
 )
-from smoothrot_offline.verify import verify
+from smoothrot_offline.output.manifest import read_manifest
+from smoothrot_offline.report.model import load_model
+from smoothrot_offline.rounding.rtn import fake_quantize_tokens, quantize_rtn
+from smoothrot_offline.transform.rotation import DenseRotation, head_matrices, random_rotation
 from smoothrot_vllm.format import ActivationScheme, WeightScheme
 
 ACTIVATIONS = ActivationScheme(clip=0.9)
@@ -178,8 +177,8 @@ def test_start_is_kept_where_the_held_out_error_does_not_fall(
     start: torch.Tensor, heads: Heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that 4 bits hold exactly at the start and nowhere else, and a step far too long."""
-    monkeypatch.setattr("smoothrot_offline.rotations.residual.ANGLE", 5.0)
-    monkeypatch.setattr("smoothrot_offline.rotations.heads.ANGLE", 5.0)
+    monkeypatch.setattr("smoothrot_offline.decide.learned_rotations.ANGLE", 5.0)
+    monkeypatch.setattr("smoothrot_offline.decide.learned_rotations.ANGLE", 5.0)
     weight = torch.randn(40, WIDTH, generator=generator(0)).sign() @ start.float().T
     samples = [
         ReaderSample(torch.randn(64, WIDTH, generator=generator(seed)), weight) for seed in range(3)

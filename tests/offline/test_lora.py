@@ -13,21 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from smoothrot_offline.architectures import resolve
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.lora import WEIGHTS_NAME, convert_adapter, transform_factors
-from smoothrot_offline.rotate import DenseRotation, hadamard
-from smoothrot_offline.smooth import LayerScales
-from smoothrot_offline.transform import ModelTransform
-from smoothrot_offline.transform_record import RecordedTransform, read_transform
-from smoothrot_vllm.adapters import BASE_KEY, CONFIG_NAME
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.transform.lora import WEIGHTS_NAME, convert_adapter, transform_factors
+from smoothrot_offline.transform.record import RecordedTransform, read_transform
+from smoothrot_offline.transform.rotation import DenseRotation, hadamard
+from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.errors import (
     CheckpointError,
     ConfigError,
     SmoothRotError,
     UnsupportedModelError,
 )
+from smoothrot_vllm.plugin.adapters import BASE_KEY, CONFIG_NAME
 
 RANK = 4
 CALIBRATION = {"calib": "generated", "calib_samples": 2, "calib_seqlen": 16}

@@ -45,9 +45,9 @@ DRIVER = """
 import json, os, resource, sys, tempfile
 from pathlib import Path
 import torch
-import smoothrot_offline.decide
-import smoothrot_offline.plan
-import smoothrot_offline.preflight
+import smoothrot_offline.decide.stages
+import smoothrot_offline.check.plan
+import smoothrot_offline.check.admit
 from smoothrot_offline.checkpoint import open_checkpoint
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
@@ -55,9 +55,9 @@ from smoothrot_offline.memory import reuse_freed_memory
 from smoothrot_offline.plan import plan_conversion
 
 torch.set_num_threads(1)
-smoothrot_offline.plan.seconds = lambda *_: 0.0
-smoothrot_offline.preflight.check_calibration = lambda *_: None
-smoothrot_offline.decide.load_calibration = lambda _text, _model, samples, seqlen, *_: (
+smoothrot_offline.check.plan.seconds = lambda *_: 0.0
+smoothrot_offline.check.admit.check_calibration = lambda *_: None
+smoothrot_offline.decide.stages.load_calibration = lambda _text, _model, samples, seqlen, *_: (
     torch.arange(samples * seqlen).reshape(samples, seqlen) * 31 % 1024
 )
 first, *sources = map(Path, sys.argv[3:])

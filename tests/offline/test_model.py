@@ -19,8 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from smoothrot_offline.model import QuantizedLinear, load_model
-from smoothrot_offline.quantize import quantize_rtn
+from smoothrot_offline.report.model import QuantizedLinear, load_model
+from smoothrot_offline.rounding.rtn import quantize_rtn
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import (
     ActivationScheme,

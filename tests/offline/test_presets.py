@@ -8,12 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 import smoothrot_offline.presets
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.checkpoint import open_checkpoint
 from smoothrot_offline.cli import app
 from smoothrot_offline.config import make_schema
-from smoothrot_offline.manifest import read_manifest
+from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.presets import PRESETS, REASONABLE_SECONDS, choose_preset
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import ConfigError
 
 MakeModel = Callable[..., Path]

@@ -4,12 +4,8 @@ from typing import Literal
 import pytest
 import torch
 
-from smoothrot_offline.quantize import (
-    HessianAccumulator,
-    QuantizedWeight,
-    quantize_gptq,
-    quantize_rtn,
-)
+from smoothrot_offline.rounding.gptq import HessianAccumulator, quantize_gptq
+from smoothrot_offline.rounding.rtn import QuantizedWeight, quantize_rtn
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import WeightScheme
 

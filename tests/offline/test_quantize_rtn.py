@@ -4,8 +4,7 @@ from typing import Literal
 import pytest
 import torch
 
-from smoothrot_offline.quantize import quantize_rtn
-from smoothrot_offline.quantize.clip import ERROR_NORM, SHRINKS, clip_search_scale
+from smoothrot_offline.rounding.rtn import ERROR_NORM, SHRINKS, clip_search_scale, quantize_rtn
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import WeightScheme
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from convert import make_model
 
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.checkpoint import Checkpoint, open_checkpoint
-from smoothrot_offline.read_ahead import layers_ahead, load_layer
+from smoothrot_offline.source.checkpoint import Checkpoint, open_checkpoint
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import layers_ahead, load_layer
+from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError
 
 LAYERS = 4

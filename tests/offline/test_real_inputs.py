@@ -18,19 +18,18 @@ from tiny_models import byte_tokenizer
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
 
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.calibration_data import load_calibration, start_token
-from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.check.admit import admit
+from smoothrot_offline.check.plan import plan_conversion
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.cli import app
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.headers import side_files
-from smoothrot_offline.plan import plan_conversion
-from smoothrot_offline.preflight import admit
+from smoothrot_offline.output.directory import OutputDirectory
 from smoothrot_offline.presets import choose_preset
-from smoothrot_offline.texts import read_text
-from smoothrot_offline.verify import verify
-from smoothrot_offline.write import OutputDirectory
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.headers import side_files
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.source.text import load_calibration, read_text, start_token
 from smoothrot_vllm.errors import ConfigError, SmoothRotError, UnsupportedModelError
 
 MakeModel = Callable[..., Path]
@@ -596,8 +595,8 @@ def test_refusal_in_a_log_leaves_no_bar(tmp_path: Path, chatty: Path) -> None:
 
 
 def test_evaluation_counts_each_window_up_to_the_last(tmp_path: Path, chatty: Path) -> None:
-    from smoothrot_offline.evaluate import measure_perplexity, text_windows
-    from smoothrot_offline.model import load_model
+    from smoothrot_offline.report.evaluate import measure_perplexity, text_windows
+    from smoothrot_offline.report.model import load_model
 
     text = tmp_path / "text.txt"
     text.write_text("some text of bytes")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smoothrot_offline.architectures import resolve
-from smoothrot_offline.calibrate import embed
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.headers import resolve_source
+from smoothrot_offline.source.headers import resolve_source
+from smoothrot_offline.source.layers import embed
+from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import (
     CheckpointError,
     ConfigError,
@@ -357,7 +357,7 @@ def test_activations_that_overflow_are_refused_with_the_layer(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "smoothrot_offline.decide.load_calibration", lambda *_: torch.arange(8).reshape(1, 8)
+        "smoothrot_offline.decide.stages.load_calibration", lambda *_: torch.arange(8).reshape(1, 8)
     )
     source = make_model(dtype=torch.float32)
     edit_weights(

@@ -15,11 +15,11 @@ import torch
 from tiny_models import SHORT_TEXT, byte_tokenizer, save_tiny_model
 from typer.testing import CliRunner, Result
 
+from smoothrot_offline.check.inspect import inspect
 from smoothrot_offline.cli import app
-from smoothrot_offline.evaluate import evaluate_perplexity
-from smoothrot_offline.inspect import inspect
-from smoothrot_offline.model import load_model
-from smoothrot_offline.reporting import Report
+from smoothrot_offline.report.compare import Report
+from smoothrot_offline.report.evaluate import evaluate_perplexity
+from smoothrot_offline.report.model import load_model
 
 CHOICES = ["red", "green", "blue", "no colour at all"]
 DOCUMENTS = [
@@ -269,7 +269,7 @@ def test_directory_of_a_method_that_is_not_installed_is_refused_before_a_model_r
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded")
+        "smoothrot_offline.report.compare.load_model", lambda *_: pytest.fail("a model was loaded")
     )
     source = save_tiny_model(tmp_path / "awq", "llama")
     config = json.loads((source / "config.json").read_text()) | {
@@ -295,7 +295,7 @@ def test_task_whose_data_is_missing_is_refused_before_a_model_runs(
     pytest.importorskip("lm_eval")
     (task_folder / "colours.jsonl").unlink()
     monkeypatch.setattr(
-        "smoothrot_offline.reporting.run.load_model", lambda *_: pytest.fail("a model was loaded")
+        "smoothrot_offline.report.compare.load_model", lambda *_: pytest.fail("a model was loaded")
     )
     result = invoke(
         "report", directories[1], "--tasks", "tiny_colours", "--include-path", task_folder

@@ -15,12 +15,12 @@ import pytest
 from test_refusals import edit_config
 from transformers import PreTrainedModel
 
-from smoothrot_offline.architectures import resolve
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.decide import unpack_decisions
-from smoothrot_offline.verify import verify
-from smoothrot_offline.write import JOURNAL_NAME
+from smoothrot_offline.decide.stages import unpack_decisions
+from smoothrot_offline.output.directory import JOURNAL_NAME
+from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import ConfigError, ResumeError
 
 MakeModel = Callable[..., Path]
@@ -178,7 +178,7 @@ def test_other_options_are_refused_by_name_and_leave_the_work_alone(
 @pytest.mark.parametrize(
     ("function", "value", "field"),
     [
-        ("smoothrot_offline.resume.package_versions", {"torch": "0"}, "versions: "),
+        ("smoothrot_offline.output.journal.package_versions", {"torch": "0"}, "versions: "),
         ("torch.get_num_threads", 77, "machine: threads: .* this one has 77"),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.model import load_model
+from smoothrot_offline.report.model import load_model
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])

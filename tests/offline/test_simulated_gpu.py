@@ -17,17 +17,18 @@ from simulated_gpu import CPU, GPU, NAME, SimulatedGpu, simulated_gpu
 from tiny_models import SHORT_TEXT, save_tiny_model
 from typer.testing import CliRunner, Result
 
-import smoothrot_offline.decide
-import smoothrot_offline.sequential
-from smoothrot_offline.analysis import AnalysisConfig, analyze
+import smoothrot_offline.decide.stages
+import smoothrot_offline.rounding.sequential
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.cli import app
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.device import choose_device, computing_on
-from smoothrot_offline.evaluate import evaluate_perplexity
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.verify import verify
-from smoothrot_offline.write import JOURNAL_NAME
+from smoothrot_offline.output.directory import JOURNAL_NAME
+from smoothrot_offline.output.manifest import read_manifest
+from smoothrot_offline.report.analysis import AnalysisConfig
+from smoothrot_offline.report.analyze import analyze
+from smoothrot_offline.report.evaluate import evaluate_perplexity
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.errors import ConfigError, DeviceMemoryError, ResumeError
 
@@ -153,7 +154,7 @@ def test_a_conversion_has_the_bits_of_the_cpus(
         # To write a text, transformers runs its own experts, on a GPU by calls that the CPU has no
         # code for.
         tokens = torch.randint(96, (3, 16), generator=torch.Generator().manual_seed(0))
-        monkeypatch.setattr(smoothrot_offline.decide, "load_calibration", lambda *_: tokens)
+        monkeypatch.setattr(smoothrot_offline.decide.stages, "load_calibration", lambda *_: tokens)
     convert(source, tmp_path / "cpu", config)
     with simulated_gpu(monkeypatch) as gpu:
         convert(source, tmp_path / "gpu", config, device=GPU)
@@ -249,14 +250,14 @@ def test_used_up_memory_names_the_cpu_and_keeps_the_work(
     error: Exception,
     kept: str,
 ) -> None:
-    quantise = smoothrot_offline.sequential.quantize_gptq
+    quantise = smoothrot_offline.rounding.sequential.quantize_gptq
 
     def too_large(*arguments: Any, name: str, **options: Any) -> Any:
         if "layers.1" in name:
             raise error
         return quantise(*arguments, name=name, **options)
 
-    monkeypatch.setattr(smoothrot_offline.sequential, "quantize_gptq", too_large)
+    monkeypatch.setattr(smoothrot_offline.rounding.sequential, "quantize_gptq", too_large)
     with (
         simulated_gpu(monkeypatch),
         pytest.raises(DeviceMemoryError, match=f"{NAME}.*{kept}. Free the GPU .* --device cpu"),

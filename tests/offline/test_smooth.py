@@ -5,9 +5,14 @@ that is there."""
 import pytest
 import torch
 
-from smoothrot_offline.smooth import InputStatistics, LayerError, PolicyOptions, choose_scales
-from smoothrot_offline.smooth.policies import Policy
-from smoothrot_offline.smooth.statistics import SAMPLE_TOKENS
+from smoothrot_offline.decide.policies import (
+    SAMPLE_TOKENS,
+    InputStatistics,
+    LayerError,
+    Policy,
+    PolicyOptions,
+    choose_scales,
+)
 from smoothrot_vllm import reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 
@@ -82,8 +87,8 @@ def test_layer_error_is_that_of_the_reference_ops(
 ) -> None:
     _, error = outlier_layer
     scales = torch.rand(WIDTH, generator=torch.Generator().manual_seed(1)) + 0.5
-    from smoothrot_offline.quantize import quantize_rtn
-    from smoothrot_offline.rotate import hadamard
+    from smoothrot_offline.rounding.rtn import quantize_rtn
+    from smoothrot_offline.transform.rotation import hadamard
 
     weight = quantize_rtn(hadamard(error.weight * scales, BLOCK), SCHEME.weights)
     codes, scale = reference.hadamard_quant(

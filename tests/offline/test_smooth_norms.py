@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smoothrot_offline.architectures import ModelSpec, resolve
-from smoothrot_offline.checkpoint import Checkpoint, open_checkpoint
+from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.manifest import read_manifest
-from smoothrot_offline.rotate import random_rotation
-from smoothrot_offline.smooth.norms import NormStatistics
-from smoothrot_offline.transform_record import read_transform
-from smoothrot_offline.verify import verify
+from smoothrot_offline.decide.smoothing import NormStatistics
+from smoothrot_offline.output.manifest import read_manifest
+from smoothrot_offline.source.checkpoint import Checkpoint, open_checkpoint
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.transform.record import read_transform
+from smoothrot_offline.transform.rotation import random_rotation
 
 CALIBRATION = {"calib_samples": 4, "calib_seqlen": 16}
 NORM = "input_layernorm"

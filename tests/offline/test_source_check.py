@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_refusals import edit_config
 
+from smoothrot_offline.check.verify import compare_with_source
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.source_check import compare_with_source
 
 MakeModel = Callable[..., Path]
 CALIBRATION = {"calib_samples": 2, "calib_seqlen": 16}

@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-from smoothrot_offline.architectures import ModelSpec, resolve
 from smoothrot_offline.config import make_config, online_rotations
-from smoothrot_offline.rotate import (
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.transform.rotation import (
     DenseRotation,
     Rotation,
     fold_norms,
@@ -33,8 +34,12 @@ from smoothrot_offline.rotate import (
     rotate_reader_inputs,
     rotate_residual,
 )
-from smoothrot_offline.smooth import LayerScales, fold_norm_smoothing, fold_smoothing
-from smoothrot_offline.transform import ModelTransform
+from smoothrot_offline.transform.sides import (
+    LayerScales,
+    ModelTransform,
+    fold_norm_smoothing,
+    fold_smoothing,
+)
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import Online
 from smoothrot_vllm.hadamard import choose_block

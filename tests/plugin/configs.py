@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from smoothrot_vllm.quant_config import SmoothRotConfig
+from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
 _SCHEMA = {
     "quant_method": "smoothrot",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from vllm.lora.peft_helper import PEFTHelper
 
-from smoothrot_vllm.adapters import BASE_KEY, CONFIG_NAME, AdapterGuard, check_adapter
 from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.plugin.adapters import BASE_KEY, CONFIG_NAME, AdapterGuard, check_adapter
 
 DIGEST, OTHER = "a" * 64, "b" * 64
 

@@ -17,15 +17,15 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.model_loader import LoadFormats
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from smoothrot_vllm.engine_checks import (
+from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.format import Online, OnlineHadamard, QuantizationSchema
+from smoothrot_vllm.plugin.engine_checks import (
     CPU_CACHE_DTYPES,
     LOAD_FORMATS,
     REFUSALS,
     TOKEN_DRAFTS,
     check_engine,
 )
-from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.format import Online, OnlineHadamard, QuantizationSchema
 
 FOLDED = QuantizationSchema()
 UNFOLDED = QuantizationSchema(online=Online(readers=OnlineHadamard(size=128, block=128)))

@@ -15,10 +15,10 @@ from vllm import EngineArgs
 from vllm.utils.cpu_resource_utils import LogicalCPUInfo
 from vllm.v1.executor import Executor
 
-from smoothrot_vllm import plugin
 from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
-from smoothrot_vllm.executor import InEngineExecutor, cores_of
-from smoothrot_vllm.executor_choice import EXECUTOR
+from smoothrot_vllm.plugin import register as plugin
+from smoothrot_vllm.plugin.executor import InEngineExecutor, cores_of
+from smoothrot_vllm.plugin.executor_choice import EXECUTOR
 
 # (logical, physical, memory node): two nodes of two cores with two threads each; the process may
 # not use CPU 0.
@@ -82,7 +82,7 @@ def test_more_than_one_worker_is_refused_before_any_starts(converted: str) -> No
 
 def test_another_device_is_refused(converted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineArgs(converted).create_engine_config()
-    monkeypatch.setattr("smoothrot_vllm.executor.current_platform.is_cpu", lambda: False)
+    monkeypatch.setattr("smoothrot_vllm.plugin.executor.current_platform.is_cpu", lambda: False)
     with pytest.raises(UnsupportedPlatformError, match="expected vLLM for CPUs"):
         InEngineExecutor(config)
 
@@ -148,7 +148,7 @@ def test_threads_that_openmp_starts_inherit_the_cores() -> None:
     core = min(os.sched_getaffinity(0))
     code = f"""
 import os, torch
-from smoothrot_vllm.executor import take_cores
+from smoothrot_vllm.plugin.executor import take_cores
 before = set(os.listdir("/proc/self/task"))
 take_cores([{core}])
 assert torch.get_num_threads() == 1

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
-import smoothrot_vllm.experts
+import smoothrot_vllm.plugin.experts
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import (
     CheckpointError,
@@ -23,7 +23,7 @@ from smoothrot_vllm.errors import (
     UnsupportedModelError,
     UnsupportedPlatformError,
 )
-from smoothrot_vllm.experts import SmoothRotExpertsMethod, check_experts
+from smoothrot_vllm.plugin.experts import SmoothRotExpertsMethod, check_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 128, 192, 4, 2
 PREFIX = "model.layers.0.mlp.experts"
@@ -264,7 +264,7 @@ def test_on_a_gpu_experts_are_accepted_as_far_as_the_kernels_go(
     build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        smoothrot_vllm.experts, "current_platform", SimpleNamespace(is_cpu=lambda: False)
+        smoothrot_vllm.plugin.experts, "current_platform", SimpleNamespace(is_cpu=lambda: False)
     )
     assert isinstance(build().quant_method, SmoothRotExpertsMethod)
     with pytest.raises(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.headers import check_shards
+from smoothrot_vllm.plugin.headers import check_shards
 
 
 @pytest.fixture

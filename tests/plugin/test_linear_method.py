@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from smoothrot_vllm import reference
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE
-from smoothrot_vllm.quant_config import SmoothRotConfig
+from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
 HIDDEN, INTERMEDIATE, HEAD, HEADS, KV_HEADS, VOCAB = 128, 192, 32, 4, 2, 261
 GATE_UP, QKV, DOWN = (

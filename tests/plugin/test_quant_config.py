@@ -27,9 +27,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
-from smoothrot_vllm.linear import SmoothRotLinearMethod
-from smoothrot_vllm.lm_head import SmoothRotLMHeadMethod
-from smoothrot_vllm.quant_config import SmoothRotConfig
+from smoothrot_vllm.plugin.linear import SmoothRotLinearMethod
+from smoothrot_vllm.plugin.lm_head import SmoothRotLMHeadMethod
+from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
 
 def test_survives_pickling_as_vllm_sends_it_to_workers() -> None:

@@ -21,9 +21,9 @@ from vllm.model_executor.models.qwen3_moe import Qwen3MoeMLP
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE
-from smoothrot_vllm.linear import GateUp
-from smoothrot_vllm.quant_config import SmoothRotConfig
-from smoothrot_vllm.silu_fusion import OPTION, DeferredSiluAndMul
+from smoothrot_vllm.plugin.linear import GateUp
+from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
+from smoothrot_vllm.plugin.silu_fusion import OPTION, DeferredSiluAndMul
 
 HIDDEN, INTERMEDIATE = 128, 192
 MLPS = [LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MoeMLP]

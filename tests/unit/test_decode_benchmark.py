@@ -14,7 +14,7 @@ from decode_linears import StoredWeight, stored_weights
 from decode_model import Pieces
 from schemes import preset_schema
 
-from smoothrot_offline.architectures import resolve
+from smoothrot_offline.source.resolve import resolve
 
 SPEC = resolve(decode.REHEARSAL)
 PER_LAYER = 4

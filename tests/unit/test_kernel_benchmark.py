@@ -26,7 +26,7 @@ from rich.console import Console
 from tiny_models import REPOSITORY
 
 from smoothrot_offline import presets
-from smoothrot_offline.architectures import resolve
+from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 
 # By its path: `kernels` is also a name that transformers looks for and finds in tests/kernels.

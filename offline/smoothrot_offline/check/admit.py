@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that can be refused, or should be said, before hours of work: ``plan`` asks for it,
+and ``run`` begins with it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from smoothrot_offline.config import ConvertConfig, make_schema
+from smoothrot_offline.device import CPU
+from smoothrot_offline.source.checkpoint import Checkpoint, check_source
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.headers import SideFiles, side_files
+from smoothrot_offline.source.layers import check_seqlen
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.source.text import check_calibration
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.format import QuantizationSchema
+from smoothrot_vllm.hadamard import HadamardFactors, choose_block
+
+SMALL_BLOCK = 64
+"""A rotation in blocks below this, where the width has more than one, spreads an outlier over
+few channels."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A conversion that nothing known beforehand forbids; ``notes`` are for people: what is not
+    as they may expect."""
+
+    spec: ModelSpec
+    schema: QuantizationSchema
+    side_files: SideFiles
+    notes: list[str]
+
+
+def admit_model(checkpoint: Checkpoint) -> ModelSpec:
+    """Check a source from its configuration and headers, and that a head stored beside the
+    embedding it is tied to equals it.
+
+    The latter, in a directory, is the one thing for which weights are read.
+
+    Raises:
+        UnsupportedModelError: the architecture or one of its sizes cannot be converted.
+        CheckpointError: a tensor is missing, unexpected, of another shape or dtype, or the head
+            differs.
+    """
+    spec = resolve(checkpoint.config)
+    head, embedding = (
+        f"{name}.weight" for name in (spec.architecture.lm_head, spec.architecture.embedding)
+    )
+    if not spec.tied and head not in checkpoint.tensors and checkpoint.renamed:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected {head}, as config.json says no tie_word_embeddings, got"
+            f" none: an embedding model, which has no head ({checkpoint.renamed}). Convert a causal"
+            " language model."
+        )
+    check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
+    stored_twice = spec.tied and head in checkpoint.tensors and checkpoint.path.is_dir()
+    if stored_twice and not torch.equal(*checkpoint.load([head, embedding]).values()):
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json says tie_word_embeddings, but {head} differs from"
+            f" {embedding}. Correct tie_word_embeddings, or remove the head from the checkpoint."
+        )
+    return spec
+
+
+def admit_calibration(checkpoint: Checkpoint, spec: ModelSpec, calib: str, seqlen: int) -> None:
+    """Check that the calibration text can be had.
+
+    Raises:
+        ConfigError, CheckpointError: as
+            :func:`~smoothrot_offline.source.text.check_calibration`, or ``seqlen`` is too
+            long.
+    """
+    check_seqlen(spec, seqlen)
+    check_calibration(checkpoint, spec.config, calib, seqlen)
+
+
+def admit(
+    checkpoint: Checkpoint, config: ConvertConfig, workers: int = 1, device: torch.device = CPU
+) -> Admitted:
+    """Check a conversion; the arguments are those of :func:`~smoothrot_offline.convert.convert`.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: as :func:`admit_model`.
+        ConfigError: the options do not fit the model or each other, or the calibration text cannot
+            be had.
+    """
+    return admit_options(checkpoint, admit_model(checkpoint), config, workers, device)
+
+
+def admit_options(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    workers: int = 1,
+    device: torch.device = CPU,
+) -> Admitted:
+    """:func:`admit` of a model that :func:`admit_model` has let pass."""
+    schema = make_schema(spec, config)
+    if workers > 1 and config.rounding != "rtn":
+        raise ConfigError(
+            f"--workers {workers}: expected 1 with --rounding {config.rounding}, which rounds each"
+            " layer for what the layers before it give out. Leave the option out, or use"
+            " --rounding rtn."
+        )
+    if workers > 1 and device.type != "cpu":
+        raise ConfigError(
+            f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy."
+            " Leave the option out, or use --device cpu."
+        )
+    if config.needs_calibration:
+        admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
+    beside = side_files(checkpoint.path)
+    notes = [checkpoint.renamed] if checkpoint.renamed else []
+    if config.rotate:
+        notes += [
+            f"{name}: {size} channels are rotated in {size // factors.size} blocks of"
+            f" {factors.size}, each by itself: an outlier is spread over few channels"
+            for name, (size, factors) in rotation_blocks(spec, config).items()
+            if factors.size < min(size, SMALL_BLOCK)
+        ]
+    if beside.left:
+        notes.append(
+            "not copied: " + ", ".join(f"{name} ({reason})" for name, reason in beside.left.items())
+        )
+    return Admitted(spec, schema, beside, notes)
+
+
+def rotation_blocks(
+    spec: ModelSpec, config: ConvertConfig
+) -> dict[str, tuple[int, HadamardFactors]]:
+    """Width and block of each rotation, by its name in the rotation papers."""
+    r1 = "R1" if spec.architecture.rotates_residual else "R1 online"
+    widths = {
+        r1: (spec.hidden, 1),
+        "R2": (spec.head_dim, 1),
+        "R4": (spec.intermediate, config.max_tp),
+    }
+    return {name: (size, choose_block(size, shards)) for name, (size, shards) in widths.items()}

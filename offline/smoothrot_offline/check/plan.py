@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion would do, and the memory and time it would take, from the configuration and the
+headers alone."""
+
+import hashlib
+import math
+import resource
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from smoothrot_offline.check.admit import admit_model, admit_options, rotation_blocks
+from smoothrot_offline.check.inspect import Sizes, header_table, measure, output_sizes
+from smoothrot_offline.config import MEBIBYTE, ConvertConfig, check_shards
+from smoothrot_offline.convert import HEAD_ROWS
+from smoothrot_offline.decide.policies import SAMPLE_TOKENS, STEPS, searched_candidates
+from smoothrot_offline.decide.rotations import SAMPLE_SEQUENCES, learning_bytes, learning_flop
+from smoothrot_offline.decide.stages import HELD_OUT_SAMPLES, smooths_anew
+from smoothrot_offline.decide.study import PROBE_SAMPLES
+from smoothrot_offline.device import CPU, device_name
+from smoothrot_offline.output.layers import store
+from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import CHUNK_TOKENS
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.source.text import GENERATED
+from smoothrot_offline.transform.rotation import hadamard
+from smoothrot_vllm.errors import SmoothRotError
+from smoothrot_vllm.format import QuantizationSchema, WeightScheme, check_tensor_parallel
+
+TIME_METHOD = (
+    "FLOP of every pass over calibration tokens over the rate of a float32 matrix product, weights"
+    " over the rate of folding and quantising a sample on one process, bytes over the rate of"
+    " SHA-256, all three measured for a moment on this machine now"
+)
+MEMORY_METHOD = (
+    "this process now, plus eight fifths of: the calibration's hidden states, one shard or the"
+    " embedding, and the largest of a decoder layer run in float32, the same layer folded in"
+    " float64 with the samples that rotations are learned from, the head with a slice of rows in"
+    " float64; or of the whole model, if it generates the text"
+)
+
+
+def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
+    """Seconds of a conversion of a checkpoint whose headers are known.
+
+    Raises:
+        ConfigError, UnsupportedModelError: the options do not fit the model.
+    """
+    spec = resolve(checkpoint.config)
+    after = output_sizes(
+        spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
+    )
+    return seconds(
+        spec, config, measure(spec, header_table(checkpoint, spec.source_tensors())), after
+    )
+
+
+def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> int:
+    """Peak resident bytes of a conversion from sizes ``before`` to sizes ``after``."""
+    weights = _layer_weights(spec)
+    tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
+    experts = max(1, spec.experts)
+    sample = (
+        4 * 4 * min(tokens, SAMPLE_TOKENS) * spec.intermediate * experts
+        if config.scales != "none"
+        else 0
+    )
+    chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
+    hidden = 4 * tokens * spec.hidden
+    running = (
+        (2 + 2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
+    )
+    # The source's layer, the next one, the float64 one, and what a rotation holds of its largest
+    # linear beside it: with signs, after each of two factors, transposed. Then what is stored.
+    folding = (2 + 2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
+    if config.keep_8bit:
+        # The weights of a group of linears, rounded and as they were: all experts are one group.
+        running += 4 * sum(weights)
+    if config.rounding != "rtn":
+        copies = 2 if config.rounding == "gptaq" else 1
+        # The second hidden states; H and what factorising it takes, in float64, and C and its
+        # solution.
+        hidden *= 1 + copies
+        # Of a layer with experts, an H (and a C) of each, and what those of a token read.
+        matrices = (9 if config.rounding == "gptaq" else 6) + copies * (experts - 1)
+        read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
+        widest = max(spec.intermediate, spec.hidden)
+        running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
+    head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
+    # A tensor is in one shard, however large.
+    shard = min(max(config.shard_mib * MEBIBYTE, after.embedding), after.total)
+    learning = learning_bytes(spec) if config.learns_rotations else 0
+    converting = hidden + shard + max(running if tokens else 0, learning + folding, head)
+    generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
+    resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # What the allocator cannot use again, measured: up to 0.6 of it without calibration on layers
+    # of 17 to 63 million weights, up to 0.72 in 14 conversions with calibration on layers of 2
+    # million.
+    return resident_now + max(converting, generating) * 2
+
+
+def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> float:
+    """Seconds of a conversion from sizes ``before`` to sizes ``after``, by rates measured now."""
+    weights = spec.layers * sum(_layer_weights(spec))
+    head = spec.vocab * spec.hidden
+    # A token meets only the experts it is routed to.
+    chosen = spec.config.num_experts_per_tok if spec.experts else 0
+    idle = 3 * spec.layers * (spec.experts - chosen) * spec.intermediate * spec.hidden
+    per_token = (
+        2 * (weights - idle) + 4 * config.calib_seqlen * spec.heads * spec.head_dim * spec.layers
+    )
+    tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
+    probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
+    down = 2 * spec.layers * spec.intermediate * spec.hidden
+    folds, flop, passes = 1, 0.0, 0.0
+    if config.needs_calibration and config.calib == GENERATED:
+        # A token at a time, the weights are read from memory for each.
+        passes += 4
+    if config.scales != "none":
+        passes += 1
+        trials = {
+            "search": searched_candidates(),
+            "learned": searched_candidates() + 3 * STEPS,
+        }.get(config.scales, 2)
+        sampled = (
+            spec.experts * min(tokens * chosen // spec.experts, SAMPLE_TOKENS)
+            if spec.experts
+            else min(tokens, SAMPLE_TOKENS)
+        )
+        flop += trials * sampled * down
+    if smooths_anew(spec, config):
+        flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
+    if config.needs_probe:
+        folds += 1
+        flop += (6 if config.keep_8bit else 2) * probe * per_token
+    if config.sign_seeds > 1:
+        folds += config.sign_seeds
+        flop += config.sign_seeds * HELD_OUT_SAMPLES * config.calib_seqlen * (per_token + 2 * head)
+    if config.learns_rotations:
+        folds += 1
+        flop += learning_flop(spec, config.rotation_steps)
+        flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
+    if config.rounding != "rtn":
+        # A layer runs once, its gate and up once more; then H, and rounding. Asymmetric calibration
+        # has two of each.
+        copies = 2 if config.rounding == "gptaq" else 1
+        inputs = sum(
+            shape[1] ** 2
+            for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears}
+        )
+        passes += 1.5 * copies
+        flop += copies * spec.layers * tokens * 2 * inputs * max(1, chosen)
+        # An H of each expert is factorised and inverted.
+        flop += 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
+        folds += 1
+    # An output tensor is in its layer's file first, which is hashed again when it is read, and then
+    # in a shard.
+    hashed = before.total + 3 * after.total
+    total = folds * (weights + head) / _weights_per_second() + hashed / _hashed_bytes_per_second()
+    return round(total + (flop + passes * tokens * per_token) / _flop_per_second(), 1)
+
+
+def _layer_weights(spec: ModelSpec) -> list[int]:
+    return [math.prod(spec.linear_shape(linear)) for linear in spec.architecture.linears]
+
+
+@cache
+def _flop_per_second() -> float:
+    order = 1024
+    a = torch.ones(order, order)
+    return 2 * order**3 / _fastest(lambda: a @ a)
+
+
+@cache
+def _weights_per_second() -> float:
+    # Beyond the caches, as the weights of a large layer are.
+    sample = torch.linspace(-1, 1, 1024 * 4096).bfloat16().reshape(1024, 4096)
+
+    def fold_and_quantize() -> None:
+        """What is done to a weight that is rotated on both sides."""
+        folded = hadamard(hadamard(sample.double() * 1.5, 4096).T.contiguous(), 1024).T.contiguous()
+        store(
+            [(folded, quantize_rtn(folded, WeightScheme()))], folded.shape, WeightScheme(), "sample"
+        )
+
+    return sample.numel() / _fastest(fold_and_quantize)
+
+
+@cache
+def _hashed_bytes_per_second() -> float:
+    data = bytes(1 << 24)
+    return len(data) / _fastest(lambda: hashlib.sha256(data))
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of three runs after a warm-up."""
+    work()
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+TP_SIZES = (1, 2, 4, 8, 16)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HadamardPlan(_Record):
+    """One rotation: its width, the block it is made of, and that block's factorisation."""
+
+    size: int
+    block: int
+    factors: str
+
+
+class TensorParallelPlan(_Record):
+    """One tensor-parallel size: None if the output serves it, else why not."""
+
+    size: int
+    refused: str | None
+
+
+class Plan(_Record):
+    """The whole plan; what follows a refusal that comes first is None. Memory and time are those
+    of a conversion on the CPU."""
+
+    model: str
+    device: str
+    refusals: list[str]
+    notes: list[str] = []
+    architecture: str | None = None
+    layers: int | None = None
+    source_bytes: Sizes | None = None
+    output_bytes: Sizes | None = None
+    ratio_total: float | None = None
+    ratio_linears: float | None = None
+    hadamard: dict[str, HadamardPlan] | None = None
+    tensor_parallel: list[TensorParallelPlan] | None = None
+    memory_bytes: int | None = None
+    memory_method: str = MEMORY_METHOD
+    seconds: float | None = None
+    time_method: str = TIME_METHOD
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, config: ConvertConfig, device: torch.device = CPU
+) -> Plan:
+    """Plan a conversion of what :func:`~smoothrot_offline.source.checkpoint.open_headers` found.
+
+    ``device`` is what ``run`` would compute on. Whatever makes ``run`` refuse before it begins is
+    in ``refusals``, for a directory (see :func:`~smoothrot_offline.check.admit.admit_model`); what
+    it would say is in ``notes``.
+    """
+    asked = {"model": str(checkpoint.path), "device": device_name(device)}
+    try:
+        spec = admit_model(checkpoint)
+    except SmoothRotError as error:
+        return Plan(**asked, refusals=[str(error)])
+    before = measure(spec, header_table(checkpoint, spec.source_tensors()))
+    known = asked | {
+        "architecture": spec.architecture.class_name,
+        "layers": spec.layers,
+        "source_bytes": before,
+    }
+    try:
+        admitted = admit_options(checkpoint, spec, config)
+    except SmoothRotError as error:
+        return Plan(**known, refusals=[str(error)])
+    after = output_sizes(
+        spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
+    )
+    return Plan(
+        **known,
+        refusals=[],
+        notes=admitted.notes,
+        output_bytes=after,
+        ratio_total=before.total / after.total,
+        ratio_linears=before.linears / after.linears,
+        hadamard=_hadamards(spec, config) if config.rotate else {},
+        tensor_parallel=[
+            TensorParallelPlan(size=size, refused=_tp_refusal(spec, admitted.schema, size))
+            for size in TP_SIZES
+        ],
+        memory_bytes=memory_bytes(spec, config, before, after),
+        seconds=seconds(spec, config, before, after),
+    )
+
+
+def _hadamards(spec: ModelSpec, config: ConvertConfig) -> dict[str, HadamardPlan]:
+    return {
+        name: HadamardPlan(size=size, block=factors.size, factors=str(factors))
+        for name, (size, factors) in rotation_blocks(spec, config).items()
+    }
+
+
+def _tp_refusal(spec: ModelSpec, schema: QuantizationSchema, size: int) -> str | None:
+    """Why the output cannot be served at this size: by its own format, or by how vLLM splits
+    attention."""
+    try:
+        check_tensor_parallel(schema, size)
+        check_shards(spec, schema, size)
+    except SmoothRotError as error:
+        return str(error)
+    if spec.heads % size:
+        return f"vLLM splits {spec.heads} attention heads only over a divisor of {spec.heads}"
+    if spec.kv_heads % size and size % spec.kv_heads:
+        return f"vLLM neither splits nor repeats {spec.kv_heads} key-value heads over {size}"
+    return None

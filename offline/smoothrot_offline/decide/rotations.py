@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rotations to fold: the random signs whose converted model predicts held-out text best, and
+R1 and R2 learned from there on samples of what they rotate."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.decide.learned_rotations import (
+    BATCH,
+    Learned,
+    ReaderSample,
+    learn_head_rotations,
+    learn_residual_rotation,
+)
+from smoothrot_offline.decide.study import LayerStudy
+from smoothrot_offline.output.manifest import HeldOutError, LearnedRecord
+from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.rounding.served import inputs_through, output_of, quantisers, rotations
+from smoothrot_offline.source.checkpoint import Checkpoint
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import LayerRunner, Observer, embed
+from smoothrot_offline.transform.rotation import DenseRotation, head_matrices
+from smoothrot_offline.transform.sides import LayerScales, ModelTransform
+from smoothrot_vllm.format import Online, QuantizationSchema
+
+_LOGIT_ROWS = 512
+
+
+@torch.no_grad()
+def trial_loss(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    schema: QuantizationSchema,
+    transform: ModelTransform,
+    studies: Sequence[LayerStudy],
+    tokens: torch.Tensor,
+) -> float:
+    """Mean negative log-likelihood in nats of ``tokens (samples, seqlen)`` under the model as a
+    conversion would quantise it.
+
+    Weights are rounded to nearest whatever the conversion's own rounding, which would take as long
+    as a conversion; the head stays in full precision. One decoder layer is held at a time.
+
+    Args:
+        checkpoint, spec: the original model.
+        schema: bits, groups and clips of every linear.
+        transform: with the signs on trial.
+        studies: the smoothing scales of each layer.
+        tokens: held-out calibration text, int64.
+    """
+    table = spec.architecture
+    embedding = checkpoint.load([f"{table.embedding}.weight"])[f"{table.embedding}.weight"]
+    hidden = transform.embedding(embed(tokens, embedding, spec.embedding_scale).double()).float()
+    runner = LayerRunner(spec)
+    for index, study in enumerate(studies):
+        prefix = spec.layer_prefix(index)
+        loaded = checkpoint.load_relative(prefix, spec.layer_tensors())
+        layer = {name: tensor.double() for name, tensor in loaded.items()}
+        transform.layer(index, layer, study.scales)
+        schemes = {linear: schema.scheme(prefix + linear) for linear in table.linears}
+        for linear, scheme in schemes.items():
+            if scheme is not None:
+                name = f"{linear}.weight"
+                layer[name] = quantize_rtn(layer[name], scheme.weights, prefix + name).dequantize()
+        model, module = runner.build(index, layer)
+        with inputs_through(
+            module, rotations(spec, schema.online) | quantisers(schemes, schema.online)
+        ):
+            hidden = torch.cat([output_of(model, part) for part in hidden.split(1)])
+    return _loss(checkpoint, spec, runner, transform, hidden, tokens)
+
+
+def _loss(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    runner: LayerRunner,
+    transform: ModelTransform,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+) -> float:
+    table = spec.architecture
+    gamma = checkpoint.load([f"{table.final_norm}.weight"])[f"{table.final_norm}.weight"].double()
+    source = f"{table.embedding if spec.tied else table.lm_head}.weight"
+    head = torch.cat(
+        [
+            transform.head(rows.double(), gamma).float()
+            for rows in checkpoint.load([source])[source].split(4096)
+        ]
+    )
+    states = runner.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
+    total = 0.0
+    following = tokens[:, 1:].flatten().to(states.device)
+    for rows, targets in zip(states.split(_LOGIT_ROWS), following.split(_LOGIT_ROWS), strict=True):
+        total += nn.functional.cross_entropy(
+            spec.capped(rows @ head.T), targets, reduction="sum"
+        ).item()
+    return total / len(states)
+
+
+SAMPLE_SEQUENCES = 16
+"""Calibration sequences that the samples come from."""
+SAMPLE_TOKENS = 256
+"""Tokens of a sample, give or take one for each chunk that a layer runs in."""
+SAMPLE_ROWS = 256
+"""Rows of the weights behind a norm, and of o_proj, that the layer error is measured on."""
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj
+    reads, float32."""
+
+    readers: list[ReaderSample]
+    output_input: torch.Tensor
+
+
+def learning_steps(spec: ModelSpec) -> int:
+    """How often :func:`learn_rotations` reports progress."""
+    return 2 * spec.layers + int(spec.architecture.rotates_residual)
+
+
+def learning_flop(spec: ModelSpec, steps: int) -> float:
+    """Floating-point operations of the descents: a forward and a backward pass, twice as long,
+    of each step's products."""
+    rows, query, order = SAMPLE_TOKENS + SAMPLE_ROWS, spec.heads * spec.head_dim, spec.hidden
+    values = spec.kv_heads * spec.head_dim * spec.hidden
+    product = 2 * SAMPLE_TOKENS * SAMPLE_ROWS
+    heads = spec.layers * (2 * (rows * query + values) * spec.head_dim + product * query)
+    residual = (
+        BATCH * (2 * rows * order**2 + product * order) + 3 * order**3
+        if spec.architecture.rotates_residual
+        else 0
+    )
+    return 3.0 * steps * (heads + residual)
+
+
+def learning_bytes(spec: ModelSpec) -> int:
+    """Memory of all the samples, and of their rotated copies."""
+    readers = (
+        2 * (SAMPLE_TOKENS + SAMPLE_ROWS) * spec.hidden if spec.architecture.rotates_residual else 0
+    )
+    return 4 * spec.layers * (2 * readers + SAMPLE_TOKENS * spec.heads * spec.head_dim)
+
+
+def learn_rotations(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    transform: ModelTransform,
+    tokens: torch.Tensor,
+    step: Callable[[str], None],
+) -> tuple[ModelTransform, LearnedRecord]:
+    """The transform with learned matrices in place of the Hadamard ones that they start from: R1
+    where it is folded, then R2.
+
+    Smoothing is left out: it scales channels of up_proj's output, which R1's error sees as the
+    weight of a row.
+
+    Args:
+        checkpoint, spec, config: of the conversion.
+        schema: its weights' and activations' bits, groups and clip are those that the error is
+            measured with.
+        transform: with the chosen signs.
+        tokens: calibration tokens, int64 ``(samples, seqlen)``.
+        step: told what begins, ``learning_steps`` times.
+
+    Raises:
+        CheckpointError: the model's activations are not finite.
+    """
+    samples = _samples(checkpoint, spec, config.seed, tokens[:SAMPLE_SEQUENCES], step)
+    residual = None
+    if transform.residual is not None:
+        step("learning R1")
+        residual = learn_residual_rotation(
+            [reader for sample in samples for reader in sample.readers],
+            transform.residual.rotate(
+                torch.eye(spec.hidden, dtype=torch.float64, device=checkpoint.device)
+            ),
+            activations=schema.activations,
+            weights=schema.weights,
+            steps=config.rotation_steps,
+            seed=config.seed,
+        )
+        transform = replace(transform, residual=DenseRotation(residual.matrices[None]))
+    heads = []
+    for index, sample in enumerate(samples):
+        step(f"learning R2 of layer {index + 1} of {spec.layers}")
+        heads.append(
+            _learn_heads(checkpoint, spec, config, schema, transform, index, sample.output_input)
+        )
+    mean = HeldOutError(
+        hadamard=sum(learned.before for learned in heads) / len(heads),
+        learned=sum(learned.after for learned in heads) / len(heads),
+    )
+    r1 = (
+        None if residual is None else HeldOutError(hadamard=residual.before, learned=residual.after)
+    )
+    transform = replace(transform, heads=[learned.matrices for learned in heads])
+    return transform, LearnedRecord(steps=config.rotation_steps, r1=r1, r2=mean)
+
+
+def _samples(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    seed: int,
+    tokens: torch.Tensor,
+    step: Callable[[str], None],
+) -> list[LayerSample]:
+    """Run the original model on ``tokens``, layer by layer, and keep some of what the rotated
+    linears read."""
+    table = spec.architecture
+    name = f"{table.embedding}.weight"
+    hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
+    runner, generator = LayerRunner(spec), torch.Generator().manual_seed(seed)
+    norms = table.readers if table.rotates_residual else {}
+    # Odd, so that it does not keep to one position of the sequences.
+    stride = max(1, tokens.numel() // SAMPLE_TOKENS) | 1
+    found = []
+    for index in range(spec.layers):
+        step(f"sampling layer {index + 1} of {spec.layers}")
+        layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
+        seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, table.output)}
+        runner.run(
+            index,
+            layer,
+            hidden,
+            {module: _keeping(parts, stride) for module, parts in seen.items()},
+        )
+        inputs = {module: torch.cat(parts) for module, parts in seen.items()}
+        readers = []
+        for norm, linears in norms.items():
+            weight = torch.cat([layer[f"{linear}.weight"] for linear in linears])
+            rows = _some_rows(weight, generator).float() * (
+                layer[f"{norm}.weight"].float() + table.norm_offset
+            )
+            variance = inputs[norm].square().mean(dim=1, keepdim=True)
+            readers.append(
+                ReaderSample(inputs[norm] * (variance + spec.config.rms_norm_eps).rsqrt(), rows)
+            )
+        found.append(LayerSample(readers, inputs[table.output]))
+    return found
+
+
+def _learn_heads(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    transform: ModelTransform,
+    index: int,
+    output_input: torch.Tensor,
+) -> Learned:
+    """R2 of decoder layer ``index``, from what its o_proj reads before R2."""
+    table = spec.architecture
+    layer = {
+        name: tensor.double()
+        for name, tensor in checkpoint.load_relative(
+            spec.layer_prefix(index), spec.layer_tensors()
+        ).items()
+    }
+    # All but R2 and R4: the weights that R2 will be folded into.
+    replace(transform, online=Online(readers=transform.online.readers)).layer(
+        index, layer, LayerScales()
+    )
+    output = _some_rows(layer[f"{table.output}.weight"], torch.Generator().manual_seed(config.seed))
+    return learn_head_rotations(
+        output_input,
+        output.float(),
+        layer[f"{table.value}.weight"][-spec.values :].float(),
+        head_matrices(spec.kv_heads, spec.head_dim).to(checkpoint.device),
+        activations=schema.activations,
+        weights=schema.weights,
+        steps=config.rotation_steps,
+    )
+
+
+def _keeping(parts: list[torch.Tensor], stride: int) -> Observer:
+    """Appends every ``stride``-th token that it is given."""
+    return lambda x: parts.append(x[::stride].clone())
+
+
+def _some_rows(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return weight[torch.randperm(len(weight), generator=generator)[:SAMPLE_ROWS].to(weight.device)]

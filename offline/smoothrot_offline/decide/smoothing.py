@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothing of a layer: down_proj's input, and what the norms give out in the basis in which a norm
+multiplies by its weight.
+
+R1 leaves a norm's weight at 1, and the server multiplies by it all the same: scales there cost
+nothing at run time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.decide.policies import (
+    InputStatistics,
+    LayerError,
+    PolicyOptions,
+    SmoothingChoice,
+    choose_scales,
+)
+from smoothrot_offline.output.manifest import SmoothingRecord
+from smoothrot_offline.source.checkpoint import Checkpoint
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import LayerRunner, Observer, embed
+from smoothrot_offline.transform.rotation import Orthogonal
+from smoothrot_vllm.format import QuantizationSchema
+
+
+@dataclass(frozen=True)
+class LayerSmoothing:
+    """What was chosen for one layer.
+
+    ``scales`` are float64 in the shape ``ModelSpec.smoothed``; ``records`` has one entry for its
+    down_proj, or for that of each
+    expert: None for an expert that no calibration token was routed to, whose scales are 1.
+    """
+
+    scales: torch.Tensor
+    records: list[SmoothingRecord | None]
+
+
+def smooth_layer(
+    index: int,
+    layer: Mapping[str, torch.Tensor],
+    hidden: torch.Tensor,
+    runner: LayerRunner,
+    spec: ModelSpec,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+    observers: Mapping[str, Observer],
+) -> LayerSmoothing:
+    """Move ``hidden`` past decoder layer ``index`` of the original model, and choose the scales of
+    its down_proj or down_projs.
+
+    Args:
+        index: which layer.
+        layer: its tensors by names relative to it, as in the source.
+        hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads; replaced by what it
+            returns.
+        runner, spec, config, schema: of the conversion; ``config.scales`` is not ``none``.
+        observers: of other modules of the layer, while it runs.
+    """
+    assert config.scales != "none"
+    tokens = hidden.shape[0] * hidden.shape[1]
+    if spec.experts:
+        tokens = tokens * spec.config.num_experts_per_tok // spec.experts
+    statistics = {
+        down: InputStatistics(spec.intermediate, tokens, hidden.device)
+        for _, down in spec.architecture.products
+    }
+    runner.run(
+        index,
+        layer,
+        hidden,
+        {**{down: seen.update for down, seen in statistics.items()}, **observers},
+    )
+    scales = torch.ones(
+        len(statistics), spec.intermediate, dtype=torch.float64, device=hidden.device
+    )
+    records: list[SmoothingRecord | None] = []
+    for row, (down, seen) in zip(scales, statistics.items(), strict=True):
+        if not seen.tokens:
+            records.append(None)
+            continue
+        choice = _choose(
+            spec.layer_prefix(index) + down, layer[f"{down}.weight"], seen, config, schema
+        )
+        row.copy_(choice.scales)
+        records.append(_record(config, seen, choice))
+    return LayerSmoothing(scales.view(spec.smoothed), records)
+
+
+def _choose(
+    name: str,
+    weight: torch.Tensor,
+    statistics: InputStatistics,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
+) -> SmoothingChoice:
+    assert config.scales != "none"
+    scheme = schema.scheme(name)
+    assert scheme is not None
+    rotation = schema.online.down_proj
+    error = LayerError(statistics.sample, weight.float(), scheme, rotation.block if rotation else 0)
+    return choose_scales(
+        config.scales, statistics, error, PolicyOptions(config.alpha, config.quantile)
+    )
+
+
+def _record(
+    config: ConvertConfig, statistics: InputStatistics, choice: SmoothingChoice
+) -> SmoothingRecord:
+    return SmoothingRecord(
+        policy=config.scales,
+        statistic=choice.statistic,
+        alpha=choice.alpha,
+        quantile=choice.quantile,
+        error=choice.error,
+        activation_max=float(statistics.largest.max()),
+        scale_min=float(choice.scales.min()),
+        scale_max=float(choice.scales.max()),
+        scale_geometric_mean=float(choice.scales.log().mean().exp()),
+    )
+
+
+SAMPLE_SEQUENCES = 16
+"""Calibration sequences that the norms are measured on where the whole text does not pass
+anyway."""
+
+
+class NormStatistics:
+    """``||X_j||_2`` of what each norm of a layer gives out before its weight (R1 folded) or after
+    it (R1 not folded).
+
+    Args:
+        spec: the model.
+        residual: R1, or None if it is not folded.
+        layer: the layer's tensors in the original model, by names relative to it.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, residual: Orthogonal | None, layer: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._spec = spec
+        self._residual = residual
+        offset = spec.architecture.norm_offset
+        self._gammas = {
+            norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.readers
+        }
+        self._squares = {norm: torch.zeros_like(gamma) for norm, gamma in self._gammas.items()}
+
+    def observers(self) -> dict[str, Observer]:
+        """What to call with each norm's input, by the norm's name."""
+        return {norm: self._observer(norm) for norm in self._gammas}
+
+    def scales(
+        self, layer: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """``s_j = (||X_j|| / ||W_j||)^(1/2)`` of each norm, W its readers in the same basis: see
+        ``l2`` of ``choose_scales``.
+
+        The scales are such that the norm's new weight is a number of ``dtype``: nothing is lost
+        where it is stored.
+
+        Args:
+            layer: as for the statistics.
+            dtype: of the norms in the output.
+        """
+        return {norm: self._scales_of(norm, layer, dtype) for norm in self._gammas}
+
+    def _observer(self, norm: str) -> Observer:
+        def observe(x: torch.Tensor) -> None:
+            variance = x.square().mean(dim=1, keepdim=True)
+            out = self._in_basis(x * (variance + self._spec.config.rms_norm_eps).rsqrt(), norm)
+            self._squares[norm] = self._squares[norm] + out.square().sum(dim=0)
+
+        return observe
+
+    def _in_basis(self, rows: torch.Tensor, norm: str) -> torch.Tensor:
+        return (
+            rows.double() * self._gammas[norm]
+            if self._residual is None
+            else self._residual.rotate(rows.double())
+        )
+
+    def _scales_of(
+        self, norm: str, layer: Mapping[str, torch.Tensor], dtype: torch.dtype
+    ) -> torch.Tensor:
+        table, gamma = self._spec.architecture, self._gammas[norm]
+        weight = torch.cat([layer[f"{reader}.weight"].double() for reader in table.readers[norm]])
+        if self._residual is not None:
+            weight, gamma = self._residual.rotate(weight * gamma), torch.ones_like(gamma)
+        inputs, columns = self._squares[norm].sqrt(), weight.norm(dim=0)
+        used = (inputs > 0) & (columns > 0)
+        wanted = torch.where(used, (inputs / columns.where(used, 1.0)).sqrt(), 1.0)
+        wanted = wanted / wanted[used].log().mean().exp() if used.any() else wanted
+        stored = (gamma / wanted - table.norm_offset).to(dtype).double() + table.norm_offset
+        return torch.where(used & (stored * gamma > 0), gamma / stored, 1.0)
+
+
+@torch.no_grad()
+def smooth_norms(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    residual: Orthogonal | None,
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    step: Callable[[str], None],
+) -> Sequence[dict[str, torch.Tensor]]:
+    """Scales of the norms of every layer for a transform that was chosen after the study.
+
+    Args:
+        checkpoint, spec: the original model.
+        residual: R1 as it will be folded.
+        tokens: calibration tokens, int64 ``(samples, seqlen)``.
+        dtype: of the norms in the output.
+        step: told what begins, once for each layer.
+
+    Raises:
+        CheckpointError: the model's activations are not finite.
+    """
+    name = f"{spec.architecture.embedding}.weight"
+    hidden = embed(tokens[:SAMPLE_SEQUENCES], checkpoint.load([name])[name], spec.embedding_scale)
+    runner, found = LayerRunner(spec), []
+    for index in range(spec.layers):
+        step(f"smoothing the norms of layer {index + 1} of {spec.layers}")
+        layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
+        statistics = NormStatistics(spec, residual, layer)
+        runner.run(index, layer, hidden, statistics.observers())
+        found.append(statistics.scales(layer, dtype))
+    return found

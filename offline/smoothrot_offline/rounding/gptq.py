@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error-compensated rounding: GPTQ (arXiv 2210.17323), its asymmetric form that also undoes earlier
+layers' errors, and the statistics of the inputs that both need."""
+
+import logging
+
+import torch
+
+from smoothrot_offline.rounding.rtn import QuantizedWeight, check_weight, weight_scale
+from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.format import WeightScheme
+from smoothrot_vllm.reference import quant_max
+
+
+class HessianAccumulator:
+    """``H = mean_t x_t^T x_t`` and, for asymmetric calibration, ``C = mean_t (x~_t - x_t)^T x_t``,
+    added a batch at a time.
+
+    ``x`` is what the quantised linear reads at run time: smoothed, rotated, quantised and
+    dequantised. ``x~`` is what the full-precision model has there, in the same smoothed and rotated
+    basis.
+
+    Args:
+        channels: inputs of the linear.
+        asymmetric: accumulate C too; then every batch needs its full-precision counterpart.
+        device: that of the batches.
+    """
+
+    def __init__(
+        self, channels: int, asymmetric: bool = False, device: torch.device | None = None
+    ) -> None:
+        self._tokens = 0
+        self._hessian = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self._cross = torch.zeros_like(self._hessian) if asymmetric else None
+
+    def add(self, x: torch.Tensor, full_precision: torch.Tensor | None = None) -> None:
+        """Add tokens ``x (..., channels)``, float32, and what the full-precision model has for the
+        same tokens.
+
+        Raises:
+            CheckpointError: an input is NaN or infinite.
+        """
+        x = x.flatten(0, -2).float()
+        if not x.isfinite().all():
+            raise CheckpointError(
+                "calibration: expected finite activations, got a NaN or an infinity. "
+                "Check the source weights with `smoothrot-convert plan`, and the calibration text."
+            )
+        self._tokens += x.shape[0]
+        self._hessian += x.T @ x
+        if self._cross is not None:
+            assert full_precision is not None
+            self._cross += (full_precision.flatten(0, -2).float() - x).T @ x
+
+    @property
+    def tokens(self) -> int:
+        """How many were added."""
+        return self._tokens
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """H, float64 ``(channels, channels)``."""
+        return self._hessian / max(1, self._tokens)
+
+    @property
+    def cross(self) -> torch.Tensor | None:
+        """C, float64 ``(channels, channels)``, or None for a symmetric accumulator."""
+        return None if self._cross is None else self._cross / max(1, self._tokens)
+
+
+_log = logging.getLogger(__name__)
+
+_BLOCK = 128
+_DAMPING_STEP = 10.0
+
+
+def quantize_gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: WeightScheme,
+    *,
+    act_order: bool = True,
+    damping: float = 0.01,
+    cross: torch.Tensor | None = None,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Round one input channel after the other, each rounding error made up for by the channels
+    still to come.
+
+    Minimises ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed
+    beforehand by the clip search, so that groups keep their meaning in any order.
+
+    With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric
+    calibration: GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Before rounding it is least at
+    ``W* = W + W C (H + dI)^-1``, and for d = 0 any Q adds exactly ``tr((W* - Q) H (W* - Q)^T)`` to
+    that; so W* is rounded in place of W.
+
+    Args:
+        weight: ``(N, K)``, any float dtype, in the basis of the run-time input.
+        hessian: symmetric positive semi-definite ``(K, K)``; see :class:`HessianAccumulator`.
+        scheme: bits and group size.
+        act_order: round channels from the largest diagonal of H to the smallest, instead of from
+            first to last.
+        damping: added to the diagonal of H, as a fraction of its mean; raised tenfold, with a
+            warning, until H factorises.
+        cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration
+            text (GPTAQ takes a quarter). None for plain GPTQ.
+        name: the tensor's name, for messages.
+
+    Raises:
+        ConfigError: K does not fit the scheme.
+        CheckpointError: the weight, the Hessian or the correction is not finite.
+    """
+    check_weight(weight, scheme, name)
+    if not hessian.isfinite().all() or (cross is not None and not cross.isfinite().all()):
+        raise CheckpointError(
+            f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration"
+            " text."
+        )
+    hessian = _with_inactive_channels(hessian)
+    diagonal = hessian.diagonal()
+    order = (
+        diagonal.argsort(descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal), device=weight.device)
+    )
+    damped, inverse_root = _factorise(hessian[order][:, order], damping, name)
+    if cross is not None:
+        weight = _corrected(weight, cross, damped, order)
+        check_weight(weight, scheme, name)
+    scale = weight_scale(weight, scheme)
+    steps = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    codes = _round_in_order(
+        weight.float()[:, order], steps[:, order], inverse_root.float(), quant_max(scheme.bits)
+    )
+    return QuantizedWeight(codes[:, order.argsort()], scale)
+
+
+def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
+    """A copy with 1 on the diagonal of channels never seen active: they are rounded to nearest
+    and touch no other."""
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal <= 0] = 1.0
+    return hessian
+
+
+def _factorise(
+    hessian: torch.Tensor, damping: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorisation.
+
+    Factorising H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
+    U^-1``: no inverse is formed and factorised again.
+    """
+    mean = hessian.diagonal().mean()
+    while True:
+        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
+            damping * mean
+        )
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            upper = lower.flip(0, 1)
+            return damped, _inverse_of_upper(upper)
+        damping = max(damping, 1e-6) * _DAMPING_STEP
+        _log.warning(
+            "%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal",
+            name,
+            damping,
+        )
+
+
+def _inverse_of_upper(upper: torch.Tensor) -> torch.Tensor:
+    """Inverse of an upper-triangular matrix by halves: a third of the work of solving for the
+    dense identity."""
+    half = len(upper) // 2
+    if half < _BLOCK:
+        identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    first, last = _inverse_of_upper(upper[:half, :half]), _inverse_of_upper(upper[half:, half:])
+    inverse = torch.zeros_like(upper)
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[:half, half:] = -first @ (upper[:half, half:] @ last)
+    return inverse
+
+
+def _corrected(
+    weight: torch.Tensor, cross: torch.Tensor, damped: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """``W + W C (H + dI)^-1``, with the damped H given in rounding order."""
+    moment = (weight.to(cross.dtype) @ cross)[:, order]
+    correction = torch.linalg.solve(damped, moment, left=False)
+    return weight.to(cross.dtype) + correction[:, order.argsort()]
+
+
+def _round_in_order(
+    weight: torch.Tensor, steps: torch.Tensor, inverse_root: torch.Tensor, top: int
+) -> torch.Tensor:
+    """int8 codes ``(N, K)`` of ``weight (N, K)``, both in rounding order.
+
+    Errors reach the rest of a block of channels at once and later blocks together, as one matrix
+    product (GPTQ, section 3.3).
+    """
+    work, steps = weight.T.contiguous(), steps.T.contiguous()  # channels as contiguous rows
+    codes = torch.empty_like(work, dtype=torch.int8)
+    for start in range(0, len(work), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(work)))
+        errors = torch.empty_like(work[block])
+        for i in range(block.start, block.stop):
+            code = (work[i] / steps[i]).round_().clamp_(-top - 1, top)
+            codes[i] = code
+            error = (work[i] - code * steps[i]) / inverse_root[i, i]
+            errors[i - start] = error
+            work[i + 1 : block.stop].addr_(inverse_root[i, i + 1 : block.stop], error, alpha=-1)
+        work[block.stop :].addmm_(inverse_root[block, block.stop :].T, errors, alpha=-1)
+    return codes.T.contiguous()

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Error-compensated rounding of one decoder layer: each linear is rounded for the input it will
+read at run time.
+
+Two copies of the calibration's hidden states travel through the model: one through the layers as
+they are served (codes, scales and quantised activations), and, for asymmetric calibration, one
+through the transformed layers in full precision. Within a layer the linears are rounded in the
+order data reaches them (qkv, o, gate and up, down), and each group reads what the already rounded
+ones before it produce.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from smoothrot_offline.rounding.gptq import HessianAccumulator, quantize_gptq
+from smoothrot_offline.rounding.rtn import QuantizedWeight
+from smoothrot_offline.rounding.served import BuiltLayer, quantisers, rotations
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import CHUNK_TOKENS, LayerRunner
+from smoothrot_vllm.format import QuantizationSchema
+
+_log = logging.getLogger(__name__)
+
+
+class SequentialRounding:
+    """Rounds the layers of one model in order; keeps the hidden states that the next layer reads.
+
+    Args:
+        runner: builds single decoder layers.
+        spec: the model's sizes and names.
+        schema: how each linear is quantised.
+        hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
+            tokens; it is changed.
+        asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692) rather than
+            at those of the rounded model's own inputs (GPTQ, arXiv 2210.17323).
+        propagation: share of the earlier layers' error that asymmetric calibration makes up for;
+            all of it follows the noise of the calibration text.
+        act_order, damping: see :func:`~smoothrot_offline.rounding.gptq.quantize_gptq`.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        spec: ModelSpec,
+        schema: QuantizationSchema,
+        hidden: torch.Tensor,
+        *,
+        asymmetric: bool,
+        propagation: float,
+        act_order: bool,
+        damping: float,
+    ) -> None:
+        self._runner = runner
+        self._spec = spec
+        self._schema = schema
+        self._hidden = hidden
+        self._asymmetric = asymmetric
+        self._propagation = propagation
+        self._exact = hidden.clone() if asymmetric else hidden
+        self._act_order = act_order
+        self._damping = damping
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next layer depends on, by name: the hidden states as served and, if
+        asymmetric, in full precision."""
+        return {"hidden": self._hidden} | ({"exact": self._exact} if self._asymmetric else {})
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a :meth:`state` that was kept."""
+        self._hidden = state["hidden"]
+        self._exact = state.get("exact", self._hidden)
+
+    def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, QuantizedWeight]:
+        """Round decoder layer ``index`` and move the hidden states past it.
+
+        Args:
+            index: which layer; call in order.
+            tensors: the transformed layer's tensors by names relative to it, any float dtype.
+
+        Returns:
+            The codes and scales of each quantised linear, named relative to the layer.
+        """
+        prefix, table = self._spec.layer_prefix(index), self._spec.architecture
+        online = self._schema.online
+        schemes = {linear: self._schema.scheme(prefix + linear) for linear in table.linears}
+        turned = rotations(self._spec, online)
+        copies = [
+            BuiltLayer(
+                *self._runner.build(index, tensors), table, turned | quantisers(schemes, online)
+            )
+        ]
+        if self._asymmetric:
+            copies.append(BuiltLayer(*self._runner.build(index, tensors), table, turned))
+        rounded: dict[str, QuantizedWeight] = {}
+
+        def round_group(group: tuple[str, ...], inputs: Iterable[Sequence[torch.Tensor]]) -> None:
+            """Round linears that read one input: a chunk at a time, as served and, if
+            asymmetric, in full precision."""
+            quantised = [linear for linear in group if schemes[linear] is not None]
+            if not quantised:
+                return
+            statistics = HessianAccumulator(
+                tensors[f"{group[0]}.weight"].shape[1], self._asymmetric, self._hidden.device
+            )
+            for chunk in inputs:
+                statistics.add(*chunk)
+            for linear in quantised:
+                rounded[linear] = self._round(
+                    prefix + linear, tensors[f"{linear}.weight"], statistics
+                )
+                copies[0].set_weight(linear, rounded[linear].dequantize())
+
+        qkv, output, *feed_forward = table.input_groups()
+        with torch.no_grad():
+            round_group(
+                qkv, (_each(BuiltLayer.attention_input, copies, chunk) for chunk in self._chunks())
+            )
+            attended = [_each(BuiltLayer.output_input, copies, chunk) for chunk in self._chunks()]
+            round_group(output, attended)
+            for chunk, inputs in zip(self._chunks(), attended, strict=True):
+                for copy, hidden, read in zip(copies, chunk, inputs, strict=True):
+                    hidden.copy_(copy.middle(hidden, read))
+            del attended
+            if self._spec.experts:
+                self._round_experts(index, tensors, copies, rounded)
+            else:
+                gate_up, down = feed_forward
+                round_group(
+                    gate_up,
+                    (
+                        _each(BuiltLayer.feed_forward_input, copies, chunk)
+                        for chunk in self._chunks()
+                    ),
+                )
+                round_group(
+                    down, (_each(BuiltLayer.down_input, copies, chunk) for chunk in self._chunks())
+                )
+            for chunk in self._chunks():
+                for copy, hidden in zip(copies, chunk, strict=True):
+                    hidden.copy_(copy.finish(hidden))
+        return rounded
+
+    def _round_experts(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        copies: Sequence[BuiltLayer],
+        rounded: dict[str, QuantizedWeight],
+    ) -> None:
+        """Round gate and up of every expert, then down, each for the tokens that the served layer
+        routes to it.
+
+        In full precision the experts are those of the same tokens, whatever its own router says.
+        The fewer tokens an expert has than inputs, the more its H is damped; with none it is
+        rounded to nearest.
+        """
+        served = copies[0]
+        few: dict[int, int] = {}
+        for groups in self._spec.architecture.expert_groups():
+            channels = tensors[f"{groups[0][0]}.weight"].shape[1]
+            statistics = {
+                group[0]: HessianAccumulator(channels, self._asymmetric, self._hidden.device)
+                for group in groups
+            }
+            for hidden, *exact in self._chunks():
+                inputs, routing = served.expert_inputs(hidden, statistics)
+                targets = [
+                    copy.expert_inputs(h, statistics, routing)[0]
+                    for copy, h in zip(copies[1:], exact, strict=True)
+                ]
+                for first, x in inputs.items():
+                    statistics[first].add(x, *(target[first] for target in targets))
+            for expert, group in enumerate(groups):
+                seen = statistics.pop(group[0])
+                if seen.tokens < channels:
+                    few[expert] = seen.tokens
+                for linear in group:
+                    name = self._spec.layer_prefix(index) + linear
+                    rounded[linear] = self._round(
+                        name, tensors[f"{linear}.weight"], seen, channels / max(1, seen.tokens)
+                    )
+                    served.set_weight(linear, rounded[linear].dequantize())
+        _warn_of_few_tokens(index, few)
+
+    def _round(
+        self, name: str, weight: torch.Tensor, statistics: HessianAccumulator, shortage: float = 1.0
+    ) -> QuantizedWeight:
+        """Round for what was gathered; ``shortage`` above one multiplies the damping."""
+        scheme = self._schema.scheme(name)
+        assert scheme is not None
+        cross = statistics.cross
+        return quantize_gptq(
+            weight,
+            statistics.hessian,
+            scheme.weights,
+            act_order=self._act_order,
+            damping=self._damping * max(1.0, shortage),
+            cross=None if cross is None else cross * self._propagation,
+            name=f"{name}.weight",
+        )
+
+    def _chunks(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The hidden states a few sequences at a time: as served, and in full precision if
+        asymmetric."""
+        step = max(1, CHUNK_TOKENS // self._hidden.shape[1])
+        streams = [self._hidden, self._exact] if self._asymmetric else [self._hidden]
+        return zip(*(stream.split(step) for stream in streams), strict=True)
+
+
+def _warn_of_few_tokens(index: int, few: Mapping[int, int]) -> None:
+    if few:
+        named = ", ".join(f"{expert} ({tokens})" for expert, tokens in sorted(few.items()))
+        _log.warning(
+            "decoder layer %d: fewer calibration tokens than inputs were routed to these experts"
+            " (tokens): %s. Their rounding follows the calibration less, and that of an expert"
+            " without a token not at all. Use a longer or more varied text (--calib,"
+            " --calib-samples) if they matter.",
+            index,
+            named,
+        )
+
+
+def _each(
+    part: Callable[[BuiltLayer, torch.Tensor], torch.Tensor],
+    copies: Sequence[BuiltLayer],
+    chunk: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """One part of a layer for each copy of it, on that copy's hidden states."""
+    return [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model family must say about itself, and the sizes of one model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:  # the tables must be there without the seconds that these take
+    import torch
+    from transformers import PreTrainedConfig
+
+    from smoothrot_vllm.format import QuantizationSchema
+
+
+Shape = tuple[int, ...]
+
+EXPERT = "{e}"
+"""Stands for an expert's number in a family's names."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the table of a family with a mixture of experts says beside the names of its linears.
+
+    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the
+    width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
+    linear of an expert that the activation follows. ``normalises`` is the configuration flag under
+    which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
+    values of keys that say that every layer has experts.
+    """
+
+    count: str
+    intermediate: str
+    router: str
+    gate: str
+    normalises: str = ""
+    everywhere: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the rotations and scales of one model family are folded. Names are relative to a
+    decoder layer.
+
+    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query,
+    value, or the sum of those of the linears that the family stores as one (query_key_value,
+    gate_up). ``biases`` gives the linears that have a bias, under the configuration flag that says
+    so ("" = always). ``readers`` gives, for each norm, the linears that read its output;
+    ``writers`` add to the residual stream, those of a family with ``post_norms`` through one of
+    them. ``head_norms`` normalise single heads of queries and keys. A norm multiplies by
+    ``norm_offset`` plus its stored weight. ``value`` produces, in its last rows, the heads that
+    ``output`` consumes; ``up`` produces, in its last rows, the factor of the gated product
+    ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
+    ``products`` are the pairs of an ``up`` and its ``down`` in a layer: one, or that of each
+    expert. ``settings`` gives the values of a configuration key that transformers and the server
+    both compute, the one of a key that is not there first; ``same`` are keys of the server's alone
+    that must say what another says; ``partial_rotary``, ``one_window`` and ``head_dim_from_hidden``
+    that both rotate a part of each head if told so, and that the server has the same window in all
+    layers and no other width of heads than ``hidden_size / num_attention_heads`` (see settings.py);
+    ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden
+    size, ``layer_types`` that the configuration chooses each layer's kind of attention.
+    ``attention`` is the implementation that transformers computes all settings with.
+    ``replaced_code`` are the classes by which ``auto_map`` names Python code that transformers has
+    its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
+    In a family with ``experts``, names that hold ``{e}`` are those of each expert;
+    :meth:`with_experts` writes them out.
+    """
+
+    model_type: str
+    class_name: str
+    linears: Mapping[str, tuple[str, str]]
+    biases: Mapping[str, tuple[str, ...]]
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...]
+    value: str
+    output: str
+    up: str
+    down: str
+    settings: Mapping[str, tuple[Any, ...]]
+    same: Mapping[str, str] = field(default_factory=dict)
+    partial_rotary: bool = False
+    one_window: bool = False
+    head_dim_from_hidden: bool = False
+    post_norms: tuple[str, ...] = ()
+    head_norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    layer_types: bool = False
+    attention: str = "sdpa"
+    replaced_code: tuple[str, ...] = ()
+    head_is_embedding: bool = False
+    experts: Experts | None = None
+    products: tuple[tuple[str, str], ...] = ()
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    lm_head: str = "lm_head"
+
+    @property
+    def rotates_residual(self) -> bool:
+        """Whether R1 can be folded. A norm between a writer and the residual stream does not
+        commute with a rotation."""
+        return not self.post_norms
+
+    def with_experts(self, count: int) -> Self:
+        """The table of one model of the family: the names of each of ``count`` experts in place
+        of the one with ``{e}``."""
+
+        def each(name: str) -> list[str]:
+            return (
+                [name.replace(EXPERT, str(e)) for e in range(count)] if EXPERT in name else [name]
+            )
+
+        return replace(
+            self,
+            linears={
+                expert: shape for name, shape in self.linears.items() for expert in each(name)
+            },
+            readers={
+                norm: tuple(e for name in names for e in each(name))
+                for norm, names in self.readers.items()
+            },
+            writers=tuple(expert for name in self.writers for expert in each(name)),
+            products=tuple(zip(each(self.up), each(self.down), strict=True)),
+        )
+
+    def with_sparse_feed_forward(self, experts: Experts, *, up: str, down: str, **own: Any) -> Self:
+        """The table of a family that has experts in place of this one's feed-forward.
+
+        Args:
+            experts: what it says of them.
+            up, down: of an expert.
+            own: other fields that differ.
+        """
+        attention, second_norm = (
+            {
+                self.value,
+                self.output,
+                *next(iter(self.readers.values())),
+            },
+            list(self.readers)[1],
+        )
+        gated = {
+            experts.router: ("experts", "hidden"),
+            experts.gate: ("intermediate", "hidden"),
+            up: ("intermediate", "hidden"),
+        }
+        return replace(
+            self,
+            linears={name: shape for name, shape in self.linears.items() if name in attention}
+            | gated
+            | {down: ("hidden", "intermediate")},
+            readers={**self.readers, second_norm: tuple(gated)},
+            writers=(self.output, down),
+            up=up,
+            down=down,
+            experts=experts,
+            **own,
+        )
+
+    @property
+    def feed_forward(self) -> str:
+        """Name of the module that computes what follows the second norm of ``readers``."""
+        return (self.down if self.experts is None else self.experts.router).rpartition(".")[0]
+
+    def expert_groups(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Linears of each expert that read the same tensor: gate and up, then down."""
+        assert self.experts is not None
+        gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
+        first: list[tuple[str, ...]] = [
+            (gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)
+        ]
+        return first, [(down,) for _, down in self.products]
+
+    def scheme_groups(self) -> list[list[tuple[str, ...]]]:
+        """Linears that have one scheme, each as groups of those that read the same tensor. A
+        layer's experts all have one."""
+        if self.experts is None:
+            return [[group] for group in self.input_groups()]
+        gated, down = self.expert_groups()
+        return [[next(iter(self.readers.values()))], [(self.output,)], gated + down]
+
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Linears that read the same tensor, in the order data reaches them: attention first,
+        then the feed-forward."""
+        attention, feed_forward = self.readers.values()
+        return [attention, (self.output,), feed_forward, *((down,) for _, down in self.products)]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model: its family's table and its sizes."""
+
+    architecture: Architecture
+    config: PreTrainedConfig
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    experts: int = 0
+
+    @property
+    def smoothed(self) -> Shape:
+        """Shape of a layer's smoothing scales: ``(intermediate,)``, or ``(experts,
+        intermediate)``."""
+        return (self.experts, self.intermediate) if self.experts else (self.intermediate,)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies the rows of its embedding by."""
+        return self.hidden**0.5 if self.architecture.scaled_embedding else 1.0
+
+    @property
+    def values(self) -> int:
+        """Width of all value heads: the rows of ``value`` that R2 rotates."""
+        return self.kv_heads * self.head_dim
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)``
+        if it caps them."""
+        import torch
+
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a decoder linear, named relative to its layer."""
+        sizes = {
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "query": self.heads * self.head_dim,
+            "value": self.values,
+            "query_key_value": self.heads * self.head_dim + 2 * self.values,
+            "gate_up": 2 * self.intermediate,
+            "experts": self.experts,
+        }
+        out, inputs = self.architecture.linears[linear]
+        return sizes[out], sizes[inputs]
+
+    def biased(self) -> set[str]:
+        """Decoder linears that have a bias, named relative to their layer."""
+        flags = self.architecture.biases.items()
+        return {
+            linear
+            for flag, linears in flags
+            if not flag or getattr(self.config, flag)
+            for linear in linears
+        }
+
+    def routers(self) -> list[str]:
+        """Full names of the linears that choose among experts, which stay 16-bit."""
+        experts = self.architecture.experts
+        return (
+            []
+            if experts is None
+            else [self.layer_prefix(index) + experts.router for index in range(self.layers)]
+        )
+
+    def layer_prefix(self, index: int) -> str:
+        """Prefix of the tensors of decoder layer ``index``, with its final dot."""
+        return f"{self.architecture.layers}.{index}."
+
+    def layer_tensors(self) -> dict[str, Shape]:
+        """Shape of each tensor of any decoder layer in the source, named relative to the layer."""
+        shapes: dict[str, Shape] = {}
+        for linear in self.architecture.linears:
+            shape = self.linear_shape(linear)
+            shapes[f"{linear}.weight"] = shape
+            if linear in self.biased():
+                shapes[f"{linear}.bias"] = shape[:1]
+        shapes |= {
+            f"{norm}.weight": (self.hidden,)
+            for norm in (*self.architecture.readers, *self.architecture.post_norms)
+        }
+        return shapes | {
+            f"{norm}.weight": (self.head_dim,) for norm in self.architecture.head_norms
+        }
+
+    def source_tensors(self) -> dict[str, Shape]:
+        """Shape of each tensor the source checkpoint must hold."""
+        table = self.architecture
+        shapes: dict[str, Shape] = {f"{table.embedding}.weight": (self.vocab, self.hidden)}
+        for index in range(self.layers):
+            shapes |= {
+                self.layer_prefix(index) + name: shape
+                for name, shape in self.layer_tensors().items()
+            }
+        shapes[f"{table.final_norm}.weight"] = (self.hidden,)
+        if not self.tied:
+            shapes[f"{table.lm_head}.weight"] = (self.vocab, self.hidden)
+        return shapes
+
+    def output_linears(self, tied: bool) -> Iterator[tuple[str, int, int]]:
+        """``(full name, out_features, in_features)`` of each linear of the output; the head
+        unless it stays ``tied``."""
+        for index in range(self.layers):
+            for linear in self.architecture.linears:
+                yield self.layer_prefix(index) + linear, *self.linear_shape(linear)
+        if not tied:
+            yield self.architecture.lm_head, self.vocab, self.hidden
+
+    def output_tensors(
+        self, schema: QuantizationSchema, tied: bool, dtype: torch.dtype
+    ) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and dtype of each tensor of the converted checkpoint; ``dtype`` is that of the
+        16-bit tensors.
+
+        Raises:
+            ConfigError: a linear does not fit its scheme.
+        """
+        from smoothrot_vllm.format import weight_tensors
+
+        tensors = {name: (shape, dtype) for name, shape in self.source_tensors().items()}
+        for name, out, inputs in self.output_linears(tied):
+            scheme = schema.scheme(name)
+            if scheme is None:
+                tensors[f"{name}.weight"] = ((out, inputs), dtype)
+                continue
+            tensors.pop(f"{name}.weight", None)
+            for suffix, stored in weight_tensors(out, inputs, scheme.weights).items():
+                tensors[f"{name}.{suffix}"] = stored
+        return tensors

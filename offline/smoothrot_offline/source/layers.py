@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The original model, run one decoder layer at a time in float32 while the next one is read.
+
+A mixture of experts runs as modules: a linear for each weight of the source, under the source's
+names."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+
+from smoothrot_offline.device import CPU
+from smoothrot_offline.source.checkpoint import Checkpoint
+from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+
+LayerTensors = dict[str, torch.Tensor]
+
+
+def load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerTensors:
+    """The tensors of a decoder layer, by names relative to it, in their stored dtype.
+
+    Raises:
+        CheckpointError: see :meth:`Checkpoint.load`.
+    """
+    return checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
+
+
+def layers_ahead(
+    checkpoint: Checkpoint, spec: ModelSpec, indices: Iterable[int]
+) -> Iterator[LayerTensors]:
+    """:func:`load_layer` of each of ``indices``, the next one read and checked by a thread while
+    the caller works on one.
+
+    At most one layer waits, in the CPU's memory; what is wrong with it is raised when it is asked
+    for.
+    """
+    unplaced = checkpoint.on(CPU)
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[LayerTensors] | None = None
+        for index in indices:
+            following = pool.submit(load_layer, unplaced, spec, index)
+            if waiting is not None:
+                yield checkpoint.placed(waiting.result())
+            waiting = following
+        if waiting is not None:
+            yield checkpoint.placed(waiting.result())
+
+
+Observer = Callable[[torch.Tensor], None]
+"""Receives what a linear reads, float32 ``(tokens, in_features)``, a chunk of sequences at a
+time."""
+
+CHUNK_TOKENS = 4096
+"""Tokens whose activations are held at a time while a layer runs (one sequence at least)."""
+
+_SETTINGS_BY_LAYER = ("layer_types", "no_rope_layers")
+
+
+class LayerRunner:
+    """Runs single decoder layers of the original model through transformers' own code.
+
+    Each call builds the family's base model with one layer, on the meta device, and gives that
+    layer its weights: masks, sliding windows and rotary tables are then transformers' own, for any
+    family, at the cost of one layer.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def run(
+        self,
+        index: int,
+        weights: Mapping[str, torch.Tensor],
+        hidden: torch.Tensor,
+        observers: Mapping[str, Observer],
+    ) -> None:
+        """Replace ``hidden`` by the output of decoder layer ``index``, in place.
+
+        Args:
+            index: which layer.
+            weights: its tensors by names relative to the layer, any float dtype.
+            hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads.
+            observers: by linear (named relative to the layer), called with what it reads.
+
+        Raises:
+            CheckpointError: the output has a NaN or an infinity.
+        """
+        model, layer = self.build(index, weights)
+        hooks = [
+            layer.get_submodule(linear).register_forward_pre_hook(_observe(observers[linear]))
+            for linear in observers
+        ]
+        with torch.no_grad():
+            for chunk in hidden.split(max(1, CHUNK_TOKENS // hidden.shape[1])):
+                chunk.copy_(model(inputs_embeds=chunk, use_cache=False).last_hidden_state)
+        for hook in hooks:
+            hook.remove()
+        if not hidden.isfinite().all():
+            raise CheckpointError(
+                f"decoder layer {index}: expected finite activations in float32, got a NaN or an"
+                " infinity. The weights are damaged, or the calibration text is not of this"
+                " model's vocabulary."
+            )
+
+    def build(self, index: int, weights: Mapping[str, torch.Tensor]) -> tuple[nn.Module, nn.Module]:
+        """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and
+        that layer within it, on the device of its weights.
+
+        Called with ``inputs_embeds``, the model returns what the layer makes of them.
+        """
+        model = self._empty(index)
+        # The rotary tables are computed, not loaded, so they must be made again outside the meta
+        # device. The frequencies are computed on the CPU for every device: another's powers can
+        # differ in a last bit.
+        model.rotary_emb = type(model.rotary_emb)(model.config).to(
+            next(iter(weights.values())).device
+        )
+        model.norm = nn.Identity()
+        layer = model.get_submodule("layers.0")
+        layer.load_state_dict(
+            {name: tensor.float() for name, tensor in weights.items()}, assign=True
+        )
+        return model.eval(), layer
+
+    def final_norm(self, weight: torch.Tensor) -> nn.Module:
+        """The family's norm before the head, with a stored weight ``(hidden,)``, in float32."""
+        norm = self._empty(0).get_submodule("norm")
+        norm.load_state_dict({"weight": weight.float()}, assign=True)
+        return norm
+
+    def _empty(self, index: int) -> PreTrainedModel:
+        """The base model with decoder layer ``index`` alone, on the meta device."""
+        config = copy.deepcopy(self._spec.config)
+        config.num_hidden_layers = 1
+        for setting in _SETTINGS_BY_LAYER:
+            if getattr(config, setting, None):
+                setattr(config, setting, [getattr(config, setting)[index]])
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModel.from_config(
+                config,
+                attn_implementation=self._spec.architecture.attention,
+                dtype=torch.float32,
+                # The configuration may name code of the directory's own, in place of which this is.
+                trust_remote_code=False,
+            )
+        separate_experts(model.get_submodule("layers").children(), self._spec.architecture, config)
+        return model
+
+
+def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """Float32 hidden states ``(samples, seqlen, hidden)`` of int64 ``tokens (samples, seqlen)``:
+    rows times ``scale``.
+
+    They are on the device of the embedding.
+
+    Raises:
+        ConfigError: a token is outside the vocabulary.
+    """
+    unknown = tokens[(tokens < 0) | (tokens >= embedding.shape[0])]
+    if unknown.numel() or not tokens.numel():
+        got = f"token {int(unknown[0])}" if unknown.numel() else "no token"
+        raise ConfigError(
+            f"--calib: expected tokens of a vocabulary of {embedding.shape[0]}, got {got}. Use the"
+            " tokenizer of this model."
+        )
+    return nn.functional.embedding(tokens.to(embedding.device), embedding).float() * scale
+
+
+def tokens_digest(tokens: torch.Tensor) -> str:
+    """SHA-256 of the calibration tokens as little-endian int64, in hexadecimal."""
+    return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def check_seqlen(spec: ModelSpec, seqlen: int) -> None:
+    """Refuse calibration sequences longer than the model's context.
+
+    Raises:
+        ConfigError: ``seqlen`` exceeds ``max_position_embeddings``.
+    """
+    if seqlen > spec.config.max_position_embeddings:
+        raise ConfigError(
+            f"--calib-seqlen {seqlen}: expected at most the model's context of"
+            f" {spec.config.max_position_embeddings} tokens."
+        )
+
+
+def _observe(observer: Observer) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        observer(inputs[0].flatten(0, -2))
+
+    return hook
+
+
+class Expert(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, each linear a submodule under the last part of its name
+    in the family's table."""
+
+    def __init__(self, table: Architecture, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        assert table.experts is not None
+        self._gate, self._up, self._down = (
+            name.rpartition(".")[2] for name in (table.experts.gate, table.up, table.down)
+        )
+        self.add_module(self._gate, nn.Linear(hidden, intermediate, bias=False))
+        self.add_module(self._up, nn.Linear(hidden, intermediate, bias=False))
+        self.add_module(self._down, nn.Linear(intermediate, hidden, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(tokens, hidden)`` to the same."""
+        gate, up, down = (self.get_submodule(name) for name in (self._gate, self._up, self._down))
+        y: torch.Tensor = down(nn.functional.silu(gate(x)) * up(x))
+        return y
+
+
+class SparseMoe(nn.Module):
+    """The router, and the weighted sum of the ``top_k`` experts that it chooses for a token.
+
+    Args:
+        table: a family with experts.
+        config: of the model.
+    """
+
+    def __init__(self, table: Architecture, config: PreTrainedConfig) -> None:
+        super().__init__()
+        names = table.experts
+        assert names is not None
+        count, intermediate = getattr(config, names.count), getattr(config, names.intermediate)
+        self.top_k = config.num_experts_per_tok
+        self.normalises = not names.normalises or getattr(config, names.normalises)
+        self.gate = nn.Linear(config.hidden_size, count, bias=False)
+        self.experts = nn.ModuleList(
+            Expert(table, config.hidden_size, intermediate) for _ in range(count)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., hidden)`` to the same; weighed and summed in float32, or in float64 for such
+        inputs."""
+        tokens = x.flatten(0, -2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights, chosen = self.gate(tokens).softmax(dim=-1, dtype=wide).topk(self.top_k, dim=-1)
+        if self.normalises:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        total = tokens.new_zeros(tokens.shape, dtype=wide)
+        for number, expert in enumerate(self.experts):
+            token, place = (chosen == number).nonzero(as_tuple=True)
+            if token.numel():
+                total.index_add_(0, token, expert(tokens[token]) * weights[token, place, None])
+        return total.to(x.dtype).view(x.shape)
+
+
+class _Elsewhere(nn.Module):
+    """Calls a module that is registered under another name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._modules_elsewhere = (module,)  # a tuple, so that it is not registered here too
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._modules_elsewhere[0](x)
+        return y
+
+
+def separate_experts(
+    layers: Iterable[nn.Module], table: Architecture, config: PreTrainedConfig
+) -> None:
+    """Put a :class:`SparseMoe` with new weights, on the device and in the dtype of the old, into
+    each decoder layer.
+
+    Args:
+        layers: decoder layers of transformers' model, whose feed-forward is called ``mlp``.
+        table, config: of the model; nothing is done to a family without experts.
+    """
+    if table.experts is None:
+        return
+    for layer in layers:
+        old = next(layer.get_submodule("mlp").parameters())
+        with torch.device(old.device):
+            moe = SparseMoe(table, config).to(old.dtype)
+        name = table.experts.router.rpartition(".")[0]
+        layer.add_module("mlp", _Elsewhere(moe))
+        layer.add_module(name, moe)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters for a converted model: their factors are given the transforms that its weights were
+given.
+
+An adapter adds ``B A`` to a weight W. Where the conversion turned W to ``L W R``, the adapter has
+to become ``(L B)(A R)``. What
+the server rotates at run time is no part of R: vLLM hands an adapter the input of the linear before
+that.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smoothrot_offline.output.directory import OutputDirectory
+from smoothrot_offline.source.checkpoint import file_digest
+from smoothrot_offline.transform.record import RecordedTransform, read_transform
+from smoothrot_offline.transform.rotation import head_rotations, on_last_rows, random_signs
+from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from smoothrot_vllm.foreign_files import read_json, read_tensors
+from smoothrot_vllm.format import TRANSFORM_NAME
+from smoothrot_vllm.plugin.adapters import BASE_KEY, CONFIG_NAME
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_ADVICE = "Save or download the adapter again."
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "alora_invocation_tokens": (None, []),
+}
+"""Values of ``adapter_config.json`` with which an adapter is no more than a product of two
+factors added to weights."""
+_OWN_BASE = ("pissa", "olora", "corda", "loftq")
+"""Initialisations that change the base model's weights."""
+
+
+@dataclass(frozen=True)
+class AdapterConversion:
+    """What a finished conversion of an adapter did: how many linears it adapts, in how many
+    layers."""
+
+    linears: int
+    layers: int
+    base: str
+
+    def summary(self) -> dict[str, Any]:
+        """The facts in one JSON-able object."""
+        return {"linears": self.linears, "layers": self.layers, "base_transform_sha256": self.base}
+
+
+def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
+    """Transform a PEFT LoRA adapter of the original model into one of the converted model.
+
+    Args:
+        adapter: directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        out: directory to make, complete or not at all; tensors keep their names and dtypes.
+        base: the converted model that will be served.
+
+    Raises:
+        ConfigError: the adapter is more than low-rank factors, has been transformed already, or
+            ``out`` is taken.
+        CheckpointError: a file is missing or damaged, or a factor has the wrong shape or is not
+            finite.
+        UnsupportedModelError: a factor belongs to no decoder linear of the base.
+    """
+    config = _plain_config(adapter)
+    recorded = read_transform(base)
+    if recorded.transform.spec.experts:
+        raise UnsupportedModelError(
+            f"{base}: {recorded.transform.spec.architecture.class_name} has experts; adapters are"
+            " transformed for dense models only. Merge the adapter into the original model, and"
+            " convert that."
+        )
+    tensors = _read_factors(adapter / WEIGHTS_NAME)
+    transformed: dict[str, torch.Tensor] = {}
+    adapted: set[tuple[int, str]] = set()
+    for module, names in sorted(_modules(tensors).items()):
+        index, linear = _place(module, recorded)
+        a, b = (tensors[names[factor]] for factor in "AB")
+        _check(module, a, b, recorded.transform.spec.linear_shape(linear))
+        new = transform_factors(recorded, index, linear, a.double(), b.double())
+        for factor, old, result in zip("AB", (a, b), new, strict=True):
+            transformed[names[factor]] = _cast(result, old.dtype, names[factor])
+        adapted.add((index, linear))
+    digest = file_digest(base / TRANSFORM_NAME)
+    with OutputDirectory(out) as directory:
+        directory.write_json(CONFIG_NAME, config | {BASE_KEY: digest})
+        directory.write_tensors(WEIGHTS_NAME, transformed)
+        directory.commit()
+    return AdapterConversion(len(adapted), len({index for index, _ in adapted}), digest)
+
+
+def transform_factors(
+    recorded: RecordedTransform, index: int, linear: str, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of decoder layer ``index``'s ``linear`` for the converted model.
+
+    Args:
+        a, b: float64 ``(rank, in)`` and ``(out, rank)`` of the original model's adapter; its
+            product is added to the weight.
+    """
+    transform = recorded.transform
+    spec, table = transform.spec, transform.spec.architecture
+    prefix, scales = spec.layer_prefix(index), recorded.scales[index]
+    for norm, readers in table.readers.items():
+        if linear in readers and transform.residual is not None:
+            a = transform.residual.rotate(
+                a * (recorded.norms[prefix + norm].double() + table.norm_offset)
+            )
+        if linear in readers and norm in scales.norms:
+            a = a * scales.norms[norm]
+    if linear in table.writers and transform.residual is not None:
+        b = transform.residual.rotate(b.T).T
+    if linear == table.up and (divisor := scales.down) is not None:
+        b = on_last_rows(b, spec.intermediate, lambda rows: rows / divisor[:, None])
+    if linear == table.down and scales.down is not None:
+        a = a * scales.down
+    if transform.online.down_proj is not None:
+        heads = None if transform.heads is None else transform.heads[index]
+        of_values, of_outputs = head_rotations(
+            spec.values, spec.heads * spec.head_dim, spec.head_dim, heads
+        )
+        signs = random_signs(spec.intermediate, transform.seed, f"R4/{index}")
+        if linear == table.value:
+            b = on_last_rows(b, spec.values, lambda rows: of_values.rotate(rows.T).T)
+        if linear == table.output:
+            a = of_outputs.rotate(a)
+        if linear == table.up:
+            b = on_last_rows(b, spec.intermediate, lambda rows: rows * signs[:, None])
+        if linear == table.down:
+            a = a * signs
+    return a.contiguous(), b.contiguous()
+
+
+def _plain_config(adapter: Path) -> dict[str, Any]:
+    config = read_json(adapter / CONFIG_NAME, _ADVICE)
+    if BASE_KEY in config:
+        raise ConfigError(
+            f"{adapter}: already transformed ({BASE_KEY} in {CONFIG_NAME}). Give the adapter it was"
+            " made from."
+        )
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain[0]) not in plain:
+            raise ConfigError(
+                f"{adapter / CONFIG_NAME}: {key}: expected {plain[0]!r}, got {config[key]!r}. Only"
+                " plain LoRA adapters can be transformed: train without it, or merge the adapter"
+                " into the 16-bit model and convert that."
+            )
+    initial = config.get("init_lora_weights", True)
+    if isinstance(initial, str) and initial.lower().startswith(_OWN_BASE):
+        raise ConfigError(
+            f"{adapter / CONFIG_NAME}: init_lora_weights {initial!r} changes the base model's"
+            " weights. Save the adapter as a plain one with PEFT's"
+            " path_initial_model_for_weight_conversion."
+        )
+    return config
+
+
+def _read_factors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: expected the adapter's tensors, found no such file. Save the adapter with"
+            " safe_serialization; pickles are never read."
+        )
+    return read_tensors(path, _ADVICE)
+
+
+def _modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:
+    """Names of the two factors by module."""
+    modules: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            raise UnsupportedModelError(
+                f"tensor {name}: expected base_model.model.LINEAR.lora_A.weight or lora_B.weight. "
+                "Only LoRA factors of decoder linears can be transformed."
+            )
+        modules.setdefault(match["module"], {})[match["factor"]] = name
+    for module, names in modules.items():
+        if missing := {"A", "B"} - names.keys():
+            raise CheckpointError(
+                f"{module}: expected lora_A and lora_B, missing lora_{missing.pop()}. Save the"
+                " adapter again."
+            )
+    if not modules:
+        raise CheckpointError(
+            f"{WEIGHTS_NAME}: expected LoRA factors, found none. Save the adapter again."
+        )
+    return modules
+
+
+def _place(module: str, recorded: RecordedTransform) -> tuple[int, str]:
+    """Layer and relative name of a decoder linear."""
+    spec = recorded.transform.spec
+    for index in range(spec.layers):
+        linear = module.removeprefix(spec.layer_prefix(index))
+        if linear != module and linear in spec.architecture.linears:
+            return index, linear
+    raise UnsupportedModelError(
+        f"adapter of {module}: expected a linear of one of the {spec.layers} decoder layers:"
+        f" {', '.join(spec.architecture.linears)}. Train the adapter on those, or give the base it"
+        " belongs to."
+    )
+
+
+def _check(module: str, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]) -> None:
+    if a.ndim != 2 or b.ndim != 2 or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"adapter of {module}: expected lora_A (rank, {shape[1]}) and lora_B ({shape[0]},"
+            f" rank), got {tuple(a.shape)} and {tuple(b.shape)}. The adapter belongs to another"
+            " model."
+        )
+    for factor, tensor in (("A", a), ("B", b)):
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{module}.lora_{factor}: expected finite floats, got others. Train the adapter"
+                " again."
+            )
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
+        raise CheckpointError(
+            f"{name}: exceeds the range of {dtype} after the transform. Save the adapter as"
+            " float32."
+        )
+    return cast

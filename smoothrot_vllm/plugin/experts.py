@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised experts: load the stored codes and scales of each, repack them once, run one opaque
+op for all of them."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.platforms import current_platform
+
+from smoothrot_vllm import ops
+from smoothrot_vllm.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    UnsupportedPlatformError,
+)
+from smoothrot_vllm.format import (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    LinearScheme,
+    OnlineHadamard,
+    weight_tensors,
+)
+from smoothrot_vllm.plugin.loading import StoredTensors
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
+
+_STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
+"""What vLLM stacks into one parameter: the parts by its own shard ids."""
+
+_GRANULE = 32
+"""Inputs that enter one MMA of the CUDA kernels, csrc/cuda/launch.h."""
+
+
+def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
+    """Refuse what is not implemented for experts.
+
+    Args:
+        prefix: vLLM's full name of the layer.
+        moe: vLLM's description of it.
+
+    Raises:
+        ConfigError: an option of the server that does not go with quantised experts.
+        UnsupportedModelError: experts of another kind than the format covers.
+    """
+    parallel = moe.moe_parallel_config
+    for option, given in {
+        "--enable-expert-parallel": parallel.use_ep,
+        "--enable-eplb": parallel.enable_eplb,
+        "--data-parallel-size": parallel.dp_size > 1,
+        "--enable-lora": moe.is_lora_enabled,
+    }.items():
+        if given:
+            raise ConfigError(
+                f"{prefix}: expected no {option}, which quantised experts do not support. Serve"
+                " without it; --tensor-parallel-size divides each expert."
+            )
+    if moe.activation != MoEActivation.SILU or moe.has_bias or moe.swiglu_limit is not None:
+        raise UnsupportedModelError(
+            f"{prefix}: expected experts of the form down(silu(gate(x)) * up(x)) without biases and"
+            f" limits, got activation {moe.activation.value}, bias {moe.has_bias}, limit"
+            f" {moe.swiglu_limit}. Serve the 16-bit model instead."
+        )
+
+
+class SmoothRotExpertsMethod(FusedMoEMethodBase):
+    """The experts of one layer of vLLM, see ``reference.experts``.
+
+    Args:
+        prefix: vLLM's full name of the layer; its experts are stored as ``prefix.NUMBER``.
+        scheme: bits, group size and activation clip of all its linears.
+        rotation: the online Hadamard of down_proj's whole input, or None.
+        moe: vLLM's description of the layer.
+        names: what the checkpoint calls gate, down and up, by vLLM's shard id (``w1``, ``w2``,
+            ``w3``).
+
+    Raises:
+        ConfigError, UnsupportedModelError: see :func:`check_experts`.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        scheme: LinearScheme,
+        rotation: OnlineHadamard | None,
+        moe: FusedMoEConfig,
+        names: dict[str, str],
+    ) -> None:
+        super().__init__(moe)
+        check_experts(prefix, moe)
+        self.prefix, self.names = prefix, names
+        self.weights, self.rotation = scheme.weights, rotation
+        # Plain numbers, so that torch.compile sees constants: block, clip, bits of inputs and of
+        # weights.
+        block = 0 if rotation is None else rotation.block
+        self.numbers = (
+            block,
+            scheme.activations.clip,
+            scheme.activations.bits,
+            scheme.weights.bits,
+        )
+        self.stored = StoredTensors(prefix)
+
+    # As in vLLM's own base class of these methods, the signatures are narrower than those of its
+    # base.
+    def create_weights(  # type: ignore[override]
+        self,
+        layer: "RoutedExperts",
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Callable[..., bool | None],
+    ) -> None:
+        """Register ``w13_*`` and ``w2_*`` of this rank's shard: those of ``format.weight_tensors``
+        for each expert, stacked.
+
+        Raises:
+            ConfigError: the experts' width, or a rank's share of it, does not suit the Hadamard
+                block or the group size.
+            UnsupportedPlatformError: a width does not suit the CUDA kernels that are to compute it.
+        """
+        self._check_widths(self.moe.intermediate_size, intermediate_size_per_partition)
+        if not current_platform.is_cpu():
+            self._check_granules(
+                {
+                    "hidden channels": hidden_size,
+                    "channels of a rank's experts": intermediate_size_per_partition,
+                }
+            )
+        self.stored.begin()
+        weights, whole = self.weights, self.moe.intermediate_size
+        shards = {
+            "w13": weight_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
+            "w2": weight_tensors(hidden_size, intermediate_size_per_partition, weights),
+        }
+        stored = {
+            "w13": weight_tensors(whole, hidden_size, weights),
+            "w2": weight_tensors(hidden_size, whole, weights),
+        }
+        for stack, tensors in shards.items():
+            for suffix, (shape, dtype) in tensors.items():
+                data = torch.full(
+                    (num_experts, *shape), torch.nan if dtype.is_floating_point else 0, dtype=dtype
+                )
+                parameter = torch.nn.Parameter(data, requires_grad=False)
+                load = self._recording_loader(
+                    extra_weight_attrs["weight_loader"], suffix, *stored[stack][suffix]
+                )
+                # What vLLM's loader of expert weights asks of a parameter.
+                attributes = {
+                    "weight_loader": load,
+                    "quant_method": "channel" if weights.group_size == -1 else "group",
+                }
+                for name, value in attributes.items():
+                    setattr(parameter, name, value)
+                layer.register_parameter(f"{stack}_{suffix}", parameter)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that every tensor arrived with usable scales, then repack the codes for the kernels
+        and free the originals.
+
+        Raises:
+            CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
+        """
+        expected = [
+            self._tensor_name(expert, shard, tensor)
+            for expert in range(self.moe.num_local_experts)
+            for shard in self.names
+            for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)
+        ]
+        if self.stored.finish(expected):
+            self._check_scales(layer)
+        if self.rotation is not None:
+            # A cached compiled graph calls the op without going through this process's tracing.
+            ops.prepare_rotation(
+                self.rotation.block, layer.get_parameter(f"w2_{WEIGHT_SCALE}").device
+            )
+        for stack in _STACKS:
+            codes = layer.get_parameter(f"{stack}_{WEIGHT_PACKED}").data
+            scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
+            packed = ops.prepack_weight(codes, scales, self.weights.bits)
+            # Plain parameters, without what only loading needed.
+            layer.register_parameter(
+                f"{stack}_{WEIGHT_PACKED}", torch.nn.Parameter(packed, requires_grad=False)
+            )
+            layer.register_parameter(
+                f"{stack}_{WEIGHT_SCALE}", torch.nn.Parameter(scales, requires_grad=False)
+            )
+
+    def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig | None:
+        """None: it configures vLLM's own kernels, none of which run."""
+        return None
+
+    def apply(  # type: ignore[override]
+        self,
+        layer: "RoutedExperts",
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: "SharedExperts | None",
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """``(tokens, hidden)`` to this rank's part of the same, in the dtype of ``x``."""
+        stacks = [
+            cast(torch.Tensor, getattr(layer, f"{stack}_{suffix}"))
+            for stack in _STACKS
+            for suffix in (WEIGHT_PACKED, WEIGHT_SCALE)
+        ]
+        return ops.experts(x.contiguous(), topk_weights.float(), topk_ids, *stacks, *self.numbers)
+
+    def _check_widths(self, width: int, shard: int) -> None:
+        units: dict[str, int] = {"weight groups": self.weights.group_size}
+        if self.rotation is not None:
+            units["Hadamard blocks"] = self.rotation.block
+        if self.rotation is not None and self.rotation.size != width:
+            raise ConfigError(
+                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert,"
+                f" got {self.rotation.size}: config.json is that of another model. Convert again."
+            )
+        for what, unit in units.items():
+            if unit > 0 and shard % unit:
+                raise ConfigError(
+                    f"{self.prefix}: {shard} of an expert's {width} channels on each of"
+                    f" {width // shard} tensor-parallel ranks: expected a whole number of {what} of"
+                    f" {unit}. Choose a smaller --tensor-parallel-size, or convert again with"
+                    f" --max-tp {width // shard} and a smaller --group-size."
+                )
+
+    def _check_granules(self, widths: dict[str, int]) -> None:
+        for what, size in widths.items():
+            if size % _GRANULE:
+                raise UnsupportedPlatformError(
+                    f"{self.prefix}: {size} {what}: expected a multiple of {_GRANULE}, as the CUDA"
+                    " kernels multiply that many at a time. Choose a smaller"
+                    " --tensor-parallel-size, or serve on a CPU."
+                )
+
+    def _tensor_name(self, expert: int, shard: str, tensor: str) -> str:
+        return f"{self.prefix}.{expert}.{self.names[shard]}.{tensor}"
+
+    def _recording_loader(
+        self,
+        load: Callable[..., bool | None],
+        tensor: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> Callable[..., bool | None]:
+        """Wrap vLLM's loader: check the stored tensor of one expert's linear, of ``shape`` on
+        all ranks, and remember it."""
+
+        def loader(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            name = self._tensor_name(expert_id, shard_id, tensor)
+            self.stored.check(name, loaded_weight, dtype, shape)
+            done = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+            if done:
+                self.stored.arrived([name])
+            return done if return_success else None
+
+        return loader
+
+    def _check_scales(self, layer: torch.nn.Module) -> None:
+        for stack, shards in _STACKS.items():
+            scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
+            bad = ~(scales.isfinite() & (scales > 0))
+            if bad.any():
+                expert, row, group = bad.nonzero()[0].tolist()
+                shard = shards[row * len(shards) // scales.shape[1]]
+                raise CheckpointError(
+                    f"{self._tensor_name(expert, shard, WEIGHT_SCALE)}: expected finite scales > 0,"
+                    f" got {float(scales[expert, row, group])} in row"
+                    f" {row % (scales.shape[1] // len(shards))} of this rank. The checkpoint is"
+                    " damaged: convert or download it again."
+                )

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantised linear layer: load stored codes and scales, repack them once, run one opaque op."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedvLLMParameter,
+)
+
+from smoothrot_vllm import ops
+from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from smoothrot_vllm.format import (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    LinearScheme,
+    OnlineHadamard,
+    weight_tensors,
+)
+from smoothrot_vllm.plugin.loading import StoredTensors
+
+_QKV_PARTS = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """What SiLU and down_proj are still to be applied to.
+
+    Args:
+        values: ``(..., 2 K)``, gate before up.
+        reader: vLLM's name of the down_proj that takes it.
+    """
+
+    values: torch.Tensor
+    reader: str
+
+
+@register_weight_loader_v2_supported_method
+class SmoothRotLinearMethod(LinearMethodBase):
+    """``y = dequantise(quantise(x (I (x) H)) @ W^T) + bias`` for one layer of vLLM (see
+    ``reference.gemm``).
+
+    Args:
+        prefix: vLLM's full name of the layer.
+        scheme: bits, group size and activation clip.
+        rotation: the online Hadamard of the layer's whole input, or None.
+        parts: names of the stored linears whose rows this layer stacks; one name unless vLLM fuses.
+        stored_fused: the checkpoint stores what vLLM fuses as the one linear that ``parts`` names.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        scheme: LinearScheme,
+        rotation: OnlineHadamard | None,
+        parts: list[str],
+        stored_fused: bool = False,
+    ) -> None:
+        self.stored_fused = stored_fused
+        self.prefix = prefix
+        self.scheme = scheme
+        self.rotation = rotation
+        self.parts = parts
+        # Plain numbers, so that torch.compile sees constants.
+        self.block = 0 if rotation is None else rotation.block
+        self.clip = scheme.activations.clip
+        self.act_bits = scheme.activations.bits
+        self.weight_bits = scheme.weights.bits
+        self.stored = StoredTensors(prefix)
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Callable[..., None],
+    ) -> None:
+        """Register ``weight_packed`` and ``weight_scale`` of this rank's shard, with the shapes of
+        ``format.weight_tensors``.
+
+        Raises:
+            ConfigError: the layer's width, or a rank's share of it, does not suit the Hadamard
+                block or the group size.
+            UnsupportedModelError: vLLM fuses linears here without telling which.
+        """
+        self._check_widths(input_size, input_size_per_partition)
+        if len(self.parts) != len(output_partition_sizes) and not self.stored_fused:
+            raise UnsupportedModelError(
+                f"{self.prefix}: vLLM fuses {len(output_partition_sizes)} linears here, but the"
+                f" model's packed_modules_mapping names {len(self.parts)}"
+                f" ({', '.join(self.parts)}). This model class cannot be served quantised."
+            )
+        weights = self.scheme.weights
+        tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
+        whole = weight_tensors(output_size, input_size, weights)
+        self.stored.begin()
+
+        def loader(name: str) -> Callable[..., None]:
+            shape, dtype = whole[name]
+            return self._recording_loader(extra_weight_attrs["weight_loader"], name, shape, dtype)
+
+        shape, dtype = tensors[WEIGHT_PACKED]
+        packing = {"packed_dim": 1, "packed_factor": 2} if weights.bits == 4 else {}
+        packed_class = PackedvLLMParameter if weights.bits == 4 else ModelWeightParameter
+        codes = torch.empty(shape, dtype=dtype)
+        packed = packed_class(
+            data=codes, input_dim=1, output_dim=0, weight_loader=loader(WEIGHT_PACKED), **packing
+        )
+        layer.register_parameter(WEIGHT_PACKED, packed)
+
+        shape, dtype = tensors[WEIGHT_SCALE]
+        # A row-parallel layer shards the columns of group scales; one scale per channel is the same
+        # on every rank.
+        columns_are_sharded = {} if weights.group_size == -1 else {"input_dim": 1}
+        scale_class = (
+            ChannelQuantScaleParameter if weights.group_size == -1 else GroupQuantScaleParameter
+        )
+        nan = torch.full(shape, torch.nan, dtype=dtype)
+        scale = scale_class(
+            data=nan, output_dim=0, weight_loader=loader(WEIGHT_SCALE), **columns_are_sharded
+        )
+        layer.register_parameter(WEIGHT_SCALE, scale)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that every part arrived with usable scales, then repack the codes for the kernels
+        and free the originals.
+
+        Raises:
+            CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
+        """
+        if self.stored.finish(
+            [
+                self._tensor_name(part, name)
+                for part in self.parts
+                for name in (WEIGHT_PACKED, WEIGHT_SCALE)
+            ]
+        ):
+            self._check_scales(layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)])
+        if self.block:
+            # A cached compiled graph calls the op without going through ops.linear.
+            ops.prepare_rotation(self.block, layer.get_parameter(WEIGHT_SCALE).device)
+        scale = layer.get_parameter(WEIGHT_SCALE).data
+        packed = ops.prepack_weight(
+            layer.get_parameter(WEIGHT_PACKED).data, scale, self.weight_bits
+        )
+        # Plain parameters: vLLM's loader classes have done their work and would only slow each
+        # access down.
+        layer.register_parameter(WEIGHT_PACKED, torch.nn.Parameter(packed, requires_grad=False))
+        layer.register_parameter(WEIGHT_SCALE, torch.nn.Parameter(scale, requires_grad=False))
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor | GateUp, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``(..., input_size_per_partition)``, or what is to become it, to ``(..., rows of this
+        rank)`` in the dtype of ``x``.
+
+        Raises:
+            UnsupportedModelError: the model hands a layer what another one was to read.
+        """
+        packed, scale = (
+            cast(torch.Tensor, layer.weight_packed),
+            cast(torch.Tensor, layer.weight_scale),
+        )
+        numbers = (self.block, self.clip, self.act_bits, self.weight_bits)
+        if not isinstance(x, GateUp):
+            return ops.linear(x, packed, scale, bias, *numbers)
+        if x.reader != self.prefix:
+            raise UnsupportedModelError(
+                f"{self.prefix}: expected its own input, got gate and up of {x.reader}: the model"
+                " does not read its activations as an MLP does. Serve it with --additional-config"
+                " '{\"smoothrot_fuse_silu\": false}'."
+            )
+        return ops.silu_mul_linear(x.values, packed, scale, bias, *numbers)
+
+    def stored_rows(self, layer: torch.nn.Module) -> int | None:
+        """How many of this rank's rows come from the checkpoint, None for all."""
+        return None
+
+    def _check_widths(self, width: int, shard: int) -> None:
+        if self.rotation is not None and self.rotation.size != width:
+            raise ConfigError(
+                f"{self.prefix}: quantization_config.online rotates {self.rotation.size} inputs,"
+                f" but the layer has {width}. config.json belongs to another model: convert again."
+            )
+        for unit, what in (
+            (self.block, "Hadamard blocks"),
+            (self.scheme.weights.group_size, "weight groups"),
+        ):
+            if unit > 0 and shard % unit:
+                raise ConfigError(
+                    f"{self.prefix}: {shard} of {width} inputs on each of {width // shard}"
+                    f" tensor-parallel ranks, expected a whole number of {what} of {unit}. Serve"
+                    " with a smaller --tensor-parallel-size, or convert again with --max-tp"
+                    f" {width // shard} and a smaller --group-size."
+                )
+
+    def _tensor_name(self, part: str, tensor: str) -> str:
+        parent = self.prefix.rpartition(".")[0]
+        return ".".join(filter(None, (parent, part, tensor)))
+
+    def _recording_loader(
+        self, load: Callable[..., None], tensor: str, whole: tuple[int, int], dtype: torch.dtype
+    ) -> Callable[..., None]:
+        """Wrap vLLM's loader: check the stored tensor, load it, remember the parts it filled.
+
+        ``whole`` is the shape of the layer on all ranks, of which vLLM would ignore surplus rows of
+        a fused tensor.
+        """
+        rows, columns = whole
+
+        def loader(
+            param: torch.nn.Parameter,
+            stored: torch.Tensor,
+            *shard: str | int | tuple[int, ...] | None,
+        ) -> None:
+            parts = self._parts_of(shard[0] if shard else None)
+            names = [self._tensor_name(part, tensor) for part in parts]
+            where = ", ".join(names)
+            self.stored.check(where, stored, dtype, (None, columns))
+            misfit = CheckpointError(
+                f"{where}: stored {tuple(stored.shape)} does not fill this rank's"
+                f" {tuple(param.shape)} as the model's config.json says. The checkpoint is damaged"
+                " or belongs to another model: convert it again."
+            )
+            if stored.shape[0] > rows:
+                raise misfit
+            try:
+                load(param, stored, *shard)
+            except (AssertionError, RuntimeError) as error:
+                raise misfit from error
+            self.stored.arrived(names)
+
+        return loader
+
+    def _parts_of(self, shard: str | int | tuple[int, ...] | None) -> list[str]:
+        """The parts that vLLM's shard id stands for; without one the tensor holds the whole
+        layer."""
+        if shard is None:
+            return self.parts
+        if isinstance(shard, str):
+            return [self.parts[_QKV_PARTS[shard]]]
+        return [self.parts[i] for i in (shard if isinstance(shard, tuple) else (shard,))]
+
+    def _check_scales(self, scale: torch.Tensor) -> None:
+        bad = ~(scale.isfinite() & (scale > 0))
+        if bad.any():
+            row = int(bad.any(dim=1).nonzero()[0])
+            raise CheckpointError(
+                f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}): expected finite"
+                f" scales > 0, got {int(bad.sum())} others of {scale.numel()}, the first"
+                f" {float(scale[row][bad[row]][0])} in row {row} of this rank. The checkpoint is"
+                " damaged: convert or download it again."
+            )
