@@ -13,19 +13,22 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smoothrot_offline.cli_analysis import analyze, report
+from smoothrot_offline.config import AnalysisConfig, ConvertConfig, ReportConfig, make_options
 from smoothrot_offline.console import (
     Debug,
     Device,
     Json,
     RunDtype,
+    exit_on_sigterm,
+    explain_resuming,
+    options_of,
+    progress_bar,
     refuse,
     refuse_unsupported,
     reporting,
-    telling_how_to_go_on,
-    unwind_when_killed,
 )
 from smoothrot_offline.device import reuse_freed_memory
+from smoothrot_vllm.errors import ConfigError
 
 app = typer.Typer(
     name="smoothrot-convert",
@@ -50,6 +53,10 @@ def _fraction(value: str | float) -> float:
 Model = Annotated[
     str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)
 ]
+Out = Annotated[
+    Path,
+    typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False),
+]
 Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
 PresetOption = Annotated[
     Literal["auto", "fast", "balanced", "best", "paper-compat", "none"],
@@ -60,106 +67,6 @@ PresetOption = Annotated[
         )
     ),
 ]
-WeightBits = Annotated[Literal[4, 8], typer.Option(help="Bits of a weight.")]
-ActivationBits = Annotated[Literal[4, 8], typer.Option(help="Bits of an activation.")]
-GroupSize = Annotated[
-    Literal[-1, 32, 64, 128],
-    typer.Option(help="Inputs that share a weight scale; -1: a whole row."),
-]
-Scales = Annotated[
-    Literal["none", "max", "quantile", "l2", "search", "learned"],
-    typer.Option(
-        help=(
-            "Smoothing of down_proj's input: by a statistic, by trying them out, or by gradient"
-            " from there."
-        )
-    ),
-]
-SmoothNorms = Annotated[
-    bool,
-    typer.Option(
-        "--smooth-norms/--no-smooth-norms", help="Smooth what the norms give out as well, after R1."
-    ),
-]
-Alpha = Annotated[
-    float,
-    typer.Option(min=0, max=1, help="Share of the difficulty that smoothing moves to the weight."),
-]
-Quantile = Annotated[
-    float, typer.Option(min=0, max=1, help="quantile: of the input's magnitudes in each channel.")
-]
-Rounding = Annotated[
-    Literal["rtn", "gptq", "gptaq"],
-    typer.Option(
-        help=(
-            "Weight rounding: to nearest, error-compensated, or towards the full-precision model as"
-            " well."
-        )
-    ),
-]
-ActOrder = Annotated[
-    bool,
-    typer.Option("--act-order/--no-act-order", help="gptq, gptaq: channels of large inputs first."),
-]
-Propagation = Annotated[
-    float, typer.Option(min=0, max=1, help="gptaq: share of earlier layers' error to make up for.")
-]
-Damping = Annotated[
-    float,
-    typer.Option(help="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean."),
-]
-ClipSearch = Annotated[
-    bool,
-    typer.Option(
-        "--clip-search/--no-clip-search",
-        help="Search the clip of each 4-bit input instead of 0.9 for all.",
-    ),
-]
-Keep8bit = Annotated[
-    float,
-    typer.Option(
-        "--keep-8bit",
-        parser=_fraction,
-        metavar="auto:FRACTION",
-        help=(
-            "Share of the weights that stay at 8 bits, with 8-bit inputs: those whose error costs"
-            " most."
-        ),
-    ),
-]
-SignSeeds = Annotated[
-    int, typer.Option(min=1, help="Random-sign seeds to try; the best on held-out text is kept.")
-]
-HeadBits = Annotated[
-    Literal[4, 8, 16],
-    typer.Option(
-        help="Bits of the head (4: in groups of --group-size); the embedding stays 16-bit."
-    ),
-]
-MaxTp = Annotated[
-    int, typer.Option(min=1, help="Largest tensor-parallel size the output must serve.")
-]
-Calib = Annotated[
-    str,
-    typer.Option(
-        help="Calibration text: a file, 'generated' by the model itself, or a hub data set."
-    ),
-]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
-Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a calibration sequence.")]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Seed of the random signs and of the calibration text.")
-]
-Rotations = Annotated[
-    Literal["hadamard", "learned"],
-    typer.Option(help="R1 and R2: Hadamard transforms, or learned from there by gradient."),
-]
-RotationSteps = Annotated[
-    int, typer.Option(min=1, help="learned rotations: optimiser steps, the budget of learning.")
-]
-NoRotate = Annotated[
-    bool, typer.Option("--no-rotate", help="No rotation at all, online or offline.")
-]
 Workers = Annotated[
     int,
     typer.Option(
@@ -167,58 +74,30 @@ Workers = Annotated[
         help="rtn: processes that convert layers at the same time; each holds a layer in memory.",
     ),
 ]
-ShardMib = Annotated[
-    int, typer.Option(min=1, help="Largest output shard, MiB; it is also held in memory.")
-]
+_conversion_options = options_of(
+    ConvertConfig, keep_8bit={"parser": _fraction, "metavar": "auto:FRACTION"}
+)
 
 
 @app.command()
+@_conversion_options
 def run(
     context: typer.Context,
     model: Model,
-    out: Annotated[
-        Path,
-        typer.Argument(
-            help="Directory to make; it appears when it is complete.", show_default=False
-        ),
-    ],
+    out: Out,
     preset: PresetOption = "auto",
-    weight_bits: WeightBits = 4,
-    activation_bits: ActivationBits = 4,
-    group_size: GroupSize = -1,
-    scales: Scales = "l2",
-    smooth_norms: SmoothNorms = False,
-    alpha: Alpha = 0.5,
-    quantile: Quantile = 0.999,
-    rounding: Rounding = "rtn",
-    act_order: ActOrder = True,
-    damping: Damping = 0.01,
-    propagation: Propagation = 0.5,
-    clip_search: ClipSearch = False,
-    keep_8bit: Keep8bit = 0.0,
-    sign_seeds: SignSeeds = 1,
-    lm_head_bits: HeadBits = 16,
-    max_tp: MaxTp = 1,
-    calib: Calib = "generated",
-    calib_samples: Samples = 64,
-    calib_seqlen: Seqlen = 512,
-    seed: Seed = 0,
-    no_rotate: NoRotate = False,
-    rotations: Rotations = "hadamard",
-    rotation_steps: RotationSteps = 150,
-    shard_mib: ShardMib = 1024,
     workers: Workers = 1,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Convert MODEL into the new directory OUT."""
-    options = _explicit(context, locals())
-    unwind_when_killed()
+    given = _given(context, options)
+    exit_on_sigterm()
     with reporting(as_json, debug) as show:
         refuse_unsupported(model)
         from smoothrot_offline.check.admit import admit
-        from smoothrot_offline.console import progress_bar
         from smoothrot_offline.convert import convert
         from smoothrot_offline.device import choose_device
         from smoothrot_offline.presets import choose_preset
@@ -229,13 +108,13 @@ def run(
         chosen_device = choose_device(device, workers)
         source = resolve_source(model)
         checkpoint = open_checkpoint(source)
-        choice = choose_preset(preset, options, checkpoint)
+        choice = choose_preset(preset, given, checkpoint)
         notes = admit(checkpoint, choice.config, workers, chosen_device.device).notes
         print(f"{choice.reason}: {choice.config.described()}", file=sys.stderr)
         print(f"device: {chosen_device.described}", file=sys.stderr)
         for note in (*choice.notes, *notes):
             print(f"note: {note}", file=sys.stderr)
-        with telling_how_to_go_on(out), progress_bar() as progress:
+        with explain_resuming(out), progress_bar() as progress:
             done = convert(source, out, choice.config, progress, workers, chosen_device.device)
         if done.resumed_layers is not None:
             print(
@@ -247,41 +126,19 @@ def run(
 
 
 @app.command()
+@_conversion_options
 def plan(
     context: typer.Context,
     model: Model,
     preset: PresetOption = "auto",
-    weight_bits: WeightBits = 4,
-    activation_bits: ActivationBits = 4,
-    group_size: GroupSize = -1,
-    scales: Scales = "l2",
-    smooth_norms: SmoothNorms = False,
-    alpha: Alpha = 0.5,
-    quantile: Quantile = 0.999,
-    rounding: Rounding = "rtn",
-    act_order: ActOrder = True,
-    damping: Damping = 0.01,
-    propagation: Propagation = 0.5,
-    clip_search: ClipSearch = False,
-    keep_8bit: Keep8bit = 0.0,
-    sign_seeds: SignSeeds = 1,
-    lm_head_bits: HeadBits = 16,
-    max_tp: MaxTp = 1,
-    calib: Calib = "generated",
-    calib_samples: Samples = 64,
-    calib_seqlen: Seqlen = 512,
-    seed: Seed = 0,
-    no_rotate: NoRotate = False,
-    rotations: Rotations = "hadamard",
-    rotation_steps: RotationSteps = 150,
-    shard_mib: ShardMib = 1024,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Say what run would do, from MODEL's configuration and headers alone; exit code 1 if run
     would refuse."""
-    options = _explicit(context, locals())
+    given = _given(context, options)
     with reporting(as_json, debug) as show:
         refuse_unsupported(model)
         from smoothrot_offline.check.plan import plan_conversion
@@ -292,7 +149,7 @@ def plan(
 
         chosen_device = choose_device(device)
         headers = open_headers(model)
-        choice = choose_preset(preset, options, headers)
+        choice = choose_preset(preset, given, headers)
         found = plan_conversion(headers, choice.config, chosen_device.device)
         facts = found.model_dump(mode="json") | {"notes": [*choice.notes, *found.notes]}
         if found.architecture is not None:
@@ -319,7 +176,6 @@ def verify(
     with reporting(as_json, debug) as show:
         from smoothrot_offline.check.verify import compare_with_source
         from smoothrot_offline.check.verify import verify as verify_directory
-        from smoothrot_offline.console import progress_bar
         from smoothrot_offline.source.headers import resolve_source
 
         with progress_bar() as progress:
@@ -358,12 +214,7 @@ def lora(
     adapter: Annotated[
         Path, typer.Argument(help="PEFT LoRA adapter of the original model.", show_default=False)
     ],
-    out: Annotated[
-        Path,
-        typer.Argument(
-            help="Directory to make; it appears when it is complete.", show_default=False
-        ),
-    ],
+    out: Out,
     base: Annotated[
         Path,
         typer.Option(
@@ -416,8 +267,105 @@ def evaluate(
         show(dataclasses.asdict(found), summary)
 
 
-app.command()(analyze)
-app.command()(report)
+_BY_COMMAS = {"annotation": str | None, "default": None}
+
+
+@app.command()
+@options_of(AnalysisConfig, policies=_BY_COMMAS, layers=_BY_COMMAS)
+def analyze(
+    model: Model,
+    out: Out,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Measure how hard each layer of MODEL is to quantise, before and after each transform, into
+    the new directory OUT."""
+    exit_on_sigterm()
+    with reporting(as_json, debug) as show:
+        refuse_unsupported(model)
+        from smoothrot_offline.device import choose_device
+        from smoothrot_offline.report.analyze import analyze as analyze_model
+        from smoothrot_offline.report.tables import show_analysis
+        from smoothrot_offline.source.headers import resolve_source
+
+        for name, read in (("policies", _names), ("layers", _layer_numbers)):
+            given = options.pop(name)
+            if given is not None:
+                options[name] = read(given)
+        config = make_options(AnalysisConfig, "analyze", options)
+        chosen = choose_device(device)
+        print(f"device: {chosen.described}", file=sys.stderr)
+        with progress_bar() as progress:
+            found, removed = analyze_model(
+                resolve_source(model), out, config, progress, chosen.device
+            )
+        for leftover in removed:
+            print(f"removed {leftover}, left by an analysis that was killed", file=sys.stderr)
+        show(found.model_dump(mode="json"), show_analysis(found, str(out)))
+
+
+@app.command()
+@options_of(ReportConfig, tasks=_BY_COMMAS)
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(help="Directories; speeds are compared with the first.", show_default=False),
+    ],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text for perplexity: UTF-8, or .jsonl of texts or chats. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New .html or .json file to write as well.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+    **options: Any,
+) -> None:
+    """Compare DIRECTORIES, converted or plain: size, perplexity, lm-eval tasks, speed."""
+    exit_on_sigterm()
+    with reporting(as_json, debug) as show:
+        from smoothrot_offline.report.compare import compare
+        from smoothrot_offline.report.tables import check_report_file, show_report, write_report
+
+        if out is not None:
+            check_report_file(out)
+        options["texts"] = tuple(map(str, text or ()))
+        options["tasks"] = _names(options["tasks"]) if options["tasks"] else ()
+        with progress_bar() as progress:
+            found = compare(directories, make_options(ReportConfig, "report", options), progress)
+        if out is not None:
+            write_report(found, out)
+        show(found.model_dump(mode="json"), show_report(found))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    """``0,5,10-12`` as numbers."""
+    from smoothrot_offline.source.models import MAX_COUNT
+
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            start, end = int(first), int(last if dash else first)
+        except ValueError:
+            raise ConfigError(
+                f"--layers {text}: expected numbers and ranges like 0,5,10-12, got {part!r}."
+            ) from None
+        if end > MAX_COUNT:
+            raise ConfigError(f"--layers {text}: expected layers of the model, got {end}.")
+        numbers += range(start, end + 1)
+    return tuple(numbers)
 
 
 def main() -> None:
@@ -426,23 +374,14 @@ def main() -> None:
     app()
 
 
-def _explicit(context: typer.Context, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the conversion's configuration that the command line gives; the others are the
-    preset's to set."""
+def _given(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the command line gives; the others are the preset's to set."""
     # By name: typer has a click of its own, whose enumeration is not the installed one's.
-    sources = {
-        name: getattr(context.get_parameter_source(name), "name", None) for name in arguments
-    }
-    given = {
+    return {
         name: value
-        for name, value in arguments.items()
-        if name not in ("model", "out", "preset") and sources[name] == "COMMANDLINE"
+        for name, value in options.items()
+        if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"
     }
-    for option in ("as_json", "debug", "workers", "device"):
-        given.pop(option, None)
-    if given.pop("no_rotate", False):
-        given["rotate"] = False
-    return given
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of a conversion in one validated place, and the checkpoint schema they lead to."""
+"""Every option of the commands in one validated place, with its help and its default, and the
+checkpoint schema that those of a conversion lead to.
 
-from typing import Any, Literal, TypeVar
+The command line is made from these classes, so importing them must be quick: what needs torch is
+imported by the functions that do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smoothrot_offline.source.family import ModelSpec
 from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.format import (
-    ActivationScheme,
-    LinearScheme,
-    Online,
-    OnlineHadamard,
-    QuantizationSchema,
-    WeightScheme,
-)
-from smoothrot_vllm.hadamard import choose_block
+
+if TYPE_CHECKING:
+    from smoothrot_offline.source.family import ModelSpec
+    from smoothrot_vllm.format import Online, QuantizationSchema
 
 MOST = (1 << 31) - 1
 """Of any count that is an option: torch's own sizes end not far above."""
@@ -43,41 +44,106 @@ ACTIVATION_CLIP = {4: 0.9, 8: 1.0}
 """Per-token clip by activation bits: 0.9 is the best of QuaRot's ablation at 4 bits (arXiv
 2404.00456, table 11)."""
 
-MEBIBYTE = 1 << 20
+
+Policy = Literal["max", "quantile", "l2", "search", "learned"]
 
 
-class ConvertConfig(BaseModel):
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Calibration(_Options):
+    calib: str = Field(
+        "generated",
+        description="Calibration text: a file, 'generated' by the model itself, or a hub data set.",
+    )
+    calib_samples: int = Field(64, ge=1, le=MOST, description="Calibration sequences.")
+    calib_seqlen: int = Field(512, ge=2, le=MOST, description="Tokens of a calibration sequence.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the random signs and of the calibration text."
+    )
+
+
+class ConvertConfig(_Calibration):
     """Options of ``smoothrot-convert run``, which the manifest records. Every one of them
     changes the output but ``preset``, the recipe that the others come from where the user did
     not choose."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     preset: Literal["none", "fast", "balanced", "best", "paper-compat"] = "none"
-    weight_bits: Literal[4, 8] = 4
-    activation_bits: Literal[4, 8] = 4
-    group_size: Literal[-1, 32, 64, 128] = -1
-    scales: Literal["none", "max", "quantile", "l2", "search", "learned"] = "l2"
-    smooth_norms: bool = False
-    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
-    quantile: float = Field(default=0.999, gt=0.0, le=1.0)
-    rounding: Literal["rtn", "gptq", "gptaq"] = "rtn"
-    act_order: bool = True
-    damping: float = Field(default=0.01, gt=0.0, allow_inf_nan=False)
-    propagation: float = Field(default=0.5, ge=0.0, le=1.0)
-    clip_search: bool = False
-    keep_8bit: float = Field(default=0.0, ge=0.0, le=1.0)
-    sign_seeds: int = Field(default=1, ge=1, le=MOST)
-    lm_head_bits: Literal[4, 8, 16] = 16
-    max_tp: int = Field(default=1, ge=1, le=MOST)
-    calib: str = "generated"
-    calib_samples: int = Field(default=64, ge=1, le=MOST)
-    calib_seqlen: int = Field(default=512, ge=2, le=MOST)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    rotate: bool = True
-    rotations: Literal["hadamard", "learned"] = "hadamard"
-    rotation_steps: int = Field(default=150, ge=1, le=MOST)
-    shard_mib: int = Field(default=1024, ge=1, le=MOST)
+    weight_bits: Literal[4, 8] = Field(4, description="Bits of a weight.")
+    activation_bits: Literal[4, 8] = Field(4, description="Bits of an activation.")
+    group_size: Literal[-1, 32, 64, 128] = Field(
+        -1, description="Inputs that share a weight scale; -1: a whole row."
+    )
+    scales: Literal["none", "max", "quantile", "l2", "search", "learned"] = Field(
+        "l2",
+        description="Smoothing of down_proj's input: by a statistic, by trying them out, or by"
+        " gradient from there.",
+    )
+    smooth_norms: bool = Field(
+        False, description="Smooth what the norms give out as well, after R1."
+    )
+    alpha: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Share of the difficulty that smoothing moves to the weight.",
+    )
+    quantile: float = Field(
+        0.999, gt=0.0, le=1.0, description="quantile: of the input's magnitudes in each channel."
+    )
+    rounding: Literal["rtn", "gptq", "gptaq"] = Field(
+        "rtn",
+        description="Weight rounding: to nearest, error-compensated, or towards the full-precision"
+        " model as well.",
+    )
+    act_order: bool = Field(True, description="gptq, gptaq: channels of large inputs first.")
+    damping: float = Field(
+        0.01,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.",
+    )
+    propagation: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="gptaq: share of earlier layers' error to make up for.",
+    )
+    clip_search: bool = Field(
+        False, description="Search the clip of each 4-bit input instead of 0.9 for all."
+    )
+    keep_8bit: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the weights that stay at 8 bits, with 8-bit inputs: those whose"
+        " error costs most.",
+    )
+    sign_seeds: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        description="Random-sign seeds to try; the best on held-out text is kept.",
+    )
+    lm_head_bits: Literal[4, 8, 16] = Field(
+        16,
+        description="Bits of the head (4: in groups of --group-size); the embedding stays 16-bit.",
+    )
+    max_tp: int = Field(
+        1, ge=1, le=MOST, description="Largest tensor-parallel size the output must serve."
+    )
+    rotate: bool = Field(True, description="Rotate at all, online and offline.")
+    rotations: Literal["hadamard", "learned"] = Field(
+        "hadamard",
+        description="R1 and R2: Hadamard transforms, or learned from there by gradient.",
+    )
+    rotation_steps: int = Field(
+        150,
+        ge=1,
+        le=MOST,
+        description="learned rotations: optimizer steps, the budget of learning.",
+    )
 
     def described(self) -> str:
         """The recipe in a line of the field's own terms."""
@@ -121,6 +187,47 @@ class ConvertConfig(BaseModel):
         return self.clip_search or self.keep_8bit > 0
 
 
+class AnalysisConfig(_Calibration):
+    """Options of ``smoothrot-convert analyze``."""
+
+    calib_samples: int = Field(
+        8,
+        ge=1,
+        le=MOST,
+        description="Sequences that scales are chosen from; as many others measure.",
+    )
+    policies: tuple[Policy, ...] = Field(
+        get_args(Policy),
+        min_length=1,
+        description="Smoothing policies to compare with max, by commas; all of them if absent.",
+    )
+    layers: tuple[int, ...] | None = Field(None, description="Only these layers: 0,5,10-12.")
+
+
+class ReportConfig(_Options):
+    """Options of ``smoothrot-convert report``; what is not asked for is not measured."""
+
+    texts: tuple[str, ...] = ()
+    seqlen: int = Field(2048, ge=2, le=MOST, description="Tokens of a window.")
+    limit_chunks: int | None = Field(
+        None, ge=1, le=MOST, description="Only the first windows of each text."
+    )
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks, by commas.")
+    include_path: str | None = Field(None, description="Folder of further lm-eval task files.")
+    limit: int | None = Field(
+        None, ge=1, le=MOST, description="Only the first documents of each task."
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32",
+        description="Arithmetic of everything but the quantized linears' integers; auto: the dtype"
+        " of config.json.",
+    )
+    speed: bool = Field(True, description="Measure tokens a second; all models at once in memory.")
+    prompt_tokens: int = Field(128, ge=1, le=MOST, description="Tokens of the prefill.")
+    new_tokens: int = Field(16, ge=1, le=MOST, description="Tokens decoded after it.")
+    rounds: int = Field(5, ge=1, le=MOST, description="Rounds of which the median counts.")
+
+
 def make_config(**options: Any) -> ConvertConfig:
     """Validate options.
 
@@ -144,6 +251,9 @@ def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
     Raises:
         UnsupportedModelError: a size cannot be split so.
     """
+    from smoothrot_vllm.format import Online, OnlineHadamard
+    from smoothrot_vllm.hadamard import choose_block
+
     if not config.rotate:
         return Online()
     down = OnlineHadamard(
@@ -165,6 +275,13 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
             head to quantise.
         UnsupportedModelError: a size has no Hadamard block.
     """
+    from smoothrot_vllm.format import (
+        ActivationScheme,
+        LinearScheme,
+        QuantizationSchema,
+        WeightScheme,
+    )
+
     if config.lm_head_bits < 16 and spec.architecture.head_is_embedding:
         raise ConfigError(
             f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits"

@@ -2,6 +2,7 @@
 """What a command prints: results on stdout, progress and refusals on stderr; with ``--json`` one
 object."""
 
+import inspect
 import json
 import signal
 import sys
@@ -9,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -23,6 +26,8 @@ from rich.progress import (
 )
 
 from smoothrot_vllm.errors import SmoothRotError
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")
@@ -44,6 +49,43 @@ RunDtype = Annotated[
         )
     ),
 ]
+
+
+def options_of(kind: type[BaseModel], **special: dict[str, Any]) -> Callable[[Command], Command]:
+    """Give a command, which takes ``**options``, an option for each field of ``kind`` that has a
+    description: its name, default, limits and help.
+
+    Args:
+        special: further settings of typer's by field, and its ``annotation`` if it is another.
+    """
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=special.get(name, {}).get("default", field.default),
+            annotation=_annotation(field, dict(special.get(name, {}))),
+        )
+        for name, field in kind.model_fields.items()
+        if field.description
+    ]
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _annotation(field: FieldInfo, settings: dict[str, Any]) -> Any:
+    kind = settings.pop("annotation", field.annotation)
+    shown = settings.pop("default", field.default) is not None
+    limits = {type(limit).__name__: limit for limit in field.metadata}
+    least, most = limits.get("Ge"), limits.get("Le")
+    settings["min"] = getattr(least, "ge", None)
+    settings["max"] = getattr(most, "le", None) if kind is float else None
+    return Annotated[kind, typer.Option(help=field.description, show_default=shown, **settings)]
 
 
 @contextmanager
@@ -117,14 +159,14 @@ def refuse_unsupported(model: str) -> None:
     supported_table(read_headers(model).config if is_local(model) else read_config(model), fp8=True)
 
 
-def unwind_when_killed() -> None:
+def exit_on_sigterm() -> None:
     """A polite kill unwinds like Ctrl-C, so that a partial output is removed, or left so that it
     can be gone on with."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextmanager
-def telling_how_to_go_on(out: Path) -> Iterator[None]:
+def explain_resuming(out: Path) -> Iterator[None]:
     """On Ctrl-C or a polite kill of a conversion into ``out``, say what was kept and end with
     the exit code of the signal."""
     try:

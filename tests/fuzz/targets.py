@@ -22,8 +22,7 @@ from smoothrot_offline.check.verify import verify
 from smoothrot_offline.cli import app
 from smoothrot_offline.config import make_config, make_schema
 from smoothrot_offline.convert import convert
-from smoothrot_offline.decide.stages import unpack_decisions
-from smoothrot_offline.output.directory import JOURNAL_NAME, ResumableDirectory
+from smoothrot_offline.output.directory import JOURNAL_NAME, ResumableDirectory, write_part
 from smoothrot_offline.output.journal import Journal
 from smoothrot_offline.report.model import SmoothRotHfConfig, load_model
 from smoothrot_offline.source.checkpoint import check_source, file_digest, open_checkpoint
@@ -129,10 +128,11 @@ def prepare(root: Path) -> None:
 def _journal(folder: Path, manifest: bytes) -> None:
     record = json.loads(manifest)["layers"][0]
     folder.mkdir()
-    save_file({"a": torch.ones(2)}, folder / "resume-layer-00000.safetensors")
+    part = write_part(folder, 1, 3, {"a": torch.ones(2)})
+    save_file({"tokens": torch.ones(1, 2)}, folder / "resume-decisions.safetensors")
     kept = {
-        "file": "resume-layer-00000.safetensors",
-        "sha256": file_digest(folder / "resume-layer-00000.safetensors"),
+        "file": "resume-decisions.safetensors",
+        "sha256": file_digest(folder / "resume-decisions.safetensors"),
     }
     study: dict[str, Any] = {"smoothing": None, "clips": {}, "sensitivity": {}, "experts": []}
     facts = {
@@ -144,8 +144,11 @@ def _journal(folder: Path, manifest: bytes) -> None:
     entries = [
         {"identity": IDENTITY},
         {"decisions": {**facts, "sign_losses": {}}, **kept},
-        {"layer": record, "tensors": ["a"], **kept, "hidden": kept},
-        {"shard": {"b": {"file": "x", "dtype": "F32", "shape": [2], "sha256": "0" * 64}}, **kept},
+        {
+            "tensors": {name: tensor.model_dump() for name, tensor in part.items()},
+            "layer": record,
+            "hidden": kept,
+        },
     ]
     (folder / JOURNAL_NAME).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
@@ -317,19 +320,15 @@ def run_adapter(folder: Path) -> None:
 
 
 def run_journal(folder: Path) -> None:
-    spec = resolve({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES})
     stranger = folder.with_name("stranger")
     stranger.write_text("not the conversion's")
+    spec = resolve({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES})
     with ResumableDirectory(folder.with_name("out")) as directory:
         directory.resumed = True
-        journal = Journal(directory, IDENTITY)
-        for index in range(len(journal.layers)):
-            journal.load_layer(index)
+        journal = Journal(directory, IDENTITY, 3)
         journal.load_hidden()
-        if journal.decisions is not None:
-            unpack_decisions(
-                journal.decisions["decisions"], {"tokens": torch.ones(1, 2)}, spec, OPTIONS
-            )
+        if journal.decided:
+            journal.load_decisions(spec, OPTIONS)
     assert stranger.exists(), "a journal removed a file outside its folder"
 
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from smoothrot_offline.cli import app
+from smoothrot_offline.config import AnalysisConfig
 from smoothrot_offline.report import pages as pictures
-from smoothrot_offline.report.analysis import Analysis, AnalysisConfig
+from smoothrot_offline.report.analysis import Analysis
 from smoothrot_offline.report.analyze import analyze
 from smoothrot_offline.report.measure import InputMeter, Transform, difficulty, quantize
 from smoothrot_offline.rounding.rtn import quantize_rtn
@@ -434,7 +435,7 @@ def test_quantised_model_is_refused(make_model: MakeModel, tmp_path: Path) -> No
 def test_missing_matplotlib_is_named(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in [name for name in sys.modules if name.startswith("smoothrot_offline.analysis")]:
+    for module in [name for name in sys.modules if name.startswith("smoothrot_offline.report")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = invoke("analyze", make_model(), tmp_path / "out")

@@ -131,7 +131,7 @@ def test_output_is_sharded_with_an_index_that_transformers_reads(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model(vocab_size=4096, hidden_size=288)
-    convert(source, tmp_path / "out", config(scales="none", shard_mib=1))
+    convert(source, tmp_path / "out", config(scales="none"))
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2
@@ -414,7 +414,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(
         monkeypatch.setattr(smoothrot_offline.convert, "quantize_rtn", sampling)
         gc.freeze()  # what is there already need not be looked through each time
         try:
-            convert(source, tmp_path / f"out{layers}", config(shard_mib=1))
+            convert(source, tmp_path / f"out{layers}", config())
         finally:
             gc.unfreeze()
         return most

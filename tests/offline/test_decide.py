@@ -20,6 +20,7 @@ from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.report.model import load_model
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.format import ActivationScheme, QuantizationSchema, parse_schema
@@ -172,8 +173,7 @@ def test_trial_loss_is_that_of_the_converted_model(
     spec = resolve(checkpoint.config)
     studies = [LayerStudy()] * spec.layers
     found = trial_loss(
-        checkpoint,
-        spec,
+        SourceModel(checkpoint, spec),
         make_schema(spec, config),
         ModelTransform.of(spec, config),
         studies,

@@ -17,12 +17,11 @@ import smoothrot_offline.decide.stages
 from smoothrot_offline.check.inspect import inspect
 from smoothrot_offline.check.plan import plan_conversion
 from smoothrot_offline.check.verify import compare_with_source, verify
-from smoothrot_offline.config import ConvertConfig, make_config, make_schema
+from smoothrot_offline.config import AnalysisConfig, ConvertConfig, make_config, make_schema
 from smoothrot_offline.convert import convert
 from smoothrot_offline.decide.smoothing import smooth_layer
 from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.presets import choose_preset
-from smoothrot_offline.report.analysis import AnalysisConfig
 from smoothrot_offline.report.analyze import analyze
 from smoothrot_offline.report.model import load_model
 from smoothrot_offline.source.checkpoint import open_checkpoint
@@ -102,9 +101,7 @@ def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, fam
     downs = [FAMILIES[family].format(e) for e in range(spec.experts)]
     observers = {down: lambda x, down=down: seen.update({down: x.clone()}) for down in downs}
     LayerRunner(spec).run(0, layer, hidden.clone(), observers)
-    found = smooth_layer(
-        0, layer, hidden, LayerRunner(spec), spec, config, make_schema(spec, config), {}
-    )
+    found = smooth_layer(LayerRunner(spec), config, make_schema(spec, config), 0, layer, hidden, {})
     assert found.scales.shape == (spec.experts, spec.intermediate)
     assert (
         sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * spec.config.num_experts_per_tok

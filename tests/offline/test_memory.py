@@ -29,9 +29,9 @@ GIVE_BACK = {
 }
 ALLOCATORS: dict[str, dict[str, str]] = {"gives back": GIVE_BACK, "as the command line": {}}
 FEW, MANY = 4, 14
-# A small shard, so that none holds many layers. 8-bit weights: without the search for their scales
-# a layer takes half the time, and its output twice the memory.
-PLAIN = {"scales": "none", "weight_bits": 8, "shard_mib": 4}
+# 8-bit weights: without the search for their scales a layer takes half the time, and its output
+# twice the memory.
+PLAIN = {"scales": "none", "weight_bits": 8}
 CASES: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "calibrated": {**PLAIN, "scales": "l2", "calib_samples": 4, "calib_seqlen": 128},
@@ -48,11 +48,11 @@ import torch
 import smoothrot_offline.decide.stages
 import smoothrot_offline.check.plan
 import smoothrot_offline.check.admit
-from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.memory import reuse_freed_memory
-from smoothrot_offline.plan import plan_conversion
+from smoothrot_offline.device import reuse_freed_memory
+from smoothrot_offline.check.plan import plan_conversion
 
 torch.set_num_threads(1)
 smoothrot_offline.check.plan.seconds = lambda *_: 0.0

@@ -11,8 +11,7 @@ import torch
 from convert import make_model
 
 from smoothrot_offline.source.checkpoint import Checkpoint, open_checkpoint
-from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import layers_ahead, load_layer
+from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError
 
@@ -27,9 +26,9 @@ SHAPE = {
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> tuple[Checkpoint, ModelSpec]:
+def source(tmp_path: Path) -> SourceModel:
     checkpoint = open_checkpoint(make_model(tmp_path / "source", SHAPE, random=True))
-    return checkpoint, resolve(checkpoint.config)
+    return SourceModel(checkpoint, resolve(checkpoint.config))
 
 
 @pytest.fixture
@@ -50,21 +49,19 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[threading.Event]:
 
 
 @pytest.mark.parametrize("indices", [range(LAYERS), range(2, LAYERS), range(0)])
-def test_every_layer_is_given_in_order(
-    source: tuple[Checkpoint, ModelSpec], indices: range
-) -> None:
-    found = list(layers_ahead(*source, indices))
-    assert len(found) == len(indices)
-    for index, layer in zip(indices, found, strict=True):
-        expected = load_layer(*source, index)
+def test_every_layer_is_given_in_order(source: SourceModel, indices: range) -> None:
+    found = list(source.layers(indices))
+    assert [index for index, _ in found] == list(indices)
+    for index, layer in found:
+        expected = source.layer(index)
         assert layer.keys() == expected.keys()
         assert all(torch.equal(layer[name], expected[name]) for name in expected)
 
 
 def test_the_next_layer_is_read_while_one_is_worked_on_and_no_other(
-    source: tuple[Checkpoint, ModelSpec], begun: list[threading.Event]
+    source: SourceModel, begun: list[threading.Event]
 ) -> None:
-    layers = layers_ahead(*source, range(LAYERS))
+    layers = source.layers()
     next(layers)
     assert begun[1].wait(timeout=30)
     assert not begun[2].is_set()
@@ -72,9 +69,9 @@ def test_the_next_layer_is_read_while_one_is_worked_on_and_no_other(
 
 
 def test_a_damaged_layer_is_an_error_when_its_turn_comes(
-    source: tuple[Checkpoint, ModelSpec], begun: list[threading.Event]
+    source: SourceModel, begun: list[threading.Event]
 ) -> None:
-    layers = layers_ahead(*source, range(LAYERS))
+    layers = source.layers()
     next(layers)
     next(layers)
     assert begun[2].wait(timeout=30)

@@ -13,14 +13,11 @@ from pathlib import Path
 
 import pytest
 from test_refusals import edit_config
-from transformers import PreTrainedModel
 
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.decide.stages import unpack_decisions
 from smoothrot_offline.output.directory import JOURNAL_NAME
-from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import ConfigError, ResumeError
 
 MakeModel = Callable[..., Path]
@@ -38,8 +35,8 @@ from pathlib import Path
 import torch
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.verify import verify
-from smoothrot_offline.write import JOURNAL_NAME
+from smoothrot_offline.check.verify import verify
+from smoothrot_offline.output.directory import JOURNAL_NAME
 from smoothrot_vllm.errors import SmoothRotError
 
 torch.set_num_threads(1)
@@ -105,7 +102,6 @@ def test_kill_9_anywhere_and_the_same_command_finishes_with_the_same_bytes(
 ) -> None:
     source, folder = make_model(**FAMILY), tmp_path / "outputs"
     folder.mkdir()
-    options = {**options, "shard_mib": 1}
     command = [
         sys.executable,
         "-c",
@@ -218,33 +214,25 @@ def test_damaged_work_is_refused_by_file(
     make_model: MakeModel, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     source, out = interrupted(make_model, tmp_path)
-    damage(tmp_path / "out.partial" / "resume-layer-00001.safetensors")
-    with pytest.raises(
-        ResumeError, match=r"resume-layer-00001\.safetensors: expected the file that was written"
-    ):
+    damage(tmp_path / "out.partial" / "model-00003-of-00005.safetensors")
+    with pytest.raises(ResumeError, match=r"model-00003-of-00005\.safetensors"):
         convert(source, out, make_config(**PLAIN))
 
 
-KEPT = '"sha256": "0", "layer": {"weight_error": {}}, "hidden": null'
+LAYER = '"layer": {"weight_error": {}}, "hidden"'
+RECORD = '{"file": "model-00004-of-00005.safetensors", "dtype": "F32", "shape": [1], "sha256": "0"}'
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        *(
-            '{"layer": {}}',
-            '{"layer": 3}',
-            '{"shard": {"x": 1}}',
-            '{"decisions": {}}',
-            "[]",
-            "{",
-            "[" * 10**5,
-        ),
-        f'{{"tensors": ["a"], "file": "../precious.safetensors", {KEPT}}}',
-        f'{{"tensors": ["a"], "file": "{"x" * 5000}.safetensors", {KEPT}}}',
-        f'{{"tensors": ["a"], "file": 3, {KEPT}}}',
-        f'{{"tensors": [3], "file": "a.safetensors", {KEPT}}}',
-        '{"tensors": ["a"], "file": "a.safetensors", "sha256": "0", "layer": {"weight_error": {}}}',
+        *('{"layer": {}}', '{"tensors": 3}', '{"decisions": {}}', "[]", "{", "[" * 10**5),
+        f'{{"tensors": {{"a": {RECORD}}}, "layer": {{"weight_error": {{}}}}}}',
+        f'{{"tensors": {{"a": {RECORD}}}, {LAYER}: {{"file": "../x.safetensors", "sha256": "0"}}}}',
+        f'{{"tensors": {{"a": {RECORD}}}, {LAYER}: {{"file": 3, "sha256": "0"}}}}',
+        f'{{"tensors": {{"a": {RECORD.replace("model-00004", "../precious")}}}, {LAYER}: null}}',
+        f'{{"tensors": {{}}, {LAYER}: null}}',
+        '{"decisions": {}, "file": "precious.safetensors", "sha256": "0"}',
     ],
 )
 def test_damaged_journal_is_refused_by_file(
@@ -264,11 +252,15 @@ def test_damaged_journal_is_refused_by_file(
     [{}, {"seed": 0, "studies": "x"}, {"seed": 0, "studies": [3], "learned": None, "schema": {}}],
 )
 def test_damaged_decisions_of_a_journal_are_refused(
-    build_model: Callable[..., PreTrainedModel], facts: dict[str, object]
+    make_model: MakeModel, tmp_path: Path, facts: dict[str, object]
 ) -> None:
-    spec = resolve(build_model().config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    source, out = interrupted(make_model, tmp_path, **CALIBRATION)
+    journal = tmp_path / "out.partial" / JOURNAL_NAME
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[1]["decisions"] = facts
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ResumeError, match=r"journal\.jsonl: decisions: expected"):
-        unpack_decisions(facts, {}, spec, make_config())
+        convert(source, out, make_config(**PLAIN | CALIBRATION))
 
 
 def test_torn_last_line_of_the_journal_is_work_not_finished(

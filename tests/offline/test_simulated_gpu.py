@@ -21,12 +21,11 @@ import smoothrot_offline.decide.stages
 import smoothrot_offline.rounding.sequential
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.cli import app
-from smoothrot_offline.config import make_config
+from smoothrot_offline.config import AnalysisConfig, make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.device import choose_device, computing_on
 from smoothrot_offline.output.directory import JOURNAL_NAME
 from smoothrot_offline.output.manifest import read_manifest
-from smoothrot_offline.report.analysis import AnalysisConfig
 from smoothrot_offline.report.analyze import analyze
 from smoothrot_offline.report.evaluate import evaluate_perplexity
 from smoothrot_vllm import ops, reference

@@ -23,22 +23,19 @@ from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.transform.rotation import (
     DenseRotation,
-    Rotation,
-    fold_norms,
     hadamard,
     head_matrices,
     random_rotation,
     random_signs,
-    rotate_down_input,
-    rotate_heads,
-    rotate_reader_inputs,
-    rotate_residual,
 )
 from smoothrot_offline.transform.sides import (
     LayerScales,
     ModelTransform,
-    fold_norm_smoothing,
-    fold_smoothing,
+    down_rotation,
+    fold,
+    head_rotation,
+    online_residual_rotation,
+    smoothing,
 )
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import Online
@@ -234,7 +231,8 @@ def with_random_rotations(transform: ModelTransform) -> ModelTransform:
 
 def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     table = subject.spec.architecture
-    subject.each_layer(lambda layer, _: fold_norms(layer, table))
+    transform = ModelTransform.of_norms(subject.spec)
+    subject.each_layer(lambda layer, index: transform.layer(index, layer, LayerScales()))
     folded = [
         t
         for name, t in subject.tensors.items()
@@ -249,14 +247,9 @@ def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
 )
 def test_r1_keeps_the_logits(subject: Subject) -> None:
-    table, rotation = subject.spec.architecture, random_rotation(subject.spec.hidden, seed=5)
-
-    def fold(layer: Tensors, _index: int) -> None:
-        fold_norms(layer, table)
-        rotate_residual(layer, table, rotation)
-
-    subject.each_layer(fold)
+    rotation = random_rotation(subject.spec.hidden, seed=5)
     transform = ModelTransform(subject.spec, 5, rotation, Online())
+    subject.each_layer(lambda layer, index: transform.layer(index, layer, LayerScales()))
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = transform.embedding(tensors["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = transform.head(
@@ -269,7 +262,8 @@ def test_r1_keeps_the_logits(subject: Subject) -> None:
 def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
     table, block = subject.spec.architecture, choose_block(subject.spec.hidden).size
     before = dict(subject.tensors)
-    subject.each_layer(lambda layer, _: rotate_reader_inputs(layer, table, block))
+    sides = online_residual_rotation(subject.spec, block)
+    subject.each_layer(lambda layer, _: fold(layer, sides))
     readers = [reader for group in table.readers.values() for reader in group]
     changed = {
         name for name, tensor in subject.tensors.items() if not torch.equal(tensor, before[name])
@@ -283,7 +277,8 @@ def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
 
 
 def test_r2_keeps_the_logits(subject: Subject) -> None:
-    subject.each_layer(lambda layer, _: rotate_heads(layer, subject.spec))
+    sides = head_rotation(subject.spec)
+    subject.each_layer(lambda layer, _: fold(layer, sides))
     assert subject.error() <= 1e-10
 
 
@@ -291,14 +286,10 @@ def test_r2_keeps_the_logits(subject: Subject) -> None:
     "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
 )
 def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
-    table, hidden = subject.spec.architecture, subject.spec.hidden
+    hidden = subject.spec.hidden
     rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
-
-    def fold(layer: Tensors, _index: int) -> None:
-        fold_norms(layer, table)
-        rotate_residual(layer, table, rotation)
-
-    subject.each_layer(fold)
+    transform = ModelTransform(subject.spec, 0, rotation, Online())
+    subject.each_layer(lambda layer, index: transform.layer(index, layer, LayerScales()))
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = rotation.rotate(tensors["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = rotation.rotate(
@@ -311,7 +302,8 @@ def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
 def test_any_orthogonal_matrix_of_each_value_head_will_do_for_r2(subject: Subject) -> None:
     spec = subject.spec
     matrices = random_orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim)
-    subject.each_layer(lambda layer, _: rotate_heads(layer, spec, matrices))
+    sides = head_rotation(spec, matrices)
+    subject.each_layer(lambda layer, _: fold(layer, sides))
     assert subject.error() <= 1e-10
 
 
@@ -322,16 +314,14 @@ def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
         for n in (table.value, table.output)
     }
     dense = dict(layer)
-    rotate_heads(layer, spec)
-    rotate_heads(dense, spec, head_matrices(spec.kv_heads, spec.head_dim))
+    fold(layer, head_rotation(spec))
+    fold(dense, head_rotation(spec, head_matrices(spec.kv_heads, spec.head_dim)))
     torch.testing.assert_close(dense, layer)
 
 
 def test_smoothing_keeps_the_logits(subject: Subject) -> None:
     subject.each_layer(
-        lambda layer, i: fold_smoothing(
-            layer, subject.spec.architecture, random_scales(subject.spec, i)
-        )
+        lambda layer, i: fold(layer, smoothing(subject.spec, random_scales(subject.spec, i)))
     )
     assert subject.error() <= 1e-10
 
@@ -339,9 +329,10 @@ def test_smoothing_keeps_the_logits(subject: Subject) -> None:
 def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
     table = subject.spec.architecture
     before = dict(subject.tensors)
+    transform = ModelTransform(subject.spec, 0, None, Online())
     subject.each_layer(
-        lambda layer, i: fold_norm_smoothing(
-            layer, table, random_layer_scales(subject.spec, i).norms
+        lambda layer, i: transform.layer(
+            i, layer, LayerScales(norms=random_layer_scales(subject.spec, i).norms)
         )
     )
     changed = {
@@ -360,11 +351,11 @@ def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
 def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int) -> None:
     block = choose_block(subject.spec.intermediate, shards).size
 
-    def fold(layer: Tensors, index: int) -> None:
+    def rotate_down(layer: Tensors, index: int) -> None:
         signs = random_signs(subject.spec.intermediate, 7, f"R4/{index}")
-        rotate_down_input(layer, subject.spec.architecture, Rotation(signs, block))
+        fold(layer, down_rotation(subject.spec, signs, block))
 
-    subject.each_layer(fold)
+    subject.each_layer(rotate_down)
     assert subject.error({down: block for _, down in subject.spec.architecture.products}) <= 1e-10
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
@@ -433,9 +424,6 @@ def test_random_signs_depend_on_seed_and_purpose_only() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
-def test_unusable_scales_are_refused(
-    build_model: Callable[..., PreTrainedModel], bad: float
-) -> None:
-    spec = resolve(build_model().config.to_dict())
-    with pytest.raises(CheckpointError, match=r"mlp\.down_proj"):
-        fold_smoothing({}, spec.architecture, torch.tensor([1.0, bad]))
+def test_unusable_scales_are_refused(bad: float) -> None:
+    with pytest.raises(CheckpointError, match="down_proj"):
+        LayerScales(torch.tensor([1.0, bad]))

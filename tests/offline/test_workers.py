@@ -21,7 +21,7 @@ from smoothrot_offline.convert import convert
 from smoothrot_vllm.errors import CheckpointError, ConfigError, OutputError
 
 MakeModel = Callable[..., Path]
-CONFIG = make_config(scales="none", shard_mib=1)
+CONFIG = make_config(scales="none")
 
 
 def content(directory: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 headers alone."""
 
 import hashlib
-import math
 import resource
 import time
 from collections.abc import Callable
@@ -14,15 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.check.admit import admit_model, admit_options, rotation_blocks
 from smoothrot_offline.check.inspect import Sizes, header_table, measure, output_sizes
-from smoothrot_offline.config import MEBIBYTE, ConvertConfig, check_shards
-from smoothrot_offline.convert import HEAD_ROWS
-from smoothrot_offline.decide.policies import SAMPLE_TOKENS, STEPS, searched_candidates
-from smoothrot_offline.decide.rotations import SAMPLE_SEQUENCES, learning_bytes, learning_flop
-from smoothrot_offline.decide.stages import HELD_OUT_SAMPLES, smooths_anew
-from smoothrot_offline.decide.study import PROBE_SAMPLES
+from smoothrot_offline.config import ConvertConfig, check_shards
+from smoothrot_offline.decide.policies import SAMPLE_TOKENS
+from smoothrot_offline.decide.rotations import learning_bytes
+from smoothrot_offline.decide.stages import STAGES, Cost
 from smoothrot_offline.device import CPU, device_name
-from smoothrot_offline.output.layers import store
-from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.rounding.rtn import HEAD_ROWS, quantize_rtn, store
+from smoothrot_offline.rounding.sequential import rounding_flop
 from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import CHUNK_TOKENS
@@ -38,10 +35,10 @@ TIME_METHOD = (
     " SHA-256, all three measured for a moment on this machine now"
 )
 MEMORY_METHOD = (
-    "this process now, plus eight fifths of: the calibration's hidden states, one shard or the"
-    " embedding, and the largest of a decoder layer run in float32, the same layer folded in"
-    " float64 with the samples that rotations are learned from, the head with a slice of rows in"
-    " float64; or of the whole model, if it generates the text"
+    "this process now, plus twice: the calibration's hidden states, and the largest of a decoder"
+    " layer run in float32, the same layer folded in float64 with the samples that rotations are"
+    " learned from, the embedding or the head with a slice of rows in float64; or the whole model,"
+    " if it generates the text"
 )
 
 
@@ -62,7 +59,7 @@ def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
 
 def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> int:
     """Peak resident bytes of a conversion from sizes ``before`` to sizes ``after``."""
-    weights = _layer_weights(spec)
+    weights = spec.layer_weights()
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     experts = max(1, spec.experts)
     sample = (
@@ -92,10 +89,9 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         widest = max(spec.intermediate, spec.hidden)
         running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
-    # A tensor is in one shard, however large.
-    shard = min(max(config.shard_mib * MEBIBYTE, after.embedding), after.total)
+    embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
     learning = learning_bytes(spec) if config.learns_rotations else 0
-    converting = hidden + shard + max(running if tokens else 0, learning + folding, head)
+    converting = hidden + max(running if tokens else 0, learning + folding, head, embedding)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
     resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # What the allocator cannot use again, measured: up to 0.6 of it without calibration on layers
@@ -106,67 +102,21 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
 
 def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> float:
     """Seconds of a conversion from sizes ``before`` to sizes ``after``, by rates measured now."""
-    weights = spec.layers * sum(_layer_weights(spec))
-    head = spec.vocab * spec.hidden
-    # A token meets only the experts it is routed to.
-    chosen = spec.config.num_experts_per_tok if spec.experts else 0
-    idle = 3 * spec.layers * (spec.experts - chosen) * spec.intermediate * spec.hidden
-    per_token = (
-        2 * (weights - idle) + 4 * config.calib_seqlen * spec.heads * spec.head_dim * spec.layers
-    )
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
-    probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
-    down = 2 * spec.layers * spec.intermediate * spec.hidden
-    folds, flop, passes = 1, 0.0, 0.0
-    if config.needs_calibration and config.calib == GENERATED:
-        # A token at a time, the weights are read from memory for each.
-        passes += 4
-    if config.scales != "none":
-        passes += 1
-        trials = {
-            "search": searched_candidates(),
-            "learned": searched_candidates() + 3 * STEPS,
-        }.get(config.scales, 2)
-        sampled = (
-            spec.experts * min(tokens * chosen // spec.experts, SAMPLE_TOKENS)
-            if spec.experts
-            else min(tokens, SAMPLE_TOKENS)
-        )
-        flop += trials * sampled * down
-    if smooths_anew(spec, config):
-        flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
-    if config.needs_probe:
-        folds += 1
-        flop += (6 if config.keep_8bit else 2) * probe * per_token
-    if config.sign_seeds > 1:
-        folds += config.sign_seeds
-        flop += config.sign_seeds * HELD_OUT_SAMPLES * config.calib_seqlen * (per_token + 2 * head)
-    if config.learns_rotations:
-        folds += 1
-        flop += learning_flop(spec, config.rotation_steps)
-        flop += min(config.calib_samples, SAMPLE_SEQUENCES) * config.calib_seqlen * per_token
+    costs = [stage.cost(spec, config) for stage in STAGES if stage.steps(spec, config)]
     if config.rounding != "rtn":
-        # A layer runs once, its gate and up once more; then H, and rounding. Asymmetric calibration
-        # has two of each.
-        copies = 2 if config.rounding == "gptaq" else 1
-        inputs = sum(
-            shape[1] ** 2
-            for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears}
+        asymmetric = config.rounding == "gptaq"
+        # A layer runs once, its gate and up once more; asymmetric calibration has two of each.
+        costs.append(
+            Cost(1, rounding_flop(spec, tokens, asymmetric), 1.5 * (2 if asymmetric else 1))
         )
-        passes += 1.5 * copies
-        flop += copies * spec.layers * tokens * 2 * inputs * max(1, chosen)
-        # An H of each expert is factorised and inverted.
-        flop += 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
-        folds += 1
-    # An output tensor is in its layer's file first, which is hashed again when it is read, and then
-    # in a shard.
-    hashed = before.total + 3 * after.total
-    total = folds * (weights + head) / _weights_per_second() + hashed / _hashed_bytes_per_second()
-    return round(total + (flop + passes * tokens * per_token) / _flop_per_second(), 1)
-
-
-def _layer_weights(spec: ModelSpec) -> list[int]:
-    return [math.prod(spec.linear_shape(linear)) for linear in spec.architecture.linears]
+    folds = 1 + sum(cost.folds for cost in costs)
+    per_token = spec.token_flop(config.calib_seqlen)
+    flop = sum(cost.flop + cost.passes * tokens * per_token for cost in costs)
+    weights = spec.layers * sum(spec.layer_weights()) + spec.vocab * spec.hidden
+    total = folds * weights / _weights_per_second() + flop / _flop_per_second()
+    hashed = before.total + after.total
+    return round(total + hashed / _hashed_bytes_per_second(), 1)
 
 
 @cache

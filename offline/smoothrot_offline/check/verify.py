@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.check.inspect import model_dtype, open_converted, structure_problems
 from smoothrot_offline.console import ProgressCallback, no_progress
-from smoothrot_offline.output.layers import relative_error
 from smoothrot_offline.output.manifest import Manifest, read_manifest
-from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.rounding.rtn import quantize_rtn, relative_error
 from smoothrot_offline.source.checkpoint import (
     Checkpoint,
     file_digest,

@@ -60,7 +60,7 @@ def learn_turn(
     return cayley(free.detach().double())
 
 
-def keep_better(
+def better_of(
     start: torch.Tensor, turn: torch.Tensor, held_out: Callable[[torch.Tensor], float]
 ) -> Learned:
     """``start C`` if its held-out error is less than that of ``start``, or else ``start`` itself.
@@ -188,7 +188,7 @@ def learn_head_rotations(
         error = rounded_error(heads.rotate(held), heads.rotate(outputs), activations, weights)
         return error + float(_rounding(value, quantize_rtn(value, weights).dequantize()))
 
-    return keep_better(start, learn_turn(loss, start, steps, HEAD_ANGLE), held_out)
+    return better_of(start, learn_turn(loss, start, steps, HEAD_ANGLE), held_out)
 
 
 def _query_heads(matrices: torch.Tensor, group: int) -> DenseRotation:
@@ -276,7 +276,7 @@ def learn_residual_rotation(
             )
         return sum(errors) / len(errors)
 
-    return keep_better(start, learn_turn(loss, start, steps, RESIDUAL_ANGLE), held_out)
+    return better_of(start, learn_turn(loss, start, steps, RESIDUAL_ANGLE), held_out)
 
 
 def _visits(samples: int, steps: int, seed: int) -> list[list[int]]:

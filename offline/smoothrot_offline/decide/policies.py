@@ -9,12 +9,14 @@ from typing import Literal
 
 import torch
 
+from smoothrot_offline.config import Policy
 from smoothrot_offline.rounding.rtn import (
     fake_quantize_shrunk,
     fake_quantize_tokens,
     quantize_rtn,
     searched_shrink,
 )
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm.format import LinearScheme
 
@@ -162,7 +164,6 @@ def learn_scales(
     return (learned, learned_error) if learned_error < start_error else (start, start_error)
 
 
-Policy = Literal["max", "quantile", "l2", "search", "learned"]
 Statistic = Literal["max", "quantile", "l2"]
 
 SEARCHED_ALPHAS = (0.4, 0.5, 0.6)
@@ -239,9 +240,15 @@ def choose_scales(
     return SmoothingChoice(scales, statistic, alpha, quantile, relative, start)
 
 
-def searched_candidates() -> int:
-    """How many scales ``search`` tries."""
-    return len(list(_grid()))
+def policy_flop(spec: ModelSpec, policy: Policy, tokens: int) -> float:
+    """Floating-point operations of choosing the scales of all layers from ``tokens`` tokens."""
+    searched = len(list(_grid()))
+    trials = {"search": searched, "learned": searched + 3 * STEPS}.get(policy, 2)
+    sampled = min(tokens, SAMPLE_TOKENS)
+    if spec.experts:
+        routed = tokens * spec.config.num_experts_per_tok // spec.experts
+        sampled = spec.experts * min(routed, SAMPLE_TOKENS)
+    return trials * sampled * 2 * spec.layers * spec.intermediate * spec.hidden
 
 
 def _grid() -> Iterator[tuple[Statistic, float, float | None]]:

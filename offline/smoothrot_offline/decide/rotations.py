@@ -20,9 +20,8 @@ from smoothrot_offline.decide.study import LayerStudy
 from smoothrot_offline.output.manifest import HeldOutError, LearnedRecord
 from smoothrot_offline.rounding.rtn import quantize_rtn
 from smoothrot_offline.rounding.served import inputs_through, output_of, quantisers, rotations
-from smoothrot_offline.source.checkpoint import Checkpoint
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import LayerRunner, Observer, embed
+from smoothrot_offline.source.layers import Observer, SourceModel
 from smoothrot_offline.transform.rotation import DenseRotation, head_matrices
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.format import Online, QuantizationSchema
@@ -32,71 +31,60 @@ _LOGIT_ROWS = 512
 
 @torch.no_grad()
 def trial_loss(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
+    source: SourceModel,
     schema: QuantizationSchema,
     transform: ModelTransform,
     studies: Sequence[LayerStudy],
     tokens: torch.Tensor,
 ) -> float:
     """Mean negative log-likelihood in nats of ``tokens (samples, seqlen)`` under the model as a
-    conversion would quantise it.
+    conversion would quantize it.
 
     Weights are rounded to nearest whatever the conversion's own rounding, which would take as long
     as a conversion; the head stays in full precision. One decoder layer is held at a time.
 
     Args:
-        checkpoint, spec: the original model.
+        source: the original model.
         schema: bits, groups and clips of every linear.
         transform: with the signs on trial.
         studies: the smoothing scales of each layer.
         tokens: held-out calibration text, int64.
     """
-    table = spec.architecture
-    embedding = checkpoint.load([f"{table.embedding}.weight"])[f"{table.embedding}.weight"]
-    hidden = transform.embedding(embed(tokens, embedding, spec.embedding_scale).double()).float()
-    runner = LayerRunner(spec)
-    for index, study in enumerate(studies):
+    spec = source.spec
+    hidden = transform.embedding(source.embed(tokens).double()).float()
+    for index, loaded in source.layers():
         prefix = spec.layer_prefix(index)
-        loaded = checkpoint.load_relative(prefix, spec.layer_tensors())
         layer = {name: tensor.double() for name, tensor in loaded.items()}
-        transform.layer(index, layer, study.scales)
-        schemes = {linear: schema.scheme(prefix + linear) for linear in table.linears}
+        transform.layer(index, layer, studies[index].scales)
+        schemes = {linear: schema.scheme(prefix + linear) for linear in spec.architecture.linears}
         for linear, scheme in schemes.items():
             if scheme is not None:
                 name = f"{linear}.weight"
                 layer[name] = quantize_rtn(layer[name], scheme.weights, prefix + name).dequantize()
-        model, module = runner.build(index, layer)
+        model, module = source.build(index, layer)
         with inputs_through(
             module, rotations(spec, schema.online) | quantisers(schemes, schema.online)
         ):
             hidden = torch.cat([output_of(model, part) for part in hidden.split(1)])
-    return _loss(checkpoint, spec, runner, transform, hidden, tokens)
+    return _loss(source, transform, hidden, tokens)
 
 
 def _loss(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    runner: LayerRunner,
-    transform: ModelTransform,
-    hidden: torch.Tensor,
-    tokens: torch.Tensor,
+    source: SourceModel, transform: ModelTransform, hidden: torch.Tensor, tokens: torch.Tensor
 ) -> float:
-    table = spec.architecture
-    gamma = checkpoint.load([f"{table.final_norm}.weight"])[f"{table.final_norm}.weight"].double()
-    source = f"{table.embedding if spec.tied else table.lm_head}.weight"
+    gamma = source.tensor(source.norm_name).double()
     head = torch.cat(
         [
             transform.head(rows.double(), gamma).float()
-            for rows in checkpoint.load([source])[source].split(4096)
+            for rows in source.tensor(source.head_name).split(4096)
         ]
     )
-    states = runner.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
+    states = source.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
     total = 0.0
     following = tokens[:, 1:].flatten().to(states.device)
     for rows, targets in zip(states.split(_LOGIT_ROWS), following.split(_LOGIT_ROWS), strict=True):
         total += nn.functional.cross_entropy(
-            spec.capped(rows @ head.T), targets, reduction="sum"
+            source.spec.capped(rows @ head.T), targets, reduction="sum"
         ).item()
     return total / len(states)
 
@@ -123,6 +111,11 @@ def learning_steps(spec: ModelSpec) -> int:
     return 2 * spec.layers + int(spec.architecture.rotates_residual)
 
 
+def learning_samples(samples: int) -> int:
+    """How many of the calibration's sequences :func:`learn_rotations` runs."""
+    return min(samples, SAMPLE_SEQUENCES)
+
+
 def learning_flop(spec: ModelSpec, steps: int) -> float:
     """Floating-point operations of the descents: a forward and a backward pass, twice as long,
     of each step's products."""
@@ -147,8 +140,7 @@ def learning_bytes(spec: ModelSpec) -> int:
 
 
 def learn_rotations(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
+    source: SourceModel,
     config: ConvertConfig,
     schema: QuantizationSchema,
     transform: ModelTransform,
@@ -162,7 +154,7 @@ def learn_rotations(
     weight of a row.
 
     Args:
-        checkpoint, spec, config: of the conversion.
+        source, config: of the conversion.
         schema: its weights' and activations' bits, groups and clip are those that the error is
             measured with.
         transform: with the chosen signs.
@@ -172,14 +164,15 @@ def learn_rotations(
     Raises:
         CheckpointError: the model's activations are not finite.
     """
-    samples = _samples(checkpoint, spec, config.seed, tokens[:SAMPLE_SEQUENCES], step)
+    spec = source.spec
+    samples = _samples(source, config.seed, tokens[: learning_samples(len(tokens))], step)
     residual = None
     if transform.residual is not None:
         step("learning R1")
         residual = learn_residual_rotation(
             [reader for sample in samples for reader in sample.readers],
             transform.residual.rotate(
-                torch.eye(spec.hidden, dtype=torch.float64, device=checkpoint.device)
+                torch.eye(spec.hidden, dtype=torch.float64, device=source.device)
             ),
             activations=schema.activations,
             weights=schema.weights,
@@ -190,9 +183,7 @@ def learn_rotations(
     heads = []
     for index, sample in enumerate(samples):
         step(f"learning R2 of layer {index + 1} of {spec.layers}")
-        heads.append(
-            _learn_heads(checkpoint, spec, config, schema, transform, index, sample.output_input)
-        )
+        heads.append(_learn_heads(source, config, schema, transform, index, sample.output_input))
     mean = HeldOutError(
         hadamard=sum(learned.before for learned in heads) / len(heads),
         learned=sum(learned.after for learned in heads) / len(heads),
@@ -205,27 +196,20 @@ def learn_rotations(
 
 
 def _samples(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    seed: int,
-    tokens: torch.Tensor,
-    step: Callable[[str], None],
+    source: SourceModel, seed: int, tokens: torch.Tensor, step: Callable[[str], None]
 ) -> list[LayerSample]:
     """Run the original model on ``tokens``, layer by layer, and keep some of what the rotated
     linears read."""
-    table = spec.architecture
-    name = f"{table.embedding}.weight"
-    hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
-    runner, generator = LayerRunner(spec), torch.Generator().manual_seed(seed)
+    spec, table = source.spec, source.spec.architecture
+    hidden, generator = source.embed(tokens), torch.Generator().manual_seed(seed)
     norms = table.readers if table.rotates_residual else {}
     # Odd, so that it does not keep to one position of the sequences.
     stride = max(1, tokens.numel() // SAMPLE_TOKENS) | 1
     found = []
-    for index in range(spec.layers):
+    for index, layer in source.layers():
         step(f"sampling layer {index + 1} of {spec.layers}")
-        layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
         seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, table.output)}
-        runner.run(
+        source.run(
             index,
             layer,
             hidden,
@@ -247,8 +231,7 @@ def _samples(
 
 
 def _learn_heads(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
+    source: SourceModel,
     config: ConvertConfig,
     schema: QuantizationSchema,
     transform: ModelTransform,
@@ -256,13 +239,8 @@ def _learn_heads(
     output_input: torch.Tensor,
 ) -> Learned:
     """R2 of decoder layer ``index``, from what its o_proj reads before R2."""
-    table = spec.architecture
-    layer = {
-        name: tensor.double()
-        for name, tensor in checkpoint.load_relative(
-            spec.layer_prefix(index), spec.layer_tensors()
-        ).items()
-    }
+    spec, table = source.spec, source.spec.architecture
+    layer = {name: tensor.double() for name, tensor in source.layer(index).items()}
     # All but R2 and R4: the weights that R2 will be folded into.
     replace(transform, online=Online(readers=transform.online.readers)).layer(
         index, layer, LayerScales()
@@ -272,7 +250,7 @@ def _learn_heads(
         output_input,
         output.float(),
         layer[f"{table.value}.weight"][-spec.values :].float(),
-        head_matrices(spec.kv_heads, spec.head_dim).to(checkpoint.device),
+        head_matrices(spec.kv_heads, spec.head_dim).to(source.device),
         activations=schema.activations,
         weights=schema.weights,
         steps=config.rotation_steps,

@@ -5,7 +5,7 @@ multiplies by its weight.
 R1 leaves a norm's weight at 1, and the server multiplies by it all the same: scales there cost
 nothing at run time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,8 @@ from smoothrot_offline.decide.policies import (
     choose_scales,
 )
 from smoothrot_offline.output.manifest import SmoothingRecord
-from smoothrot_offline.source.checkpoint import Checkpoint
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import LayerRunner, Observer, embed
+from smoothrot_offline.source.layers import LayerRunner, Observer, SourceModel
 from smoothrot_offline.transform.rotation import Orthogonal
 from smoothrot_vllm.format import QuantizationSchema
 
@@ -40,26 +39,26 @@ class LayerSmoothing:
 
 
 def smooth_layer(
+    runner: LayerRunner,
+    config: ConvertConfig,
+    schema: QuantizationSchema,
     index: int,
     layer: Mapping[str, torch.Tensor],
     hidden: torch.Tensor,
-    runner: LayerRunner,
-    spec: ModelSpec,
-    config: ConvertConfig,
-    schema: QuantizationSchema,
     observers: Mapping[str, Observer],
 ) -> LayerSmoothing:
     """Move ``hidden`` past decoder layer ``index`` of the original model, and choose the scales of
     its down_proj or down_projs.
 
     Args:
+        runner, config, schema: of the conversion; ``config.scales`` is not ``none``.
         index: which layer.
         layer: its tensors by names relative to it, as in the source.
         hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads; replaced by what it
             returns.
-        runner, spec, config, schema: of the conversion; ``config.scales`` is not ``none``.
         observers: of other modules of the layer, while it runs.
     """
+    spec = runner.spec
     assert config.scales != "none"
     tokens = hidden.shape[0] * hidden.shape[1]
     if spec.experts:
@@ -198,34 +197,33 @@ class NormStatistics:
         return torch.where(used & (stored * gamma > 0), gamma / stored, 1.0)
 
 
+def norm_samples(samples: int) -> int:
+    """How many of the calibration's sequences :func:`smooth_norms` runs."""
+    return min(samples, SAMPLE_SEQUENCES)
+
+
 @torch.no_grad()
 def smooth_norms(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
+    source: SourceModel,
     residual: Orthogonal | None,
     tokens: torch.Tensor,
-    dtype: torch.dtype,
     step: Callable[[str], None],
-) -> Sequence[dict[str, torch.Tensor]]:
+) -> list[dict[str, torch.Tensor]]:
     """Scales of the norms of every layer for a transform that was chosen after the study.
 
     Args:
-        checkpoint, spec: the original model.
+        source: the original model.
         residual: R1 as it will be folded.
         tokens: calibration tokens, int64 ``(samples, seqlen)``.
-        dtype: of the norms in the output.
         step: told what begins, once for each layer.
 
     Raises:
         CheckpointError: the model's activations are not finite.
     """
-    name = f"{spec.architecture.embedding}.weight"
-    hidden = embed(tokens[:SAMPLE_SEQUENCES], checkpoint.load([name])[name], spec.embedding_scale)
-    runner, found = LayerRunner(spec), []
-    for index in range(spec.layers):
-        step(f"smoothing the norms of layer {index + 1} of {spec.layers}")
-        layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
-        statistics = NormStatistics(spec, residual, layer)
-        runner.run(index, layer, hidden, statistics.observers())
-        found.append(statistics.scales(layer, dtype))
+    hidden, found = source.embed(tokens[: norm_samples(len(tokens))]), []
+    for index, layer in source.layers():
+        step(f"smoothing the norms of layer {index + 1} of {source.spec.layers}")
+        statistics = NormStatistics(source.spec, residual, layer)
+        source.run(index, layer, hidden, statistics.observers())
+        found.append(statistics.scales(layer, source.dtype))
     return found

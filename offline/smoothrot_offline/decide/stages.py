@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a conversion decides by measurement, before it writes: scales, clips, 8-bit layers,
-signs, rotations."""
+"""Everything a conversion decides by measurement before it writes, stage by stage: calibration
+text, scales with clips and 8-bit layers, signs, learned rotations, the norms' scales.
+
+Each stage says how many steps it reports, what it costs, and does it.
+"""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
 from smoothrot_offline.config import ConvertConfig
-from smoothrot_offline.decide.rotations import learn_rotations, learning_steps, trial_loss
-from smoothrot_offline.decide.smoothing import smooth_norms
-from smoothrot_offline.decide.study import LayerStudy, Study, allocate
-from smoothrot_offline.output.directory import JOURNAL_NAME
-from smoothrot_offline.output.manifest import LearnedRecord, SmoothingRecord
-from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
+from smoothrot_offline.decide.policies import policy_flop
+from smoothrot_offline.decide.rotations import (
+    learn_rotations,
+    learning_flop,
+    learning_samples,
+    learning_steps,
+    trial_loss,
+)
+from smoothrot_offline.decide.smoothing import norm_samples, smooth_norms
+from smoothrot_offline.decide.study import PROBE_SAMPLES, LayerStudy, Study, allocate
+from smoothrot_offline.output.manifest import LearnedRecord
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import LayerRunner, embed, layers_ahead
-from smoothrot_offline.source.text import load_calibration
-from smoothrot_offline.transform.rotation import DenseRotation
-from smoothrot_offline.transform.sides import LayerScales, ModelTransform
-from smoothrot_vllm.errors import ResumeError
+from smoothrot_offline.source.layers import SourceModel
+from smoothrot_offline.source.text import GENERATED, load_calibration
+from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.format import QuantizationSchema
 
 _log = logging.getLogger(__name__)
@@ -29,56 +35,213 @@ _log = logging.getLogger(__name__)
 HELD_OUT_SAMPLES = 8
 """Calibration sequences that only the choice of the signs sees."""
 
+Step = Callable[[str], None]
+"""Told what begins."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Decisions:
     """What the measurements led to.
 
-    ``tokens`` are the calibration tokens int64 ``(samples, seqlen)``, None if the model is not run;
-    ``studies`` has one entry for each layer; ``schema`` carries the overrides; ``transform`` the
-    chosen signs and learned rotations; ``sign_losses`` the held-out loss of each seed tried, in
-    nats; ``learned`` what learning the rotations led to, if they were.
+    ``tokens`` are the calibration tokens int64 ``(samples, seqlen)``, None if the model is not run,
+    ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
+    overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
+    loss of each seed tried, in nats; ``learned`` what learning the rotations led to, if they were.
     """
 
     tokens: torch.Tensor | None
     studies: list[LayerStudy]
     schema: QuantizationSchema
     transform: ModelTransform
-    sign_losses: dict[int, float]
-    learned: LearnedRecord | None
+    sign_losses: dict[int, float] = field(default_factory=dict)
+    learned: LearnedRecord | None = None
+    held_out: torch.Tensor | None = None
+
+    @property
+    def calibration(self) -> torch.Tensor:
+        """``tokens``, where there must be some."""
+        assert self.tokens is not None
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a stage: how often it folds all weights, floating-point operations, and passes of all
+    calibration tokens through the model."""
+
+    folds: int = 0
+    flop: float = 0.0
+    passes: float = 0.0
+
+
+class Stage(Protocol):
+    """A measurement and what follows from it. A stage with no steps is not run and costs
+    nothing."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """How often :meth:`run` reports progress."""
+        ...
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """What :meth:`run` costs."""
+        ...
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Measure, and add to ``found``."""
+        ...
+
+
+class CalibrationText:
+    """Tokens from a file, from the model itself or from a hub data set."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """One, whether or not there is anything to measure."""
+        return 1
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """A token at a time, the weights are read from memory for each."""
+        generated = config.needs_calibration and config.calib == GENERATED
+        return Cost(passes=4 if generated else 0)
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Load them, and keep some back for the choice of the signs."""
+        step("calibration text" if config.needs_calibration else "starting")
+        if not config.needs_calibration:
+            return
+        held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
+        tokens = load_calibration(
+            config.calib,
+            source.checkpoint.path,
+            config.calib_samples + held_out,
+            config.calib_seqlen,
+            config.seed,
+            source.device,
+        )
+        found.tokens, found.held_out = tokens.tensor_split([config.calib_samples])
+
+
+class StudyOfLayers:
+    """Smoothing scales, clips, and which linears keep 8 bits."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """One for each layer."""
+        return spec.layers if config.scales != "none" or config.needs_probe else 0
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """The layers once, the trials of the scales, and the probe's passes."""
+        flop, passes = 0.0, 0.0
+        if config.scales != "none":
+            passes = 1.0
+            tokens = config.calib_samples * config.calib_seqlen
+            flop += policy_flop(spec, config.scales, tokens)
+        if config.needs_probe:
+            probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
+            flop += (6 if config.keep_8bit else 2) * probe * spec.token_flop(config.calib_seqlen)
+        return Cost(folds=int(config.needs_probe), flop=flop, passes=passes)
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Study each layer, then decide for all of them together."""
+        study = Study(source, config, found.schema, found.transform, found.calibration)
+        found.studies = []
+        for index, loaded in source.layers():
+            step(f"studying layer {index + 1} of {source.spec.layers}")
+            found.studies.append(study.layer(index, loaded))
+        _warn_of_unseen_experts(found.studies)
+        found.schema = allocate(source.spec, config, found.schema, found.studies)
+
+
+class Signs:
+    """The random signs whose converted model predicts held-out text best."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """One for each seed, if there are several."""
+        return config.sign_seeds if config.sign_seeds > 1 else 0
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """For each seed a fold, and the held-out text through the model and its head."""
+        head = 2 * spec.vocab * spec.hidden
+        tokens = config.sign_seeds * HELD_OUT_SAMPLES * config.calib_seqlen
+        return Cost(
+            folds=config.sign_seeds, flop=tokens * (spec.token_flop(config.calib_seqlen) + head)
+        )
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Try each seed, with the study's scales of down_proj: those of the norms belong to the
+        rotation by its own seed."""
+        assert found.held_out is not None
+        plain = [replace(study, scales=replace(study.scales, norms={})) for study in found.studies]
+        transforms = {}
+        for seed in range(config.seed, config.seed + config.sign_seeds):
+            step(f"signs of seed {seed}")
+            transforms[seed] = ModelTransform.of(
+                source.spec, config.model_copy(update={"seed": seed})
+            )
+            found.sign_losses[seed] = trial_loss(
+                source, found.schema, transforms[seed], plain, found.held_out
+            )
+        found.transform = transforms[min(transforms, key=lambda seed: found.sign_losses[seed])]
+
+
+class Rotations:
+    """R1 and R2 learned, from the chosen signs. Clips and costs stay those that the study found
+    with Hadamard rotations."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """Those of :func:`learn_rotations`."""
+        return learning_steps(spec) if config.learns_rotations else 0
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """The samples' pass, and the descents."""
+        tokens = learning_samples(config.calib_samples) * config.calib_seqlen
+        passes = tokens * spec.token_flop(config.calib_seqlen)
+        return Cost(folds=1, flop=learning_flop(spec, config.rotation_steps) + passes)
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Learn them."""
+        found.transform, found.learned = learn_rotations(
+            source, config, found.schema, found.transform, found.calibration, step
+        )
+
+
+class Norms:
+    """The norms' scales once more, where R1 was chosen after the study, which smoothed behind
+    another one."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """One for each layer."""
+        chosen_later = config.sign_seeds > 1 or config.learns_rotations
+        folded = config.rotate and spec.architecture.rotates_residual
+        return spec.layers if config.smooths_norms and folded and chosen_later else 0
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """A pass of some of the sequences."""
+        tokens = norm_samples(config.calib_samples) * config.calib_seqlen
+        return Cost(flop=tokens * spec.token_flop(config.calib_seqlen))
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Measure behind the R1 that will be folded."""
+        norms = smooth_norms(source, found.transform.residual, found.calibration, step)
+        found.studies = [
+            replace(study, scales=replace(study.scales, norms=own))
+            for study, own in zip(found.studies, norms, strict=True)
+        ]
+
+
+STAGES: tuple[Stage, ...] = (CalibrationText(), StudyOfLayers(), Signs(), Rotations(), Norms())
 
 
 def count_steps(spec: ModelSpec, config: ConvertConfig) -> int:
     """How often :func:`decide` reports progress."""
-    studied = spec.layers if config.scales != "none" or config.needs_probe else 0
-    learned = learning_steps(spec) if config.learns_rotations else 0
-    anew = spec.layers if smooths_anew(spec, config) else 0
-    return 1 + studied + (config.sign_seeds if config.sign_seeds > 1 else 0) + learned + anew
-
-
-def smooths_anew(spec: ModelSpec, config: ConvertConfig) -> bool:
-    """Whether the rotation before the norms' smoothing is chosen after the study, which smoothed
-    behind another one."""
-    chosen_later = config.sign_seeds > 1 or config.learns_rotations
-    return (
-        config.smooths_norms
-        and config.rotate
-        and spec.architecture.rotates_residual
-        and chosen_later
-    )
+    return sum(stage.steps(spec, config) for stage in STAGES)
 
 
 def decide(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    config: ConvertConfig,
-    schema: QuantizationSchema,
-    step: Callable[[str], None],
+    source: SourceModel, config: ConvertConfig, schema: QuantizationSchema, step: Step
 ) -> Decisions:
-    """Load the calibration text, study every layer, and choose.
+    """Run the stages that a configuration asks for.
 
     Args:
-        checkpoint, spec, config: of the conversion.
+        source, config: of the conversion.
         schema: the bits and groups asked for.
         step: told what begins, ``count_steps`` times.
 
@@ -86,66 +249,11 @@ def decide(
         ConfigError: the calibration text cannot be had.
         CheckpointError: the model's activations are not finite.
     """
-    step("calibration text" if config.needs_calibration else "starting")
-    transform = ModelTransform.of(spec, config)
-    nothing = [LayerStudy()] * spec.layers
-    dtype = source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
-    if not config.needs_calibration:
-        return Decisions(None, nothing, schema, transform, {}, None)
-    held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
-    samples = config.calib_samples + held_out
-    tokens = load_calibration(
-        config.calib, checkpoint.path, samples, config.calib_seqlen, config.seed, checkpoint.device
-    )
-    tokens, kept_back = tokens[: config.calib_samples], tokens[config.calib_samples :]
-    studies = nothing
-    if config.scales != "none" or config.needs_probe:
-        studies = _study(checkpoint, spec, config, schema, transform, tokens, dtype, step)
-        schema = allocate(spec, config, schema, studies)
-    losses = {}
-    if config.sign_seeds > 1:
-        # The study's scales of the norms belong to the rotation by its own seed.
-        plain = [replace(study, scales=replace(study.scales, norms={})) for study in studies]
-        transforms = {}
-        for seed in range(config.seed, config.seed + config.sign_seeds):
-            step(f"signs of seed {seed}")
-            transforms[seed] = ModelTransform.of(spec, config.model_copy(update={"seed": seed}))
-            losses[seed] = trial_loss(checkpoint, spec, schema, transforms[seed], plain, kept_back)
-        transform = transforms[min(losses, key=lambda seed: losses[seed])]
-    learned = None
-    if config.learns_rotations:
-        # From the chosen signs. Clips and costs are those that the study found with Hadamard
-        # rotations.
-        transform, learned = learn_rotations(
-            checkpoint, spec, config, schema, transform, tokens, step
-        )
-    if smooths_anew(spec, config):
-        norms = smooth_norms(checkpoint, spec, transform.residual, tokens, dtype, step)
-        studies = [
-            replace(study, scales=replace(study.scales, norms=own))
-            for study, own in zip(studies, norms, strict=True)
-        ]
-    return Decisions(tokens, studies, schema, transform, losses, learned)
-
-
-def _study(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    config: ConvertConfig,
-    schema: QuantizationSchema,
-    transform: ModelTransform,
-    tokens: torch.Tensor,
-    dtype: torch.dtype,
-    step: Callable[[str], None],
-) -> list[LayerStudy]:
-    name = f"{spec.architecture.embedding}.weight"
-    hidden = embed(tokens, checkpoint.load([name])[name], spec.embedding_scale)
-    study = Study(LayerRunner(spec), spec, config, schema, transform, hidden, dtype)
-    found = []
-    for index, loaded in enumerate(layers_ahead(checkpoint, spec, range(spec.layers))):
-        step(f"studying layer {index + 1} of {spec.layers}")
-        found.append(study.layer(index, loaded))
-    _warn_of_unseen_experts(found)
+    transform = ModelTransform.of(source.spec, config)
+    found = Decisions(None, [LayerStudy()] * source.spec.layers, schema, transform)
+    for stage in STAGES:
+        if stage.steps(source.spec, config):
+            stage.run(source, config, found, step)
     return found
 
 
@@ -162,92 +270,3 @@ def _warn_of_unseen_experts(studies: list[LayerStudy]) -> None:
             " %s. Use a longer or more varied text (--calib, --calib-samples) if they matter.",
             where,
         )
-
-
-def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Decisions on a calibrated model as a JSON object and named tensors, which
-    :func:`unpack_decisions` takes."""
-    assert found.tokens is not None
-    tensors = {"tokens": found.tokens}
-    for index, study in enumerate(found.studies):
-        if study.scales.down is not None:
-            tensors[f"scales.{index}"] = study.scales.down
-        tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
-    if isinstance(found.transform.residual, DenseRotation):
-        tensors["residual"] = found.transform.residual.blocks
-    tensors |= {
-        f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])
-    }
-    facts = {
-        "schema": found.schema.model_dump(mode="json"),
-        "seed": found.transform.seed,
-        "sign_losses": list(found.sign_losses.items()),
-        "learned": found.learned and found.learned.model_dump(mode="json"),
-        "studies": [
-            {
-                "smoothing": study.smoothing and study.smoothing.model_dump(mode="json"),
-                "clips": study.clips,
-                "sensitivity": study.sensitivity,
-                "experts": [record and record.model_dump(mode="json") for record in study.experts],
-            }
-            for study in found.studies
-        ],
-    }
-    return facts, {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def unpack_decisions(
-    facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
-) -> Decisions:
-    """The decisions that :func:`pack_decisions` packed.
-
-    Raises:
-        ResumeError: they are not of that form.
-    """
-    try:
-        return _unpacked(facts, tensors, spec, config)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ) as error:  # pydantic's is a ValueError
-        reason = " ".join(repr(error).split())
-        raise ResumeError(
-            f"{JOURNAL_NAME}: decisions: expected what an interrupted conversion wrote: {reason}."
-            " Remove the partial output to start over."
-        ) from error
-
-
-def _unpacked(
-    facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
-) -> Decisions:
-    transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
-    if "residual" in tensors:
-        transform = replace(transform, residual=DenseRotation(tensors["residual"]))
-    if "heads.0" in tensors:
-        transform = replace(
-            transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)]
-        )
-    studies = [
-        LayerStudy(
-            _unpacked_scales(tensors, index, spec),
-            study["smoothing"] and SmoothingRecord.model_validate(study["smoothing"]),
-            study["clips"],
-            study["sensitivity"],
-            [record and SmoothingRecord.model_validate(record) for record in study["experts"]],
-        )
-        for index, study in enumerate(facts["studies"])
-    ]
-    learned = facts["learned"] and LearnedRecord.model_validate(facts["learned"])
-    schema = QuantizationSchema.model_validate(facts["schema"])
-    return Decisions(
-        tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned
-    )
-
-
-def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:
-    names = {norm: f"scales.{index}.{norm}" for norm in spec.architecture.readers}
-    smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
-    return LayerScales(tensors.get(f"scales.{index}"), smoothed)

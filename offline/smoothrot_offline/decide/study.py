@@ -21,7 +21,7 @@ from smoothrot_offline.rounding.served import (
     rotations,
 )
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import LayerRunner
+from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, QuantizationSchema
 
@@ -61,31 +61,25 @@ class Study:
     """Studies the layers of one model in order.
 
     Args:
-        runner, spec, config, schema, transform: of the conversion; ``schema`` has the bits and
-            groups asked for.
-        hidden: float32 ``(samples, seqlen, hidden)``, what the first layer of the original model
-            reads; it is changed.
-        dtype: of the output's 16-bit tensors.
+        source, config, schema, transform: of the conversion; ``schema`` has the bits and groups
+            asked for.
+        tokens: calibration tokens, int64 ``(samples, seqlen)``.
     """
 
     def __init__(
         self,
-        runner: LayerRunner,
-        spec: ModelSpec,
+        source: SourceModel,
         config: ConvertConfig,
         schema: QuantizationSchema,
         transform: ModelTransform,
-        hidden: torch.Tensor,
-        dtype: torch.dtype,
+        tokens: torch.Tensor,
     ) -> None:
-        self._runner = runner
-        self._spec = spec
+        self._source = source
         self._config = config
         self._schema = schema
         self._transform = transform
-        self._hidden = hidden
-        self._dtype = dtype
-        self._rotations = rotations(spec, schema.online)
+        self._hidden = hidden = source.embed(tokens)
+        self._rotations = rotations(source.spec, schema.online)
         self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
 
     def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> LayerStudy:
@@ -100,7 +94,7 @@ class Study:
             scales, found = self._smoothed(index, tensors)
             study = (
                 LayerStudy(scales, experts=found)
-                if self._spec.experts
+                if self._source.spec.experts
                 else LayerStudy(scales, smoothing=found[0])
             )
         return (
@@ -121,15 +115,18 @@ class Study:
         self, index: int, tensors: dict[str, torch.Tensor]
     ) -> tuple[LayerScales, list[SmoothingRecord | None]]:
         norms = (
-            NormStatistics(self._spec, self._transform.residual, tensors)
+            NormStatistics(self._source.spec, self._transform.residual, tensors)
             if self._config.smooths_norms
             else None
         )
         observers = {} if norms is None else norms.observers()
-        arguments = (self._hidden, self._runner, self._spec, self._config, self._schema, observers)
-        found = smooth_layer(index, tensors, *arguments)
+        found = smooth_layer(
+            self._source, self._config, self._schema, index, tensors, self._hidden, observers
+        )
         return (
-            LayerScales(found.scales, {} if norms is None else norms.scales(tensors, self._dtype)),
+            LayerScales(
+                found.scales, {} if norms is None else norms.scales(tensors, self._source.dtype)
+            ),
             found.records,
         )
 
@@ -138,11 +135,11 @@ class Study:
         self, index: int, tensors: dict[str, torch.Tensor], study: LayerStudy
     ) -> LayerStudy:
         """The study with what is measured on the transformed layer; moves the probe past it."""
-        prefix = self._spec.layer_prefix(index)
-        model, layer = self._runner.build(index, tensors)
+        prefix = self._source.spec.layer_prefix(index)
+        model, layer = self._source.build(index, tensors)
         clips, sensitivity = {}, {}
         exact, inputs = self._exact(model, layer)
-        for groups in self._spec.architecture.scheme_groups():
+        for groups in self._source.spec.architecture.scheme_groups():
             first = groups[0][0]
             scheme = self._schema.scheme(prefix + first)
             if scheme is None:
@@ -168,9 +165,11 @@ class Study:
 
         Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
         """
-        groups = [group for groups in self._spec.architecture.scheme_groups() for group in groups]
+        groups = [
+            group for groups in self._source.spec.architecture.scheme_groups() for group in groups
+        ]
         seen = {
-            group[0]: [self._probe.new_empty(0, self._spec.linear_shape(group[0])[1])]
+            group[0]: [self._probe.new_empty(0, self._source.spec.linear_shape(group[0])[1])]
             for group in groups
         }
         stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1

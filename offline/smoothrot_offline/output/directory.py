@@ -2,11 +2,11 @@
 """Write a checkpoint so that it is either there as a whole or not at all.
 
 Everything goes into a sibling directory, ``OUT.partial``, or ``OUT.partial-XXXXXXXX`` where nothing
-can be resumed: shards as they fill up, then index, side files and configuration, the manifest last;
-each file is flushed to disk, then the directory is renamed to OUT. An empty directory OUT may be a
-mount point, which nothing can be renamed to: it is filled itself, and has its ``config.json`` under
-another name until it is whole. The writer locks what it writes into, so a later run knows a dead
-run's leftovers from a live run.
+can be resumed: a file for each part of the model, then index, side files and configuration, the
+manifest last; each file is flushed to disk, then the directory is renamed to OUT. An empty
+directory OUT may be a mount point, which nothing can be renamed to: it is filled itself, and has
+its ``config.json`` under another name until it is whole. The writer locks what it writes into, so a
+later run knows a dead run's leftovers from a live run.
 """
 
 import errno
@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -36,8 +36,6 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 JOURNAL_NAME = f"{WORK_PREFIX}journal.jsonl"
 _HOLDER = f"{WORK_PREFIX}holder.txt"
 _INCOMPLETE = ".incomplete"
-_SHARD = "shard-{:05d}.safetensors"
-_FINAL_SHARD = "model-{:05d}-of-{:05d}.safetensors"
 _OF_FILE_SYSTEM = "lost+found"
 """A folder that the root of a file system has, empty or not."""
 
@@ -259,7 +257,7 @@ class ResumableDirectory(OutputDirectory):
         super().write_json(name + _INCOMPLETE if name == CONFIG_NAME else name, content)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file that is no shard, by its final name."""
+        """SHA-256 of each file that holds no weights, by its final name."""
         files = [
             file
             for file in self._files()
@@ -305,80 +303,45 @@ def _partial(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-class ShardWriter:
-    """Collects tensors into safetensors shards of a limited size, so that no more than one shard is
-    held in memory.
+def part_name(number: int, count: int) -> str:
+    """File of part ``number`` of ``count``, from 1: the embedding, each decoder layer, the final
+    norm with the head."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
-    ``records`` describes every tensor in a shard, in order.
 
-    Args:
-        directory: where to write.
-        limit: bytes of a shard.
-        whole: the tensors of each shard that is there already; they are passed over when they are
-            added again.
-        finished: told the file and the tensors of each new shard.
+def write_part(
+    folder: Path, number: int, count: int, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, TensorRecord]:
+    """Write one part under its final name, and describe its tensors in the order given.
+
+    Raises:
+        OutputError: the file system refuses.
     """
+    file = part_name(number, count)
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    with writing(folder / file):
+        write_tensors(folder / file, whole)
+    return describe(whole, file)
 
-    def __init__(
-        self,
-        directory: OutputDirectory,
-        limit: int,
-        whole: Sequence[dict[str, TensorRecord]],
-        finished: Callable[[str, dict[str, TensorRecord]], None],
-    ) -> None:
-        self._directory = directory
-        self._limit = limit
-        self._finished = finished
-        self._pending: dict[str, torch.Tensor] = {}
-        self._shards = [list(shard) for shard in whole]
-        self.records = {name: record for shard in whole for name, record in shard.items()}
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Queue tensors under their full names; a full shard is written at once."""
-        for name, tensor in tensors.items():
-            if name in self.records:
-                continue
-            if self._pending and self._pending_bytes() + tensor.nbytes > self._limit:
-                self._flush()
-            self._pending[name] = tensor.contiguous().cpu()
+def describe(tensors: Mapping[str, torch.Tensor], file: str) -> dict[str, TensorRecord]:
+    """The manifest's entries for tensors on the CPU that are in ``file``."""
+    return {
+        name: TensorRecord(
+            file=file,
+            dtype=_DTYPE_NAMES[tensor.dtype],
+            shape=list(tensor.shape),
+            sha256=tensor_digest(tensor),
+        )
+        for name, tensor in tensors.items()
+    }
 
-    def finish(self) -> None:
-        """Write the last shard, give every shard its final name, and write the index."""
-        self._flush()
-        count = len(self._shards)
-        weight_map = {}
-        with writing(self._directory.path):
-            for number, names in enumerate(self._shards, start=1):
-                file = _FINAL_SHARD.format(number, count)
-                (self._directory.path / _SHARD.format(number)).rename(self._directory.path / file)
-                for name in names:
-                    weight_map[name] = file
-                    self.records[name] = self.records[name].model_copy(update={"file": file})
-        total = sum(record.nbytes for record in self.records.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self._directory.write_json(INDEX_NAME, index)
 
-    def _pending_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._pending.values())
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        file = self._directory.path / _SHARD.format(len(self._shards) + 1)
-        self._directory.write_tensors(file.name, self._pending)
-        records = {
-            name: TensorRecord(
-                file=file.name,
-                dtype=_DTYPE_NAMES[tensor.dtype],
-                shape=list(tensor.shape),
-                sha256=tensor_digest(tensor),
-            )
-            for name, tensor in self._pending.items()
-        }
-        self._finished(file.name, records)
-        self.records |= records
-        self._shards.append(list(self._pending))
-        self._pending.clear()
+def write_index(directory: OutputDirectory, records: Mapping[str, TensorRecord]) -> None:
+    """Write the index of all parts."""
+    total = sum(record.nbytes for record in records.values())
+    files = {name: record.file for name, record in sorted(records.items())}
+    directory.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": files})
 
 
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:

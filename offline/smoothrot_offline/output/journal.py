@@ -3,47 +3,50 @@
 stopped.
 
 One JSON object a line, flushed to disk before anything relies on it. The first line says what is
-converted and how; the others name a finished piece of work with the file that holds it and its
-SHA-256. A torn last line is work that was not finished.
+converted and how; the others name a finished piece of work, its file, and the SHA-256 of it or of
+each tensor in it. A torn last line is work that was not finished.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smoothrot_offline.config import ConvertConfig
-from smoothrot_offline.device import device_kind
-from smoothrot_offline.output.directory import JOURNAL_NAME, OutputDirectory, write_tensors, writing
-from smoothrot_offline.output.manifest import LayerRecord, TensorRecord, package_versions
+from smoothrot_offline.decide.stages import Decisions
+from smoothrot_offline.decide.study import LayerStudy
+from smoothrot_offline.device import CPU, device_kind
+from smoothrot_offline.output.directory import (
+    JOURNAL_NAME,
+    OutputDirectory,
+    describe,
+    part_name,
+    write_part,
+    write_tensors,
+    writing,
+)
+from smoothrot_offline.output.manifest import (
+    LayerRecord,
+    LearnedRecord,
+    SmoothingRecord,
+    TensorRecord,
+    package_versions,
+)
 from smoothrot_offline.source.checkpoint import Checkpoint, file_digest
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import CONFIG_NAME, WORK_PREFIX
+from smoothrot_offline.transform.rotation import DenseRotation
+from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.errors import CheckpointError, ResumeError
 from smoothrot_vllm.foreign_files import parse_json, read_tensors
+from smoothrot_vllm.format import QuantizationSchema
 
-_FILE = re.compile(r"[\w-]{1,64}\.safetensors")
-KeptFile = dict[str, str]
-"""A file of finished work: its name under ``file``, its SHA-256 under ``sha256``."""
-
-
-def keep_layer(folder: Path, index: int, tensors: dict[str, torch.Tensor]) -> KeptFile:
-    """Write the output tensors of a finished layer into a work folder.
-
-    Raises:
-        OutputError: the file system refuses.
-    """
-    return _keep(folder, f"layer-{index:05d}", tensors)
-
-
-def _keep(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> KeptFile:
-    path = folder / f"{WORK_PREFIX}{name}.safetensors"
-    with writing(path):
-        write_tensors(path, tensors)
-    return {"file": path.name, "sha256": file_digest(path)}
+_FILE = re.compile(WORK_PREFIX + r"[\w-]{1,64}\.safetensors")
 
 
 def conversion_identity(
@@ -76,12 +79,13 @@ def conversion_identity(
 class Journal:
     """Reads the journal of a directory, or begins it; records each finished piece of work.
 
-    ``layers`` are the records of the decoder layers that are finished, ``shards`` the tensors of
-    each whole shard.
+    ``tensors`` describes what the finished parts of the model hold, in order; ``layers`` are the
+    records of those of them that are decoder layers.
 
     Args:
         directory: the output, locked.
         identity: of this conversion, from :func:`conversion_identity`.
+        parts: how many files the output's weights are in.
 
     Raises:
         ResumeError: the directory holds another conversion's work, or its files are not those that
@@ -89,113 +93,98 @@ class Journal:
     """
 
     def __init__(
-        self, directory: OutputDirectory, identity: Mapping[str, Mapping[str, Any]]
+        self, directory: OutputDirectory, identity: Mapping[str, Mapping[str, Any]], parts: int
     ) -> None:
         self._directory = directory
         self.folder = directory.path
         self._path = directory.path / JOURNAL_NAME
+        self._count = parts
+        self._finished = 0
+        self._decisions: dict[str, Any] | None = None
+        self._hidden: dict[str, str] | None = None
         self.layers: list[LayerRecord] = []
-        self.shards: list[dict[str, TensorRecord]] = []
+        self.tensors: dict[str, TensorRecord] = {}
         self.done = False
-        self.decisions: dict[str, Any] | None = None
-        self._layer_entries: list[dict[str, Any]] = []
         entries = self._read()
         if len(entries) < 2:
             self._path.unlink(missing_ok=True)
             self._append({"identity": identity})
             return
         self._check(entries[0].get("identity"), identity)
-        # Then the files have their final names, and none is to be written again.
         self.done = "done" in entries[-1]
         try:
             for entry in entries[1:]:
                 self._replay(entry)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:  # ValidationError is a ValueError
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # or a ValidationError
             reason = " ".join(repr(error).split())
             raise ResumeError(
                 f"{self._path}: expected finished pieces of work: {reason}. {self._advice()}"
             ) from error
 
-    def finish_decisions(self, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Keep what :func:`~smoothrot_offline.decide.stages.decide` found."""
-        self.decisions = {"decisions": facts, **_keep(self._directory.path, "decisions", tensors)}
-        self._append(self.decisions)
+    @property
+    def decided(self) -> bool:
+        """Whether it holds decisions."""
+        return self._decisions is not None
 
-    def load_decisions(self) -> dict[str, torch.Tensor]:
-        """The tensors of the finished decisions."""
-        assert self.decisions is not None
-        return self._load(self.decisions)
+    @property
+    def begun(self) -> bool:
+        """Whether a part is finished: the first is the embedding."""
+        return self._finished > 0
 
-    def finish_layer(
-        self,
-        index: int,
-        record: LayerRecord,
-        stored: dict[str, torch.Tensor],
-        hidden: dict[str, torch.Tensor],
-    ) -> None:
-        """Keep a finished layer: its output tensors, and the hidden states that the next one
-        reads, if any."""
-        folder = self._directory.path
-        kept = keep_layer(folder, index, stored)
-        self.adopt_layer(
-            record,
-            list(stored),
-            kept,
-            _keep(folder, f"hidden-{index:05d}", hidden) if hidden else None,
-        )
-        if index and hidden:
-            self._drop(self._layer_entries[index - 1]["hidden"]["file"])
+    def finish_decisions(self, found: Decisions) -> None:
+        """Keep what was decided on a calibrated model."""
+        facts, tensors = _packed(found)
+        self._decisions = {"decisions": facts, **self._keep("decisions", tensors)}
+        self._append(self._decisions)
 
-    def adopt_layer(
-        self, record: LayerRecord, names: list[str], kept: KeptFile, hidden: KeptFile | None = None
-    ) -> None:
-        """Record the next layer, whose tensors ``names`` are in a file that :func:`keep_layer`
-        wrote."""
-        entry = {
-            "layer": record.model_dump(mode="json"),
-            "tensors": names,
-            **kept,
-            "hidden": hidden,
-        }
-        self._append(entry)
-        self.layers.append(record)
-        self._layer_entries.append(entry)
+    def load_decisions(
+        self, spec: ModelSpec, config: ConvertConfig, device: torch.device = CPU
+    ) -> Decisions:
+        """What :meth:`finish_decisions` kept, of a model and its options, on a device.
 
-    def load_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """Output tensors of a finished layer; none if all of them are in whole shards."""
-        entry = self._layer_entries[index]
-        if self._in_shards(entry):
-            return {}
-        stored = self._load(entry)
-        if stored.keys() != set(entry["tensors"]):
+        Raises:
+            ResumeError: it is not of that form.
+        """
+        assert self._decisions is not None
+        kept = self._load(self._decisions).items()
+        tensors = {name: tensor.to(device) for name, tensor in kept}
+        try:
+            return _unpacked(self._decisions["decisions"], tensors, spec, config)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = " ".join(repr(error).split())
             raise ResumeError(
-                f"{self._path}: layer {index}: expected the tensors of {entry['file']}."
+                f"{self._path}: decisions: expected what an interrupted conversion wrote: {reason}."
                 f" {self._advice()}"
-            )
-        # A file's tensors come in another order, which would move the limits of shards.
-        return {name: stored[name] for name in entry["tensors"]}
+            ) from error
+
+    def write_part(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRecord]:
+        """Write the next part; it counts when :meth:`finish_part` has recorded it."""
+        return write_part(self.folder, self._finished + 1, self._count, tensors)
+
+    def finish_part(
+        self,
+        tensors: dict[str, TensorRecord],
+        layer: LayerRecord | None = None,
+        hidden: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Record a part that is in its file, the decoder layer that it is, and the hidden states
+        that the next layer reads, if any."""
+        before = self._hidden
+        self._hidden = self._keep(f"hidden-{self._finished:05d}", hidden) if hidden else None
+        self._append(
+            {
+                "tensors": {name: record.model_dump() for name, record in tensors.items()},
+                "layer": layer and layer.model_dump(mode="json"),
+                "hidden": self._hidden,
+            }
+        )
+        self._add(tensors, layer)
+        if before is not None:
+            (self.folder / before["file"]).unlink(missing_ok=True)
 
     def load_hidden(self) -> dict[str, torch.Tensor]:
         """Hidden states after the last finished layer; none if there are none."""
-        if not self._layer_entries or self._layer_entries[-1]["hidden"] is None:
-            return {}
-        return self._load(self._layer_entries[-1]["hidden"])
-
-    def finish_shard(self, file: str, records: dict[str, TensorRecord]) -> None:
-        """Record a whole shard, and drop the layers that it makes superfluous."""
-        tensors = {name: record.model_dump(mode="json") for name, record in records.items()}
-        self._append(
-            {"shard": tensors, "file": file, "sha256": file_digest(self._directory.path / file)}
-        )
-        self.shards.append(records)
-        for entry in self._layer_entries:
-            if self._in_shards(entry):
-                self._drop(entry["file"])
+        return {} if self._hidden is None else self._load(self._hidden)
 
     def finish(self) -> None:
         """Everything is written: only the directory's name, and that of its configuration, are
@@ -204,12 +193,23 @@ class Journal:
 
     def clear_work(self) -> None:
         """Remove every file that only serves to go on, but the journal."""
-        for file in self._directory.path.glob(f"{WORK_PREFIX}*"):
+        for file in self.folder.glob(f"{WORK_PREFIX}*"):
             if file.name != JOURNAL_NAME:
                 file.unlink()
 
-    def _in_shards(self, entry: dict[str, Any]) -> bool:
-        return all(any(name in shard for shard in self.shards) for name in entry["tensors"])
+    def _add(self, tensors: dict[str, TensorRecord], layer: LayerRecord | None) -> None:
+        self._finished += 1
+        self.tensors |= tensors
+        if layer is not None:
+            self.layers.append(layer)
+
+    def _keep(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+        """Write a file of unfinished work: its name under ``file``, its SHA-256 under
+        ``sha256``."""
+        path = self.folder / f"{WORK_PREFIX}{name}.safetensors"
+        with writing(path):
+            write_tensors(path, tensors)
+        return {"file": path.name, "sha256": file_digest(path)}
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -254,58 +254,47 @@ class Journal:
                     )
 
     def _replay(self, entry: dict[str, Any]) -> None:
-        for kept in (
-            () if "done" in entry else (entry, entry["hidden"] if "layer" in entry else None)
-        ):
-            # Files are renamed and removed by these names.
-            if kept is not None and not (
-                _FILE.fullmatch(kept["file"]) and isinstance(kept["sha256"], str)
-            ):
-                raise ValueError(
-                    f"expected a plain file name and a SHA-256, got {kept['file']!r},"
-                    f" {kept['sha256']!r}"
-                )
         if "decisions" in entry:
-            self.decisions = entry
-        elif "layer" in entry:
-            if not isinstance(entry["tensors"], list) or not all(
-                isinstance(name, str) for name in entry["tensors"]
-            ):
-                raise ValueError(f"expected names of tensors, got {entry['tensors']!r}")
-            self.layers.append(LayerRecord.model_validate(entry["layer"]))
-            self._layer_entries.append(entry)
-        elif "shard" in entry and not self.done:
-            number = len(self.shards) + 1
-            # Whole shards get their final names one after the other: the run may have been killed
-            # in between.
-            for renamed in self._directory.path.glob(f"model-{number:05d}-of-*.safetensors"):
-                if not (self._directory.path / entry["file"]).exists():
-                    renamed.rename(self._directory.path / entry["file"])
-            self._check_file(entry)
-            self.shards.append(
-                {
-                    name: TensorRecord.model_validate(record)
-                    for name, record in entry["shard"].items()
-                }
-            )
+            self._decisions = _kept(entry)
+        elif "tensors" in entry:
+            records = {
+                name: TensorRecord.model_validate(record)
+                for name, record in entry["tensors"].items()
+            }
+            self._hidden = entry["hidden"] and _kept(entry["hidden"])
+            if not self.done:
+                self._check_part(records)
+            self._add(records, entry["layer"] and LayerRecord.model_validate(entry["layer"]))
+        elif "done" not in entry:
+            raise ValueError(f"unknown piece of work {', '.join(entry)}")
 
-    def _load(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        self._check_file(entry)
-        path = self._directory.path / entry["file"]
+    def _check_part(self, records: dict[str, TensorRecord]) -> None:
+        file = part_name(self._finished + 1, self._count)
+        if {record.file for record in records.values()} != {file}:
+            raise ValueError(f"expected tensors of {file}")
+        found = describe(self._read_work(file), file)
+        if found != records:
+            raise self._other_file(file)
+
+    def _load(self, kept: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        path = self.folder / kept["file"]
+        if not path.is_file() or file_digest(path) != kept["sha256"]:
+            raise self._other_file(kept["file"])
+        return self._read_work(kept["file"])
+
+    def _read_work(self, file: str) -> dict[str, torch.Tensor]:
+        if not (self.folder / file).is_file():
+            raise self._other_file(file)
         try:
-            return read_tensors(path, self._advice())
+            return read_tensors(self.folder / file, self._advice())
         except CheckpointError as error:
             raise ResumeError(str(error)) from error
 
-    def _check_file(self, entry: Mapping[str, Any]) -> None:
-        path = self._directory.path / entry["file"]
-        if not path.is_file() or file_digest(path) != entry["sha256"]:
-            raise ResumeError(
-                f"{path}: expected the file that was written, got another or none. {self._advice()}"
-            )
-
-    def _drop(self, file: str) -> None:
-        (self._directory.path / file).unlink(missing_ok=True)
+    def _other_file(self, file: str) -> ResumeError:
+        return ResumeError(
+            f"{self.folder / file}: expected the file that was written, got another or none."
+            f" {self._advice()}"
+        )
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
@@ -316,3 +305,77 @@ class Journal:
 
     def _advice(self) -> str:
         return f"remove {self._directory.path} to start over, or choose another output."
+
+
+def _kept(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry, if the file it names is one of the work folder: files are removed by these
+    names."""
+    if not (_FILE.fullmatch(entry["file"]) and isinstance(entry["sha256"], str)):
+        raise ValueError(
+            f"expected a plain file name and a SHA-256, got {entry['file']!r}, {entry['sha256']!r}"
+        )
+    return entry
+
+
+def _packed(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Decisions on a calibrated model as a JSON object and named tensors, which
+    :func:`_unpacked` takes."""
+    tensors = {"tokens": found.calibration}
+    for index, study in enumerate(found.studies):
+        if study.scales.down is not None:
+            tensors[f"scales.{index}"] = study.scales.down
+        tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
+    if isinstance(found.transform.residual, DenseRotation):
+        tensors["residual"] = found.transform.residual.blocks
+    tensors |= {
+        f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])
+    }
+    facts = {
+        "schema": found.schema.model_dump(mode="json"),
+        "seed": found.transform.seed,
+        "sign_losses": list(found.sign_losses.items()),
+        "learned": found.learned and found.learned.model_dump(mode="json"),
+        "studies": [
+            {
+                "smoothing": study.smoothing and study.smoothing.model_dump(mode="json"),
+                "clips": study.clips,
+                "sensitivity": study.sensitivity,
+                "experts": [record and record.model_dump(mode="json") for record in study.experts],
+            }
+            for study in found.studies
+        ],
+    }
+    return facts, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _unpacked(
+    facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
+) -> Decisions:
+    transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
+    if "residual" in tensors:
+        transform = replace(transform, residual=DenseRotation(tensors["residual"]))
+    if "heads.0" in tensors:
+        transform = replace(
+            transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)]
+        )
+    studies = [
+        LayerStudy(
+            _unpacked_scales(tensors, index, spec),
+            study["smoothing"] and SmoothingRecord.model_validate(study["smoothing"]),
+            study["clips"],
+            study["sensitivity"],
+            [record and SmoothingRecord.model_validate(record) for record in study["experts"]],
+        )
+        for index, study in enumerate(facts["studies"])
+    ]
+    learned = facts["learned"] and LearnedRecord.model_validate(facts["learned"])
+    schema = QuantizationSchema.model_validate(facts["schema"])
+    return Decisions(
+        tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned
+    )
+
+
+def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:
+    names = {norm: f"scales.{index}.{norm}" for norm in spec.architecture.readers}
+    smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
+    return LayerScales(tensors.get(f"scales.{index}"), smoothed)

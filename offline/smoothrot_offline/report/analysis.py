@@ -3,29 +3,16 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from smoothrot_offline.config import MOST
-from smoothrot_offline.decide.policies import Policy
+from smoothrot_offline.config import AnalysisConfig
 from smoothrot_offline.output.manifest import CalibrationRecord
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class AnalysisConfig(_Record):
-    """Options of ``smoothrot-convert analyze``. ``calib_samples`` sequences choose the scales,
-    as many others measure."""
-
-    calib: str = "generated"
-    calib_samples: int = Field(default=8, ge=1, le=MOST)
-    calib_seqlen: int = Field(default=512, ge=2, le=MOST)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    policies: tuple[Policy, ...] = Field(default=get_args(Policy), min_length=1)
-    layers: tuple[int, ...] | None = None
 
 
 class TransformRecord(_Record):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from smoothrot_offline.check.admit import admit_calibration, admit_model
-from smoothrot_offline.config import ACTIVATION_CLIP
+from smoothrot_offline.config import ACTIVATION_CLIP, AnalysisConfig
 from smoothrot_offline.console import ProgressCallback, no_progress
 from smoothrot_offline.decide.policies import (
     InputStatistics,
@@ -31,7 +31,6 @@ from smoothrot_offline.output.manifest import CalibrationRecord, package_version
 from smoothrot_offline.report import analysis as summary
 from smoothrot_offline.report.analysis import (
     Analysis,
-    AnalysisConfig,
     InputRecord,
     LayerAnalysis,
     PeakRecord,
@@ -50,11 +49,12 @@ from smoothrot_offline.report.measure import (
     layer_transforms,
 )
 from smoothrot_offline.report.pages import LayerPictures, analysis_page
-from smoothrot_offline.source.checkpoint import Checkpoint, open_checkpoint
+from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import LayerRunner, embed, tokens_digest
+from smoothrot_offline.source.layers import LayerTensors, SourceModel, tokens_digest
 from smoothrot_offline.source.text import load_calibration
-from smoothrot_offline.transform.rotation import fold_norms, random_rotation
+from smoothrot_offline.transform.rotation import random_rotation
+from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, WeightScheme
 from smoothrot_vllm.hadamard import choose_block
@@ -100,7 +100,7 @@ def analyze(
     admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
     chosen = _chosen_layers(spec, config)
     with OutputDirectory(out) as directory, computing_on(device):
-        run = _Run(checkpoint, spec, config, chosen, progress)
+        run = _Run(SourceModel(checkpoint, spec), config, chosen, progress)
         run.everything()
         found = run.result()
         directory.write_json(JSON_NAME, found.model_dump(mode="json"))
@@ -114,13 +114,17 @@ def analyze(
 class _Run:
     """The state of one analysis between its layers."""
 
-    checkpoint: Checkpoint
-    spec: ModelSpec
+    source: SourceModel
     config: AnalysisConfig
     chosen: tuple[int, ...]
     progress: ProgressCallback
     layers: list[LayerAnalysis] = field(default_factory=list)
     pictures: dict[int, LayerPictures] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes and names."""
+        return self.source.spec
 
     @property
     def steps(self) -> int:
@@ -135,28 +139,24 @@ class _Run:
         # Scales are judged by text that they were not chosen from.
         self.tokens = load_calibration(
             config.calib,
-            self.checkpoint.path,
+            self.source.checkpoint.path,
             2 * config.calib_samples,
             config.calib_seqlen,
             config.seed,
-            self.checkpoint.device,
+            self.source.device,
         )
-        embedding = f"{self.spec.architecture.embedding}.weight"
-        hidden = embed(
-            self.tokens, self.checkpoint.load([embedding])[embedding], self.spec.embedding_scale
-        )
+        hidden = self.source.embed(self.tokens)
         self._choosing, self._measuring = hidden.split(config.calib_samples)
-        self._runner = LayerRunner(self.spec)
-        for index in range(self.chosen[-1] + 1):
+        for index, loaded in self.source.layers(range(self.chosen[-1] + 1)):
             self.progress(f"layer {index + 1} of {self.chosen[-1] + 1}", index + 1, self.steps)
-            self._layer(index)
+            self._layer(index, loaded)
         self.progress("pictures", self.steps - 1, self.steps)
 
     def result(self) -> Analysis:
         """The whole record."""
         file = Path(self.config.calib)
         return Analysis(
-            model=self.checkpoint.path.resolve().name,
+            model=self.source.checkpoint.path.resolve().name,
             architecture=self.spec.architecture.class_name,
             model_layers=self.spec.layers,
             # Without the place of a calibration file, as in a conversion's manifest.
@@ -184,16 +184,14 @@ class _Run:
             layers=self.layers,
         )
 
-    def _layer(self, index: int) -> None:
-        prefix = self.spec.layer_prefix(index)
-        loaded = self.checkpoint.load_relative(prefix, self.spec.layer_tensors())
+    def _layer(self, index: int, loaded: LayerTensors) -> None:
         layer = {name: tensor.double() for name, tensor in loaded.items()}
         folded = dict(layer)
         if self.spec.architecture.rotates_residual:
-            fold_norms(folded, self.spec.architecture)
+            ModelTransform.of_norms(self.spec).layer(index, folded, LayerScales())
         if index not in self.chosen:
             for hidden in (self._choosing, self._measuring):
-                self._runner.run(index, folded, hidden, {})
+                self.source.run(index, folded, hidden, {})
             return
         choices, norms = self._choices(index, layer, folded)
         scales = {policy: choice.scales for policy, choice in choices.items()}
@@ -208,7 +206,7 @@ class _Run:
             for kind in KINDS
         }
         groups = dict(zip(KINDS, self.spec.architecture.input_groups(), strict=True))
-        self._runner.run(
+        self.source.run(
             index, folded, self._measuring, {groups[kind][0]: meters[kind].update for kind in KINDS}
         )
         results = {kind: meters[kind].results() for kind in KINDS}
@@ -235,14 +233,14 @@ class _Run:
         """Scales by policy, max first, and those of the norms."""
         down = self.spec.architecture.down
         tokens = self.config.calib_samples * self.config.calib_seqlen
-        statistics = InputStatistics(self.spec.intermediate, tokens, self.checkpoint.device)
+        statistics = InputStatistics(self.spec.intermediate, tokens, self.source.device)
         residual = (
             random_rotation(self.spec.hidden, self.config.seed)
             if self.spec.architecture.rotates_residual
             else None
         )
         norms = NormStatistics(self.spec, residual, layer)
-        self._runner.run(
+        self.source.run(
             index, folded, self._choosing, {down: statistics.update, **norms.observers()}
         )
         block = choose_block(self.spec.intermediate).size

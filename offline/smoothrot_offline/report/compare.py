@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from smoothrot_offline.check.inspect import inspect
-from smoothrot_offline.config import MOST
+from smoothrot_offline.config import ReportConfig
 from smoothrot_offline.console import ProgressCallback, no_progress
 from smoothrot_offline.output.manifest import package_versions
 from smoothrot_offline.report.evaluate import (
@@ -35,22 +35,6 @@ from smoothrot_vllm.format import QUANT_METHOD
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ReportConfig(_Record):
-    """Options of ``smoothrot-convert report``; what is not asked for is not measured."""
-
-    texts: tuple[str, ...] = ()
-    seqlen: int = Field(default=2048, ge=2, le=MOST)
-    limit_chunks: int | None = Field(default=None, ge=1, le=MOST)
-    tasks: tuple[str, ...] = ()
-    include_path: str | None = None
-    limit: int | None = Field(default=None, ge=1, le=MOST)
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    speed: bool = True
-    prompt_tokens: int = Field(default=128, ge=1, le=MOST)
-    new_tokens: int = Field(default=16, ge=1, le=MOST)
-    rounds: int = Field(default=5, ge=1, le=MOST)
 
 
 class SizeRecord(_Record):

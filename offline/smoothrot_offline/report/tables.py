@@ -312,7 +312,7 @@ def write_report(report: Report, path: Path) -> None:
         content = json.dumps(report.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     else:
         content = render(
-            "report.html.jinja",
+            "page.html.jinja",
             report=report,
             tables=report_tables(report),
             notes=report_notes(report),

@@ -2,20 +2,29 @@
 """Round-to-nearest (RTN) weight quantization with a searched clip, and the quantizers with a
 gradient: rounding passes it straight through (STE), clamping stops it."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.format import ActivationScheme, WeightScheme, weight_tensors
-from smoothrot_vllm.reference import QUANT_MIN_SCALE, quant_max
+from smoothrot_vllm.format import (
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    ActivationScheme,
+    WeightScheme,
+    weight_tensors,
+)
+from smoothrot_vllm.reference import QUANT_MIN_SCALE, encode, quant_max
 
 ERROR_NORM = 2.4
 SHRINKS = tuple(1 - i / 100 for i in range(80))
 """Candidate scales, as fractions of the scale that represents the largest magnitude exactly."""
 
-_CLIP_CHUNK_VALUES = 1 << 20
+_CLIPHEAD_ROWS = 4096
+"""Rows of the embedding and of the head that are held in float64 at a time."""
+_CHUNK_VALUES = 1 << 20
 _LONG_ROW = 512
 
 
@@ -191,3 +200,34 @@ def fake_quantize_shrunk(weight: torch.Tensor, shrink: torch.Tensor, bits: int) 
     of its largest magnitudes."""
     scale = (largest_magnitude(weight, shrink.shape[1]) * shrink).clamp_min(QUANT_MIN_SCALE)
     return fake_quantize_weight(weight, scale, bits)
+
+
+def store(
+    parts: Iterable[tuple[torch.Tensor, QuantizedWeight]],
+    shape: Sequence[int],
+    scheme: WeightScheme,
+    name: str,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Stored tensors of the linear of ``shape`` whose rows come in ``parts``, and its relative
+    error ``|W - Q(W)| / |W|``."""
+    # On the CPU, where it is written from. Allocated first: a small tensor that stays between large
+    # ones that go would keep the allocator from using their place again.
+    tables = weight_tensors(shape[0], shape[1], scheme)
+    stored = {
+        f"{name}.{suffix}": torch.empty(size, dtype=dtype)
+        for suffix, (size, dtype) in tables.items()
+    }
+    packed, scales = stored[f"{name}.{WEIGHT_PACKED}"], stored[f"{name}.{WEIGHT_SCALE}"]
+    row, error, norm = 0, 0.0, 0.0
+    for weight, quantized in parts:
+        error += float((weight - quantized.dequantize()).square().sum())
+        norm += float(weight.square().sum())
+        rows = slice(row, row := row + len(weight))
+        packed[rows], scales[rows] = encode(quantized.codes, scheme.bits), quantized.scale
+    return stored, relative_error(error, norm)
+
+
+def relative_error(error: float, norm: float) -> float:
+    """``|W - Q(W)| / |W|`` from the squares of both; 0 for a linear that is all zeros, which its
+    codes are too."""
+    return (error / norm) ** 0.5 if norm else 0.0

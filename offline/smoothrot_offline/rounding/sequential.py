@@ -29,7 +29,6 @@ class SequentialRounding:
 
     Args:
         runner: builds single decoder layers.
-        spec: the model's sizes and names.
         schema: how each linear is quantised.
         hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
             tokens; it is changed.
@@ -43,7 +42,6 @@ class SequentialRounding:
     def __init__(
         self,
         runner: LayerRunner,
-        spec: ModelSpec,
         schema: QuantizationSchema,
         hidden: torch.Tensor,
         *,
@@ -53,7 +51,7 @@ class SequentialRounding:
         damping: float,
     ) -> None:
         self._runner = runner
-        self._spec = spec
+        self._spec = runner.spec
         self._schema = schema
         self._hidden = hidden
         self._asymmetric = asymmetric
@@ -112,12 +110,17 @@ class SequentialRounding:
                 )
                 copies[0].set_weight(linear, rounded[linear].dequantize())
 
+        def inputs_of(
+            part: Callable[[BuiltLayer, torch.Tensor], torch.Tensor],
+        ) -> Iterator[list[torch.Tensor]]:
+            """What a part of each copy of the layer gives, a chunk at a time."""
+            for chunk in self._chunks():
+                yield [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]
+
         qkv, output, *feed_forward = table.input_groups()
         with torch.no_grad():
-            round_group(
-                qkv, (_each(BuiltLayer.attention_input, copies, chunk) for chunk in self._chunks())
-            )
-            attended = [_each(BuiltLayer.output_input, copies, chunk) for chunk in self._chunks()]
+            round_group(qkv, inputs_of(BuiltLayer.attention_input))
+            attended = list(inputs_of(BuiltLayer.output_input))
             round_group(output, attended)
             for chunk, inputs in zip(self._chunks(), attended, strict=True):
                 for copy, hidden, read in zip(copies, chunk, inputs, strict=True):
@@ -127,16 +130,8 @@ class SequentialRounding:
                 self._round_experts(index, tensors, copies, rounded)
             else:
                 gate_up, down = feed_forward
-                round_group(
-                    gate_up,
-                    (
-                        _each(BuiltLayer.feed_forward_input, copies, chunk)
-                        for chunk in self._chunks()
-                    ),
-                )
-                round_group(
-                    down, (_each(BuiltLayer.down_input, copies, chunk) for chunk in self._chunks())
-                )
+                round_group(gate_up, inputs_of(BuiltLayer.feed_forward_input))
+                round_group(down, inputs_of(BuiltLayer.down_input))
             for chunk in self._chunks():
                 for copy, hidden in zip(copies, chunk, strict=True):
                     hidden.copy_(copy.finish(hidden))
@@ -209,6 +204,18 @@ class SequentialRounding:
         return zip(*(stream.split(step) for stream in streams), strict=True)
 
 
+def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool) -> float:
+    """Floating-point operations of error-compensated rounding beside the passes of the tokens: an
+    H, or two, of each input, and of each expert one that is factorized and inverted."""
+    inputs = sum(
+        shape[1] ** 2
+        for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears}
+    )
+    chosen = spec.config.num_experts_per_tok if spec.experts else 1
+    gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
+    return gathered + 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
+
+
 def _warn_of_few_tokens(index: int, few: Mapping[int, int]) -> None:
     if few:
         named = ", ".join(f"{expert} ({tokens})" for expert, tokens in sorted(few.items()))
@@ -220,12 +227,3 @@ def _warn_of_few_tokens(index: int, few: Mapping[int, int]) -> None:
             index,
             named,
         )
-
-
-def _each(
-    part: Callable[[BuiltLayer, torch.Tensor], torch.Tensor],
-    copies: Sequence[BuiltLayer],
-    chunk: Sequence[torch.Tensor],
-) -> list[torch.Tensor]:
-    """One part of a layer for each copy of it, on that copy's hidden states."""
-    return [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]

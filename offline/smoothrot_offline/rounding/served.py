@@ -100,7 +100,7 @@ class BuiltLayer:
             nn.Identity(),
         ]
         self._after_attention, self._after_feed_forward = posts
-        self._norm = layer.get_submodule(list(table.readers)[1])
+        self._norm = layer.get_submodule(table.mlp_norm)
         self._feed_forward = layer.get_submodule(table.feed_forward)
 
     def set_weight(self, linear: str, weight: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ class BuiltLayer:
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What q, k and v multiply by their weights, ``(samples, seqlen, hidden)``, when the
         layer reads ``hidden``."""
-        query = next(iter(self._table.readers.values()))[0]
+        query = self._table.readers[self._table.attention_norm][0]
         return self._stopped(query, lambda: output_of(self._model, hidden))
 
     def output_input(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ class BuiltLayer:
 
     def feed_forward_input(self, middle: torch.Tensor) -> torch.Tensor:
         """What gate and up multiply by their weights."""
-        gate = list(self._table.readers.values())[1][0]
+        gate = self._table.readers[self._table.mlp_norm][0]
         return self._stopped(gate, lambda: self._feed_forward(self._norm(middle)))
 
     def down_input(self, middle: torch.Tensor) -> torch.Tensor:

@@ -13,15 +13,18 @@ from typing import Any, Self
 import torch
 
 from smoothrot_offline.device import CPU
-from smoothrot_offline.source.fp8 import (
+from smoothrot_offline.source.headers import (
+    ADVICE,
+    CONFIG_NAME,
     FP8,
     SCALE_SUFFIX,
+    TensorInfo,
     block_shape,
     check_scale,
     dequantize,
     is_fp8,
+    read_headers,
 )
-from smoothrot_offline.source.headers import ADVICE, CONFIG_NAME, TensorInfo, read_headers
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.foreign_files import read_tensors
 

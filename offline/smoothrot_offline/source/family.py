@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -99,6 +100,16 @@ class Architecture:
     lm_head: str = "lm_head"
 
     @property
+    def attention_norm(self) -> str:
+        """The norm that q, k and v read: the first of ``readers``."""
+        return next(iter(self.readers))
+
+    @property
+    def mlp_norm(self) -> str:
+        """The norm that gate and up, or the router and the experts, read: the second."""
+        return list(self.readers)[1]
+
+    @property
     def rotates_residual(self) -> bool:
         """Whether R1 can be folded. A norm between a writer and the residual stream does not
         commute with a rotation."""
@@ -134,14 +145,7 @@ class Architecture:
             up, down: of an expert.
             own: other fields that differ.
         """
-        attention, second_norm = (
-            {
-                self.value,
-                self.output,
-                *next(iter(self.readers.values())),
-            },
-            list(self.readers)[1],
-        )
+        attention = {self.value, self.output, *self.readers[self.attention_norm]}
         gated = {
             experts.router: ("experts", "hidden"),
             experts.gate: ("intermediate", "hidden"),
@@ -152,7 +156,7 @@ class Architecture:
             linears={name: shape for name, shape in self.linears.items() if name in attention}
             | gated
             | {down: ("hidden", "intermediate")},
-            readers={**self.readers, second_norm: tuple(gated)},
+            readers={**self.readers, self.mlp_norm: tuple(gated)},
             writers=(self.output, down),
             up=up,
             down=down,
@@ -180,13 +184,13 @@ class Architecture:
         if self.experts is None:
             return [[group] for group in self.input_groups()]
         gated, down = self.expert_groups()
-        return [[next(iter(self.readers.values()))], [(self.output,)], gated + down]
+        return [[self.readers[self.attention_norm]], [(self.output,)], gated + down]
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first,
         then the feed-forward."""
-        attention, feed_forward = self.readers.values()
-        return [attention, (self.output,), feed_forward, *((down,) for _, down in self.products)]
+        read = [self.readers[self.attention_norm], (self.output,), self.readers[self.mlp_norm]]
+        return [*read, *((down,) for _, down in self.products)]
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,18 @@ class ModelSpec:
     def values(self) -> int:
         """Width of all value heads: the rows of ``value`` that R2 rotates."""
         return self.kv_heads * self.head_dim
+
+    def token_flop(self, seqlen: int) -> float:
+        """Floating-point operations of a token through all decoder layers, in a sequence of
+        ``seqlen``: it meets only the experts it is routed to."""
+        chosen = self.config.num_experts_per_tok if self.experts else 0
+        idle = 3 * (self.experts - chosen) * self.intermediate * self.hidden
+        attention = 4 * seqlen * self.heads * self.head_dim
+        return self.layers * (2 * (sum(self.layer_weights()) - idle) + attention)
+
+    def layer_weights(self) -> list[int]:
+        """Weights of each linear of a decoder layer."""
+        return [math.prod(self.linear_shape(linear)) for linear in self.architecture.linears]
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)``

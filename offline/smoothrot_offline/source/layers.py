@@ -2,7 +2,8 @@
 """The original model, run one decoder layer at a time in float32 while the next one is read.
 
 A mixture of experts runs as modules: a linear for each weight of the source, under the source's
-names."""
+names.
+"""
 
 import copy
 import hashlib
@@ -14,41 +15,11 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from smoothrot_offline.device import CPU
-from smoothrot_offline.source.checkpoint import Checkpoint
+from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.source.family import Architecture, ModelSpec
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 LayerTensors = dict[str, torch.Tensor]
-
-
-def load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerTensors:
-    """The tensors of a decoder layer, by names relative to it, in their stored dtype.
-
-    Raises:
-        CheckpointError: see :meth:`Checkpoint.load`.
-    """
-    return checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
-
-
-def layers_ahead(
-    checkpoint: Checkpoint, spec: ModelSpec, indices: Iterable[int]
-) -> Iterator[LayerTensors]:
-    """:func:`load_layer` of each of ``indices``, the next one read and checked by a thread while
-    the caller works on one.
-
-    At most one layer waits, in the CPU's memory; what is wrong with it is raised when it is asked
-    for.
-    """
-    unplaced = checkpoint.on(CPU)
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[LayerTensors] | None = None
-        for index in indices:
-            following = pool.submit(load_layer, unplaced, spec, index)
-            if waiting is not None:
-                yield checkpoint.placed(waiting.result())
-            waiting = following
-        if waiting is not None:
-            yield checkpoint.placed(waiting.result())
 
 
 Observer = Callable[[torch.Tensor], None]
@@ -70,7 +41,7 @@ class LayerRunner:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+        self.spec = spec
 
     def run(
         self,
@@ -135,7 +106,7 @@ class LayerRunner:
 
     def _empty(self, index: int) -> PreTrainedModel:
         """The base model with decoder layer ``index`` alone, on the meta device."""
-        config = copy.deepcopy(self._spec.config)
+        config = copy.deepcopy(self.spec.config)
         config.num_hidden_layers = 1
         for setting in _SETTINGS_BY_LAYER:
             if getattr(config, setting, None):
@@ -143,13 +114,86 @@ class LayerRunner:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModel.from_config(
                 config,
-                attn_implementation=self._spec.architecture.attention,
+                attn_implementation=self.spec.architecture.attention,
                 dtype=torch.float32,
                 # The configuration may name code of the directory's own, in place of which this is.
                 trust_remote_code=False,
             )
-        separate_experts(model.get_submodule("layers").children(), self._spec.architecture, config)
+        separate_experts(model.get_submodule("layers").children(), self.spec.architecture, config)
         return model
+
+
+class SourceModel(LayerRunner):
+    """The original model: what its files hold, and what it computes, one decoder layer at a time.
+
+    Args:
+        checkpoint: its files; everything is on the checkpoint's device.
+        spec: its sizes and names.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        super().__init__(spec)
+        self.checkpoint = checkpoint
+        table = spec.architecture
+        self.embedding_name = f"{table.embedding}.weight"
+        self.norm_name = f"{table.final_norm}.weight"
+        self.head_name = self.embedding_name if spec.tied else f"{table.lm_head}.weight"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of a conversion's 16-bit tensors, see :func:`source_dtype`."""
+        return source_dtype(self.checkpoint, self.embedding_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.checkpoint.device
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor by its full name, in its stored dtype.
+
+        Raises:
+            CheckpointError: see :meth:`Checkpoint.load`.
+        """
+        return self.checkpoint.load([name])[name]
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the first layer reads: float32 ``(samples, seqlen, hidden)`` of int64 ``tokens``.
+
+        Raises:
+            ConfigError: see :func:`embed`.
+        """
+        return embed(tokens, self.tensor(self.embedding_name), self.spec.embedding_scale)
+
+    def layer(self, index: int) -> LayerTensors:
+        """The tensors of a decoder layer, by names relative to it, in their stored dtype.
+
+        Raises:
+            CheckpointError: see :meth:`Checkpoint.load`.
+        """
+        return _load_layer(self.checkpoint, self.spec, index)
+
+    def layers(self, indices: Iterable[int] | None = None) -> Iterator[tuple[int, LayerTensors]]:
+        """Each of ``indices`` (all layers unless given) and its :meth:`layer`, the next one read
+        and checked by a thread while the caller works on one.
+
+        At most one layer waits, in the CPU's memory; what is wrong with it is raised when it is
+        asked for.
+        """
+        unplaced = self.checkpoint.on(CPU)
+        with ThreadPoolExecutor(1) as pool:
+            waiting: tuple[int, Future[LayerTensors]] | None = None
+            for index in range(self.spec.layers) if indices is None else indices:
+                following = index, pool.submit(_load_layer, unplaced, self.spec, index)
+                if waiting is not None:
+                    yield waiting[0], self.checkpoint.placed(waiting[1].result())
+                waiting = following
+            if waiting is not None:
+                yield waiting[0], self.checkpoint.placed(waiting[1].result())
+
+
+def _load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerTensors:
+    return checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
 
 
 def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -17,7 +17,7 @@ from smoothrot_offline.source.families import (
     SMOLLM3,
 )
 from smoothrot_offline.source.family import Architecture, Experts, ModelSpec
-from smoothrot_offline.source.fp8 import is_fp8
+from smoothrot_offline.source.headers import is_fp8
 from smoothrot_vllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # a refusal by name must not wait for it

@@ -18,7 +18,6 @@ import torch
 from smoothrot_offline.output.directory import OutputDirectory
 from smoothrot_offline.source.checkpoint import file_digest
 from smoothrot_offline.transform.record import RecordedTransform, read_transform
-from smoothrot_offline.transform.rotation import head_rotations, on_last_rows, random_signs
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_json, read_tensors
 from smoothrot_vllm.format import TRANSFORM_NAME
@@ -113,35 +112,18 @@ def transform_factors(
             product is added to the weight.
     """
     transform = recorded.transform
-    spec, table = transform.spec, transform.spec.architecture
-    prefix, scales = spec.layer_prefix(index), recorded.scales[index]
-    for norm, readers in table.readers.items():
-        if linear in readers and transform.residual is not None:
-            a = transform.residual.rotate(
-                a * (recorded.norms[prefix + norm].double() + table.norm_offset)
-            )
-        if linear in readers and norm in scales.norms:
-            a = a * scales.norms[norm]
-    if linear in table.writers and transform.residual is not None:
-        b = transform.residual.rotate(b.T).T
-    if linear == table.up and (divisor := scales.down) is not None:
-        b = on_last_rows(b, spec.intermediate, lambda rows: rows / divisor[:, None])
-    if linear == table.down and scales.down is not None:
-        a = a * scales.down
-    if transform.online.down_proj is not None:
-        heads = None if transform.heads is None else transform.heads[index]
-        of_values, of_outputs = head_rotations(
-            spec.values, spec.heads * spec.head_dim, spec.head_dim, heads
-        )
-        signs = random_signs(spec.intermediate, transform.seed, f"R4/{index}")
-        if linear == table.value:
-            b = on_last_rows(b, spec.values, lambda rows: of_values.rotate(rows.T).T)
-        if linear == table.output:
-            a = of_outputs.rotate(a)
-        if linear == table.up:
-            b = on_last_rows(b, spec.intermediate, lambda rows: rows * signs[:, None])
-        if linear == table.down:
-            a = a * signs
+    table, prefix = transform.spec.architecture, transform.spec.layer_prefix(index)
+    gammas = {}
+    if transform.residual is not None:
+        gammas = {
+            norm: recorded.norms[prefix + norm].double() + table.norm_offset
+            for norm in table.readers
+        }
+    for factor in transform.sides(index, gammas, recorded.scales[index])[linear]:
+        if factor.output:
+            b = factor.of_weight(b)
+        elif not factor.online:
+            a = factor.of_weight(a)
     return a.contiguous(), b.contiguous()
 
 

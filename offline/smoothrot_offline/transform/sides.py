@@ -1,29 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fold of a conversion in its order: norms, R1, R2, S, R4."""
+"""The folds of a conversion as data: what each linear of a layer is multiplied by on its two sides.
 
-from collections.abc import Mapping, Sequence
+A linear computes ``y = x W^T + b`` with W stored ``(out, in)``. Every fold turns W to ``L W R``: a
+matrix on the side of the input, whose inverse goes into what produces the input or is left to the
+server, or one on the side of the output, which the bias is multiplied by too (QuaRot, arXiv
+2404.00456; SpinQuant, arXiv 2405.16406). A conversion applies them to weights in the order they are
+listed, an adapter's factors A and B are given those of their side.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 
 from smoothrot_offline.config import ConvertConfig, online_rotations
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.transform.rotation import (
+    IDENTITY,
     Orthogonal,
-    Rotation,
     Tensors,
-    fold_norms,
+    hadamard,
+    head_rotations,
     random_rotation,
     random_signs,
-    rotate_down_input,
-    rotate_heads,
-    rotate_reader_inputs,
-    rotate_residual,
-    scale_up,
 )
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import Online
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""``x M`` of float64 ``x (..., n)`` for some matrix M."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix M on one side of a linear: ``W M`` of its input, or ``M^T W`` and ``b M`` of its
+    output.
+
+    ``last`` says that only so many of the last rows are concerned, those of the last linear of a
+    fused one. The inverse of an ``online`` factor is left to the server, which an adapter reads its
+    input before.
+    """
+
+    times: Rows
+    output: bool = False
+    last: int | None = None
+    online: bool = False
+
+    def of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Of float64 ``(out, in)``: a weight, or an adapter's A or B on its own side."""
+        return (
+            self._of_rows(weight, lambda rows: self.times(rows.T).T)
+            if self.output
+            else (self.times(weight))
+        )
+
+    def of_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """Of float64 ``(out,)``."""
+        return self._of_rows(bias, self.times) if self.output else bias
+
+    def _of_rows(self, tensor: torch.Tensor, change: Rows) -> torch.Tensor:
+        if self.last is None:
+            return change(tensor).contiguous()
+        return torch.cat([tensor[: -self.last], change(tensor[-self.last :])])
+
+
+Sides = dict[str, list[Factor]]
+"""The factors of linears, named relative to their layer, in the order they are applied."""
 
 
 @dataclass(frozen=True)
@@ -32,56 +75,113 @@ class LayerScales:
 
     ``down`` divides down_proj's input, ``(intermediate,)`` or, with experts, ``(experts,
     intermediate)``; or None. ``norms`` divide what each norm named gives out, ``(hidden,)``.
+
+    Raises:
+        CheckpointError: a scale is zero, negative or not finite.
     """
 
     down: torch.Tensor | None = None
     norms: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        named = {**self.norms, **({} if self.down is None else {"down_proj": self.down})}
+        for where, scales in named.items():
+            if not (scales.isfinite() & (scales > 0)).all():
+                raise CheckpointError(
+                    f"smoothing scales of {where}: expected positive finite numbers. Check the"
+                    " calibration text."
+                )
 
-def fold_smoothing(
-    layer: dict[str, torch.Tensor], table: Architecture, scales: torch.Tensor
-) -> None:
-    """Divide down_proj's input by ``scales`` in up_proj's rows and bias, and multiply it back in
-    down_proj's columns.
+
+def smoothing(spec: ModelSpec, scales: torch.Tensor) -> Sides:
+    """S: down_proj's input is divided by ``scales`` in what up_proj gives out."""
+    sides: Sides = {}
+    products = spec.architecture.products
+    for (up, down), own in zip(products, scales.view(len(products), -1), strict=True):
+        sides[up] = [Factor(_scaled(1 / own), output=True, last=spec.intermediate)]
+        sides[down] = [Factor(_scaled(own))]
+    return sides
+
+
+def residual_rotation(
+    spec: ModelSpec, gammas: Mapping[str, torch.Tensor], rotation: Orthogonal
+) -> Sides:
+    """R1: the residual stream becomes ``x Q``. What each norm multiplies by, ``gammas (hidden,)``,
+    moves into its readers first: only a unit norm commutes with Q."""
+    sides: Sides = {}
+    for norm, readers in spec.architecture.readers.items():
+        for reader in readers:
+            sides[reader] = [Factor(_scaled(gammas[norm])), Factor(rotation.rotate)]
+    for writer in spec.architecture.writers:
+        sides[writer] = [Factor(rotation.rotate, output=True)]
+    return sides
+
+
+def norm_smoothing(spec: ModelSpec, scales: Mapping[str, torch.Tensor]) -> Sides:
+    """S behind norms: the norm's weight is divided by ``scales``, see
+    :meth:`ModelTransform.norms`."""
+    return {
+        reader: [Factor(_scaled(divisor))]
+        for norm, divisor in scales.items()
+        for reader in spec.architecture.readers[norm]
+    }
+
+
+def online_residual_rotation(spec: ModelSpec, block: int) -> Sides:
+    """R1 where it cannot be folded: the server rotates what the norms give out as it stands."""
+    return {
+        reader: [Factor(lambda rows: hadamard(rows, block), online=True)]
+        for readers in spec.architecture.readers.values()
+        for reader in readers
+    }
+
+
+def head_rotation(spec: ModelSpec, matrices: torch.Tensor | None = None) -> Sides:
+    """R2: each head of the value projection is rotated, and undone in the output projection.
+
+    Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
+    rotates like a value. Every query head of a group reads the same rotated value head.
 
     Args:
-        layer: tensors by names relative to the layer, float64; changed.
-        table: the family, with its experts written out.
-        scales: float64 ``(f,)``, or ``(experts, f)``.
-
-    Raises:
-        CheckpointError: a scale is zero, negative or not finite.
+        matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by
+            its Hadamard transform.
     """
-    _check(scales, table.down)
-    for (up, down), own in zip(table.products, scales.view(len(table.products), -1), strict=True):
-        scale_up(layer, up, 1 / own)
-        layer[f"{down}.weight"] = layer[f"{down}.weight"] * own
+    table = spec.architecture
+    values, outputs = head_rotations(
+        spec.values, spec.heads * spec.head_dim, spec.head_dim, matrices
+    )
+    return {
+        table.value: [Factor(values.rotate, output=True, last=spec.values)],
+        table.output: [Factor(outputs.rotate)],
+    }
 
 
-def fold_norm_smoothing(
-    layer: dict[str, torch.Tensor], table: Architecture, scales: Mapping[str, torch.Tensor]
-) -> None:
-    """Divide what each norm gives out by its ``scales`` in its weight, and multiply it back in the
-    columns of its readers.
+def down_rotation(spec: ModelSpec, signs: torch.Tensor, block: int) -> Sides:
+    """R4: the signs go into the rows of up_proj, ``D (I (x) H)`` into the inputs of down_proj.
 
-    Raises:
-        CheckpointError: a scale is zero, negative or not finite.
+    The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is
+    the Hadamard transform of down_proj's input, without signs. The experts of a layer share the
+    signs.
     """
-    for norm, divisor in scales.items():
-        _check(divisor, norm)
-        layer[f"{norm}.weight"] = (
-            layer[f"{norm}.weight"] + table.norm_offset
-        ) / divisor - table.norm_offset
-        for reader in table.readers[norm]:
-            layer[f"{reader}.weight"] = layer[f"{reader}.weight"] * divisor
+    sides: Sides = {}
+    for up, down in spec.architecture.products:
+        sides[up] = [Factor(_scaled(signs), output=True, last=spec.intermediate)]
+        sides[down] = [
+            Factor(_scaled(signs)),
+            Factor(lambda rows: hadamard(rows, block), online=True),
+        ]
+    return sides
 
 
-def _check(scales: torch.Tensor, where: str) -> None:
-    if not (scales.isfinite() & (scales > 0)).all():
-        raise CheckpointError(
-            f"smoothing scales of {where}: expected positive finite numbers. Check the calibration"
-            " text."
-        )
+def fold(layer: Tensors, sides: Sides) -> None:
+    """Multiply the linears of a layer, float64 tensors by names relative to it, by their factors,
+    in place of the entries that change."""
+    for linear, factors in sides.items():
+        weight, bias = f"{linear}.weight", f"{linear}.bias"
+        for factor in factors:
+            layer[weight] = factor.of_weight(layer[weight])
+            if bias in layer and factor.output:
+                layer[bias] = factor.of_bias(layer[bias])
 
 
 @dataclass(frozen=True)
@@ -111,23 +211,54 @@ class ModelTransform:
         residual = random_rotation(spec.hidden, config.seed) if folds_r1 else None
         return cls(spec, config.seed, residual, online_rotations(spec, config))
 
+    @classmethod
+    def of_norms(cls, spec: ModelSpec) -> Self:
+        """Only the fold of the norms into their readers."""
+        return cls(spec, 0, IDENTITY, Online())
+
+    def sides(self, index: int, gammas: Mapping[str, torch.Tensor], scales: LayerScales) -> Sides:
+        """The factors of each linear of decoder layer ``index``.
+
+        Args:
+            index: which layer.
+            gammas: what each norm multiplies by, float64 ``(hidden,)``, where R1 is folded.
+            scales: S.
+        """
+        spec, found = self.spec, list[Sides]()
+        if scales.down is not None:
+            found.append(smoothing(spec, scales.down))
+        if self.residual is not None:
+            found.append(residual_rotation(spec, gammas, self.residual))
+        found.append(norm_smoothing(spec, scales.norms))
+        if self.online.readers is not None:
+            found.append(online_residual_rotation(spec, self.online.readers.block))
+        if self.online.down_proj is not None:
+            found.append(head_rotation(spec, None if self.heads is None else self.heads[index]))
+            signs = random_signs(spec.intermediate, self.seed, f"R4/{index}")
+            found.append(down_rotation(spec, signs, self.online.down_proj.block))
+        return {
+            linear: [factor for part in found for factor in part.get(linear, [])]
+            for linear in spec.architecture.linears
+        }
+
     def layer(self, index: int, tensors: Tensors, scales: LayerScales) -> None:
         """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S."""
         table = self.spec.architecture
-        if scales.down is not None:
-            fold_smoothing(tensors, table, scales.down)
+        gammas = {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.readers}
+        fold(tensors, self.sides(index, gammas, scales))
+        for norm, gamma in self.norms(gammas, scales).items():
+            tensors[f"{norm}.weight"] = gamma - table.norm_offset
+
+    def norms(
+        self, gammas: Mapping[str, torch.Tensor], scales: LayerScales
+    ) -> dict[str, torch.Tensor]:
+        """What is left of what each norm that changes multiplies by, float64 ``(hidden,)``."""
+        left = {}
         if self.residual is not None:
-            fold_norms(tensors, table)
-            rotate_residual(tensors, table, self.residual)
-        fold_norm_smoothing(tensors, table, scales.norms)
-        if self.online.readers is not None:
-            rotate_reader_inputs(tensors, table, self.online.readers.block)
-        if self.online.down_proj is not None:
-            rotate_heads(tensors, self.spec, None if self.heads is None else self.heads[index])
-            signs = random_signs(self.spec.intermediate, self.seed, f"R4/{index}").to(
-                next(iter(tensors.values())).device
-            )
-            rotate_down_input(tensors, table, Rotation(signs, self.online.down_proj.block))
+            left = {norm: torch.ones_like(gamma) for norm, gamma in gammas.items()}
+        for norm, divisor in scales.norms.items():
+            left[norm] = left.get(norm, gammas[norm]) / divisor
+        return left
 
     def embedding(self, rows: torch.Tensor) -> torch.Tensor:
         """Embedding rows, float64 ``(rows, hidden)``, in the rotated residual stream."""
@@ -146,3 +277,7 @@ class ModelTransform:
             if self.residual is None
             else torch.full_like(gamma, 1 - self.spec.architecture.norm_offset)
         )
+
+
+def _scaled(factors: torch.Tensor) -> Rows:
+    return lambda rows: rows * factors.to(rows.device)
