@@ -22,9 +22,9 @@ ERROR_NORM = 2.4
 SHRINKS = tuple(1 - i / 100 for i in range(80))
 """Candidate scales, as fractions of the scale that represents the largest magnitude exactly."""
 
-_CLIPHEAD_ROWS = 4096
+HEAD_ROWS = 4096
 """Rows of the embedding and of the head that are held in float64 at a time."""
-_CHUNK_VALUES = 1 << 20
+_CLIP_CHUNK_VALUES = 1 << 20
 _LONG_ROW = 512
 
 
