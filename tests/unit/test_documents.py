@@ -24,8 +24,8 @@ def prose(page: Path) -> str:
 
 
 def breakable(line: str) -> bool:
-    """Whether a line is neither a table's row, nor a command, nor one link."""
-    return not line.startswith(("|", "curl ")) and len(line.split("](")[-1]) < len(line) / 2
+    """Whether a line is neither a table's row, nor a command, nor little but one link."""
+    return not line.startswith(("|", "curl ")) and max(map(len, line.split())) < MOST_COLUMNS - 10
 
 
 @pages
