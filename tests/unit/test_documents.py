@@ -45,6 +45,15 @@ def test_files_named_are_there(page: Path) -> None:
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
+def test_the_map_is_of_this_repository() -> None:
+    (tree,) = re.findall(r"^```text\n(.*?)^```", DOCUMENTS[1].read_text(), re.DOTALL | re.M)
+    mapped = re.findall(rf"(?<![\w/])(?:{ROOTS})/[\w./]*", tree)
+    assert [path for path in mapped if not (REPOSITORY / path).exists()] == []
+    converter = "offline/smoothrot_offline/"
+    folders = {path.parent.name for path in (REPOSITORY / converter).glob("*/__init__.py")}
+    assert folders == {path.split("/")[2] for path in mapped if path.count("/") == 3}
+
+
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
     for target, section in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", prose(page)):
