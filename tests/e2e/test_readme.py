@@ -143,5 +143,5 @@ def torch_of(metadata: dict[str, Any]) -> SpecifierSet:
 def test_set_up_and_test_commands_are_make_targets() -> None:
     elsewhere = ("smoothrot-convert", "vllm serve", "make demo", "pip install")
     rest = [command for command in COMMANDS if not command.startswith(elsewhere)]
-    assert rest == ["make test", "make env", "source .venv/bin/activate", "make wheel"]
+    assert rest == ["make env", "source .venv/bin/activate", "make test", "make wheel"]
     run("make --dry-run env test wheel", REPOSITORY)

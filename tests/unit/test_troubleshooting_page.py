@@ -9,7 +9,9 @@ from tiny_models import REPOSITORY
 
 def test_every_message_quoted_is_in_the_source() -> None:
     page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
+    entries = re.findall(r"^- ((?:`[^`]+`,?\s)*`[^`]+`):", page, flags=re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^- ", page, flags=re.MULTILINE))
+    quoted = [message for entry in entries for message in re.findall("`([^`]+)`", entry)]
     files = [
         path
         for folder in ("offline", "smoothrot_vllm")
