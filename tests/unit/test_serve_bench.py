@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from serve import Cell
 from serve_devices import CpuServing
 from serve_report import show
-from serving import ServerError
 from tiny_models import byte_tokenizer
+
+from benchmarks.support.server import ServerError
 
 TINY = {
     "hidden_size": 64,
