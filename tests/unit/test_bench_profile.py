@@ -4,7 +4,8 @@
 from typing import Any
 
 import pytest
-from decode_profile import OUTSIDE, decode_step
+
+from benchmarks.serving.profile_decode import OUTSIDE, decode_step
 
 VOCABULARY = 100
 
@@ -12,16 +13,8 @@ VOCABULARY = 100
 def event(
     name: str, start: float, length: float, shapes: list[list[int]] | None = None, **changes: Any
 ) -> dict[str, Any]:
-    plain = {
-        "ph": "X",
-        "cat": "cpu_op",
-        "pid": 1,
-        "tid": 1,
-        "name": name,
-        "ts": start,
-        "dur": length,
-    }
-    return plain | {"args": {"Input Dims": shapes or []}} | changes
+    plain = {"ph": "X", "cat": "cpu_op", "pid": 1, "tid": 1, "name": name, "ts": start}
+    return plain | {"dur": length, "args": {"Input Dims": shapes or []}} | changes
 
 
 def step(start: float) -> list[dict[str, Any]]:
@@ -49,7 +42,7 @@ def events() -> list[dict[str, Any]]:
     return [*prompt, *step(1000), *step(1100), *step(1200), busy]
 
 
-def test_groups_add_up_to_the_step_and_hold_own_time_alone(events: list[dict[str, Any]]) -> None:
+def test_groups_add_up_to_the_step_of_own_times_alone(events: list[dict[str, Any]]) -> None:
     measured = decode_step(events, VOCABULARY)
     assert (measured["steps"], measured["step_ms"]) == (2, 0.1)
     assert measured["groups_ms"] == {

