@@ -2,18 +2,30 @@
 """The check that comes before benchmarks.kernels.decode times our models. Its rehearsal is a step
 of ``make gpu-proof-dry-run``."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.kernels import decode
-from benchmarks.kernels.decode_linears import StoredWeight, stored_weights
+from benchmarks.kernels.cuda import Rehearsal
+from benchmarks.kernels.decode_linears import OURS, StoredWeight, stored_weights
 from benchmarks.kernels.decode_model import Pieces
 from benchmarks.kernels.schemes import preset_schema
 from smoothrot_offline.source.resolve import resolve
 
 SPEC = resolve(decode.REHEARSAL)
 PER_LAYER = 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """What is tiny is only held up by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _agreement(
@@ -34,7 +46,7 @@ def _agreement(
     return decode.agreement(SPEC, weights, reference, Pieces())
 
 
-@pytest.mark.parametrize(("preset", "act_bits"), decode.OURS.values())
+@pytest.mark.parametrize(("preset", "act_bits"), OURS.values())
 def test_ours_gives_what_the_dequantized_weights_give(preset: str, act_bits: int) -> None:
     assert decode.agrees(_agreement(preset, act_bits), act_bits)
 
@@ -63,6 +75,6 @@ def test_the_logits_alone_fail_if_the_head_is_wrong() -> None:
 def test_a_model_that_fails_its_check_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LEAST_COSINES", {8: {"logits": 1.01}})
     args = decode.parse(["--dry-run", "--contenders", "bf16", "best_w4a8", "--batches", "1"])
-    report = decode.run(args, decode.Rehearsal())
+    report = decode.run(args, Rehearsal())
     assert [r["contender"] for r in report["results"]] == ["bf16"]
     assert list(report["failed"]) == ["rehearsal, best_w4a8"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What benchmarks.kernels says of a layer: floors, ratios, the presets' schemes, cold weights."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -46,12 +45,11 @@ class TimelessDevice:
 
 
 def test_ratios_are_of_medians_and_what_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    working = layers.ours
 
     def ours(columns: int, inputs: int, scheme: LinearScheme, *others: int) -> Rotating:
         if scheme == schemes.every_scheme()["w4a4"]:
             raise RuntimeError("no such kernel")
-        return working(columns, inputs, scheme, *others)
+        return contenders.ours(columns, inputs, scheme, *others)
 
     monkeypatch.setattr(layers, "ours", ours)
     args = layers.parse(["--device", "cuda", "--dry-run", "--schemes", "w4a8", "w4a4"])
@@ -131,11 +129,8 @@ def test_every_contenders_weights_are_cold(shape: tuple[int, int]) -> None:
     cache_bytes = 300_000
     makers: dict[str, Any] = {"bf16": contenders.torch_linear, "int8_mm": cuda_peers.int8_mm}
     makers |= {"fp8_mm": cuda_peers.fp8_mm}
-    every = schemes.every_scheme().items()
-    makers |= {
-        name: partial(lambda scheme, *at: contenders.ours(*at[:2], scheme, at[2]), scheme)
-        for name, scheme in every
-    }
+    for name, scheme in schemes.every_scheme().items():
+        makers[name] = lambda n, k, cache, scheme=scheme: contenders.ours(n, k, scheme, cache)
     for name, make in makers.items():
         layer = make(*shape, cache_bytes)
         weights = [w if isinstance(w, tuple) else (w,) for w in layer.listed]

