@@ -193,7 +193,7 @@ def open_pieces(device: CudaDevice, report: dict[str, Any]) -> Pieces:
     except Exception as error:
         report["pieces"] = f"plain torch, as torch.compile fails: {type(error).__name__}: {error}"
         report["missing"]["fp8"] = (
-            "torch.compile fails, and quantising in five kernels would be no fair peer"
+            "torch.compile fails, and quantizing in five kernels would be no fair peer"
         )
         return Pieces()
     report["pieces"] = "torch.compile"

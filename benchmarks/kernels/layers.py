@@ -189,7 +189,7 @@ def bench_activations(
     schedule: Schedule,
     tokens_of_wave: list[int],
 ) -> Iterator[dict[str, Any]]:
-    """Per size of down_proj: quantising its input plain and rotated, and the layer it feeds
+    """Per size of down_proj: quantizing its input plain and rotated, and the layer it feeds
     without and with the rotation."""
     by_bits = {every_scheme()[scheme].activations.bits: scheme for scheme in reversed(args.schemes)}
     for columns, inputs in args.rotations:

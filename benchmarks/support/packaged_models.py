@@ -159,7 +159,7 @@ def _convert(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     ).bfloat16()
-    # The weights are plain from here on: forget that they came from a quantised file.
+    # The weights are plain from here on: forget that they came from a quantized file.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for attribute, plain in (("hf_quantizer", None), ("is_quantized", False)):
