@@ -144,10 +144,8 @@ def rehearsal_steps(bundle: Path, out: Path, work: Path, site: Path) -> list[Ste
 
 def environment(site: Path) -> dict[str, str]:
     """The tree and the bundle's packages importable, without being installed."""
-    site.mkdir(parents=True, exist_ok=True)
-    (site / "smoothrot_offline").symlink_to(ROOT / "offline")
     inherited = os.environ.get("PYTHONPATH")
-    paths = [str(ROOT), str(site), *([inherited] if inherited else [])]
+    paths = [str(ROOT), str(ROOT / "offline"), str(site), *([inherited] if inherited else [])]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
