@@ -182,7 +182,8 @@ def measure_model(
                         continue
                     rounds[contender.scheme].append(measured)
                     case = f"{model} {contender.scheme} {asdict(cell)} round {number + 1}"
-                    console.print(f"{case}: {measured}", highlight=False)
+                    text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+                    console.print(f"{case}: {text}", highlight=False, soft_wrap=True)
             for contender in contenders:
                 report["results"].append(
                     row(model, contender, cell, rounds[contender.scheme], floors)
