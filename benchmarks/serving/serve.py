@@ -303,7 +303,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         "start-up s": lambda r: f"{r['startup_s']:.1f}",
         "RSS loaded, MB": lambda r: f"{r['loaded_rss_bytes'] / 1e6:.0f}",
         "RSS peak, MB": lambda r: f"{r['peak_rss_bytes'] / 1e6:.0f}",
-        "GPU, MB": lambda r: f"{r['gpu_bytes'] / 1e6:.0f}",
+        "GPU, MB": lambda r: f"{r['gpu_bytes'] / 1e6:.0f}" if r["gpu_bytes"] else "-",
     }
     last = {(r["model"], r["scheme"]): r for r in results}.values()
     show_table(console, "Serving", contender | speed, results)
