@@ -17,7 +17,7 @@ $(VENV)/.ready: requirements/make_env.sh requirements/lock.txt pyproject.toml se
 	VENV=$(VENV) requirements/make_env.sh
 
 demo: env  ## convert a real model, serve it, talk to it
-	$(BIN)/python benchmarks/demo.py $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m benchmarks.demo.demo $(if $(MODEL),--model $(MODEL))
 
 wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2.28 on; needs nvcc, no GPU, takes minutes
 	rm -rf dist
@@ -39,18 +39,18 @@ sass: env  ## write docs/sass.md anew
 	$(BIN)/python csrc/cuda/check_sass.py
 
 bench: env  ## kernels, then served models, against their peers and the machine's limits
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/serve.py --quick
+	$(BIN)/python -m benchmarks.kernels.layers
+	$(BIN)/python -m benchmarks.serving.serve --quick
 
 gpu-bundle: env  ## gpu-bundle/: the CUDA library and the wheels that a bare machine with a GPU lacks; needs nvcc, no GPU
-	$(BIN)/python benchmarks/gpu_bundle.py
+	$(BIN)/python -m benchmarks.gpu.bundle
 
 # Not `env`: that builds vLLM for CPUs, and needs a network.
 gpu-proof:  ## prove and measure every CUDA kernel on this machine's GPU with PYTHON, in MINUTES; results in OUT
-	$(PYTHON) benchmarks/gpu_proof.py --bundle gpu-bundle --out $(OUT) --minutes $(MINUTES)
+	$(PYTHON) -m benchmarks.gpu.proof --bundle gpu-bundle --out $(OUT) --minutes $(MINUTES)
 
 gpu-proof-dry-run: env $(BARE_VENV)/.ready  ## the same steps without a GPU: kernels emulated, torch 2.11, no vLLM
-	$(BARE_VENV)/bin/python benchmarks/gpu_proof.py --dry-run --out build/gpu-proof-dry-run --minutes 30
+	$(BARE_VENV)/bin/python -m benchmarks.gpu.proof --dry-run --out build/gpu-proof-dry-run --minutes 30
 
 $(BARE_VENV)/.ready: requirements/bare.txt
 	$(BARE_PYTHON) -m venv $(BARE_VENV)

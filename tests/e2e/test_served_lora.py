@@ -20,9 +20,10 @@ import torch
 from openai import BadRequestError, InternalServerError
 from reference_forward import SAFE_MARGIN, Reference
 from safetensors.torch import load_file, save_file
-from serving import HOST, KEY, VllmServer
 from tiny_models import BIN
 from transformers import AutoTokenizer
+
+from benchmarks.support.server import HOST, KEY, VllmServer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 from reference_forward import SAFE_MARGIN, STARTS, Greedy, Reference
-from serving import VllmServer, processes
 from transformers import AutoTokenizer
+
+from benchmarks.support.server import VllmServer, processes
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 

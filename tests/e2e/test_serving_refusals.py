@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from serving import VllmServer
+
+from benchmarks.support.server import VllmServer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 

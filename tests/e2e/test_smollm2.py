@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import VllmServer
 from tiny_models import BIN, SHORT_TEXT
 from transformers import AutoTokenizer
 
+from benchmarks.support.server import VllmServer
 from smoothrot_offline.report.model import load_model
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]

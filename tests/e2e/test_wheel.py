@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import VllmServer, processes
 from tiny_models import BIN, REPOSITORY
 
+from benchmarks.support.server import VllmServer, processes
 from smoothrot_vllm.ops import LIBRARY
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from emulated_ops import emulated_target
-from gpu_ready import has_cuda_vllm, refusal
 from ops_contract import Target
 from tiny_models import REPOSITORY
+
+from benchmarks.support.gpu_ready import has_cuda_vllm, refusal
 
 sys.path.insert(0, str(REPOSITORY / "tests" / "e2e"))
 collect_ignore = [] if refusal("tests/gpu") or has_cuda_vllm() else ["test_gpu_serving.py"]

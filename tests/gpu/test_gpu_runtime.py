@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from device_cuda import capture
 from ops_contract import CLIP, Layer, Target, assert_same
 
+from benchmarks.support.cuda_graphs import capture
 from smoothrot_vllm import ops, reference
 
 SCHEMES = [(4, 4), (4, 8), (8, 8)]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from reference_forward import STARTS, Greedy, Reference
-from serving import VllmServer
 from transformers import AutoTokenizer
+
+from benchmarks.support.server import VllmServer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(400)]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_peer
 from safetensors.torch import load_file, save_file
 from tiny_models import SHORT_TEXT, save_tiny_model
 from typer.testing import CliRunner, Result
 
+from benchmarks.support.compressed_tensors_models import write_peer
 from smoothrot_offline.cli import app
 from smoothrot_offline.report.model import load_model
 from smoothrot_offline.source.checkpoint import file_digest, open_checkpoint

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from convert import make_model
+
+from benchmarks.support.random_models import make_model
 
 HIDDEN, WIDE, VOCABULARY = 384, 1536, 1024
 LAYER_WEIGHTS = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDE

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from convert import make_model
 
+from benchmarks.support.random_models import make_model
 from smoothrot_offline.source.checkpoint import Checkpoint, open_checkpoint
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.source.resolve import resolve

@@ -5,19 +5,18 @@ another tree."""
 import hashlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import tarfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import gpu_bundle
-import gpu_proof
-import gpu_sanitizer
 import pytest
-from gpu_bundle import LIBRARY, MANIFEST, BundleError, read_manifest, source_hash
-from lane import UNSUPPORTED, Lane, Step
+
+from benchmarks.gpu import proof, sanitizer
+from benchmarks.gpu.bundle import LIBRARY, MANIFEST, ROOT, BundleError, read_manifest, source_hash
+from benchmarks.gpu.lane import UNSUPPORTED, Lane, Step
 
 TREE_FILES = ("csrc/cuda/one.cu", "setup.py")
 
@@ -31,9 +30,13 @@ def lane(tmp_path: Path) -> Lane:
     return Lane(tmp_path / "out", tmp_path / "work", 1, {"run": "of the test"})
 
 
+def steps(lane: Lane) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((lane.out / "proof.json").read_text())["steps"]
+    return found
+
+
 def statuses(lane: Lane) -> dict[str, str]:
-    record = json.loads((lane.out / "proof.json").read_text())
-    return {step["name"]: step["status"] for step in record["steps"]}
+    return {step["name"]: step["status"] for step in steps(lane)}
 
 
 def run(lane: Lane, *steps: Step) -> int:
@@ -60,10 +63,10 @@ def test_a_failing_step_stops_only_what_needs_it_and_fails_the_whole(lane: Lane)
         "needs bad": "left out",
         "good": "passed",
     }
-    steps = json.loads((lane.out / "proof.json").read_text())["steps"]
-    assert steps[0]["reason"] == "exit status 3: the reason"
-    assert "no-such-program" in steps[1]["reason"]
-    assert steps[2]["reason"] == "needs bad"
+    bad, missing, needs, _ = steps(lane)
+    assert bad["reason"] == "exit status 3: the reason"
+    assert "no-such-program" in missing["reason"]
+    assert needs["reason"] == "needs bad"
 
 
 def test_only_proofs_and_failures_count(lane: Lane) -> None:
@@ -79,9 +82,8 @@ def test_only_proofs_and_failures_count(lane: Lane) -> None:
         "unsupported": "unsupported",
         "slow": "killed",
     }
-    record = json.loads((lane.out / "proof.json").read_text())
-    assert not record["proven"]
-    assert record["steps"][2]["reason"] == "not on this GPU"
+    assert not json.loads((lane.out / "proof.json").read_text())["proven"]
+    assert steps(lane)[2]["reason"] == "not on this GPU"
     assert run(lane, Step("slow proof", python("import time; time.sleep(60)"), 0.5)) == 1
 
 
@@ -98,7 +100,7 @@ time.sleep(120)
     assert run(lane, Step("hangs", python(code), 3), Step("after", python(""), 20)) == 1
     assert time.monotonic() - start < 20
     assert statuses(lane) == {"hangs": "killed", "after": "passed"}
-    assert json.loads((lane.out / "proof.json").read_text())["steps"][0]["tail"] == "started\n"
+    assert steps(lane)[0]["tail"] == "started\n"
     pid = int(child.read_text())
     deadline = time.monotonic() + 10
     while not gone(pid) and time.monotonic() < deadline:
@@ -113,77 +115,41 @@ def test_steps_without_time_are_left_out_by_name(tmp_path: Path) -> None:
     assert "| late | left out |" in (lane.out / "proof.md").read_text()
 
 
+def pytest_of(test: Path, text: str) -> tuple[str, ...]:
+    test.write_text(f"import pytest\n{text}\n")
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test))
+
+
 def test_result_files_are_whole_after_each_step(lane: Lane, tmp_path: Path) -> None:
-    """The second step reads what the first one left; a test's report and a benchmark's go into
-    the result."""
-    test, report = tmp_path / "test_two.py", tmp_path / "report.json"
-    test.write_text(
-        "import pytest\ndef test_right(): pass\ndef test_wrong(): assert 0\ndef test_not():"
-        " pytest.skip('why')\n"
-    )
+    """A test's report and a benchmark's go into the result; the second step reads what the first
+    one left."""
+    right_wrong_not = """
+def test_right(): pass
+def test_wrong(): assert 0
+def test_not(): pytest.skip('why')"""
+    report = tmp_path / "report.json"
     look = f"""
-import json, pathlib, sys, tarfile
+import json, pathlib
 out = pathlib.Path({str(lane.out)!r})
-steps = json.loads((out / "proof.json").read_text())["steps"]
-assert [step["name"] for step in steps] == ["tests"] and "tests" in (out / "proof.md").read_text()
-assert "logs/tests.log" in tarfile.open(out / "logs.tar.gz").getnames()
+assert [step["name"] for step in json.loads((out / "proof.json").read_text())["steps"]] == ["tests"]
 assert not [path for path in out.iterdir() if path.name.startswith(".")]
 pathlib.Path({str(report)!r}).write_text('{{"speed": 1.5}}')
 """
-    tests = Step(
-        "tests",
-        (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)),
-        60,
-        junit=True,
-    )
-    assert (
-        run(
-            lane,
-            tests,
-            Step("look", python(look), 20, writes=report),
-            Step("none", python(""), 9, writes=tmp_path / "no"),
-        )
-        == 1
-    )
+    tests = Step("tests", pytest_of(tmp_path / "test_two.py", right_wrong_not), 60, junit=True)
+    looks = Step("look", python(look), 20, writes=report)
+    assert run(lane, tests, looks, Step("none", python(""), 9, writes=tmp_path / "no")) == 1
     assert statuses(lane) == {"tests": "failed", "look": "passed", "none": "failed"}
-    steps = json.loads((lane.out / "proof.json").read_text())["steps"]
-    counts = {kind: steps[0]["tests"][kind] for kind in ("passed", "failed", "skipped")}
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
-    assert steps[0]["tests"]["failures"][0].endswith("::test_wrong")
-    assert steps[0]["tests"]["skip_reasons"] == ["why"]
-    assert steps[1]["report"] == {"speed": 1.5}
+    found, looked, _ = steps(lane)
+    assert [found["tests"][kind] for kind in ("passed", "failed", "skipped")] == [1, 1, 1]
+    assert found["tests"]["failures"][0].endswith("::test_wrong")
+    assert looked["report"] == {"speed": 1.5}
     with tarfile.open(lane.out / "logs.tar.gz") as archive:
         assert {"logs/tests.log", "logs/tests.xml", "logs/look.log"} <= set(archive.getnames())
 
 
 def test_a_run_of_only_skipped_tests_is_no_pass(lane: Lane, tmp_path: Path) -> None:
-    test = tmp_path / "test_skipped.py"
-    test.write_text("import pytest\ndef test_not(): pytest.skip('why')\n")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test))
+    command = pytest_of(tmp_path / "test_skipped.py", "def test_not(): pytest.skip('why')")
     assert run(lane, Step("tests", command, 60, junit=True)) == 1
-
-
-def test_who_stops_the_driver_stops_its_step(tmp_path: Path) -> None:
-    child = tmp_path / "pid"
-    sleeper = (
-        f"import os, pathlib, time; pathlib.Path({str(child)!r}).write_text(str(os.getpid()));"
-        " time.sleep(120)"
-    )
-    code = f"""
-import sys, gpu_proof
-from lane import Step
-gpu_proof.rehearsal_steps = lambda *_: [Step("hangs", (sys.executable, "-c", {sleeper!r}), 100)]
-sys.argv = ["gpu_proof.py", "--dry-run", "--out", {str(tmp_path / "out")!r}]
-sys.exit(gpu_proof.main())
-"""
-    folder = str(Path(gpu_proof.__file__).parent)
-    with subprocess.Popen(python(code), env=os.environ | {"PYTHONPATH": folder}) as driver:
-        deadline = time.monotonic() + 30
-        while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        driver.send_signal(signal.SIGTERM)
-        assert driver.wait(20) == 128 + signal.SIGTERM
-    assert gone(int(child.read_text()))
 
 
 @pytest.fixture
@@ -231,19 +197,34 @@ def test_a_bundle_whose_library_was_changed_is_refused(bundle: Path, tree: Path)
 
 def test_every_step_names_files_that_are_here(tmp_path: Path) -> None:
     """A rehearsal leaves out the arguments of the real run."""
-    steps = gpu_proof.proof_steps(tmp_path, tmp_path, tmp_path, tmp_path)
-    named = [
-        word.partition("::")[0]
-        for step in steps
-        for word in step.command
-        if word.startswith("tests/") or word.endswith(".py")
+    commands = [s.command for s in proof.proof_steps(tmp_path, tmp_path, tmp_path, tmp_path)]
+    words = {word.partition("::")[0] for command in commands for word in command}
+    tests = {word for word in words if word.startswith("tests/")}
+    assert all((ROOT / test).exists() for test in tests)
+    assert {test.partition("::")[0] for test in sanitizer.TESTS} <= tests
+    modules = {word for word in words if word.startswith("benchmarks.")}
+    assert len(modules) == 5
+    assert all(find_spec(name) for name in modules)
+
+
+def test_the_steps_come_in_order_of_worth_within_limits(tmp_path: Path) -> None:
+    """The rehearsal takes the same ones, but what only a GPU or vLLM can do."""
+    real, rehearsal = (
+        make(tmp_path / "none", tmp_path, tmp_path, tmp_path)
+        for make in (proof.proof_steps, proof.rehearsal_steps)
+    )
+    names = [step.name for step in real]
+    assert names == [
+        *("facts", "library", "kernels", "ops", "runtime", "kernel-benchmark", "decode-benchmark"),
+        *("memcheck", "racecheck", "synccheck", "converter", "cpu", "cpu-benchmark", "serving"),
     ]
-    assert len(named) >= len(steps) - 1
-    assert [name for name in named if not (gpu_bundle.ROOT / name).exists()] == []
-    assert {name.partition("::")[0] for name in gpu_sanitizer.TESTS} <= set(named)
+    assert names[:-1] == [step.name for step in rehearsal]
+    assert all(0 < step.seconds <= 400 for step in real)
+    unproven = {"facts", "kernel-benchmark", "decode-benchmark", "cpu-benchmark", "serving"}
+    assert {step.name for step in real if not step.proves} == unproven
 
 
 def test_the_sanitizer_looks_at_every_kernel_of_the_sources() -> None:
-    sources = (gpu_bundle.ROOT / "csrc" / "cuda").glob("*_kernel*.h")
+    sources = (ROOT / "csrc" / "cuda").glob("*_kernel*.h")
     uses = sum(path.read_text().count("\nSMOOTHROT_KERNEL(") for path in sources)
-    assert len(gpu_sanitizer.kernel_names()) == uses > 5
+    assert len(sanitizer.kernel_names()) == uses > 5

@@ -283,7 +283,7 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
     if table is None:
         raise UnsupportedModelError(
             f"{names} (model_type {model_type!r}) is not supported: no table says where its"
-            " transforms are folded (docs/architectures.md). Supported model types:"
+            " transforms are folded (CONTRIBUTING.md). Supported model types:"
             f" {', '.join(SUPPORTED)}."
         )
     if classes == [table.class_name.replace("ForCausalLM", "Model")]:
