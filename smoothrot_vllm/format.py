@@ -2,7 +2,7 @@
 """The checkpoint format: one schema, used by the converter that writes it and the plugin that loads
 it.
 
-``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantised linear
+``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantized linear
 ``P`` stores ``P.weight_packed``, ``P.weight_scale`` and, if it has one, ``P.bias``.
 ``docs/format.md`` is the byte-level description.
 """
@@ -44,7 +44,7 @@ class _Model(BaseModel):
 
 
 class WeightScheme(_Model):
-    """Symmetric weight quantisation: per output channel (``group_size`` -1) or per group of
+    """Symmetric weight quantization: per output channel (``group_size`` -1) or per group of
     consecutive inputs."""
 
     bits: Literal[4, 8] = 4
@@ -53,7 +53,7 @@ class WeightScheme(_Model):
 
 
 class ActivationScheme(_Model):
-    """Dynamic symmetric per-token activation quantisation with ``scale = clip * max|x| /
+    """Dynamic symmetric per-token activation quantization with ``scale = clip * max|x| /
     quant_max``."""
 
     bits: Literal[4, 8] = 4
@@ -63,7 +63,7 @@ class ActivationScheme(_Model):
 
 
 class LinearScheme(_Model):
-    """How one linear layer is quantised."""
+    """How one linear layer is quantized."""
 
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
@@ -194,7 +194,7 @@ def check_tensor_parallel(schema: QuantizationSchema, size: int) -> None:
 def weight_tensors(
     out_features: int, in_features: int, scheme: WeightScheme
 ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-    """Shape and dtype of each stored tensor of a quantised linear, by the suffix of its name.
+    """Shape and dtype of each stored tensor of a quantized linear, by the suffix of its name.
 
     Raises:
         ConfigError: ``in_features`` is odd, or is no multiple of the group size.

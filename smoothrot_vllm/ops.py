@@ -159,7 +159,7 @@ def _prepare_rotation(block: int, cuda_device: int | None) -> int:
 
 
 def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic symmetric per-token quantisation, :func:`reference.quant`.
+    """Dynamic symmetric per-token quantization, :func:`reference.quant`.
 
     Args:
         x: ``(T, K)`` contiguous float32, bfloat16 or float16; K even.
@@ -293,7 +293,7 @@ def linear(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """A whole quantised linear layer: (hadamard) quantise ``x`` per token, then :func:`gemm`.
+    """A whole quantized linear layer: (hadamard) quantize ``x`` per token, then :func:`gemm`.
 
     Args:
         x: ``(..., K)`` contiguous float32, bfloat16 or float16.
@@ -352,7 +352,7 @@ def experts(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """The experts of a mixture, :func:`reference.experts`: the input is quantised once, then each
+    """The experts of a mixture, :func:`reference.experts`: the input is quantized once, then each
     expert computes its own tokens.
 
     Arguments are positional.

@@ -15,7 +15,7 @@ QUANT_MIN_SCALE = 2.0**-100
 
 
 def quant_max(bits: int) -> int:
-    """Largest code of a symmetric signed quantiser: 7 for 4 bits, 127 for 8; the smallest is
+    """Largest code of a symmetric signed quantizer: 7 for 4 bits, 127 for 8; the smallest is
     ``-quant_max - 1``."""
     return (1 << (bits - 1)) - 1
 
@@ -44,7 +44,7 @@ def decode(stored: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Unnormalised ``x (I (x) H_base (x) H_power)`` in float32 (float64 stays float64), ``(...,
+    """Unnormalized ``x (I (x) H_base (x) H_power)`` in float32 (float64 stays float64), ``(...,
     K)``, ``block`` divides K.
 
     Dividing by ``sqrt(block)`` makes it orthonormal. The order of float additions is part of the
@@ -74,7 +74,7 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic symmetric per-token quantisation.
+    """Dynamic symmetric per-token quantization.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16; K even.
@@ -189,7 +189,7 @@ def experts(
     weight_bits: int,
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear
-    quantised as in :func:`gemm`.
+    quantized as in :func:`gemm`.
 
     What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see
     :func:`silu_mul_hadamard_quant`; what down gives is weighed and summed in float32, in the order
@@ -253,7 +253,7 @@ def rms_norm_quant(
     """:func:`quant` of ``x / sqrt(mean(x ** 2) + epsilon) * weight``, in float32.
 
     The order of additions is part of the definition: accumulator i of ``NORM_ACCUMULATORS`` sums
-    the squares of values i, i + NORM_ACCUMULATORS ... from left to right, then neighbouring
+    the squares of values i, i + NORM_ACCUMULATORS ... from left to right, then neighboring
     accumulators are added pairwise.
 
     Args:

@@ -54,7 +54,7 @@ EXPERTS = ["experts_narrow", "experts_wide"]
 
 
 def rows() -> Iterator[tuple[str, str, int, int]]:
-    """Name, producer, inputs and block of a row for each kernel that quantises."""
+    """Name, producer, inputs and block of a row for each kernel that quantizes."""
     for producer in ("plain", "silu_mul"):
         for units in (1, 2, 4, 8):
             name, width = f"{producer}_{units}", 4096 * units

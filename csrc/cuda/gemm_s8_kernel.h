@@ -4,7 +4,7 @@
 // ahead.
 //
 // 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even
-// ones in the first half of the MMA's depth and odd ones in the second, on both sides (neighbours
+// ones in the first half of the MMA's depth and odd ones in the second, on both sides (neighbors
 // in each half where neither side is packed). So a group of weights may be any multiple of 32
 // inputs.
 //

@@ -2,7 +2,7 @@
 """Has vLLM run a converted model on CPUs by
 :class:`~smoothrot_vllm.plugin.executor.InEngineExecutor` unless told otherwise.
 
-vLLM lets the command line name an executor, but gives a quantisation method no say in it, and on
+vLLM lets the command line name an executor, but gives a quantization method no say in it, and on
 CPUs replaces its own single-process one by one with a process for the worker. So the platform's
 last word on a configuration is preceded by ours.
 """

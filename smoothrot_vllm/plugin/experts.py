@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised experts: load the stored codes and scales of each, repack them once, run one opaque
+"""Quantized experts: load the stored codes and scales of each, repack them once, run one opaque
 op for all of them."""
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
         moe: vLLM's description of it.
 
     Raises:
-        ConfigError: an option of the server that does not go with quantised experts.
+        ConfigError: an option of the server that does not go with quantized experts.
         UnsupportedModelError: experts of another kind than the format covers.
     """
     parallel = moe.moe_parallel_config
@@ -58,7 +58,7 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
     }.items():
         if given:
             raise ConfigError(
-                f"{prefix}: expected no {option}, which quantised experts do not support. Serve"
+                f"{prefix}: expected no {option}, which quantized experts do not support. Serve"
                 " without it; --tensor-parallel-size divides each expert."
             )
     if moe.activation != MoEActivation.SILU or moe.has_bias or moe.swiglu_limit is not None:

@@ -15,7 +15,7 @@ def check_shards(directory: Path) -> None:
     """Every safetensors file is whole, and holds the tensors that the index, and the manifest if
     there is one, say it holds.
 
-    vLLM does not notice a tensor that a quantised checkpoint lacks, and reports a damaged file
+    vLLM does not notice a tensor that a quantized checkpoint lacks, and reports a damaged file
     without its name.
 
     Raises:

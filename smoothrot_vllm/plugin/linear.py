@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantised linear layer: load stored codes and scales, repack them once, run one opaque op."""
+"""The quantized linear layer: load stored codes and scales, repack them once, run one opaque op."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class GateUp:
 
 @register_weight_loader_v2_supported_method
 class SmoothRotLinearMethod(LinearMethodBase):
-    """``y = dequantise(quantise(x (I (x) H)) @ W^T) + bias`` for one layer of vLLM (see
+    """``y = dequantize(quantize(x (I (x) H)) @ W^T) + bias`` for one layer of vLLM (see
     ``reference.gemm``).
 
     Args:
@@ -100,7 +100,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
             raise UnsupportedModelError(
                 f"{self.prefix}: vLLM fuses {len(output_partition_sizes)} linears here, but the"
                 f" model's packed_modules_mapping names {len(self.parts)}"
-                f" ({', '.join(self.parts)}). This model class cannot be served quantised."
+                f" ({', '.join(self.parts)}). This model class cannot be served quantized."
             )
         weights = self.scheme.weights
         tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)

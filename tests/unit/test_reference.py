@@ -90,7 +90,7 @@ def test_hadamard_quant_is_quant_of_the_rotated_row() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_gemm_equals_the_dequantised_product_in_float64(groups: int) -> None:
+def test_gemm_equals_the_dequantized_product_in_float64(groups: int) -> None:
     x, weight_scale, bias = torch.randn(5, 64), torch.rand(7, groups), torch.randn(7)
     codes, scale = reference.quant(x, 1.0, 8)
     weight = reference.encode(torch.randint(-8, 8, (7, 64), dtype=torch.int8), 4)
@@ -108,7 +108,7 @@ def test_accumulate_is_exact_where_float32_would_not_be() -> None:
     assert reference.accumulate(codes, weight, 8, 8).item() == 4095 * 128 * 128 - 128
 
 
-def dequantised(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.double() * scale.double()[:, None]
 
 
@@ -119,14 +119,14 @@ def test_silu_mul_hadamard_quant_is_hadamard_quant_of_silu_times_up(dtype: torch
     # In the dtype of the input, as vLLM's SiluAndMul computes it.
     rotated = (torch.nn.functional.silu(gate) * up).double() @ hadamard_matrix(64)
     codes, scale = reference.silu_mul_hadamard_quant(gate_up, 64, 1.0, 8)
-    assert ((dequantised(codes, scale) - rotated).abs() <= scale.double()[:, None] * 0.501).all()
+    assert ((dequantized(codes, scale) - rotated).abs() <= scale.double()[:, None] * 0.501).all()
 
 
 def test_silu_of_large_inputs_is_the_input_or_nothing() -> None:
     gate_up = torch.tensor([[-1e4, 1e4, -88.0, 88.0, 1.0, 1.0, 1.0, 1.0]])
     codes, scale = reference.silu_mul_hadamard_quant(gate_up, 0, 1.0, 8)
     torch.testing.assert_close(
-        dequantised(codes, scale), torch.tensor([[0.0, 1e4, 0.0, 88.0]]).double(), rtol=0.11, atol=0
+        dequantized(codes, scale), torch.tensor([[0.0, 1e4, 0.0, 88.0]]).double(), rtol=0.11, atol=0
     )
 
 
@@ -148,4 +148,4 @@ def test_rms_norm_quant_is_quant_of_the_normed_sum(dtype: torch.dtype, size: int
     assert added is not None
     torch.testing.assert_close(added, x + residual, rtol=0, atol=0)
     exact = torch.nn.functional.rms_norm(added.double(), (size,), weight.double(), 1e-6)
-    assert ((dequantised(codes, scale) - exact).abs() <= scale.double()[:, None] * 0.501).all()
+    assert ((dequantized(codes, scale) - exact).abs() <= scale.double()[:, None] * 0.501).all()
