@@ -20,8 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests" / "emulated"))
 from emulator import INT8, PACKED, Emulator, build_emulator  # noqa: E402
 
+from smoothrot_vllm.grouped_experts import Route  # noqa: E402
 from smoothrot_vllm.hadamard import factorize  # noqa: E402
-from smoothrot_vllm.plugin.grouped_experts import Route  # noqa: E402
 
 QUANT_TOKENS = 8
 WIDTHS = {"Llama-3.2-1B": (2048, 8192), "Llama-3-8B": (4096, 14336), "Qwen2.5-7B": (3584, 18944)}

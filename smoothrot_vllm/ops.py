@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
+from smoothrot_vllm.grouped_experts import grouped_experts
 from smoothrot_vllm.hadamard import base_matrix, factorize
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
 
 logger = logging.getLogger("smoothrot_vllm")
 

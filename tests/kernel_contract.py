@@ -13,7 +13,7 @@ import torch
 from ops_contract import CLIP, EPSILON, Target, assert_same, assert_same_codes
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float32, *HALVES]

@@ -15,7 +15,7 @@ import torch
 from awkward_rows import awkward_rows
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CLIP, EPSILON = 0.9, 1e-5

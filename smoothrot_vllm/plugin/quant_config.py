@@ -24,7 +24,6 @@ from smoothrot_vllm.format import (
     check_tensor_parallel,
     parse_schema,
 )
-from smoothrot_vllm.plugin import adapters, reload
 from smoothrot_vllm.plugin.engine_checks import check_engine
 from smoothrot_vllm.plugin.headers import check_shards
 
@@ -187,8 +186,6 @@ class SmoothRotConfig(QuantizationConfig):
         config = get_current_vllm_config_or_none()
         if config is not None and config.model_config is not None:
             check_engine(config, self.schema)
-        adapters.guard.install(self.schema.transform_sha256)
-        reload.install()
         silu_fusion.install()
         if isinstance(layer, LinearBase):
             scheme = self.scheme(prefix)

@@ -10,7 +10,7 @@ import torch
 from emulator import Emulator
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import Route
+from smoothrot_vllm.grouped_experts import Route
 
 Run = Callable[[Emulator], torch.Tensor]
 

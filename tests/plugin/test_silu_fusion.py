@@ -51,7 +51,7 @@ def build(mlp: type, config: SmoothRotConfig | None = None) -> Any:
             (WEIGHT_SCALE, torch.rand(outputs, 1) * 0.01 + 0.01),
         ):
             module.get_parameter(name).data.copy_(tensor)
-        module.quant_method.stored.random = True  # no checkpoint to count the tensors of
+        module.quant_method.stored.is_random = True  # no checkpoint to count the tensors of
         module.quant_method.process_weights_after_loading(module)
     return layer
 
