@@ -85,7 +85,12 @@ def grouped_experts(
 
     Args:
         library: the namespace of the ops.
-        others: as for :func:`ops.experts`; a Hadamard block must have been prepared for the device.
+        x, weights, chosen, w13, w13_scale, w2, w2_scale, clip, act_bits, weight_bits: as for
+            :func:`ops.experts`.
+        block: as there; it must have been prepared for the device.
+
+    Returns:
+        ``(T, N)`` in the dtype of ``x``.
 
     Raises:
         RuntimeError: an argument has another dtype, shape or range; the message names it.

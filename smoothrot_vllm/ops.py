@@ -43,7 +43,6 @@ def _load_library() -> None:
 
 _load_library()
 _OPS = torch.ops.smoothrot
-import_module("smoothrot_vllm.fake_ops")  # it can only describe ops that are there
 
 
 def _call(op: Any, *args: Any) -> Any:
@@ -178,8 +177,18 @@ def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.
 def hadamard_quant(
     x: torch.Tensor, block: int, clip: float, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`;
-    ``block`` divides K."""
+    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`.
+
+    Args:
+        x, clip, bits: as for :func:`quant`.
+        block: divides K.
+
+    Returns:
+        codes and scale as from :func:`quant`.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
     return _call(_OPS.hadamard_quant, x, prepare_rotation(block, x.device), clip, bits)
 
 
@@ -298,8 +307,9 @@ def linear(
     Args:
         x: ``(..., K)`` contiguous float32, bfloat16 or float16.
         packed, weight_scale, bias: as for :func:`gemm`.
-        block: Hadamard block that rotates the input, 0 for none.
-        clip: activation clip, 0 < clip <= 1.
+        block: Hadamard block that rotates the input, 0 for none; divides K.
+        clip, act_bits: as for :func:`quant`.
+        weight_bits: as for :func:`prepack_weight`.
 
     Returns:
         ``(..., N)`` in the dtype of ``x``.
@@ -317,14 +327,16 @@ def silu_mul_linear(
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    *numbers: Any,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
 ) -> torch.Tensor:
     """:func:`linear` of ``silu(gate) * up``: :func:`silu_mul_hadamard_quant`, then :func:`gemm`.
 
     Args:
         gate_up: ``(..., 2 K)`` contiguous, gate before up, float32, bfloat16 or float16.
-        packed, weight_scale, bias: as for :func:`linear`.
-        numbers: block, clip, act_bits and weight_bits, as there.
+        packed, weight_scale, bias, block, clip, act_bits, weight_bits: as for :func:`linear`.
 
     Returns:
         ``(..., N)`` in the dtype of ``gate_up``.
@@ -332,9 +344,9 @@ def silu_mul_linear(
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
-    block = numbers[0]
     if block:
         prepare_rotation(block, gate_up.device)
+    numbers = (block, clip, act_bits, weight_bits)
     return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, *numbers)
 
 
@@ -363,19 +375,17 @@ def experts(
         w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a
             CPU.
 
+    Returns:
+        ``(T, N)`` in the dtype of ``x``.
+
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
     if block:
         prepare_rotation(block, x.device)
-    numbers = (block, clip, act_bits, weight_bits)
-    result: torch.Tensor = _call(
-        grouped_experts, _OPS, x, weights, chosen, w13, w13_scale, w2, w2_scale, *numbers
-    )
+    stacks, numbers = (w13, w13_scale, w2, w2_scale), (block, clip, act_bits, weight_bits)
+    result: torch.Tensor = _call(grouped_experts, _OPS, x, weights, chosen, *stacks, *numbers)
     return result
 
 
-@experts.register_fake
-def _experts_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    w2_scale: torch.Tensor = others[5]
-    return x.new_empty((x.shape[0], w2_scale.shape[1]))
+import_module("smoothrot_vllm.fake_ops")  # it can only describe ops that are there
