@@ -189,7 +189,8 @@ def read_header(path: Path, advice: str) -> dict[str, TensorHeader]:
         CheckpointError: see :func:`opened_safetensors`.
     """
     with opened_safetensors(path, advice, "np") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        names = tensors.keys()  # safe_open is no mapping
+        slices = {name: tensors.get_slice(name) for name in names}
         return {
             name: TensorHeader(part.get_dtype(), tuple(part.get_shape()))
             for name, part in slices.items()

@@ -83,12 +83,11 @@ QuantArgs quant_args(const char* op, const Device& device, const char* argument,
   check_inputs(op, argument, q.inputs, kMostInputs);
   q.x = x.const_data_ptr();
   q.tokens = x.numel() / width;
-  q.factor = float(clip / double((1 << (bits - 1)) - 1));
+  q.factor = scale_factor(clip, bits);
   q.norm = 1.0f;
   q.bits = int(bits);
   if (block) {
-    if (block < 0 || q.inputs % block)
-      refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    check_block(op, block, q.inputs);
     q.rotation = rotations().find(op, device.place.index, block);
     q.norm = float(1.0 / std::sqrt(double(block)));
   }

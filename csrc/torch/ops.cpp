@@ -29,12 +29,11 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
   q.dtype = dtype;
   q.inputs = x.size(x.dim() - 1) / (source == Source::silu_mul ? 2 : 1);
   q.source = source;
-  q.factor = float(clip / double((1 << (bits - 1)) - 1));
+  q.factor = scale_factor(clip, bits);
   q.norm = 1.0f;
   q.bits = int(bits);
   if (block) {
-    if (block < 0 || q.inputs % block)
-      refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    check_block(op, block, q.inputs);
     q.rotation = rotations().find(block);
     if (!q.rotation) {
       refuse(op, "block", "expected a prepared block, got ", block,

@@ -46,15 +46,15 @@ def _choose_executor() -> None:
     """
     from vllm.platforms import current_platform
 
-    platform = type(current_platform)
-    finish = platform.check_and_update_config
+    cpu = type(current_platform)
+    finish = cpu.check_and_update_config
 
-    def choose_and_finish(cls: type, vllm_config: "VllmConfig") -> None:
+    def choose(cls: type, vllm_config: "VllmConfig") -> None:
         if wants_our_executor(vllm_config):
             vllm_config.parallel_config.distributed_executor_backend = EXECUTOR
         finish(vllm_config)
 
-    platform.check_and_update_config = classmethod(choose_and_finish)  # type: ignore[assignment,method-assign]
+    cpu.check_and_update_config = classmethod(choose)  # type: ignore[assignment,method-assign]
 
 
 def wants_our_executor(config: "VllmConfig") -> bool:

@@ -63,7 +63,8 @@ def wanted() -> bool:
 def install() -> None:
     """From now on move the activations of modules that are built around one of our down_proj,
     and of no others."""
-    register_module_module_registration_hook(_on_registration)  # type: ignore[arg-type]  # it may return a module
+    # torch's annotation leaves out that a hook may return a module.
+    register_module_module_registration_hook(_on_registration)  # type: ignore[arg-type]
 
 
 def _takes_gate_up(module: torch.nn.Module | None) -> bool:
