@@ -70,7 +70,12 @@ def refuse_pointer(path: Path, advice: str = "") -> None:
 
 
 def read_bytes(path: Path, limit: int, advice: str = "") -> bytes:
-    """The whole of a regular file of at most ``limit`` bytes.
+    """The whole of a regular file.
+
+    Args:
+        path: of the file.
+        limit: bytes it may have at the most.
+        advice: what to do if it cannot be read.
 
     Raises:
         CheckpointError: it is missing, larger, unreadable, no regular file, or a Git LFS pointer.
@@ -157,6 +162,11 @@ def opened_safetensors(
 ) -> Iterator[Any]:
     """A safetensors file, as ``safe_open`` gives it to torch or to NumPy, for as long as the
     context lasts.
+
+    Args:
+        path: of the file.
+        advice: what to do if it is damaged.
+        framework: ``pt`` for torch's tensors, ``np`` for NumPy's arrays.
 
     Raises:
         CheckpointError: it is missing or not whole, or a tensor cannot be read.

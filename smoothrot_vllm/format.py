@@ -200,6 +200,15 @@ def weight_tensors(
 ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
     """Shape and dtype of each stored tensor of a quantized linear, by the suffix of its name.
 
+    Args:
+        out_features: N.
+        in_features: K.
+        scheme: bits and group size.
+
+    Returns:
+        ``weight_packed``: ``(N, K/2)`` uint8 or ``(N, K)`` int8; ``weight_scale``: ``(N, G)``
+        float32.
+
     Raises:
         ConfigError: ``in_features`` is odd, or is no multiple of the group size.
     """

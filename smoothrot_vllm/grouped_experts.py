@@ -41,8 +41,13 @@ class Route:
 
     @classmethod
     def of(cls, chosen: torch.Tensor, experts: int) -> "Route":
-        """The route of ``chosen``, integers ``(T, top_k)``; rows of a number that is no expert
-        are in no tile."""
+        """The route of tokens to their experts.
+
+        Args:
+            chosen: numbers of experts, integers ``(T, top_k)``; rows of a number that is no
+                expert are in no tile.
+            experts: how many there are.
+        """
         top_k = chosen.shape[1]
         numbers, order = chosen.flatten().sort(stable=True)
         row_of = torch.empty_like(order).scatter_(
