@@ -34,7 +34,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's, beside the weights of a LoRA adapter."""
 ADAPTER_BASE = "smoothrot_transform_sha256"
 """Key of ``adapter_config.json``: digest of the transform that the adapter was given."""
-GROUP_SIZES = (-1, 32, 64, 128)
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 """Names of the linears that read the residual stream through a norm, and of the fusions of them."""
 DOWN = ("down_proj", "w2")
