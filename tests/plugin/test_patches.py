@@ -5,6 +5,7 @@ keep vLLM's, whichever of vLLM's runners they have."""
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,9 +60,9 @@ def runner_of() -> Callable[[object], Runner]:
 
     def made(quant_config: object) -> Runner:
         runner = Runner()
-        wrapper = WorkerWrapperBase()
-        wrapper.vllm_config = SimpleNamespace(quant_config=quant_config)  # type: ignore[assignment]
-        wrapper.worker = SimpleNamespace(init_device=lambda: None, model_runner=runner)  # type: ignore[assignment]
+        wrapper: Any = WorkerWrapperBase()
+        wrapper.vllm_config = SimpleNamespace(quant_config=quant_config)
+        wrapper.worker = SimpleNamespace(init_device=lambda: None, model_runner=runner)
         wrapper.init_device()
         return runner
 
@@ -70,8 +71,6 @@ def runner_of() -> Callable[[object], Runner]:
 
 @pytest.fixture(autouse=True)
 def _no_current_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-
     monkeypatch.setattr(
         "vllm.v1.worker.worker_base.set_current_vllm_config", lambda _: nullcontext()
     )
