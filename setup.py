@@ -9,7 +9,7 @@ architecture.
 ``csrc/build_plan.py`` decides what it is built with. The CUDA kernels are part of it if
 ``SMOOTHROT_CUDA`` is ``1``, not if it is ``0``, and otherwise if torch is a CUDA build and the
 machine has nvcc or a GPU. A build without them has ``+cpu`` in its version, which pip shows.
-``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honoured, no GPU is needed.
+``TORCH_CUDA_ARCH_LIST`` and ``MAX_JOBS`` are honored, no GPU is needed.
 """
 
 import os

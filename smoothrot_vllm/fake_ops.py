@@ -2,8 +2,6 @@
 """Fake kernels of the compiled ops: shape and dtype of what each returns, for tracing.
 :mod:`smoothrot_vllm.ops` imports it."""
 
-from typing import Any
-
 import torch
 
 PANEL_COLUMNS = 32
@@ -42,7 +40,7 @@ def _rms_norm_quant_fake(
     epsilon: float,
     clip: float,
     bits: int,
-    residual: Any,
+    residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(x, clip, bits)
 
@@ -69,15 +67,41 @@ def _gemm_fake(
     scale: torch.Tensor,
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
-    *others: Any,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    act_bits: int,
+    weight_bits: int,
 ) -> torch.Tensor:
-    _bias, out_dtype, *_bits = others
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=out_dtype)
 
 
 @torch.library.register_fake("smoothrot::linear")
 @torch.library.register_fake("smoothrot::silu_mul_linear")
 def _linear_fake(
-    x: torch.Tensor, packed: torch.Tensor, weight_scale: torch.Tensor, *others: Any
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+@torch.library.register_fake("smoothrot::experts")
+def _experts_fake(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], w2_scale.shape[1]))

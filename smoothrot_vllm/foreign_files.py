@@ -70,7 +70,12 @@ def refuse_pointer(path: Path, advice: str = "") -> None:
 
 
 def read_bytes(path: Path, limit: int, advice: str = "") -> bytes:
-    """The whole of a regular file of at most ``limit`` bytes.
+    """The whole of a regular file.
+
+    Args:
+        path: of the file.
+        limit: bytes it may have at the most.
+        advice: what to do if it cannot be read.
 
     Raises:
         CheckpointError: it is missing, larger, unreadable, no regular file, or a Git LFS pointer.
@@ -158,6 +163,11 @@ def opened_safetensors(
     """A safetensors file, as ``safe_open`` gives it to torch or to NumPy, for as long as the
     context lasts.
 
+    Args:
+        path: of the file.
+        advice: what to do if it is damaged.
+        framework: ``pt`` for torch's tensors, ``np`` for NumPy's arrays.
+
     Raises:
         CheckpointError: it is missing or not whole, or a tensor cannot be read.
     """
@@ -189,7 +199,8 @@ def read_header(path: Path, advice: str) -> dict[str, TensorHeader]:
         CheckpointError: see :func:`opened_safetensors`.
     """
     with opened_safetensors(path, advice, "np") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        names = tensors.keys()  # safe_open is no mapping
+        slices = {name: tensors.get_slice(name) for name in names}
         return {
             name: TensorHeader(part.get_dtype(), tuple(part.get_shape()))
             for name, part in slices.items()

@@ -2,7 +2,7 @@
 """The checkpoint format: one schema, used by the converter that writes it and the plugin that loads
 it.
 
-``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantised linear
+``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantized linear
 ``P`` stores ``P.weight_packed``, ``P.weight_scale`` and, if it has one, ``P.bias``.
 ``docs/format.md`` is the byte-level description.
 """
@@ -30,7 +30,10 @@ it does not know it would only warn, and go on with random linears.
 TRANSFORM_NAME = "smoothrot_transform.st"
 """What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader
 takes for weights."""
-GROUP_SIZES = (-1, 32, 64, 128)
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's, beside the weights of a LoRA adapter."""
+ADAPTER_BASE = "smoothrot_transform_sha256"
+"""Key of ``adapter_config.json``: digest of the transform that the adapter was given."""
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 """Names of the linears that read the residual stream through a norm, and of the fusions of them."""
 DOWN = ("down_proj", "w2")
@@ -44,7 +47,7 @@ class _Model(BaseModel):
 
 
 class WeightScheme(_Model):
-    """Symmetric weight quantisation: per output channel (``group_size`` -1) or per group of
+    """Symmetric weight quantization: per output channel (``group_size`` -1) or per group of
     consecutive inputs."""
 
     bits: Literal[4, 8] = 4
@@ -53,7 +56,7 @@ class WeightScheme(_Model):
 
 
 class ActivationScheme(_Model):
-    """Dynamic symmetric per-token activation quantisation with ``scale = clip * max|x| /
+    """Dynamic symmetric per-token activation quantization with ``scale = clip * max|x| /
     quant_max``."""
 
     bits: Literal[4, 8] = 4
@@ -63,7 +66,7 @@ class ActivationScheme(_Model):
 
 
 class LinearScheme(_Model):
-    """How one linear layer is quantised."""
+    """How one linear layer is quantized."""
 
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
@@ -194,7 +197,16 @@ def check_tensor_parallel(schema: QuantizationSchema, size: int) -> None:
 def weight_tensors(
     out_features: int, in_features: int, scheme: WeightScheme
 ) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-    """Shape and dtype of each stored tensor of a quantised linear, by the suffix of its name.
+    """Shape and dtype of each stored tensor of a quantized linear, by the suffix of its name.
+
+    Args:
+        out_features: N.
+        in_features: K.
+        scheme: bits and group size.
+
+    Returns:
+        ``weight_packed``: ``(N, K/2)`` uint8 or ``(N, K)`` int8; ``weight_scale``: ``(N, G)``
+        float32.
 
     Raises:
         ConfigError: ``in_features`` is odd, or is no multiple of the group size.

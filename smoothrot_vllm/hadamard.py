@@ -111,7 +111,7 @@ def choose_block(size: int, shards: int = 1) -> HadamardFactors:
 
 @lru_cache(maxsize=32)
 def base_matrix(order: int) -> torch.Tensor:
-    """Unnormalised Hadamard matrix of a base order, int8 ``(order, order)`` with entries +1 and -1.
+    """Unnormalized Hadamard matrix of a base order, int8 ``(order, order)`` with entries +1 and -1.
 
     Raises:
         UnsupportedModelError: no construction for ``order`` is implemented.
@@ -130,7 +130,7 @@ def hadamard_matrix(size: int, dtype: torch.dtype = torch.float64) -> torch.Tens
     """Dense orthonormal Hadamard matrix ``(size, size)``, for offline folds and tests.
 
     Raises:
-        UnsupportedModelError: ``size`` has no factorisation.
+        UnsupportedModelError: ``size`` has no factorization.
     """
     factors = factorize(size)
     if factors is None:

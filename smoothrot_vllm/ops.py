@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
+from smoothrot_vllm.grouped_experts import grouped_experts
 from smoothrot_vllm.hadamard import base_matrix, factorize
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
 
 logger = logging.getLogger("smoothrot_vllm")
 
@@ -43,7 +43,6 @@ def _load_library() -> None:
 
 _load_library()
 _OPS = torch.ops.smoothrot
-import_module("smoothrot_vllm.fake_ops")  # it can only describe ops that are there
 
 
 def _call(op: Any, *args: Any) -> Any:
@@ -159,7 +158,7 @@ def _prepare_rotation(block: int, cuda_device: int | None) -> int:
 
 
 def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic symmetric per-token quantisation, :func:`reference.quant`.
+    """Dynamic symmetric per-token quantization, :func:`reference.quant`.
 
     Args:
         x: ``(T, K)`` contiguous float32, bfloat16 or float16; K even.
@@ -178,8 +177,18 @@ def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.
 def hadamard_quant(
     x: torch.Tensor, block: int, clip: float, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`;
-    ``block`` divides K."""
+    """:func:`quant` of ``x (I (x) H_block)``, orthonormal, :func:`reference.hadamard_quant`.
+
+    Args:
+        x, clip, bits: as for :func:`quant`.
+        block: divides K.
+
+    Returns:
+        codes and scale as from :func:`quant`.
+
+    Raises:
+        ConfigError: an argument has another dtype, shape or range; the message names it.
+    """
     return _call(_OPS.hadamard_quant, x, prepare_rotation(block, x.device), clip, bits)
 
 
@@ -293,13 +302,14 @@ def linear(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """A whole quantised linear layer: (hadamard) quantise ``x`` per token, then :func:`gemm`.
+    """A whole quantized linear layer: (hadamard) quantize ``x`` per token, then :func:`gemm`.
 
     Args:
         x: ``(..., K)`` contiguous float32, bfloat16 or float16.
         packed, weight_scale, bias: as for :func:`gemm`.
-        block: Hadamard block that rotates the input, 0 for none.
-        clip: activation clip, 0 < clip <= 1.
+        block: Hadamard block that rotates the input, 0 for none; divides K.
+        clip, act_bits: as for :func:`quant`.
+        weight_bits: as for :func:`prepack_weight`.
 
     Returns:
         ``(..., N)`` in the dtype of ``x``.
@@ -317,14 +327,16 @@ def silu_mul_linear(
     packed: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    *numbers: Any,
+    block: int,
+    clip: float,
+    act_bits: int,
+    weight_bits: int,
 ) -> torch.Tensor:
     """:func:`linear` of ``silu(gate) * up``: :func:`silu_mul_hadamard_quant`, then :func:`gemm`.
 
     Args:
         gate_up: ``(..., 2 K)`` contiguous, gate before up, float32, bfloat16 or float16.
-        packed, weight_scale, bias: as for :func:`linear`.
-        numbers: block, clip, act_bits and weight_bits, as there.
+        packed, weight_scale, bias, block, clip, act_bits, weight_bits: as for :func:`linear`.
 
     Returns:
         ``(..., N)`` in the dtype of ``gate_up``.
@@ -332,9 +344,9 @@ def silu_mul_linear(
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
-    block = numbers[0]
     if block:
         prepare_rotation(block, gate_up.device)
+    numbers = (block, clip, act_bits, weight_bits)
     return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, *numbers)
 
 
@@ -352,7 +364,7 @@ def experts(
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """The experts of a mixture, :func:`reference.experts`: the input is quantised once, then each
+    """The experts of a mixture, :func:`reference.experts`: the input is quantized once, then each
     expert computes its own tokens.
 
     Arguments are positional.
@@ -363,19 +375,17 @@ def experts(
         w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a
             CPU.
 
+    Returns:
+        ``(T, N)`` in the dtype of ``x``.
+
     Raises:
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
     if block:
         prepare_rotation(block, x.device)
-    numbers = (block, clip, act_bits, weight_bits)
-    result: torch.Tensor = _call(
-        grouped_experts, _OPS, x, weights, chosen, w13, w13_scale, w2, w2_scale, *numbers
-    )
+    stacks, numbers = (w13, w13_scale, w2, w2_scale), (block, clip, act_bits, weight_bits)
+    result: torch.Tensor = _call(grouped_experts, _OPS, x, weights, chosen, *stacks, *numbers)
     return result
 
 
-@experts.register_fake
-def _experts_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
-    w2_scale: torch.Tensor = others[5]
-    return x.new_empty((x.shape[0], w2_scale.shape[1]))
+import_module("smoothrot_vllm.fake_ops")  # it can only describe ops that are there

@@ -15,7 +15,7 @@ QUANT_MIN_SCALE = 2.0**-100
 
 
 def quant_max(bits: int) -> int:
-    """Largest code of a symmetric signed quantiser: 7 for 4 bits, 127 for 8; the smallest is
+    """Largest code of a symmetric signed quantizer: 7 for 4 bits, 127 for 8; the smallest is
     ``-quant_max - 1``."""
     return (1 << (bits - 1)) - 1
 
@@ -44,13 +44,22 @@ def decode(stored: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Unnormalised ``x (I (x) H_base (x) H_power)`` in float32 (float64 stays float64), ``(...,
-    K)``, ``block`` divides K.
+    """Unnormalized ``x (I (x) H_base (x) H_power)``.
 
     Dividing by ``sqrt(block)`` makes it orthonormal. The order of float additions is part of the
     definition: butterflies at strides 1, 2, 4 ... within each run of ``power`` values, then, for a
     base above 1, the sum from left to right over groups of four runs, each ``(+-r0 +-r1) + (+-r2
     +-r3)``.
+
+    Args:
+        x: ``(..., K)`` of any float dtype.
+        block: a Hadamard order, base * power; divides K.
+
+    Returns:
+        ``(..., K)``, float64 for float64, else float32.
+
+    Raises:
+        UnsupportedModelError: ``block`` is no such order, or does not divide K.
     """
     factors = factorize(block)
     if factors is None or x.shape[-1] % block:
@@ -74,7 +83,7 @@ def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic symmetric per-token quantisation.
+    """Dynamic symmetric per-token quantization.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16; K even.
@@ -92,7 +101,19 @@ def quant(x: torch.Tensor, clip: float, bits: int) -> tuple[torch.Tensor, torch.
 def hadamard_quant(
     x: torch.Tensor, block: int, clip: float, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`quant` of ``x`` rotated by ``I (x) H_block`` (orthonormal), ``block`` dividing K."""
+    """:func:`quant` of ``x`` rotated by ``I (x) H_block``, orthonormal: QuaRot's online rotation
+    (arXiv 2404.00456).
+
+    Args:
+        x, clip, bits: as for :func:`quant`.
+        block: a Hadamard order that divides K.
+
+    Returns:
+        codes and scale as from :func:`quant`.
+
+    Raises:
+        UnsupportedModelError: see :func:`hadamard_transform`.
+    """
     norm = float(torch.tensor(block, dtype=torch.float64).rsqrt().to(torch.float32))
     return _quant_float32(hadamard_transform(x, block), clip, bits, norm)
 
@@ -114,8 +135,16 @@ def _quant_float32(
 def accumulate(
     codes: torch.Tensor, weight: torch.Tensor, act_bits: int, weight_bits: int, group: int = -1
 ) -> torch.Tensor:
-    """Exact int32 sums of code products: ``(G, T, N)`` for stored ``codes (T, ...)`` and
-    ``weight (N, ...)``."""
+    """Exact sums of products of codes.
+
+    Args:
+        codes: stored ones of inputs, ``(T, K/2)`` uint8 (4 bits) or ``(T, K)`` int8 (8 bits).
+        weight: stored ones of weights, ``(N, K/2)`` uint8 or ``(N, K)`` int8.
+        group: how many inputs share a sum, -1 for all.
+
+    Returns:
+        int32 ``(G, T, N)``, G = K / group.
+    """
     a, w = decode(codes, act_bits).double(), decode(weight, weight_bits).double()
     size = a.shape[-1] if group == -1 else group
     return torch.stack(
@@ -156,7 +185,15 @@ def gemm(
 
 
 def dequantize_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Float32 ``(N, K)`` from stored codes and float32 scales ``(N, G)``."""
+    """The weights that codes and scales stand for.
+
+    Args:
+        weight: stored codes ``(N, K/2)`` uint8 (4 bits) or ``(N, K)`` int8 (8 bits).
+        weight_scale: float32 ``(N, G)``.
+
+    Returns:
+        float32 ``(N, K)``.
+    """
     codes = decode(weight, bits).float()
     return codes * weight_scale.repeat_interleave(codes.shape[1] // weight_scale.shape[1], dim=1)
 
@@ -164,12 +201,22 @@ def dequantize_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: in
 def silu_mul_hadamard_quant(
     gate_up: torch.Tensor, block: int, clip: float, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`hadamard_quant` of ``silu(gate) * up``, ``(T, 2 K)`` with gate before up; ``block`` 0
-    leaves the rotation out.
+    """:func:`hadamard_quant` of ``silu(gate) * up``.
 
     SiLU and product are each rounded to the dtype of ``gate_up``, as torch and vLLM's SiluAndMul do
     outside a compiled graph: in bfloat16 and float16 these are their bits for every gate above
     -88.5, below which SiLU is under 1e-36 in magnitude either way.
+
+    Args:
+        gate_up: ``(T, 2 K)``, gate before up, float32, bfloat16 or float16.
+        block: as for :func:`hadamard_quant`; 0 leaves the rotation out.
+        clip, bits: as for :func:`quant`.
+
+    Returns:
+        codes and scale as from :func:`quant`.
+
+    Raises:
+        UnsupportedModelError: see :func:`hadamard_transform`.
     """
     gate, up = gate_up.chunk(2, dim=-1)
     silu = gate.float() / (1.0 + _exp(-gate.float()))
@@ -189,7 +236,7 @@ def experts(
     weight_bits: int,
 ) -> torch.Tensor:
     """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear
-    quantised as in :func:`gemm`.
+    quantized as in :func:`gemm`.
 
     What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see
     :func:`silu_mul_hadamard_quant`; what down gives is weighed and summed in float32, in the order
@@ -253,7 +300,7 @@ def rms_norm_quant(
     """:func:`quant` of ``x / sqrt(mean(x ** 2) + epsilon) * weight``, in float32.
 
     The order of additions is part of the definition: accumulator i of ``NORM_ACCUMULATORS`` sums
-    the squares of values i, i + NORM_ACCUMULATORS ... from left to right, then neighbouring
+    the squares of values i, i + NORM_ACCUMULATORS ... from left to right, then neighboring
     accumulators are added pairwise.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that a quantiser must get right at the edges of its input."""
+"""Rows that a quantizer must get right at the edges of its input."""
 
 import math
 

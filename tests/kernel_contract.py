@@ -13,7 +13,7 @@ import torch
 from ops_contract import CLIP, EPSILON, Target, assert_same, assert_same_codes
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float32, *HALVES]
@@ -54,7 +54,7 @@ EXPERTS = ["experts_narrow", "experts_wide"]
 
 
 def rows() -> Iterator[tuple[str, str, int, int]]:
-    """Name, producer, inputs and block of a row for each kernel that quantises."""
+    """Name, producer, inputs and block of a row for each kernel that quantizes."""
     for producer in ("plain", "silu_mul"):
         for units in (1, 2, 4, 8):
             name, width = f"{producer}_{units}", 4096 * units

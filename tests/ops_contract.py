@@ -15,7 +15,7 @@ import torch
 from awkward_rows import awkward_rows
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 CLIP, EPSILON = 0.9, 1e-5
@@ -114,13 +114,13 @@ class Layer:
     def expected(self, x: torch.Tensor, block: int = 0) -> torch.Tensor:
         """What ``linear`` must give for ``x``."""
         bits = self.act_bits
-        quantised = (
+        quantized = (
             reference.hadamard_quant(x, block, CLIP, bits)
             if block
             else reference.quant(x, CLIP, bits)
         )
         return reference.gemm(
-            *quantised, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits
+            *quantized, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits
         )
 
 
@@ -225,14 +225,14 @@ class OpsContract:
         tokens, outputs, inputs = self.linears[-1]
         layer = target.layer(outputs, inputs, 1, 4, act_bits, dtype)
         gate_up, block = target.randn(tokens, 2 * inputs, dtype=dtype), target.prepare(32)
-        quantised = reference.silu_mul_hadamard_quant(gate_up, block, CLIP, act_bits)
+        quantized = reference.silu_mul_hadamard_quant(gate_up, block, CLIP, act_bits)
         packed = target.ops.prepack_weight(layer.stored, layer.scale, 4)
         got = target.ops.silu_mul_linear(
             gate_up, packed, layer.scale, layer.bias, block, CLIP, act_bits, 4
         )
         assert_same(
             got,
-            reference.gemm(*quantised, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4),
+            reference.gemm(*quantized, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4),
         )
 
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])

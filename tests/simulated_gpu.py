@@ -48,7 +48,7 @@ class OnGpu(torch.Tensor):
 
 
 class SimulatedGpu(TorchFunctionMode):
-    """The GPU, as a context; ``products`` counts matrix products and factorisations by where
+    """The GPU, as a context; ``products`` counts matrix products and factorizations by where
     they ran: ``gpu`` or ``cpu``."""
 
     def __init__(self) -> None:

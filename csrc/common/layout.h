@@ -9,15 +9,31 @@
 
 namespace smoothrot {
 
-// A panel is 32 output columns; it holds, one after the other,
-//   scales: float [groups][32]
-//   codes:  [groups][steps][64 bytes] for 4 bits, [groups][steps][128 bytes] for 8 bits
-// where a step is 4 consecutive inputs. Byte 4*c + j of a 4-bit step holds input j of column c in
-// its low nibble and of column 16 + c in its high nibble; byte 4*c + j of an 8-bit step holds input
-// j of column c. So a 32-bit lane is one column and four inputs, which is what vpdpbusd and its kin
-// consume without any horizontal sum. Codes are stored unsigned, code + offset, with offset 8 or
-// 128; the kernels take offset * sum(activation codes) back. Groups are padded to whole steps with
-// the activation side zero, columns to whole panels.
+// A panel is 32 output columns, their scales before their codes; a step is 4 consecutive inputs,
+// and a group of inputs is padded to whole steps:
+//
+//   | scales, float [groups][32] | codes of group 0                   | group 1 | ... | group G-1 |
+//                                | step 0 | step 1 | ... | last step  |
+//
+// A step of 4-bit codes is 64 bytes, byte 4 * c + j for input j of two columns:
+//
+//   byte          0         1         2         3         4         ...   63
+//   high nibble | col 16  | col 16  | col 16  | col 16  | col 17  |     | col 31  |
+//               | input 0 | input 1 | input 2 | input 3 | input 0 | ... | input 3 |
+//   low nibble  | col 0   | col 0   | col 0   | col 0   | col 1   |     | col 15  |
+//               | input 0 | input 1 | input 2 | input 3 | input 0 | ... | input 3 |
+//               |<------------ a 32-bit lane ---------->|
+//
+// One of 8-bit codes is 128 bytes, byte 4 * c + j for input j of column c:
+//
+//   byte          0         1         2         3         4         ...   127
+//               | col 0   | col 0   | col 0   | col 0   | col 1   |     | col 31  |
+//               | input 0 | input 1 | input 2 | input 3 | input 0 | ... | input 3 |
+//
+// So a 32-bit lane is a column (or, by nibbles, two) and four inputs, which is what vpdpbusd and
+// its kin consume without any horizontal sum. Codes are stored unsigned, code + offset, with offset
+// 8 or 128; the kernels take offset * sum(activation codes) back. In the padding of a group the
+// activation side is zero; columns are padded to whole panels.
 static constexpr int kPanelColumns = 32;
 static constexpr int kHalfColumns = kPanelColumns / 2;
 static constexpr int kStepInputs = 4;

@@ -10,7 +10,7 @@
 
 namespace smoothrot {
 
-// y = x (I (x) H_base (x) H_power), unnormalised, on each run of base * power values.
+// y = x (I (x) H_base (x) H_power), unnormalized, on each run of base * power values.
 struct Rotation {
   int64_t base;
   int64_t power;
@@ -21,7 +21,7 @@ struct Rotation {
 
 enum class Source { plain, silu_mul, rms_norm };
 
-// Of an RMS norm before the quantisation.
+// Of an RMS norm before the quantization.
 struct NormArgs {
   const void* weight;  // [inputs] or null for ones
   void* residual;      // [rows][inputs] or null: x is added to it first
@@ -72,9 +72,9 @@ struct Kernels {
   // Rows [begin, end) to stored codes and scales.
   void (*quant_rows)(const QuantArgs&, void* codes, float* scale, int64_t begin, int64_t end,
                      void* scratch);
-  // Tiles [begin, end): quantise straight into the gemm's layout.
+  // Tiles [begin, end): quantize straight into the gemm's layout.
   void (*quant_tiles)(const QuantArgs&, const TileArgs&, int64_t begin, int64_t end, void* scratch);
-  // Tiles [begin, end): stored codes, already quantised, into the gemm's layout.
+  // Tiles [begin, end): stored codes, already quantized, into the gemm's layout.
   void (*decode_tiles)(const void* codes, int bits, const TileArgs&, int64_t begin, int64_t end,
                        void* scratch);
   // Tasks [begin, end) of gemm_tasks(): task = panel * blocks + block.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Per-token quantisation, with or without the rotation before it, into stored codes or into the
+// Per-token quantization, with or without the rotation before it, into stored codes or into the
 // gemm's tiles.
 #pragma once
 

@@ -25,7 +25,7 @@ SMOOTHROT_INLINE typename S::F32 squares(const float* y, int64_t count, int64_t 
   return sum;
 }
 
-// 2^Depth vectors of accumulators from i on, neighbours added pairwise Depth times: one vector.
+// 2^Depth vectors of accumulators from i on, neighbors added pairwise Depth times: one vector.
 // Stores are what costs here.
 template <class S, int Depth>
 SMOOTHROT_INLINE typename S::F32 add_pairwise(const float* y, int64_t count, int64_t i) {
@@ -33,8 +33,8 @@ SMOOTHROT_INLINE typename S::F32 add_pairwise(const float* y, int64_t count, int
     return squares<S>(y, count, i);
   } else {
     constexpr int64_t half = S::kLanes << (Depth - 1);
-    return S::add_neighbours(add_pairwise<S, Depth - 1>(y, count, i),
-                             add_pairwise<S, Depth - 1>(y, count, i + half));
+    return S::add_neighbors(add_pairwise<S, Depth - 1>(y, count, i),
+                            add_pairwise<S, Depth - 1>(y, count, i + half));
   }
 }
 
@@ -50,7 +50,7 @@ inline float sum_of_squares(const float* y, int64_t count) {
   width >>= kDepth;
   for (; width > S::kLanes; width /= 2) {
     for (int64_t i = 0; i < width; i += 2 * S::kLanes) {
-      S::store(sums + i / 2, S::add_neighbours(S::load(sums + i), S::load(sums + i + S::kLanes)));
+      S::store(sums + i / 2, S::add_neighbors(S::load(sums + i), S::load(sums + i + S::kLanes)));
     }
   }
   for (width /= 2; width >= 1; width /= 2) {

@@ -54,7 +54,7 @@ struct Avx2 {
   static F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
   static F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
   // a0 + a1, a2 + a3 ... b0 + b1 ...
-  static F32 add_neighbours(F32 a, F32 b) {
+  static F32 add_neighbors(F32 a, F32 b) {
     const __m256d pairs = _mm256_castps_pd(_mm256_hadd_ps(a, b));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0b11011000));
   }

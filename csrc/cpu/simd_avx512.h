@@ -54,7 +54,7 @@ struct Avx512 {
   static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
   static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
   // a0 + a1, a2 + a3 ... b0 + b1 ...
-  static F32 add_neighbours(F32 a, F32 b) {
+  static F32 add_neighbors(F32 a, F32 b) {
     const __m512i even =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));

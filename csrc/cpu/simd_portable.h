@@ -50,7 +50,7 @@ struct Portable {
   static F32 mul(F32 a, F32 b) { return a * b; }
   static F32 div(F32 a, F32 b) { return a / b; }
   // a0 + a1, a2 + a3, b0 + b1, b2 + b3
-  static F32 add_neighbours(F32 a, F32 b) {
+  static F32 add_neighbors(F32 a, F32 b) {
     return F32{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
   }
   static F32 clamp(F32 v, float low, float high) {

@@ -3,7 +3,7 @@
 needed.
 
 ``check_sass.py`` writes docs/sass.md, ``--check`` compares it instead. What must hold: the int4
-kernels of sm_80 use the native MMA, those of sm_90 use wgmma that ptxas did not serialise, no
+kernels of sm_80 use the native MMA, those of sm_90 use wgmma that ptxas did not serialize, no
 matrix kernel calls an emulation, none spills.
 """
 
@@ -26,7 +26,7 @@ INSTRUCTIONS = {
     "calls": r"\bCALL\b",
     "spills": r"\b(?:LDL|STL)\b",
 }
-SERIALISED = "C7510"
+SERIALIZED = "C7510"
 MOST_REGISTERS = 255
 
 
@@ -123,8 +123,8 @@ def inspect(units: list[nvcc.Unit], compiler: str, folder: Path) -> tuple[list[K
     problems = []
     tool = find_cuobjdump()
     for unit, obj in zip(units, nvcc.compile_units(compiler, units, folder), strict=True):
-        if SERIALISED in obj.with_suffix(".log").read_text():
-            problems.append(f"{unit.source.name}: ptxas serialised wgmma ({SERIALISED})")
+        if SERIALIZED in obj.with_suffix(".log").read_text():
+            problems.append(f"{unit.source.name}: ptxas serialized wgmma ({SERIALIZED})")
         for architecture in unit.architectures:
             kernels += read_kernels(tool, obj, unit.source.name, architecture)
     if not kernels:

@@ -29,7 +29,7 @@ struct GemmKernel {
   std::string obstacle(const GpuFacts& gpu, const GemmArgs& args) const;
 };
 
-// How the activations of a fused linear layer are best quantised: gemm_small takes packed codes
+// How the activations of a fused linear layer are best quantized: gemm_small takes packed codes
 // everywhere, and they are half as many bytes.
 Codes activation_form(const GpuFacts& gpu, int bits, int64_t tokens);
 

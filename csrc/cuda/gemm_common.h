@@ -52,7 +52,7 @@ SMOOTHROT_DEVICE void store_float(void* values, Float dtype, int64_t i, float va
   }
 }
 
-// Two neighbours, `i` even.
+// Two neighbors, `i` even.
 SMOOTHROT_DEVICE void store_pair(void* values, Float dtype, int64_t i, float first, float second) {
   if (dtype == Float::f32) {
     store_global(reinterpret_cast<Words2*>(static_cast<float*>(values) + i),

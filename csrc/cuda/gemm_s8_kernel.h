@@ -3,10 +3,17 @@
 // columns, its four warps 32 tokens each, with copies to shared memory running kStages - 1 steps
 // ahead.
 //
-// 32 inputs at a time (a granule) enter one MMA: lane t of four holds inputs 8t .. 8t + 7, even
-// ones in the first half of the MMA's depth and odd ones in the second, on both sides (neighbours
-// in each half where neither side is packed). So a group of weights may be any multiple of 32
-// inputs.
+// 32 inputs at a time (a granule) enter one MMA, whose lanes emulator/mma_layout.h draws. Lane t of
+// the four of a row holds inputs 8t .. 8t + 7, even ones in the first half of the MMA's depth and
+// odd ones in the second, on both sides, as nibbles come out of packed words:
+//
+//   depth k    0   1   2   3 | 4   5   6   7 | ... | 12  13  14  15 || 16  17  18  19 | ... | 31
+//   input      0   2   4   6 | 8  10  12  14 | ... | 24  26  28  30 ||  1   3   5   7 | ... | 31
+//   lane t     0             | 1             | ... |  3             ||  0             | ... |  3
+//   register   a0 and a1, b0                                        || a2 and a3, b1
+//
+// Where neither side is packed, each half has four neighbors of a lane's eight. So a group of
+// weights may be any multiple of 32 inputs.
 //
 // The kernel of experts takes those and their tokens from a table on the device, so that one launch
 // serves a layer whoever its tokens were routed to: nothing waits for the device, and a CUDA graph

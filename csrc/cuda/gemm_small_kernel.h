@@ -5,7 +5,7 @@
 // A block holds 16 * Tiles outputs. Its warps take turns over the inputs and add their int32 sums
 // in shared memory, so the result does not depend on the order. Weights are operand A (16 outputs a
 // tile), tokens operand B (eight a tile): any order of inputs serves as long as both sides share
-// it, so each lane takes 32 neighbouring inputs of a row.
+// it, so each lane takes 32 neighboring inputs of a row.
 #pragma once
 
 #include "gemm_common.h"

@@ -66,7 +66,7 @@ struct QuantArgs {
   const void* x;  // [tokens][inputs]; [tokens][2 * inputs], gate before up, for silu_mul_quant
   Float dtype;    // of x, residual and norm_weight
   int64_t tokens;
-  int64_t inputs;  // values of a row that is quantised, at most most_rotated_inputs(rotation.base)
+  int64_t inputs;  // values of a row that is quantized, at most most_rotated_inputs(rotation.base)
   Rotation rotation;
   float factor;  // float(clip / quant_max)
   float norm;    // float(1 / sqrt(base * power)), 1 without rotation
@@ -91,7 +91,7 @@ cudaError_t rms_norm_quant(const QuantArgs& args, cudaStream_t stream);
 // The kernel that these arguments need, for producer "plain", "silu_mul" or "rms_norm"; null where
 // there is none.
 const char* quant_kernel_name(const std::string& producer, const QuantArgs& args);
-// Every kernel that quantises, with spaces between them.
+// Every kernel that quantizes, with spaces between them.
 std::string quant_kernel_names();
 
 // Shared memory that a row takes. Above cudaDevAttrMaxSharedMemoryPerBlockOptin of the device the
@@ -141,7 +141,7 @@ struct ExpertsArgs {
   int64_t experts;
 };
 
-// gemm_s8 where each token has one of several weights: the tokens of an expert are neighbours, and
+// gemm_s8 where each token has one of several weights: the tokens of an expert are neighbors, and
 // a tile computes up to kExpertTileTokens of them; with group scales narrow only. Tiles without
 // tokens, of an unknown expert or past the last token compute nothing.
 cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream,

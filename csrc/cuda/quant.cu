@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the quantise kernels.
+// Launchers of the quantize kernels.
 #include "quant_kernels.h"
 #include "rotate_kernels.h"
 

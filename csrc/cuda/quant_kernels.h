@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantisation of rows that stay in registers: unrotated ones, those of a rotation within eight
+// Quantization of rows that stay in registers: unrotated ones, those of a rotation within eight
 // values, and RMS norm.
 #pragma once
 
@@ -37,7 +37,7 @@ quant_rows(const RowArgs a) {
       for (float& value : values[k]) value = 0.0f;
     }
   }
-  quantise_row(a, row, values, scratch, staging, PutVector{staging, int(a.q.inputs)});
+  quantize_row(a, row, values, scratch, staging, PutVector{staging, int(a.q.inputs)});
 }
 
 constexpr int kNormThreads = 256;  // with kVector accumulators each, reference.NORM_ACCUMULATORS
@@ -46,7 +46,7 @@ SMOOTHROT_DEVICE float pairwise_sum(const float* s) {
   return add(add(add(s[0], s[1]), add(s[2], s[3])), add(add(s[4], s[5]), add(s[6], s[7])));
 }
 
-// Neighbouring accumulators are added pairwise, then those of lanes and warps, so every lane ends
+// Neighboring accumulators are added pairwise, then those of lanes and warps, so every lane ends
 // with the same bits.
 SMOOTHROT_DEVICE float norm_sum(const float (&s)[kVector], float* scratch) {
   float sum = pairwise_sum(s);
@@ -125,7 +125,7 @@ rms_norm_rows(const RowArgs a) {
       if (weighted) values[k][i] = multiply(values[k][i], weight[i]);
     }
   }
-  quantise_row(a, row, values, scratch, staging, PutVector{staging, int(q.inputs)});
+  quantize_row(a, row, values, scratch, staging, PutVector{staging, int(q.inputs)});
 }
 
 }  // namespace smoothrot::cuda

@@ -69,7 +69,7 @@ SMOOTHROT_DEVICE void write_codes(const QuantArgs& q, int64_t row, const unsigne
 // Unused entries of `values` are zero. `put(k, codes)` writes the codes of values[k], a byte in
 // each word, to staging.
 template <int Units, class Put>
-SMOOTHROT_DEVICE void quantise_row(const RowArgs& a, int64_t row,
+SMOOTHROT_DEVICE void quantize_row(const RowArgs& a, int64_t row,
                                    const float (&values)[Units][kVector], uint32_t* scratch,
                                    const unsigned char* staging, const Put& put) {
   uint32_t top_bits = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The block Hadamard transform of a row in shared memory, then its quantisation: one read and one
+// The block Hadamard transform of a row in shared memory, then its quantization: one read and one
 // write of the row.
 //
 // The order of additions is reference.hadamard_transform's. The last stage leaves its results in
@@ -20,7 +20,7 @@ constexpr int kPadding = 4;
 
 SMOOTHROT_DEVICE int padded(int i, int padding) { return i + i / 32 * padding; }
 
-// Values `stride` apart, 2^log2_stride of them between neighbours of one butterfly.
+// Values `stride` apart, 2^log2_stride of them between neighbors of one butterfly.
 SMOOTHROT_DEVICE int first_of_butterfly(int i, int log2_stride, int log2_radix) {
   const int within = i & ((1 << log2_stride) - 1);
   return ((i >> log2_stride) << (log2_stride + log2_radix)) | within;
@@ -219,7 +219,7 @@ rotate_rows(const RowArgs a) {
         butterflies(results[k]);
       }
     }
-    quantise_row(a, row, results, scratch, staging, PutUnit<B>{a, staging});
+    quantize_row(a, row, results, scratch, staging, PutUnit<B>{a, staging});
   }
 }
 

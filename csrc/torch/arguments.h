@@ -123,6 +123,16 @@ inline void check_clip(const char* op, double clip) {
   if (!(clip > 0.0 && clip <= 1.0)) refuse(op, "clip", "expected 0 < clip <= 1, got ", clip, ".");
 }
 
+// The scale of a row is its largest magnitude times this.
+inline float scale_factor(double clip, int64_t bits) {
+  return float(clip / double((1 << (bits - 1)) - 1));
+}
+
+inline void check_block(const char* op, int64_t block, int64_t inputs) {
+  if (block < 0 || inputs % block)
+    refuse(op, "block", "expected a divisor of ", inputs, ", got ", block, ".");
+}
+
 // Activations (..., K): contiguous, a float type, K even and positive.
 inline Float check_activations(const char* op, const char* argument, const Tensor& x,
                                int64_t least_dims, int64_t most_dims, const Place& place) {

@@ -35,7 +35,7 @@ inline const Kernels& kernels() {
   return *chosen;
 }
 
-// An uninitialised CPU tensor; far cheaper than a dispatcher call, which counts at one token.
+// An uninitialized CPU tensor; far cheaper than a dispatcher call, which counts at one token.
 inline Tensor empty(const int64_t* sizes, int64_t dims, ScalarType dtype) {
   int64_t strides[kMostDims];
   int64_t stride = 1;

@@ -83,12 +83,11 @@ QuantArgs quant_args(const char* op, const Device& device, const char* argument,
   check_inputs(op, argument, q.inputs, kMostInputs);
   q.x = x.const_data_ptr();
   q.tokens = x.numel() / width;
-  q.factor = float(clip / double((1 << (bits - 1)) - 1));
+  q.factor = scale_factor(clip, bits);
   q.norm = 1.0f;
   q.bits = int(bits);
   if (block) {
-    if (block < 0 || q.inputs % block)
-      refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    check_block(op, block, q.inputs);
     q.rotation = rotations().find(op, device.place.index, block);
     q.norm = float(1.0 / std::sqrt(double(block)));
   }
@@ -116,7 +115,7 @@ int64_t stored_width(int64_t inputs, int64_t bits) { return bits == 4 ? inputs /
 
 using QuantLauncher = cudaError_t (*)(const QuantArgs&, cudaStream_t);
 
-Quantised quantise(const char* op, QuantArgs& q, Codes form, const Tensor& like,
+Quantized quantize(const char* op, QuantArgs& q, Codes form, const Tensor& like,
                    const Device& device, QuantLauncher launch) {
   q.form = form;
   const int64_t stored_bits = form == Codes::packed_int4 ? 4 : 8;
@@ -182,7 +181,7 @@ void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, cons
   check_launched(op, kernel.run(device.gpu, g, device.stream));
 }
 
-// Codes that were quantised before; returns how many inputs they have.
+// Codes that were quantized before; returns how many inputs they have.
 int64_t check_codes(const char* op, const Device& device, const Tensor& codes, const Tensor& scale,
                     int64_t act_bits) {
   check_bits(op, "act_bits", act_bits);
@@ -195,28 +194,28 @@ int64_t check_codes(const char* op, const Device& device, const Tensor& codes, c
 
 }  // namespace
 
-Quantised quant(const Tensor& x, double clip, int64_t bits) {
+Quantized quant(const Tensor& x, double clip, int64_t bits) {
   const Device device("quant", "x", x);
   QuantArgs q = quant_args("quant", device, "x", x, 2, 1, 0, clip, bits);
-  return quantise("quant", q, stored_form(bits), x, device, &cuda::quant);
+  return quantize("quant", q, stored_form(bits), x, device, &cuda::quant);
 }
 
-Quantised hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits) {
+Quantized hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits) {
   constexpr const char* op = "hadamard_quant";
   if (block < 1) refuse(op, "block", "expected a positive block size, got ", block, ".");
   const Device device(op, "x", x);
   QuantArgs q = quant_args(op, device, "x", x, 2, 1, block, clip, bits);
-  return quantise(op, q, stored_form(bits), x, device, &cuda::quant);
+  return quantize(op, q, stored_form(bits), x, device, &cuda::quant);
 }
 
-Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
+Quantized silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits) {
   constexpr const char* op = "silu_mul_hadamard_quant";
   const Device device(op, "gate_up", gate_up);
   QuantArgs q = quant_args(op, device, "gate_up", gate_up, 2, 2, block, clip, bits);
-  return quantise(op, q, stored_form(bits), gate_up, device, &silu_mul_quant);
+  return quantize(op, q, stored_form(bits), gate_up, device, &silu_mul_quant);
 }
 
-Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
+Quantized rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
                          int64_t bits, std::optional<Tensor> residual) {
   constexpr const char* op = "rms_norm_quant";
   const Device device(op, "x", x);
@@ -234,7 +233,7 @@ Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double e
     check_aligned(op, "residual", *residual);
     q.residual = residual->mutable_data_ptr();
   }
-  return quantise(op, q, stored_form(bits), x, device, &cuda::rms_norm_quant);
+  return quantize(op, q, stored_form(bits), x, device, &cuda::rms_norm_quant);
 }
 
 Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits) {
@@ -292,7 +291,7 @@ Tensor linear_impl(const char* op, const char* argument, bool gated, const Tenso
   Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
   const Codes form = activation_form(device.gpu, int(act_bits), q.tokens);
   const auto [codes, scale] =
-      quantise(op, q, form, x, device, gated ? &silu_mul_quant : &cuda::quant);
+      quantize(op, q, form, x, device, gated ? &silu_mul_quant : &cuda::quant);
   multiply(op, g, codes, form, scale, out, q.dtype, device);
   return out;
 }

@@ -14,12 +14,12 @@ namespace smoothrot::cuda::ops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Quantised = std::tuple<Tensor, Tensor>;
+using Quantized = std::tuple<Tensor, Tensor>;
 
-Quantised quant(const Tensor& x, double clip, int64_t bits);
-Quantised hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits);
-Quantised silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits);
-Quantised rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
+Quantized quant(const Tensor& x, double clip, int64_t bits);
+Quantized hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bits);
+Quantized silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits);
+Quantized rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
                          int64_t bits, std::optional<Tensor> residual);
 Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits);
 Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
@@ -31,7 +31,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
                        int64_t weight_bits);
-// gemm where the tokens of an expert are neighbours: packed and weight_scale are stacked by expert,
+// gemm where the tokens of an expert are neighbors: packed and weight_scale are stacked by expert,
 // tiles is int32 (3, any): of each tile its expert, its first token and the end of its expert's
 // tokens.
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
@@ -44,7 +44,7 @@ Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& 
 std::string cuda_kernels();
 // force_gemm of dispatch.h, for tests.
 void force_cuda_gemm(std::string name);
-// Name of the kernel that quantises rows of `inputs` values rotated by a prepared block, 0 for
+// Name of the kernel that quantizes rows of `inputs` values rotated by a prepared block, 0 for
 // none.
 std::string cuda_quant_kernel(std::string producer, int64_t inputs, int64_t block, int64_t device);
 // `base_matrix` lies on the CPU; `device` is a CUDA device index.

@@ -61,7 +61,7 @@ class Slab {
   char* memory_;
 };
 
-// An uninitialised CPU tensor of bytes. Small ones share a slab, which lives as long as any of
+// An uninitialized CPU tensor of bytes. Small ones share a slab, which lives as long as any of
 // them.
 inline torch::stable::Tensor empty_in_huge_pages(std::initializer_list<int64_t> sizes) {
   static std::mutex mutex;

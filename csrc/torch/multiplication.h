@@ -64,7 +64,7 @@ class Multiplication {
     args.act.scale = scale ? const_cast<float*>(scale) : arena_.at<float>(scales);
   }
 
-  // Multiplies codes that are quantised already.
+  // Multiplies codes that are quantized already.
   void run_stored(void* out, const Tensor& codes, const Tensor& scale, int64_t act_bits) {
     QuantArgs sizes{};
     sizes.inputs = args.act.weight.inputs;

@@ -29,12 +29,11 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
   q.dtype = dtype;
   q.inputs = x.size(x.dim() - 1) / (source == Source::silu_mul ? 2 : 1);
   q.source = source;
-  q.factor = float(clip / double((1 << (bits - 1)) - 1));
+  q.factor = scale_factor(clip, bits);
   q.norm = 1.0f;
   q.bits = int(bits);
   if (block) {
-    if (block < 0 || q.inputs % block)
-      refuse(op, "block", "expected a divisor of ", q.inputs, ", got ", block, ".");
+    check_block(op, block, q.inputs);
     q.rotation = rotations().find(block);
     if (!q.rotation) {
       refuse(op, "block", "expected a prepared block, got ", block,
@@ -46,7 +45,7 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
 }
 
 // Stored codes and scales, the rows shared between the threads.
-std::tuple<Tensor, Tensor> quantise(const QuantArgs& q, int64_t tokens) {
+std::tuple<Tensor, Tensor> quantize(const QuantArgs& q, int64_t tokens) {
   Tensor codes = q.bits == 4 ? empty({tokens, q.inputs / 2}, ScalarType::Byte)
                              : empty({tokens, q.inputs}, ScalarType::Char);
   Tensor scale = empty({tokens}, ScalarType::Float);
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor> quant_impl(const char* op, const Tensor& x, int64_t b
                                       int64_t bits) {
   const Float dtype = check_activations(op, "x", x, 2, 2);
   check_bits(op, "bits", bits);
-  return quantise(quant_args(op, x, dtype, block, clip, bits), x.size(0));
+  return quantize(quant_args(op, x, dtype, block, clip, bits), x.size(0));
 }
 
 std::tuple<Tensor, Tensor> quant(const Tensor& x, double clip, int64_t bits) {
@@ -87,7 +86,7 @@ std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_
   constexpr const char* op = "silu_mul_hadamard_quant";
   const Float dtype = check_gate_up(op, gate_up, 2, 2);
   check_bits(op, "bits", bits);
-  return quantise(quant_args(op, gate_up, dtype, block, clip, bits, Source::silu_mul),
+  return quantize(quant_args(op, gate_up, dtype, block, clip, bits, Source::silu_mul),
                   gate_up.size(0));
 }
 
@@ -114,7 +113,7 @@ std::tuple<Tensor, Tensor> rms_norm_quant(const Tensor& x, std::optional<Tensor>
     check_tensor(op, "residual", *residual, x.scalar_type(), {tokens, inputs});
     q.norm_args.residual = residual->mutable_data_ptr();
   }
-  return quantise(q, tokens);
+  return quantize(q, tokens);
 }
 
 void prepare_rotation(const Tensor& base_matrix, int64_t power) {
@@ -211,8 +210,8 @@ Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor&
   Tensor out = empty(sizes, x.dim(), x.scalar_type());
   if (!tokens) return out;
   if (tokens > 1 && m.args.act.tiles.tiles < torch::stable::get_num_threads()) {
-    // Fewer tiles than threads: quantise by rows, which are more.
-    const auto [codes, scale] = quantise(q, tokens);
+    // Fewer tiles than threads: quantize by rows, which are more.
+    const auto [codes, scale] = quantize(q, tokens);
     m.run_stored(out.mutable_data_ptr(), codes, scale, act_bits);
     return out;
   }

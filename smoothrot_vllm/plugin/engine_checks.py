@@ -167,7 +167,7 @@ REFUSALS = (
     Refusal(
         "--quantization-config",
         lambda config: config.model_config.quantization_config,
-        "the weights are quantised already",
+        "the weights are quantized already",
         "Leave it out.",
     ),
     Refusal(

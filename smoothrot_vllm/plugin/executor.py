@@ -5,7 +5,7 @@ single GPU.
 On CPUs vLLM 0.32 and 0.33 always start a process for the worker, since in their own single-process
 executor nothing would bind OpenMP's threads to cores, and the engine spins on a core while it waits
 for that process. On few cores that core is missing: docs/benchmarks.md has the figures.
-:mod:`smoothrot_vllm.plugin.executor_choice` has it serve converted models;
+:mod:`smoothrot_vllm.plugin.patches` has it serve converted models;
 ``--distributed-executor-backend smoothrot_vllm.plugin.executor.InEngineExecutor`` has it serve
 others, ``mp`` leaves vLLM's.
 """

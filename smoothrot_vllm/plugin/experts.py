@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised experts: load the stored codes and scales of each, repack them once, run one opaque
+"""Quantized experts: load the stored codes and scales of each, repack them once, run one opaque
 op for all of them."""
 
 from collections.abc import Callable
@@ -12,12 +12,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.platforms import current_platform
 
 from smoothrot_vllm import ops
-from smoothrot_vllm.errors import (
-    CheckpointError,
-    ConfigError,
-    UnsupportedModelError,
-    UnsupportedPlatformError,
-)
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
 from smoothrot_vllm.format import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
@@ -25,7 +20,7 @@ from smoothrot_vllm.format import (
     OnlineHadamard,
     weight_tensors,
 )
-from smoothrot_vllm.plugin.loading import StoredTensors
+from smoothrot_vllm.plugin.loading import StoredTensors, check_scales
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -46,7 +41,7 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
         moe: vLLM's description of it.
 
     Raises:
-        ConfigError: an option of the server that does not go with quantised experts.
+        ConfigError: an option of the server that does not go with quantized experts.
         UnsupportedModelError: experts of another kind than the format covers.
     """
     parallel = moe.moe_parallel_config
@@ -58,7 +53,7 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
     }.items():
         if given:
             raise ConfigError(
-                f"{prefix}: expected no {option}, which quantised experts do not support. Serve"
+                f"{prefix}: expected no {option}, which quantized experts do not support. Serve"
                 " without it; --tensor-parallel-size divides each expert."
             )
     if moe.activation != MoEActivation.SILU or moe.has_bias or moe.swiglu_limit is not None:
@@ -95,17 +90,8 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe)
         check_experts(prefix, moe)
         self.prefix, self.names = prefix, names
-        self.weights, self.rotation = scheme.weights, rotation
-        # Plain numbers, so that torch.compile sees constants: block, clip, bits of inputs and of
-        # weights.
-        block = 0 if rotation is None else rotation.block
-        self.numbers = (
-            block,
-            scheme.activations.clip,
-            scheme.activations.bits,
-            scheme.weights.bits,
-        )
-        self.stored = StoredTensors(prefix)
+        self.weights = scheme.weights
+        self.stored = StoredTensors(prefix, scheme, rotation)
 
     # As in vLLM's own base class of these methods, the signatures are narrower than those of its
     # base.
@@ -126,7 +112,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                 block or the group size.
             UnsupportedPlatformError: a width does not suit the CUDA kernels that are to compute it.
         """
-        self._check_widths(self.moe.intermediate_size, intermediate_size_per_partition)
+        self.stored.begin(self.moe.intermediate_size, intermediate_size_per_partition)
         if not current_platform.is_cpu():
             self._check_granules(
                 {
@@ -134,7 +120,6 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                     "channels of a rank's experts": intermediate_size_per_partition,
                 }
             )
-        self.stored.begin()
         weights, whole = self.weights, self.moe.intermediate_size
         shards = {
             "w13": weight_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
@@ -150,8 +135,8 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                     (num_experts, *shape), torch.nan if dtype.is_floating_point else 0, dtype=dtype
                 )
                 parameter = torch.nn.Parameter(data, requires_grad=False)
-                load = self._recording_loader(
-                    extra_weight_attrs["weight_loader"], suffix, *stored[stack][suffix]
+                load = self._checked_loader(
+                    extra_weight_attrs["weight_loader"], suffix, stored[stack][suffix]
                 )
                 # What vLLM's loader of expert weights asks of a parameter.
                 attributes = {
@@ -170,29 +155,15 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
         """
         expected = [
-            self._tensor_name(expert, shard, tensor)
+            self._name(expert, shard, tensor)
             for expert in range(self.moe.num_local_experts)
             for shard in self.names
             for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)
         ]
         if self.stored.finish(expected):
             self._check_scales(layer)
-        if self.rotation is not None:
-            # A cached compiled graph calls the op without going through this process's tracing.
-            ops.prepare_rotation(
-                self.rotation.block, layer.get_parameter(f"w2_{WEIGHT_SCALE}").device
-            )
         for stack in _STACKS:
-            codes = layer.get_parameter(f"{stack}_{WEIGHT_PACKED}").data
-            scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
-            packed = ops.prepack_weight(codes, scales, self.weights.bits)
-            # Plain parameters, without what only loading needed.
-            layer.register_parameter(
-                f"{stack}_{WEIGHT_PACKED}", torch.nn.Parameter(packed, requires_grad=False)
-            )
-            layer.register_parameter(
-                f"{stack}_{WEIGHT_SCALE}", torch.nn.Parameter(scales, requires_grad=False)
-            )
+            self.stored.repack(layer, f"{stack}_")
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig | None:
         """None: it configures vLLM's own kernels, none of which run."""
@@ -213,25 +184,9 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             for stack in _STACKS
             for suffix in (WEIGHT_PACKED, WEIGHT_SCALE)
         ]
-        return ops.experts(x.contiguous(), topk_weights.float(), topk_ids, *stacks, *self.numbers)
-
-    def _check_widths(self, width: int, shard: int) -> None:
-        units: dict[str, int] = {"weight groups": self.weights.group_size}
-        if self.rotation is not None:
-            units["Hadamard blocks"] = self.rotation.block
-        if self.rotation is not None and self.rotation.size != width:
-            raise ConfigError(
-                f"{self.prefix}: expected online.down_proj.size {width}, the width of an expert,"
-                f" got {self.rotation.size}: config.json is that of another model. Convert again."
-            )
-        for what, unit in units.items():
-            if unit > 0 and shard % unit:
-                raise ConfigError(
-                    f"{self.prefix}: {shard} of an expert's {width} channels on each of"
-                    f" {width // shard} tensor-parallel ranks: expected a whole number of {what} of"
-                    f" {unit}. Choose a smaller --tensor-parallel-size, or convert again with"
-                    f" --max-tp {width // shard} and a smaller --group-size."
-                )
+        return ops.experts(
+            x.contiguous(), topk_weights.float(), topk_ids, *stacks, *self.stored.numbers
+        )
 
     def _check_granules(self, widths: dict[str, int]) -> None:
         for what, size in widths.items():
@@ -242,18 +197,17 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                     " --tensor-parallel-size, or serve on a CPU."
                 )
 
-    def _tensor_name(self, expert: int, shard: str, tensor: str) -> str:
+    def _name(self, expert: int, shard: str, tensor: str) -> str:
         return f"{self.prefix}.{expert}.{self.names[shard]}.{tensor}"
 
-    def _recording_loader(
+    def _checked_loader(
         self,
         load: Callable[..., bool | None],
         tensor: str,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
+        whole: tuple[tuple[int, int], torch.dtype],
     ) -> Callable[..., bool | None]:
-        """Wrap vLLM's loader: check the stored tensor of one expert's linear, of ``shape`` on
-        all ranks, and remember it."""
+        """vLLM's loader of one expert's ``tensor``, which on all ranks is ``whole``, behind our
+        checks."""
 
         def loader(
             param: torch.nn.Parameter,
@@ -263,11 +217,15 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            name = self._tensor_name(expert_id, shard_id, tensor)
-            self.stored.check(name, loaded_weight, dtype, shape)
-            done = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
-            if done:
-                self.stored.arrived([name])
+            done = self.stored.take(
+                [self._name(expert_id, shard_id, tensor)],
+                whole,
+                loaded_weight,
+                param,
+                lambda: load(
+                    param, loaded_weight, weight_name, shard_id, expert_id, return_success=True
+                ),
+            )
             return done if return_success else None
 
         return loader
@@ -275,13 +233,12 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
     def _check_scales(self, layer: torch.nn.Module) -> None:
         for stack, shards in _STACKS.items():
             scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
-            bad = ~(scales.isfinite() & (scales > 0))
-            if bad.any():
-                expert, row, group = bad.nonzero()[0].tolist()
-                shard = shards[row * len(shards) // scales.shape[1]]
-                raise CheckpointError(
-                    f"{self._tensor_name(expert, shard, WEIGHT_SCALE)}: expected finite scales > 0,"
-                    f" got {float(scales[expert, row, group])} in row"
-                    f" {row % (scales.shape[1] // len(shards))} of this rank. The checkpoint is"
-                    " damaged: convert or download it again."
-                )
+            rows = scales.shape[1] // len(shards)
+
+            def name(
+                expert: int, row: int, _: int, shards: tuple[str, ...] = shards, rows: int = rows
+            ) -> str:
+                shard = self._name(expert, shards[row // rows], WEIGHT_SCALE)
+                return f"{shard}, row {row % rows}"
+
+            check_scales(scales, name)

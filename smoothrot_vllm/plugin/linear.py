@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantised linear layer: load stored codes and scales, repack them once, run one opaque op."""
+"""The quantized linear layer: load stored codes and scales, repack them once, run one opaque op."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from vllm.model_executor.parameter import (
 )
 
 from smoothrot_vllm import ops
-from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from smoothrot_vllm.errors import UnsupportedModelError
 from smoothrot_vllm.format import (
     WEIGHT_PACKED,
     WEIGHT_SCALE,
@@ -26,7 +26,7 @@ from smoothrot_vllm.format import (
     OnlineHadamard,
     weight_tensors,
 )
-from smoothrot_vllm.plugin.loading import StoredTensors
+from smoothrot_vllm.plugin.loading import StoredTensors, check_scales
 
 _QKV_PARTS = {"q": 0, "k": 1, "v": 2}
 
@@ -46,7 +46,7 @@ class GateUp:
 
 @register_weight_loader_v2_supported_method
 class SmoothRotLinearMethod(LinearMethodBase):
-    """``y = dequantise(quantise(x (I (x) H)) @ W^T) + bias`` for one layer of vLLM (see
+    """``y = dequantize(quantize(x (I (x) H)) @ W^T) + bias`` for one layer of vLLM (see
     ``reference.gemm``).
 
     Args:
@@ -65,17 +65,11 @@ class SmoothRotLinearMethod(LinearMethodBase):
         parts: list[str],
         stored_fused: bool = False,
     ) -> None:
-        self.stored_fused = stored_fused
         self.prefix = prefix
-        self.scheme = scheme
-        self.rotation = rotation
         self.parts = parts
-        # Plain numbers, so that torch.compile sees constants.
-        self.block = 0 if rotation is None else rotation.block
-        self.clip = scheme.activations.clip
-        self.act_bits = scheme.activations.bits
-        self.weight_bits = scheme.weights.bits
-        self.stored = StoredTensors(prefix)
+        self.stored_fused = stored_fused
+        self.weights = scheme.weights
+        self.stored = StoredTensors(prefix, scheme, rotation)
 
     def create_weights(
         self,
@@ -95,21 +89,19 @@ class SmoothRotLinearMethod(LinearMethodBase):
                 block or the group size.
             UnsupportedModelError: vLLM fuses linears here without telling which.
         """
-        self._check_widths(input_size, input_size_per_partition)
         if len(self.parts) != len(output_partition_sizes) and not self.stored_fused:
             raise UnsupportedModelError(
                 f"{self.prefix}: vLLM fuses {len(output_partition_sizes)} linears here, but the"
                 f" model's packed_modules_mapping names {len(self.parts)}"
-                f" ({', '.join(self.parts)}). This model class cannot be served quantised."
+                f" ({', '.join(self.parts)}). This model class cannot be served quantized."
             )
-        weights = self.scheme.weights
+        self.stored.begin(input_size, input_size_per_partition)
+        weights = self.weights
         tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
         whole = weight_tensors(output_size, input_size, weights)
-        self.stored.begin()
 
         def loader(name: str) -> Callable[..., None]:
-            shape, dtype = whole[name]
-            return self._recording_loader(extra_weight_attrs["weight_loader"], name, shape, dtype)
+            return self._checked_loader(extra_weight_attrs["weight_loader"], name, whole[name])
 
         shape, dtype = tensors[WEIGHT_PACKED]
         packing = {"packed_dim": 1, "packed_factor": 2} if weights.bits == 4 else {}
@@ -140,25 +132,15 @@ class SmoothRotLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
         """
-        if self.stored.finish(
-            [
-                self._tensor_name(part, name)
-                for part in self.parts
-                for name in (WEIGHT_PACKED, WEIGHT_SCALE)
-            ]
-        ):
-            self._check_scales(layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)])
-        if self.block:
-            # A cached compiled graph calls the op without going through ops.linear.
-            ops.prepare_rotation(self.block, layer.get_parameter(WEIGHT_SCALE).device)
-        scale = layer.get_parameter(WEIGHT_SCALE).data
-        packed = ops.prepack_weight(
-            layer.get_parameter(WEIGHT_PACKED).data, scale, self.weight_bits
-        )
-        # Plain parameters: vLLM's loader classes have done their work and would only slow each
-        # access down.
-        layer.register_parameter(WEIGHT_PACKED, torch.nn.Parameter(packed, requires_grad=False))
-        layer.register_parameter(WEIGHT_SCALE, torch.nn.Parameter(scale, requires_grad=False))
+        names = (WEIGHT_PACKED, WEIGHT_SCALE)
+        if self.stored.finish([self._name(part, name) for part in self.parts for name in names]):
+            check_scales(
+                layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)],
+                lambda row, _: (
+                    f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}), row {row}"
+                ),
+            )
+        self.stored.repack(layer)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor | GateUp, bias: torch.Tensor | None = None
@@ -169,11 +151,9 @@ class SmoothRotLinearMethod(LinearMethodBase):
         Raises:
             UnsupportedModelError: the model hands a layer what another one was to read.
         """
-        packed, scale = (
-            cast(torch.Tensor, layer.weight_packed),
-            cast(torch.Tensor, layer.weight_scale),
-        )
-        numbers = (self.block, self.clip, self.act_bits, self.weight_bits)
+        packed = cast(torch.Tensor, layer.weight_packed)
+        scale = cast(torch.Tensor, layer.weight_scale)
+        numbers = self.stored.numbers
         if not isinstance(x, GateUp):
             return ops.linear(x, packed, scale, bias, *numbers)
         if x.reader != self.prefix:
@@ -188,63 +168,28 @@ class SmoothRotLinearMethod(LinearMethodBase):
         """How many of this rank's rows come from the checkpoint, None for all."""
         return None
 
-    def _check_widths(self, width: int, shard: int) -> None:
-        if self.rotation is not None and self.rotation.size != width:
-            raise ConfigError(
-                f"{self.prefix}: quantization_config.online rotates {self.rotation.size} inputs,"
-                f" but the layer has {width}. config.json belongs to another model: convert again."
-            )
-        for unit, what in (
-            (self.block, "Hadamard blocks"),
-            (self.scheme.weights.group_size, "weight groups"),
-        ):
-            if unit > 0 and shard % unit:
-                raise ConfigError(
-                    f"{self.prefix}: {shard} of {width} inputs on each of {width // shard}"
-                    f" tensor-parallel ranks, expected a whole number of {what} of {unit}. Serve"
-                    " with a smaller --tensor-parallel-size, or convert again with --max-tp"
-                    f" {width // shard} and a smaller --group-size."
-                )
-
-    def _tensor_name(self, part: str, tensor: str) -> str:
+    def _name(self, part: str, tensor: str) -> str:
         parent = self.prefix.rpartition(".")[0]
         return ".".join(filter(None, (parent, part, tensor)))
 
-    def _recording_loader(
-        self, load: Callable[..., None], tensor: str, whole: tuple[int, int], dtype: torch.dtype
+    def _checked_loader(
+        self, load: Callable[..., None], tensor: str, whole: tuple[tuple[int, int], torch.dtype]
     ) -> Callable[..., None]:
-        """Wrap vLLM's loader: check the stored tensor, load it, remember the parts it filled.
-
-        ``whole`` is the shape of the layer on all ranks, of which vLLM would ignore surplus rows of
-        a fused tensor.
-        """
-        rows, columns = whole
+        """vLLM's loader of ``tensor``, which on all ranks is ``whole``, behind our checks."""
 
         def loader(
             param: torch.nn.Parameter,
             stored: torch.Tensor,
             *shard: str | int | tuple[int, ...] | None,
         ) -> None:
-            parts = self._parts_of(shard[0] if shard else None)
-            names = [self._tensor_name(part, tensor) for part in parts]
-            where = ", ".join(names)
-            self.stored.check(where, stored, dtype, (None, columns))
-            misfit = CheckpointError(
-                f"{where}: stored {tuple(stored.shape)} does not fill this rank's"
-                f" {tuple(param.shape)} as the model's config.json says. The checkpoint is damaged"
-                " or belongs to another model: convert it again."
+            names = [self._name(part, tensor) for part in self._parts_of(*shard)]
+            self.stored.take(
+                names, whole, stored, param, lambda: load(param, stored, *shard), some_rows=True
             )
-            if stored.shape[0] > rows:
-                raise misfit
-            try:
-                load(param, stored, *shard)
-            except (AssertionError, RuntimeError) as error:
-                raise misfit from error
-            self.stored.arrived(names)
 
         return loader
 
-    def _parts_of(self, shard: str | int | tuple[int, ...] | None) -> list[str]:
+    def _parts_of(self, shard: str | int | tuple[int, ...] | None = None) -> list[str]:
         """The parts that vLLM's shard id stands for; without one the tensor holds the whole
         layer."""
         if shard is None:
@@ -252,14 +197,3 @@ class SmoothRotLinearMethod(LinearMethodBase):
         if isinstance(shard, str):
             return [self.parts[_QKV_PARTS[shard]]]
         return [self.parts[i] for i in (shard if isinstance(shard, tuple) else (shard,))]
-
-    def _check_scales(self, scale: torch.Tensor) -> None:
-        bad = ~(scale.isfinite() & (scale > 0))
-        if bad.any():
-            row = int(bad.any(dim=1).nonzero()[0])
-            raise CheckpointError(
-                f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}): expected finite"
-                f" scales > 0, got {int(bad.sum())} others of {scale.numel()}, the first"
-                f" {float(scale[row][bad[row]][0])} in row {row} of this rank. The checkpoint is"
-                " damaged: convert or download it again."
-            )

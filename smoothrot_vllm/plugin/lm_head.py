@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantised output head: a linear over vocabulary shards that vLLM pads to a multiple of 64
+"""The quantized output head: a linear over vocabulary shards that vLLM pads to a multiple of 64
 rows."""
 
 from typing import Any, cast
@@ -55,7 +55,7 @@ class SmoothRotLMHeadMethod(SmoothRotLinearMethod):
         return cast(ParallelLMHead, layer).num_org_embeddings_per_partition
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
-        """Refuse to share the 16-bit embedding with a quantised head.
+        """Refuse to share the 16-bit embedding with a quantized head.
 
         Raises:
             ConfigError: always.

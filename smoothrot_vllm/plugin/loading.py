@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer takes from a checkpoint: each stored tensor is checked as it arrives, and all of
-them must have arrived.
+"""What a layer takes from a checkpoint: its widths are checked before it is built, each stored
+tensor as it arrives, and in the end that all of them have; then the codes are repacked.
 
-vLLM does not notice tensors that a quantised checkpoint lacks, neither at the first load nor when
+vLLM does not notice tensors that a quantized checkpoint lacks, neither at the first load nor when
 weights are loaded again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 
-from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm import ops
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard
 
 
 class StoredTensors:
@@ -20,51 +22,109 @@ class StoredTensors:
 
     Args:
         prefix: vLLM's full name of the layer.
+        scheme: bits, group size and activation clip.
+        rotation: the online Hadamard of the whole input that ranks share, or None.
 
     Attributes:
-        loads: how many times all of them have arrived.
-        random: the first weights are made up (``--load-format dummy``): none arrives.
+        numbers: block (0 for none), clip, bits of inputs and of weights, as the ops take them;
+            plain numbers, so that torch.compile sees constants.
+        loads: how many times all tensors have arrived.
+        is_random: the first weights are made up (``--load-format dummy``): none arrives.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, scheme: LinearScheme, rotation: OnlineHadamard | None) -> None:
         self.prefix = prefix
+        self.weights = scheme.weights
+        self.rotation = rotation
+        activations = scheme.activations
+        self.numbers = (
+            0 if rotation is None else rotation.block,
+            activations.clip,
+            activations.bits,
+            scheme.weights.bits,
+        )
         self.loads = 0
-        self.random = False
+        self.is_random = False
         self._arrived: set[str] = set()
 
-    def begin(self) -> None:
-        """The layer's parameters are there: note whether anything is to fill them."""
-        config = get_current_vllm_config_or_none()
-        self.random = config is not None and config.load_config.load_format == "dummy"
-
-    def check(
-        self, where: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, int]
-    ) -> None:
-        """Refuse a tensor that is not what the configuration says is stored.
+    def begin(self, width: int, shard: int) -> None:
+        """Check the sizes of a layer that is about to get its parameters, and note whether anything
+        is to fill them.
 
         Args:
-            where: its name, or the names that it stands for.
-            shape: on all ranks; None for what only the layer can check.
+            width: inputs that ranks share.
+            shard: those of one rank.
+
+        Raises:
+            ConfigError: they do not suit the Hadamard block or the group size.
+        """
+        config = get_current_vllm_config_or_none()
+        self.is_random = config is not None and config.load_config.load_format == "dummy"
+        if self.rotation is not None and self.rotation.size != width:
+            raise ConfigError(
+                f"{self.prefix}: quantization_config.online: expected size {width}, the width of"
+                f" the layer, got {self.rotation.size}: config.json is that of another model."
+                " Convert again."
+            )
+        units = {"Hadamard blocks": self.numbers[0], "weight groups": self.weights.group_size}
+        for what, unit in units.items():
+            if unit > 0 and shard % unit:
+                ranks = width // shard
+                raise ConfigError(
+                    f"{self.prefix}: expected a whole number of {what} of {unit} on each of"
+                    f" {ranks} tensor-parallel ranks, got {shard} of {width} channels. Serve with a"
+                    f" smaller --tensor-parallel-size, or convert again with --max-tp {ranks} and a"
+                    " smaller --group-size."
+                )
+
+    def take(
+        self,
+        names: list[str],
+        expected: tuple[tuple[int, int], torch.dtype],
+        tensor: torch.Tensor,
+        parameter: torch.nn.Parameter,
+        load: Callable[[], bool | None],
+        some_rows: bool = False,
+    ) -> bool | None:
+        """Have vLLM's loader copy a stored tensor into its place, unless it is not what the
+        configuration says is stored.
+
+        Args:
+            names: its name, or those that it stands for.
+            expected: its shape on all ranks, and its dtype.
+            tensor: what is stored.
+            parameter: where this rank's part of it belongs.
+            load: copies it there; False if it is another rank's.
+            some_rows: it may hold fewer rows, whose number only ``load`` can check.
+
+        Returns:
+            What ``load`` does.
 
         Raises:
             CheckpointError: another dtype or shape.
         """
-        fits = tensor.ndim == 2 and all(
-            size in (None, got) for size, got in zip(shape, tensor.shape, strict=True)
+        (rows, columns), dtype = expected
+        where, got = ", ".join(names), tuple(tensor.shape)
+        advice = (
+            "The checkpoint is damaged or its config.json belongs to another model: convert it"
+            " again."
         )
-        if tensor.dtype != dtype or not fits:
-            expected = (
-                f"{dtype} with {shape[1]} columns" if shape[0] is None else f"{dtype} {shape}"
-            )
-            raise CheckpointError(
-                f"{where}: expected {expected}, got {tensor.dtype} {tuple(tensor.shape)}. The"
-                " checkpoint is damaged or its config.json belongs to another model: convert it"
-                " again."
-            )
-
-    def arrived(self, names: Iterable[str]) -> None:
-        """These have been copied into the layer's parameters."""
-        self._arrived.update(names)
+        if tensor.dtype != dtype or got[1:] != (columns,) or not (some_rows or got[0] == rows):
+            wanted = f"{dtype} with {columns} columns" if some_rows else f"{dtype} {expected[0]}"
+            raise CheckpointError(f"{where}: expected {wanted}, got {tensor.dtype} {got}. {advice}")
+        misfit = CheckpointError(
+            f"{where}: stored {got} does not fill this rank's {tuple(parameter.shape)} as the"
+            f" model's config.json says. {advice}"
+        )
+        if got[0] > rows:  # vLLM would ignore surplus rows of a fused tensor
+            raise misfit
+        try:
+            done = load()
+        except (AssertionError, RuntimeError) as error:
+            raise misfit from error
+        if done is not False:
+            self._arrived.update(names)
+        return done
 
     def finish(self, expected: list[str]) -> bool:
         """End one load of the layer's tensors, so that the next begins with none.
@@ -75,7 +135,7 @@ class StoredTensors:
         Raises:
             CheckpointError: one of ``expected`` has not arrived since the last call.
         """
-        if self.random and not self._arrived:
+        if self.is_random and not self._arrived:
             return False
         missing = [name for name in expected if name not in self._arrived]
         self._arrived.clear()
@@ -87,3 +147,71 @@ class StoredTensors:
             )
         self.loads += 1
         return True
+
+    def repack(self, layer: torch.nn.Module, stack: str = "") -> None:
+        """Put codes in the kernels' layout in place of the stored ones.
+
+        The parameters become plain ones: vLLM's loader classes have done their work and would only
+        slow each access down.
+
+        Args:
+            layer: holds ``{stack}weight_packed`` and ``{stack}weight_scale`` as they are stored.
+            stack: beginning of their names.
+        """
+        scale = layer.get_parameter(stack + WEIGHT_SCALE).data
+        if self.rotation is not None:
+            # A cached compiled graph calls the op without going through this process's tracing.
+            ops.prepare_rotation(self.rotation.block, scale.device)
+        codes = layer.get_parameter(stack + WEIGHT_PACKED).data
+        packed = ops.prepack_weight(codes, scale, self.weights.bits)
+        for name, data in ((WEIGHT_PACKED, packed), (WEIGHT_SCALE, scale)):
+            layer.register_parameter(stack + name, torch.nn.Parameter(data, requires_grad=False))
+
+
+def check_scales(scales: torch.Tensor, name: Callable[..., str]) -> None:
+    """Refuse scales of weights with which no product is right.
+
+    Args:
+        scales: float32 ``(..., rows, groups)``.
+        name: what the scale at given indices is called.
+
+    Raises:
+        CheckpointError: one of them is not a finite number above zero.
+    """
+    bad = ~(scales.isfinite() & (scales > 0))
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise CheckpointError(
+            f"{name(*first)} of this rank: expected finite scales > 0, got {float(scales[first])}"
+            f" and {int(bad.sum()) - 1} others of {scales.numel()}. The checkpoint is damaged:"
+            " convert or download it again."
+        )
+
+
+def stored_tensors(model: torch.nn.Module) -> list[StoredTensors]:
+    """Those of every layer of a served model."""
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    found = (getattr(method, "stored", None) for method in methods)
+    return [stored for stored in found if isinstance(stored, StoredTensors)]
+
+
+def reload_wholly(model: torch.nn.Module, reload: Callable[[], None], every_layer: bool) -> None:
+    """Load weights again, and notice layers that were left as they were.
+
+    Args:
+        model: whose layers they are.
+        reload: vLLM's loading.
+        every_layer: the weights are those of a checkpoint, not single ones.
+
+    Raises:
+        CheckpointError: layers got no tensors.
+    """
+    before = {stored: stored.loads for stored in stored_tensors(model)}
+    reload()
+    left = [stored.prefix for stored, loads in before.items() if stored.loads == loads]
+    if every_layer and left:
+        raise CheckpointError(
+            "reload_weights: expected tensors of every layer in the checkpoint, got none of"
+            f" {', '.join(left[:4])} ({len(left)} missing). The checkpoint is incomplete: convert"
+            " or download it again."
+        )

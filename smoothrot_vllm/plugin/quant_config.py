@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM asks a quantisation method: is this checkpoint servable here, and how is each layer
+"""What vLLM asks a quantization method: is this checkpoint servable here, and how is each layer
 computed.
 
 Every layer gets an explicit answer. A layer this format does not cover is refused by name: none is
-served as if it were unquantised because nothing matched it.
+served as if it were unquantized because nothing matched it.
 """
 
 from pathlib import Path
@@ -24,7 +24,6 @@ from smoothrot_vllm.format import (
     check_tensor_parallel,
     parse_schema,
 )
-from smoothrot_vllm.plugin import adapters, reload
 from smoothrot_vllm.plugin.engine_checks import check_engine
 from smoothrot_vllm.plugin.headers import check_shards
 
@@ -71,7 +70,7 @@ class SmoothRotConfig(QuantizationConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Dtypes ``--dtype`` may choose: activations enter and leave the quantised layers in it."""
+        """Dtypes ``--dtype`` may choose: activations enter and leave the quantized layers in it."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
@@ -109,7 +108,7 @@ class SmoothRotConfig(QuantizationConfig):
 
         Raises:
             ConfigError: the model ties its output head to the embedding, but the checkpoint
-                quantises the head.
+                quantizes the head.
             CheckpointError: a local safetensors file is damaged or lacks a tensor.
         """
         if self.schema.lm_head is not None and getattr(hf_config, "tie_word_embeddings", False):
@@ -187,8 +186,6 @@ class SmoothRotConfig(QuantizationConfig):
         config = get_current_vllm_config_or_none()
         if config is not None and config.model_config is not None:
             check_engine(config, self.schema)
-        adapters.guard.install(self.schema.transform_sha256)
-        reload.install()
         silu_fusion.install()
         if isinstance(layer, LinearBase):
             scheme = self.scheme(prefix)

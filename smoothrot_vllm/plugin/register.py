@@ -15,7 +15,7 @@ from typing import Any
 from smoothrot_vllm.errors import UnsupportedPlatformError
 
 SUPPORTED_VLLM = ((0, 32), (0, 33))
-"""The (major, minor) versions of vLLM whose quantisation interface this plugin is written for."""
+"""The (major, minor) versions of vLLM whose quantization interface this plugin is written for."""
 
 ALLOW_ANY_VLLM = "SMOOTHROT_ALLOW_ANY_VLLM"
 """Environment variable that turns the refusal of other versions into a warning when it is ``1``."""
@@ -55,8 +55,8 @@ def warn_without_cuda() -> None:
 
 
 def register() -> None:
-    """Register ``SmoothRotConfig`` with vLLM as the quantisation method ``smoothrot``, and our
-    executor for it on CPUs.
+    """Register ``SmoothRotConfig`` with vLLM as the quantization method ``smoothrot``, and apply
+    the :mod:`~smoothrot_vllm.plugin.patches` that serving it needs.
 
     Under another vLLM than :data:`SUPPORTED_VLLM` converted models are refused, and all others
     served as if there were no plugin, unless ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is set.
@@ -74,12 +74,11 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     from smoothrot_vllm.format import QUANT_METHOD
-    from smoothrot_vllm.plugin import executor_choice
+    from smoothrot_vllm.plugin import patches
     from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
     register_quantization_config(QUANT_METHOD)(SmoothRotConfig)
-    if current_platform.is_cpu():
-        executor_choice.install()
+    patches.apply()
     if current_platform.is_cuda():
         warn_without_cuda()
 

@@ -3,7 +3,7 @@
 values, one op, fewer.
 
 vLLM has no interface for this that all model classes use. They do all keep an ``SiluAndMul`` beside
-a ``down_proj`` that reads it, so both are recognised when they become children of one module, and
+a ``down_proj`` that reads it, so both are recognized when they become children of one module, and
 the activation is replaced by a module that hands gate and up on. What it hands on is no tensor: any
 reader but that down_proj fails, and no other arithmetic can happen to it.
 """
@@ -63,7 +63,8 @@ def wanted() -> bool:
 def install() -> None:
     """From now on move the activations of modules that are built around one of our down_proj,
     and of no others."""
-    register_module_module_registration_hook(_on_registration)  # type: ignore[arg-type]  # it may return a module
+    # torch's annotation leaves out that a hook may return a module.
+    register_module_module_registration_hook(_on_registration)  # type: ignore[arg-type]
 
 
 def _takes_gate_up(module: torch.nn.Module | None) -> bool:

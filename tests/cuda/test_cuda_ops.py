@@ -40,13 +40,13 @@ def test_linear_equals_the_reference_on_every_architecture(
     for tokens, dtype in ((1, torch.float16), (20, torch.bfloat16), (70, torch.float32)):
         gpu.pretend(capability, 1, 99 * 1024)
         x = torch.randn(tokens, 96).to(dtype)
-        quantised = (
+        quantized = (
             reference.hadamard_quant(x, block, 0.9, act_bits)
             if block
             else reference.quant(x, 0.9, act_bits)
         )
         expected = reference.gemm(
-            *quantised, stored, scale, bias.to(dtype), dtype, act_bits, weight_bits
+            *quantized, stored, scale, bias.to(dtype), dtype, act_bits, weight_bits
         )
         got = gpu.linear(x, packed, scale, bias.to(dtype), block, 0.9, act_bits, weight_bits)
         # Group sums are added in another order than torch's einsum does.

@@ -35,7 +35,7 @@ STARTS = [
 
 
 class ShardedLinear(nn.Module):
-    """A row-parallel linear: each rank quantises its own part of the input with its own scales,
+    """A row-parallel linear: each rank quantizes its own part of the input with its own scales,
     the sum is exact."""
 
     def __init__(self, linear: QuantizedLinear, ranks: int) -> None:

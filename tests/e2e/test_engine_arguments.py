@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
         Case(arguments={"hf_config_path": "clipped"}),
         "ConfigError: --hf-config-path: ",
     ),
-    "quantised once more": (
+    "quantized once more": (
         Case(arguments={"quantization_config": {"linear": {"weight": "fp8_per_tensor_dynamic"}}}),
         "ConfigError: --quantization-config: ",
     ),

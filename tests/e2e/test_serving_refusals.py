@@ -84,7 +84,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "NaN scale": (
         nan_scale,
         1,
-        f"{DOWN}.weight_scale (parts down_proj): expected finite scales > 0, got 1 others",
+        "of this rank: expected finite scales > 0, got nan and 0 others",
     ),
 }
 """What is done to a converted model, the tensor-parallel size it is served with, and what the

@@ -17,7 +17,7 @@ import torch
 from emulator import INT8, PACKED, Emulator, build_emulator
 
 from smoothrot_vllm.hadamard import factorize
-from smoothrot_vllm.plugin.grouped_experts import Route
+from smoothrot_vllm.grouped_experts import Route
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

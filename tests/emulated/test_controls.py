@@ -10,12 +10,12 @@ import torch
 from emulator import Emulator
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import Route
+from smoothrot_vllm.grouped_experts import Route
 
 Run = Callable[[Emulator], torch.Tensor]
 
 
-def quantise(tokens: int, inputs: int, **options: Any) -> tuple[Run, torch.Tensor]:
+def quantize(tokens: int, inputs: int, **options: Any) -> tuple[Run, torch.Tensor]:
     x = torch.randn(tokens, inputs)
     block, producer = options.get("block", 0), options.get("producer", "")
     if producer == "rms_norm":
@@ -58,10 +58,10 @@ def multiply_experts(counts: list[int], outputs: int, inputs: int) -> tuple[Run,
 
 
 CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {
-    "quant": lambda: quantise(1, 1024),
-    "rms_norm_quant": lambda: quantise(1, 4096, producer="rms_norm"),
-    "hadamard_quant, power of two": lambda: quantise(1, 2048, block=2048),
-    "hadamard_quant, base, several rows a block": lambda: quantise(17, 768, block=768),
+    "quant": lambda: quantize(1, 1024),
+    "rms_norm_quant": lambda: quantize(1, 4096, producer="rms_norm"),
+    "hadamard_quant, power of two": lambda: quantize(1, 2048, block=2048),
+    "hadamard_quant, base, several rows a block": lambda: quantize(17, 768, block=768),
     "gemm_small": lambda: multiply("small", 3, 64, 1024),
     "gemm_s8": lambda: multiply("s8", 20, 70, 640),
     "gemm_experts": lambda: multiply_experts([20, 0, 3], 70, 640),

@@ -9,7 +9,7 @@ import torch
 from emulator import Emulator
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import TILE_TOKENS, Route
+from smoothrot_vllm.grouped_experts import TILE_TOKENS, Route
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 COUNTS = [[1], [0, 3, 0, 1], [64, 65, 0, 1, 17], [130, 2]]

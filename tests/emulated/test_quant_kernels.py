@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA quantise kernels give the reference's codes and scales bit for bit, in any order of
+"""The CUDA quantize kernels give the reference's codes and scales bit for bit, in any order of
 threads."""
 
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ from smoothrot_vllm.hadamard import factorize
     ("size", "block"), [(4096, 0), (8192, 8192), (14336, 14336), (1536, 1536), (11008, 11008)]
 )
 @pytest.mark.parametrize(("producer", "bits", "form"), [("", 4, PACKED), ("silu_mul", 4, INT8)])
-def test_quantise_kernels_move_their_rows_once(
+def test_quantize_kernels_move_their_rows_once(
     emulator_int4: Emulator, size: int, block: int, producer: str, bits: int, form: int
 ) -> None:
     tokens = 12

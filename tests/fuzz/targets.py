@@ -33,8 +33,7 @@ from smoothrot_offline.transform.lora import convert_adapter
 from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import SmoothRotError
 from smoothrot_vllm.format import TRANSFORM_NAME, check_tensor_parallel, parse_schema
-from smoothrot_vllm.plugin.adapters import check_adapter
-from smoothrot_vllm.plugin.headers import check_shards
+from smoothrot_vllm.plugin.headers import check_adapter, check_shards
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(byte_tokenizer()),

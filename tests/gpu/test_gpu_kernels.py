@@ -10,7 +10,7 @@ from kernel_contract import EXPERTS, GEMMS, Gemm, KernelContract
 from ops_contract import CLIP, Layer, Target, assert_same, assert_same_codes
 
 from smoothrot_vllm import reference
-from smoothrot_vllm.plugin.grouped_experts import grouped_experts
+from smoothrot_vllm.grouped_experts import grouped_experts
 
 REPEATS = 20
 

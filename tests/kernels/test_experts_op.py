@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.plugin.grouped_experts import TILE_TOKENS, Route, most_tiles
+from smoothrot_vllm.grouped_experts import TILE_TOKENS, Route, most_tiles
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 5, 2, 64, 96
 Arguments = tuple[Any, ...]

@@ -101,7 +101,7 @@ def test_each_group_sums_exactly(act_bits: int, weight_bits: int) -> None:
             assert torch.equal(y.int(), sums[group])
 
 
-def quantised_problem(
+def quantized_problem(
     tokens: int, columns: int, inputs: int, groups: int, weight_bits: int
 ) -> dict[str, torch.Tensor]:
     codes, scale = reference.quant(torch.randn(tokens, inputs), 0.9, 8)
@@ -122,7 +122,7 @@ def quantised_problem(
 def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(
     out_dtype: torch.dtype, groups: int, with_bias: bool
 ) -> None:
-    p = quantised_problem(33, 70, 512, groups, 4)
+    p = quantized_problem(33, 70, 512, groups, 4)
     bias = p["bias"].to(out_dtype) if with_bias else None
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], 4)
     ours = ops.gemm(p["codes"], p["scale"], packed, p["weight_scale"], bias, out_dtype, 8, 4)
@@ -142,7 +142,7 @@ def test_error_is_at_most_twice_that_of_torch_in_the_same_dtype(
 def test_output_per_channel_is_the_reference_bit_for_bit(
     isa: str, groups: int, weight_bits: int, out_dtype: torch.dtype
 ) -> None:
-    p = quantised_problem(17, 45, 264, groups, weight_bits)
+    p = quantized_problem(17, 45, 264, groups, weight_bits)
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], weight_bits)
     y = ops.gemm(
         p["codes"], p["scale"], packed, p["weight_scale"], p["bias"], out_dtype, 8, weight_bits
@@ -169,7 +169,7 @@ def test_output_overflow_and_nan_follow_torch() -> None:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bias_may_have_any_float_dtype(bias_dtype: torch.dtype) -> None:
-    p = quantised_problem(2, 37, 64, 1, 4)
+    p = quantized_problem(2, 37, 64, 1, 4)
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], 4)
     bias = p["bias"].to(bias_dtype)
     args = (p["codes"], p["scale"], packed, p["weight_scale"])
@@ -178,7 +178,7 @@ def test_bias_may_have_any_float_dtype(bias_dtype: torch.dtype) -> None:
 
 
 def test_no_tokens_give_an_empty_output() -> None:
-    p = quantised_problem(1, 37, 64, 1, 4)
+    p = quantized_problem(1, 37, 64, 1, 4)
     packed = ops.prepack_weight(p["weight"], p["weight_scale"], 4)
     y = ops.gemm(
         p["codes"][:0], p["scale"][:0], packed, p["weight_scale"], None, torch.bfloat16, 8, 4

@@ -26,7 +26,7 @@ from smoothrot_vllm.errors import (
     SmoothRotError,
     UnsupportedModelError,
 )
-from smoothrot_vllm.plugin.adapters import BASE_KEY, CONFIG_NAME
+from smoothrot_vllm.format import ADAPTER_BASE, ADAPTER_CONFIG
 
 RANK = 4
 CALIBRATION = {"calib": "generated", "calib_samples": 2, "calib_seqlen": 16}
@@ -107,7 +107,7 @@ def save_adapter(directory: Path, linears: dict[str, tuple[int, int]], **config:
         "target_modules": modules,
         "bias": "none",
     }
-    (directory / CONFIG_NAME).write_text(json.dumps(content | config))
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(content | config))
     return directory
 
 
@@ -138,10 +138,10 @@ def test_an_adapter_is_transformed_as_the_base_was(base: Path, tmp_path: Path) -
         )
         for name, tensor in zip(names, expected, strict=True):
             assert torch.equal(after[name], tensor.float())
-    config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
+    config = json.loads((tmp_path / "out" / ADAPTER_CONFIG).read_text())
     quantization = json.loads((base / "config.json").read_text())["quantization_config"]
-    assert config.pop(BASE_KEY) == quantization["transform_sha256"] == done.base
-    assert config == json.loads((adapter / CONFIG_NAME).read_text())
+    assert config.pop(ADAPTER_BASE) == quantization["transform_sha256"] == done.base
+    assert config == json.loads((adapter / ADAPTER_CONFIG).read_text())
 
 
 def test_the_recorded_transform_is_the_one_that_was_folded(
@@ -198,8 +198,8 @@ def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], N
 
 def configured(**options: Any) -> Callable[[Path], None]:
     def damage(adapter: Path) -> None:
-        config = json.loads((adapter / CONFIG_NAME).read_text())
-        (adapter / CONFIG_NAME).write_text(json.dumps(config | options))
+        config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+        (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | options))
 
     return damage
 
@@ -243,7 +243,7 @@ FACTOR = f"base_model.model.{QUERY}.lora_A.weight"
             ConfigError,
             "changes the base model's weights",
         ),
-        (configured(**{BASE_KEY: "0" * 64}), ConfigError, "already transformed"),
+        (configured(**{ADAPTER_BASE: "0" * 64}), ConfigError, "already transformed"),
     ],
 )
 def test_other_adapters_are_refused_and_nothing_is_written(

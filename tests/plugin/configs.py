@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantisation config the plugin's tests start from."""
+"""The quantization config the plugin's tests start from."""
 
 from typing import Any
 

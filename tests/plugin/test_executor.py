@@ -18,7 +18,7 @@ from vllm.v1.executor import Executor
 from smoothrot_vllm.errors import ConfigError, UnsupportedPlatformError
 from smoothrot_vllm.plugin import register as plugin
 from smoothrot_vllm.plugin.executor import InEngineExecutor, cores_of
-from smoothrot_vllm.plugin.executor_choice import EXECUTOR
+from smoothrot_vllm.plugin.patches import EXECUTOR
 
 # (logical, physical, memory node): two nodes of two cores with two threads each; the process may
 # not use CPU 0.

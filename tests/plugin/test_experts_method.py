@@ -163,12 +163,12 @@ def test_a_rank_loads_its_share_of_each_expert(
         (
             "1.up_proj.weight_scale",
             lambda t: t.index_fill(0, torch.tensor([5]), torch.nan),
-            r"1\.up_proj.*scales > 0, got nan in row 5",
+            r"1\.up_proj.*row 5 .*scales > 0, got nan",
         ),
         (
             "0.down_proj.weight_scale",
             lambda t: t.index_fill(0, torch.tensor([9]), 0.0),
-            r"0\.down_proj.*got 0\.0 in row 9",
+            r"0\.down_proj.*row 9 .*got 0\.0",
         ),
         (
             "0.gate_proj.weight_packed",
@@ -209,13 +209,11 @@ def test_experts_of_mixed_schemes_and_widths_are_refused(
         ConfigError, match=r"experts: expected one scheme.*W4A8.*W8A8.*experts\.1\.up_proj"
     ):
         build(overrides={f"{PREFIX}.1.up_proj": eight})
-    with pytest.raises(
-        ConfigError, match=r"experts: expected online\.down_proj\.size 192, .*got 256"
-    ):
+    with pytest.raises(ConfigError, match=r"experts: .*online: expected size 192, .*got 256"):
         build(online={"down_proj": {"size": 256, "block": 256}}, max_tensor_parallel=1)
     with pytest.raises(
         ConfigError,
-        match=r"experts: 96 of an expert's 192 channels on each of 2 .*weight groups of 64",
+        match=r"experts: .*whole number of weight groups of 64 on each of 2 .*got 96 of 192",
     ):
         build(weights={"bits": 4, "group_size": 64}, tp_size=2)
     with pytest.raises(UnsupportedModelError, match=r"experts: .*online\.readers"):
@@ -293,5 +291,5 @@ def test_on_a_gpu_the_codes_stay_as_stored_and_the_rotation_is_prepared_there(
     )
     method: Any = layer.quant_method
     method.process_weights_after_loading(layer)
-    assert prepared == [(96, torch.device("cpu"))]
+    assert set(prepared) == {(96, torch.device("cpu"))}
     assert {name: parameter.shape for name, parameter in layer.named_parameters()} == stored

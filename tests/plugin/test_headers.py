@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a checkpoint's files that vLLM itself does not make."""
+"""What a server is pointed at is checked where vLLM itself does not: a checkpoint's files, and what
+an adapter is an adapter of."""
 
 import json
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.plugin.headers import check_shards
+from smoothrot_vllm.errors import CheckpointError, ConfigError
+from smoothrot_vllm.format import ADAPTER_BASE, ADAPTER_CONFIG
+from smoothrot_vllm.plugin.headers import check_adapter, check_shards
 
 
 @pytest.fixture
@@ -97,3 +99,40 @@ def test_an_unreadable_index_is_named(checkpoint: Path, content: str, words: str
     (checkpoint / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"index\.json: {words}"):
         check_shards(checkpoint)
+
+
+DIGEST, OTHER = "a" * 64, "b" * 64
+
+
+def adapter(directory: Path, **config: str) -> Path:
+    content = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **config}
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("served", "config", "message"),
+    [
+        (DIGEST, {}, "is of the original model: expected smoothrot_transform_sha256 aaaa"),
+        (DIGEST, {ADAPTER_BASE: OTHER}, "was transformed for another conversion"),
+        (None, {ADAPTER_BASE: DIGEST}, "does not say how its weights were transformed"),
+    ],
+)
+def test_adapters_of_another_basis_are_refused(
+    tmp_path: Path, served: str | None, config: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_adapter(adapter(tmp_path, **config), served)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "expected JSON"), ("[1]", "expected a JSON object, got list")]
+)
+def test_a_damaged_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / ADAPTER_CONFIG).write_text(text)
+    with pytest.raises(ConfigError, match=f"{ADAPTER_CONFIG}: {message}"):
+        check_adapter(tmp_path, DIGEST)
+
+
+def test_an_adapter_without_a_configuration_is_left_to_vllm(tmp_path: Path) -> None:
+    check_adapter(tmp_path / "missing", DIGEST)

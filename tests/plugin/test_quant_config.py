@@ -152,7 +152,7 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         make_config()
 
 
-def test_a_tied_quantised_head_is_refused() -> None:
+def test_a_tied_quantized_head_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tie_word_embeddings true.*lm_head is 8-bit"):
         make_config().maybe_update_config(
             "some/model", hf_config=SimpleNamespace(tie_word_embeddings=True)
@@ -194,8 +194,9 @@ def test_each_kind_of_layer_gets_its_method(vllm_config: VllmConfig) -> None:
         "down_proj": SmoothRotLinearMethod,
         "lm_head": SmoothRotLMHeadMethod,
     }
-    assert [m.block for m in methods.values()] == [128, 128, 96, 0]
-    assert [m.weight_bits for m in methods.values()] == [4, 4, 4, 8]
+    numbers = [m.stored.numbers for m in methods.values()]
+    assert [n[0] for n in numbers] == [128, 128, 96, 0]
+    assert [n[3] for n in numbers] == [4, 4, 4, 8]
     # Nothing of the 16-bit layer is left beside the codes, which a silent fallback would compute
     # with.
     assert all(not hasattr(layer, "weight") for layer in layers.values())
@@ -210,7 +211,7 @@ def test_readers_are_rotated_only_if_the_checkpoint_says_so(vllm_config: VllmCon
         prefix="model.layers.0.mlp.gate_up_proj",
     )
     assert isinstance(gate_up.quant_method, SmoothRotLinearMethod)
-    assert gate_up.quant_method.rotation is None
+    assert gate_up.quant_method.stored.rotation is None
 
 
 def test_what_stays_16_bit(vllm_config: VllmConfig) -> None:
@@ -291,7 +292,7 @@ def test_a_rank_with_part_of_a_weight_group_is_refused_with_the_numbers(
     tensor_parallel(1, 2)
     config = make_config(weights={"bits": 4, "group_size": 128}, online={})
     with pytest.raises(
-        ConfigError, match=r"o_proj: 64 of 128 inputs on each of 2 .*weight groups of 128"
+        ConfigError, match=r"o_proj: .*weight groups of 128 on each of 2 .*got 64 of 128"
     ):
         RowParallelLinear(
             128, 128, bias=False, quant_config=config, prefix="model.layers.0.self_attn.o_proj"
@@ -300,7 +301,7 @@ def test_a_rank_with_part_of_a_weight_group_is_refused_with_the_numbers(
 
 def test_a_rotation_of_another_width_is_refused(vllm_config: VllmConfig) -> None:
     online = {"readers": {"size": 256, "block": 256}}
-    with pytest.raises(ConfigError, match=r"qkv_proj: .*rotates 256 inputs, but the layer has 128"):
+    with pytest.raises(ConfigError, match=r"qkv_proj: .*expected size 128, .* got 256"):
         QKVParallelLinear(
             128,
             32,
@@ -309,9 +310,7 @@ def test_a_rotation_of_another_width_is_refused(vllm_config: VllmConfig) -> None
             quant_config=make_config(online=online),
             prefix="model.layers.0.self_attn.qkv_proj",
         )
-    with pytest.raises(
-        ConfigError, match=r"down_proj: .*rotates 192 inputs, but the layer has 256"
-    ):
+    with pytest.raises(ConfigError, match=r"down_proj: .*expected size 256, .* got 192"):
         RowParallelLinear(
             256, 128, bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.down_proj"
         )

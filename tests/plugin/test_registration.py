@@ -77,7 +77,7 @@ def test_under_other_versions_only_converted_models_are_refused(
         " refused, others are served without it"
     ]
     (refused,) = registry.values()
-    # vLLM asks every method about every quantised model.
+    # vLLM asks every method about every quantized model.
     assert refused.override_quantization_method({"quant_method": "gptq"}, None) is None
     words = rf"expects vLLM 0\.32 or 0\.33, got {version}.*SMOOTHROT_ALLOW_ANY_VLLM=1"
     with pytest.raises(UnsupportedPlatformError, match=words):

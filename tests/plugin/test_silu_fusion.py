@@ -51,7 +51,7 @@ def build(mlp: type, config: SmoothRotConfig | None = None) -> Any:
             (WEIGHT_SCALE, torch.rand(outputs, 1) * 0.01 + 0.01),
         ):
             module.get_parameter(name).data.copy_(tensor)
-        module.quant_method.stored.random = True  # no checkpoint to count the tensors of
+        module.quant_method.stored.is_random = True  # no checkpoint to count the tensors of
         module.quant_method.process_weights_after_loading(module)
     return layer
 
@@ -132,8 +132,8 @@ def test_the_activation_stays_where_an_adapter_reads_it(vllm_config: VllmConfig)
 
 def test_the_activation_stays_before_a_down_proj_that_is_not_ours(vllm_config: VllmConfig) -> None:
     build(LlamaMLP)  # the hook is there
-    unquantised = LlamaMLP(HIDDEN, INTERMEDIATE, "silu", prefix="model.layers.0.mlp")
-    assert type(unquantised.act_fn) is SiluAndMul
+    unquantized = LlamaMLP(HIDDEN, INTERMEDIATE, "silu", prefix="model.layers.0.mlp")
+    assert type(unquantized.act_fn) is SiluAndMul
     config = make_config(ignore=["model.layers.0.mlp.down_proj"])
     kept = LlamaMLP(HIDDEN, INTERMEDIATE, "silu", quant_config=config, prefix="model.layers.0.mlp")
     assert type(kept.act_fn) is SiluAndMul

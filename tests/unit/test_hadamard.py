@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hadamard orders: construction, factorisation and the choice of a block."""
+"""Hadamard orders: construction, factorization and the choice of a block."""
 
 import time
 

@@ -20,8 +20,7 @@ from smoothrot_offline.source.checkpoint import file_digest
 from smoothrot_offline.transform.record import RecordedTransform, read_transform
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_json, read_tensors
-from smoothrot_vllm.format import TRANSFORM_NAME
-from smoothrot_vllm.plugin.adapters import BASE_KEY, CONFIG_NAME
+from smoothrot_vllm.format import ADAPTER_BASE, ADAPTER_CONFIG, TRANSFORM_NAME
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _ADVICE = "Save or download the adapter again."
@@ -96,7 +95,7 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
         adapted.add((index, linear))
     digest = file_digest(base / TRANSFORM_NAME)
     with OutputDirectory(out) as directory:
-        directory.write_json(CONFIG_NAME, config | {BASE_KEY: digest})
+        directory.write_json(ADAPTER_CONFIG, config | {ADAPTER_BASE: digest})
         directory.write_tensors(WEIGHTS_NAME, transformed)
         directory.commit()
     return AdapterConversion(len(adapted), len({index for index, _ in adapted}), digest)
@@ -128,23 +127,24 @@ def transform_factors(
 
 
 def _plain_config(adapter: Path) -> dict[str, Any]:
-    config = read_json(adapter / CONFIG_NAME, _ADVICE)
-    if BASE_KEY in config:
+    path = adapter / ADAPTER_CONFIG
+    config = read_json(path, _ADVICE)
+    if ADAPTER_BASE in config:
         raise ConfigError(
-            f"{adapter}: already transformed ({BASE_KEY} in {CONFIG_NAME}). Give the adapter it was"
-            " made from."
+            f"{path}: already transformed, as its {ADAPTER_BASE} says. Give the adapter it was made"
+            " from."
         )
     for key, plain in _PLAIN.items():
         if config.get(key, plain[0]) not in plain:
             raise ConfigError(
-                f"{adapter / CONFIG_NAME}: {key}: expected {plain[0]!r}, got {config[key]!r}. Only"
+                f"{path}: {key}: expected {plain[0]!r}, got {config[key]!r}. Only"
                 " plain LoRA adapters can be transformed: train without it, or merge the adapter"
                 " into the 16-bit model and convert that."
             )
     initial = config.get("init_lora_weights", True)
     if isinstance(initial, str) and initial.lower().startswith(_OWN_BASE):
         raise ConfigError(
-            f"{adapter / CONFIG_NAME}: init_lora_weights {initial!r} changes the base model's"
+            f"{path}: init_lora_weights {initial!r} changes the base model's"
             " weights. Save the adapter as a plain one with PEFT's"
             " path_initial_model_for_weight_conversion."
         )

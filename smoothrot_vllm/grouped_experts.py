@@ -41,8 +41,13 @@ class Route:
 
     @classmethod
     def of(cls, chosen: torch.Tensor, experts: int) -> "Route":
-        """The route of ``chosen``, integers ``(T, top_k)``; rows of a number that is no expert
-        are in no tile."""
+        """The route of tokens to their experts.
+
+        Args:
+            chosen: numbers of experts, integers ``(T, top_k)``; rows of a number that is no
+                expert are in no tile.
+            experts: how many there are.
+        """
         top_k = chosen.shape[1]
         numbers, order = chosen.flatten().sort(stable=True)
         row_of = torch.empty_like(order).scatter_(
@@ -85,7 +90,12 @@ def grouped_experts(
 
     Args:
         library: the namespace of the ops.
-        others: as for :func:`ops.experts`; a Hadamard block must have been prepared for the device.
+        x, weights, chosen, w13, w13_scale, w2, w2_scale, clip, act_bits, weight_bits: as for
+            :func:`ops.experts`.
+        block: as there; it must have been prepared for the device.
+
+    Returns:
+        ``(T, N)`` in the dtype of ``x``.
 
     Raises:
         RuntimeError: an argument has another dtype, shape or range; the message names it.
