@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from emulator import INT8, PACKED, Emulator, build_emulator
 
-from smoothrot_vllm.hadamard import factorize
 from smoothrot_vllm.grouped_experts import Route
+from smoothrot_vllm.hadamard import factorize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
