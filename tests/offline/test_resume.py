@@ -254,13 +254,14 @@ def test_damaged_journal_is_refused_by_file(
 def test_damaged_decisions_of_a_journal_are_refused(
     make_model: MakeModel, tmp_path: Path, facts: dict[str, object]
 ) -> None:
-    source, out = interrupted(make_model, tmp_path, **CALIBRATION)
+    options = CALIBRATION | {"rounding": "gptq"}
+    source, out = interrupted(make_model, tmp_path, **options)
     journal = tmp_path / "out.partial" / JOURNAL_NAME
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     lines[1]["decisions"] = facts
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ResumeError, match=r"journal\.jsonl: decisions: expected"):
-        convert(source, out, make_config(**PLAIN | CALIBRATION))
+        convert(source, out, make_config(**PLAIN | options))
 
 
 def test_torn_last_line_of_the_journal_is_work_not_finished(
