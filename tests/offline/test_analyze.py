@@ -257,7 +257,7 @@ def test_summaries_are_those_of_the_layers(analysed: tuple[Path, Path, Analysis]
     assert found.policies["l2"].selected_layers == [0, 1, 2]
 
 
-def test_difficulty_of_equal_channels_is_zero_and_of_one_spike_is_the_unbiased_deviation() -> None:
+def test_difficulty_is_the_unbiased_deviation_of_the_channels() -> None:
     assert difficulty(torch.full((4,), 9.0, dtype=torch.float64)) == 0
     assert difficulty(torch.tensor([0.0, 0.0, 0.0, 16.0], dtype=torch.float64)) == 2.0
 

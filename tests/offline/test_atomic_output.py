@@ -94,7 +94,7 @@ def test_configuration_and_manifest_come_after_everything_they_describe(
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_polite_kill_and_ctrl_c_keep_the_finished_layers_and_say_how_to_go_on(
+def test_polite_kill_and_ctrl_c_keep_finished_layers_and_say_how_to_go_on(
     make_model: MakeModel, tmp_path: Path, which: signal.Signals, code: int
 ) -> None:
     source, out = make_model(), tmp_path / "out"

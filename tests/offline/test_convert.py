@@ -231,7 +231,7 @@ def test_rotation_that_cannot_be_folded_is_left_to_the_server(
     assert (rotations.r1, rotations.r2, rotations.r4) == (72, 12, 76)
 
 
-def test_python_code_that_transformers_has_its_own_version_of_is_left_behind(
+def test_python_code_that_transformers_has_itself_is_left_behind(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model("phi3")
@@ -285,7 +285,7 @@ def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: P
     assert read_manifest(tmp_path / "out").tensors["model.embed_tokens.weight"].dtype == "BF16"
 
 
-def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(
+def test_manifest_names_source_and_choices_but_no_time_or_place(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model()

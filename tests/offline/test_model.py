@@ -247,7 +247,7 @@ def test_transformers_alone_refuses_a_converted_model(
     )
 
 
-def test_transformers_loads_a_converted_model_once_the_converter_is_imported(
+def test_transformers_loads_a_converted_model_with_the_converter_imported(
     tiny_converted: Callable[..., Path],
 ) -> None:
     directory = tiny_converted("llama")

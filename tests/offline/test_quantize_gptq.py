@@ -151,7 +151,7 @@ def test_singular_hessians_are_damped_until_they_factorise(
         assert output_error(weight, quantized, x) < 0.1 * output_error(weight, plain, x)
 
 
-def test_inactive_channels_are_rounded_to_nearest_and_do_not_disturb_the_rest(
+def test_inactive_channels_are_rounded_to_nearest_and_disturb_no_other(
     weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:
     inactive = torch.zeros(IN, dtype=torch.bool)

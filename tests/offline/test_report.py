@@ -265,7 +265,7 @@ def test_names_that_would_be_confused_are_refused(
     assert "text.txt more than once" in result.stderr
 
 
-def test_directory_of_a_method_that_is_not_installed_is_refused_before_a_model_runs(
+def test_a_method_that_is_not_installed_is_refused_before_a_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
