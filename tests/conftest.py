@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models for the tests: small random ones made on the fly, and a real one from a PyPI package."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Threads that wait for work sleep: spinning, they take the cores from the other processes of the
+# tests, and tiny models wait most of the time. Read when torch is imported; processes inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tiny_models import REPOSITORY, SHORT_TEXT, convert, save_tiny_model
 
 # The scripts there are no package: they find each other by their folder.
