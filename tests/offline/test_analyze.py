@@ -434,7 +434,7 @@ def test_quantised_model_is_refused(make_model: MakeModel, tmp_path: Path) -> No
 def test_missing_matplotlib_is_named(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in [name for name in sys.modules if name.startswith("smoothrot_offline.analysis")]:
+    for module in [name for name in sys.modules if name.startswith("smoothrot_offline.report")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = invoke("analyze", make_model(), tmp_path / "out")
