@@ -48,11 +48,11 @@ import torch
 import smoothrot_offline.decide.stages
 import smoothrot_offline.check.plan
 import smoothrot_offline.check.admit
-from smoothrot_offline.checkpoint import open_checkpoint
+from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.memory import reuse_freed_memory
-from smoothrot_offline.plan import plan_conversion
+from smoothrot_offline.device import reuse_freed_memory
+from smoothrot_offline.check.plan import plan_conversion
 
 torch.set_num_threads(1)
 smoothrot_offline.check.plan.seconds = lambda *_: 0.0

@@ -38,8 +38,8 @@ from pathlib import Path
 import torch
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.verify import verify
-from smoothrot_offline.write import JOURNAL_NAME
+from smoothrot_offline.check.verify import verify
+from smoothrot_offline.output.directory import JOURNAL_NAME
 from smoothrot_vllm.errors import SmoothRotError
 
 torch.set_num_threads(1)
