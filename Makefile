@@ -9,7 +9,7 @@ BARE_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo p
 OUT ?= gpu-proof
 MINUTES ?= 8
 
-.PHONY: env demo wheel test fuzz check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
+.PHONY: env demo wheel test test-all fuzz check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
@@ -23,8 +23,11 @@ wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2
 	rm -rf dist
 	SMOOTHROT_CUDA=1 $(BIN)/python requirements/make_wheel.py dist
 
-test: env  ## every test
-	$(BIN)/pytest
+test: env  ## every test but the slow ones, as two processes side by side
+	$(BIN)/python tests/side_by_side.py -m "not slow"
+
+test-all: env  ## every test: more servers, the wheel, SmolLM2, longer fuzzing
+	$(BIN)/python tests/side_by_side.py
 
 fuzz: env  ## mutated files of every kind to everything that reads files of others, for MINUTES
 	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models for the tests: small random ones made on the fly, and a real one from a PyPI package."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Threads that wait for work sleep: spinning, they take the cores from the other processes of the
+# tests, and tiny models wait most of the time. Read when torch is imported; processes inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tiny_models import SHORT_TEXT, convert, save_tiny_model
 
 GPU_TESTS = Path(__file__).parent / "gpu"

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from compiled import compiled
 from ops_contract import Target
 from torch.utils.cpp_extension import include_paths
 
@@ -50,41 +51,41 @@ def torch_target_version() -> str:
     return found[1]
 
 
-@cache
-def emulated_library() -> Any:
-    """``torch.ops.smoothrot_emulated``, built once a process."""
-    includes = [f"-I{path}" for path in include_paths()]
-    definitions = [*DEFINITIONS, f"-DTORCH_TARGET_VERSION={torch_target_version()}"]
+def compile_flags() -> list[str]:
+    """What every source is compiled with."""
+    target = f"-DTORCH_TARGET_VERSION={torch_target_version()}"
+    return [*FLAGS, *DEFINITIONS, target, *(f"-I{path}" for path in include_paths())]
+
+
+def link_flags() -> list[str]:
+    """What the objects are linked with."""
+    libraries = Path(torch.__file__).parent / "lib"
+    return ["-shared", f"-L{libraries}", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"]
+
+
+def build_library(out: Path) -> None:
+    """Compile all sources, two at a time, and link them."""
     with TemporaryDirectory() as folder:
 
         def compile_one(source: str) -> str:
             target = f"{folder}/{Path(source).stem}.o"
-            subprocess.run(
-                [
-                    "g++",
-                    *FLAGS,
-                    *definitions,
-                    *includes,
-                    "-c",
-                    str(REPOSITORY / source),
-                    "-o",
-                    target,
-                ],
-                check=True,
-            )
+            command = ["g++", *compile_flags(), "-c", str(REPOSITORY / source), "-o", target]
+            subprocess.run(command, check=True)
             return target
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, SOURCES))
-        library = f"{folder}/emulated.so"
-        libraries = [
-            f"-L{Path(torch.__file__).parent / 'lib'}",
-            "-ltorch_cpu",
-            "-lc10",
-            "-Wl,--no-undefined",
-        ]
-        subprocess.run(["g++", "-shared", "-o", library, *objects, *libraries], check=True)
-        torch.ops.load_library(library)
+        subprocess.run(["g++", "-o", str(out), *objects, *link_flags()], check=True)
+
+
+@cache
+def emulated_library() -> Any:
+    """``torch.ops.smoothrot_emulated``."""
+    flags = [torch.__version__, *compile_flags(), *link_flags()]
+    library = compiled(
+        "emulated.so", [REPOSITORY / source for source in SOURCES], flags, build_library
+    )
+    torch.ops.load_library(library)
     return torch.ops.smoothrot_emulated
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random models made on the fly, and the converter as a user calls it."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import COMMAND, run_forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -137,9 +137,8 @@ def save_tiny_model(directory: Path, family: str) -> Path:
 
 
 def convert(source: Path, out: Path, *options: str) -> Path:
-    """``smoothrot-convert run`` as a user types it, in its own process."""
+    """``smoothrot-convert run`` as a user types it, in a process of its own."""
     preset = () if "--preset" in options else ("--preset", "none")
-    command: list[str | Path] = [BIN / "smoothrot-convert", "run", source, out, *preset, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    result = run_forked(COMMAND, "run", source, out, *preset, *options, timeout=900)
     assert result.returncode == 0, result.stderr
     return out

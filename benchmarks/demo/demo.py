@@ -36,7 +36,7 @@ CONTEXT = 1024
 """Tokens of a request that are served, or as many as the model has: a small KV cache leaves
 memory to the weights."""
 
-COMPLETION = "The three primary colours are"
+COMPLETION = "The three primary colors are"
 CHAT = "What is the capital of France, and what is it known for? Answer in two sentences."
 STORY = "Tell me a very short story about a lighthouse."
 SPEED_PROMPT = (

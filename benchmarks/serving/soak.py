@@ -51,7 +51,7 @@ STARTS = (
     "def fibonacci(n):",
     "Water boils at",
     "Once upon a time",
-    "The three primary colours are",
+    "The three primary colors are",
     "1 2 3 4",
 )
 SHARES = {"completion": 30, "stream": 20, "chat": 15, "long": 10, "abort": 15, "bad": 10}

@@ -7,7 +7,7 @@
 
 using Vec = int32_t __attribute__((vector_size(64)));
 
-// Reads `bytes` (a multiple of 256) once; returns a sum so that nothing is optimised away.
+// Reads `bytes` (a multiple of 256) once; returns a sum so that nothing is optimized away.
 extern "C" int32_t read_all(const char* data, int64_t bytes) {
   Vec sum[4] = {};
   for (int64_t i = 0; i < bytes; i += 256) {

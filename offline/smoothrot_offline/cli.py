@@ -26,8 +26,8 @@ from smoothrot_offline.console import (
     refuse,
     refuse_unsupported,
     reporting,
+    reuse_freed_memory,
 )
-from smoothrot_offline.device import reuse_freed_memory
 from smoothrot_vllm.errors import ConfigError
 
 app = typer.Typer(
@@ -200,7 +200,7 @@ def verify(
 
 @app.command()
 def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -> None:
-    """Summarise the converted DIRECTORY."""
+    """Summarize the converted DIRECTORY."""
     with reporting(as_json, debug) as show:
         from smoothrot_offline.check.inspect import inspect as inspect_directory
         from smoothrot_offline.report.tables import show_inspection
@@ -280,7 +280,7 @@ def analyze(
     debug: Debug = False,
     **options: Any,
 ) -> None:
-    """Measure how hard each layer of MODEL is to quantise, before and after each transform, into
+    """Measure how hard each layer of MODEL is to quantize, before and after each transform, into
     the new directory OUT."""
     exit_on_sigterm()
     with reporting(as_json, debug) as show:

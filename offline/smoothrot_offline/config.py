@@ -239,7 +239,7 @@ def make_config(**options: Any) -> ConvertConfig:
 
 def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:
     """Whether the output shares the embedding with the head, which no fold into them and no
-    quantised head allows."""
+    quantized head allows."""
     folded = config.rotate and spec.architecture.rotates_residual
     return spec.tied and not folded and config.lm_head_bits == 16
 
@@ -272,7 +272,7 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
 
     Raises:
         ConfigError: a linear of the model does not fit the group size or ``max_tp``, or there is no
-            head to quantise.
+            head to quantize.
         UnsupportedModelError: a size has no Hadamard block.
     """
     from smoothrot_vllm.format import (

@@ -2,6 +2,7 @@
 """What a command prints: results on stdout, progress and refusals on stderr; with ``--json`` one
 object."""
 
+import ctypes
 import inspect
 import json
 import signal
@@ -27,6 +28,9 @@ from rich.progress import (
 
 from smoothrot_vllm.errors import SmoothRotError
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP_BELOW = 1 << 30
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 Json = Annotated[
@@ -44,7 +48,7 @@ RunDtype = Annotated[
     Literal["float32", "bfloat16", "float16", "auto"],
     typer.Option(
         help=(
-            "Arithmetic of everything but the quantised linears' integers; auto: the dtype of"
+            "Arithmetic of everything but the quantized linears' integers; auto: the dtype of"
             " config.json."
         )
     ),
@@ -255,3 +259,19 @@ def _duration(seconds: float) -> str:
         if minutes
         else f"{rest} s"
     )
+
+
+def reuse_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to a gibibyte for the next tensor instead of giving each
+    back to the system.
+
+    A layer's activations are allocated and freed over and over; by default each time maps fresh
+    pages, which must be zeroed and faulted in one by one. Does nothing where the C library is
+    another.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BELOW - 1)

@@ -6,10 +6,8 @@ every function computes where its arguments are. Random numbers are drawn on the
 are the same for each device; what is written comes back to it.
 """
 
-import ctypes
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,23 +119,3 @@ def computing_on(device: torch.device) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warns)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BELOW = 1 << 30
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to a gibibyte for the next tensor instead of giving each
-    back to the system.
-
-    A layer's activations are allocated and freed over and over; by default each time maps fresh
-    pages, which must be zeroed and faulted in one by one. Does nothing where the C library is
-    another.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BELOW - 1)

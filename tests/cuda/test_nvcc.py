@@ -127,6 +127,7 @@ def test_wrong_machine_code_is_objected_to(found: check_sass.Kernel, problem: st
     assert any(problem in text for text in found.problems())
 
 
+@pytest.mark.slow
 def test_gemm_s8_compiles_without_spills_or_calls(tmp_path: Path) -> None:
     """The cheapest of what `make check-cuda` compiles, for one architecture without the int4
     MMA."""

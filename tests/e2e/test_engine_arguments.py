@@ -36,6 +36,7 @@ ENVIRONMENT = {
 }
 ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 DOWN = "model.layers.1.mlp.down_proj"
+UP = "model.layers.0.mlp.up_proj"
 
 
 @dataclass
@@ -187,6 +188,21 @@ REFUSED: dict[str, tuple[Case, str]] = {
         Case(arguments={"enable_sleep_mode": True}),
         "ValidationError: .*Sleep mode is not supported",
     ),
+    **{
+        name: (Case(name), message)
+        for name, message in {
+            "truncated shard": (
+                r"model-00001-of-00001\.safetensors: expected a whole safetensors file"
+            ),
+            "unknown format version": (r"quantization_config\.format_version: expected 1, got 99"),
+            "missing codes": (
+                rf"model-00001-of-00001\.safetensors: expected tensor {UP}\.weight_packed"
+            ),
+            "missing norm": (
+                r"model-00001-of-00001\.safetensors: expected tensor model\.norm\.weight"
+            ),
+        }.items()
+    },
     "the method for a 16-bit model": (
         Case("source", arguments={"quantization": "smoothrot"}),
         "--quantization smoothrot: expected a converted model",
@@ -213,6 +229,25 @@ def with_config(source: Path, out: Path, **changes: Any) -> Path:
     shutil.copytree(source, out)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | changes))
+    return out
+
+
+def truncated(source: Path, out: Path) -> Path:
+    """A copy whose weights are cut in half."""
+    shutil.copytree(source, out)
+    (file,) = out.glob("*.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    return out
+
+
+def lacking(source: Path, out: Path, name: str) -> Path:
+    """A copy whose index and manifest list a tensor that the file lacks."""
+    shutil.copytree(source, out)
+    (file,) = out.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
     return out
 
 
@@ -279,6 +314,14 @@ def models(
             folder / "clipped",
             quantization_config=quantization | {"activations": {"bits": 8, "clip": 0.5}},
         ),
+        "truncated shard": truncated(converted, folder / "truncated"),
+        "unknown format version": with_config(
+            converted,
+            folder / "version",
+            quantization_config=quantization | {"format_version": 99},
+        ),
+        "missing codes": lacking(converted, folder / "codes", f"{UP}.weight_packed"),
+        "missing norm": lacking(converted, folder / "norm", "model.norm.weight"),
         "sharded": folder / "sharded",
         **{name: folder / name for name in drafts},
     }

@@ -93,6 +93,7 @@ def test_the_quickstarts_other_commands_are_the_readmes() -> None:
     assert len(own) == 7
 
 
+@pytest.mark.slow
 def test_demo_command_converts_serves_and_compares(tiny_converted: Callable[..., Path]) -> None:
     assert "make demo" in COMMANDS
     source = tiny_converted("llama").parent / "source"

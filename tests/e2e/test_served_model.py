@@ -37,7 +37,8 @@ class Setup:
     stages: int = 1
 
 
-# Llama, eager, TP=1, W4A8 is the base of test_served_lora.py.
+# Llama, eager, TP=1, W4A8 is the base of test_served_lora.py; other families are in
+# test_served_families.py.
 SETUPS = {
     # Layers at 8 bits are served among 8-bit activations only: before 4-bit ones a code of theirs
     # on the other side of a tie, which no two orders of float sums agree on, takes many codes with
@@ -63,9 +64,6 @@ SETUPS = {
         eager=True,
         ranks=2,
     ),
-    "gemma3, no flag, eager, TP=1, W4A4, shared head": Setup(
-        "gemma3", (), flag=False, eager=True, ranks=1
-    ),
     # vLLM 0.32 for CPUs makes a stage's buffers only as it compiles (docs/compat.md).
     "llama, no flag, compiled, PP=2, W4A8": Setup(
         "llama",
@@ -88,6 +86,11 @@ SETUPS = {
 }
 
 
+SMOKE = ("mistral", "qwen2")
+"""Families of one server that is compiled and one of two ranks; ``make test`` leaves the others
+out."""
+
+
 @dataclass
 class Served:
     """A running server and what it must answer: prompt tokens and their reference continuation."""
@@ -97,7 +100,13 @@ class Served:
     workers: int
 
 
-@pytest.fixture(scope="module", params=SETUPS.values(), ids=list(SETUPS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(setup, id=name, marks=[] if setup.family in SMOKE else [pytest.mark.slow])
+        for name, setup in SETUPS.items()
+    ],
+)
 def served(
     request: pytest.FixtureRequest,
     tiny_converted: Callable[..., Path],

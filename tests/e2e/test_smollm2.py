@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from benchmarks.support.server import VllmServer
 from smoothrot_offline.report.model import load_model
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tiny_models import BIN, REPOSITORY
 from benchmarks.support.server import VllmServer, processes
 from smoothrot_vllm.ops import LIBRARY
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

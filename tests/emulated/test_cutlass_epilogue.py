@@ -5,11 +5,10 @@ Their order in the kernel and their device code are not seen here: only what eac
 """
 
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from cutlass_program import build_cutlass_program
+from cutlass_program import cutlass_program
 
 from smoothrot_vllm import reference
 
@@ -19,10 +18,10 @@ TOKENS, OUTPUTS, INPUTS = 512, 512, 2048
 @pytest.mark.parametrize(
     "definitions", [(), ("-DSMOOTHROT_EPILOGUE_SM90",)], ids=["sm_80", "sm_90a"]
 )
-def test_the_epilogue_equals_the_reference(tmp_path: Path, definitions: tuple[str, ...]) -> None:
+def test_the_epilogue_equals_the_reference(definitions: tuple[str, ...]) -> None:
     # -fpermissive: headers name device intrinsics in templates that are never instantiated here.
     flags = ("-O1", "-fpermissive", "-ffp-contract=off", *definitions)
-    program = build_cutlass_program("cutlass_epilogue.cpp", tmp_path / "epilogue", *flags)
+    program = cutlass_program("cutlass_epilogue.cpp", *flags)
     codes = torch.randint(-128, 128, (TOKENS, INPUTS), dtype=torch.int8)
     weight = torch.randint(-128, 128, (OUTPUTS, INPUTS), dtype=torch.int8)
     codes[:8], weight[:8] = -127, -128  # sums that float32 has to round

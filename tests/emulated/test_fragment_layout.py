@@ -3,13 +3,12 @@
 say."""
 
 import subprocess
-from pathlib import Path
 
-from cutlass_program import build_cutlass_program
+from cutlass_program import cutlass_program
 
 
-def test_fragments_lie_as_cute_says(tmp_path: Path) -> None:
-    program = build_cutlass_program("fragment_layout.cpp", tmp_path / "fragment_layout")
+def test_fragments_lie_as_cute_says() -> None:
+    program = cutlass_program("fragment_layout.cpp")
     assert (
         subprocess.run([program], capture_output=True, text=True, check=True).stdout
         == "int4 0 int8 0\n"

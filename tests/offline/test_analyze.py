@@ -50,7 +50,7 @@ def run(source: Path, out: Path, **options: Any) -> Analysis:
 
 
 def rounded(x: torch.Tensor, clip: float = 1.0) -> torch.Tensor:
-    """Plain 4-bit symmetric quantisation of each row in float64."""
+    """Plain 4-bit symmetric quantization of each row in float64."""
     scale = x.abs().amax(dim=1, keepdim=True) * clip / 7
     return torch.round(x / scale).clamp(-8, 7) * scale
 
@@ -258,7 +258,7 @@ def test_summaries_are_those_of_the_layers(analysed: tuple[Path, Path, Analysis]
     assert found.policies["l2"].selected_layers == [0, 1, 2]
 
 
-def test_difficulty_of_equal_channels_is_zero_and_of_one_spike_is_the_unbiased_deviation() -> None:
+def test_difficulty_is_the_unbiased_deviation_of_the_channels() -> None:
     assert difficulty(torch.full((4,), 9.0, dtype=torch.float64)) == 0
     assert difficulty(torch.tensor([0.0, 0.0, 0.0, 16.0], dtype=torch.float64)) == 2.0
 
@@ -422,13 +422,13 @@ def test_failure_on_the_way_leaves_no_output(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_quantised_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+def test_quantized_model_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
     config = json.loads((source / "config.json").read_text()) | {
         "quantization_config": {"quant_method": "smoothrot"}
     }
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="already quantised"):
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
         run(source, tmp_path / "out")
 
 

@@ -4,14 +4,13 @@
 import errno
 import fcntl
 import os
-import resource
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import COMMAND, run_forked
 
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
@@ -41,13 +40,17 @@ smoothrot_offline.console.progress_bar = signalling
 sys.argv[1:] = ["run", *sys.argv[3:], "--preset", "none", "--scales", "none"]
 cli.main()
 """
+# The kernel refuses to let any file grow past 100 kB, as a full disk would.
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+"""
 
 
 def run_and_signal(
     source: Path, out: Path, step: int, which: signal.Signals
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", DRIVER, str(step), str(int(which)), str(source), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run_forked(DRIVER, step, int(which), source, out)
 
 
 def leftovers(out: Path) -> list[Path]:
@@ -94,7 +97,7 @@ def test_configuration_and_manifest_come_after_everything_they_describe(
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_polite_kill_and_ctrl_c_keep_the_finished_layers_and_say_how_to_go_on(
+def test_polite_kill_and_ctrl_c_keep_finished_layers_and_say_how_to_go_on(
     make_model: MakeModel, tmp_path: Path, which: signal.Signals, code: int
 ) -> None:
     source, out = make_model(), tmp_path / "out"
@@ -119,25 +122,8 @@ def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source, out = make_model(vocab_size=4096), tmp_path / "out"
-    failed = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "smoothrot_offline.cli",
-            "run",
-            str(source),
-            str(out),
-            "--preset",
-            "none",
-            "--scales",
-            "none",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        # The kernel then refuses to let any file grow past 100 kB, as a full disk would.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    failed = run_forked(
+        FULL_DISK + COMMAND, "run", source, out, "--preset", "none", "--scales", "none"
     )
     assert failed.returncode == 1
     assert failed.stdout == ""

@@ -114,9 +114,9 @@ def test_results_for_people_name_the_output(
         ("run", "MODEL", "OUT", "--weight-bits", "3"),
         ("run", "MODEL", "OUT", "--alpha", "2"),
         ("run", "MODEL"),
-        ("plan", "MODEL", "--colour"),
+        ("plan", "MODEL", "--color"),
         ("eval", "MODEL"),
-        ("quantise",),
+        ("quantize",),
     ],
 )
 def test_wrong_command_lines_exit_with_2(arguments: tuple[str, ...]) -> None:

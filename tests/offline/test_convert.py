@@ -231,7 +231,7 @@ def test_rotation_that_cannot_be_folded_is_left_to_the_server(
     assert (rotations.r1, rotations.r2, rotations.r4) == (72, 12, 76)
 
 
-def test_python_code_that_transformers_has_its_own_version_of_is_left_behind(
+def test_python_code_that_transformers_has_itself_is_left_behind(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model("phi3")
@@ -253,12 +253,12 @@ def test_rows_of_a_fused_linear_have_scales_of_their_own(
     stored = load_file(tmp_path / "out/model-00001-of-00001.safetensors")
     for linear in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
         weight = load_file(source / "model.safetensors")[f"model.layers.0.{linear}.weight"]
-        # q, k and v (or gate and up) quantised apart are the rows of what is stored.
+        # q, k and v (or gate and up) quantized apart are the rows of what is stored.
         parts = [quantize_rtn(part, WeightScheme()).scale for part in weight.split(24)]
         assert torch.equal(stored[f"model.layers.0.{linear}.weight_scale"], torch.cat(parts))
 
 
-def test_codes_are_those_of_the_quantiser_on_the_source(
+def test_codes_are_those_of_the_quantizer_on_the_source(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model(hidden_size=288, intermediate_size=320)
@@ -285,7 +285,7 @@ def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: P
     assert read_manifest(tmp_path / "out").tensors["model.embed_tokens.weight"].dtype == "BF16"
 
 
-def test_manifest_names_source_calibration_and_choices_but_no_time_or_place(
+def test_manifest_names_source_and_choices_but_no_time_or_place(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model()

@@ -100,7 +100,7 @@ def test_eight_bits_go_where_four_cost_most_for_each_weight(spec: ModelSpec) -> 
 @pytest.mark.parametrize(
     ("family", "fraction"), [("llama", 0.0), ("llama", 0.3), ("llama", 1.0), ("mixtral", 0.5)]
 )
-def test_the_share_of_eight_bit_weights_is_never_exceeded_and_groups_stay_whole(
+def test_the_share_of_eight_bit_weights_is_kept_and_groups_stay_whole(
     make_model: MakeModel, tmp_path: Path, family: str, fraction: float
 ) -> None:
     convert(make_model(family), tmp_path / "out", make_config(**SMALL, keep_8bit=fraction))

@@ -77,7 +77,7 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(
     assert gated[-1][0] not in forced
 
 
-def test_an_expert_without_tokens_is_rounded_to_nearest_and_those_with_few_are_named(
+def test_experts_with_no_tokens_round_to_nearest_and_with_few_are_named(
     make_model: MakeModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

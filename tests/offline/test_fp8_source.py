@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 weights with a scale for each block are dequantised as they are read."""
+"""FP8 weights with a scale for each block are dequantized as they are read."""
 
 import json
 from collections.abc import Callable

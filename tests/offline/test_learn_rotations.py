@@ -62,7 +62,7 @@ def reader_samples(turn: torch.Tensor, count: int, tokens: int) -> list[ReaderSa
 
 
 def layer_error(x: torch.Tensor, weight: torch.Tensor, weights: WeightScheme = WEIGHTS) -> float:
-    """By definition, from the converter's own quantisers."""
+    """By definition, from the converter's own quantizers."""
     exact = x @ weight.T
     got = fake_quantize_tokens(x, ACTIVATIONS) @ quantize_rtn(weight, weights).dequantize().T
     return float((got - exact).square().sum() / exact.square().sum())
@@ -177,8 +177,8 @@ def test_start_is_kept_where_the_held_out_error_does_not_fall(
     start: torch.Tensor, heads: Heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that 4 bits hold exactly at the start and nowhere else, and a step far too long."""
-    monkeypatch.setattr("smoothrot_offline.decide.learned_rotations.ANGLE", 5.0)
-    monkeypatch.setattr("smoothrot_offline.decide.learned_rotations.ANGLE", 5.0)
+    monkeypatch.setattr("smoothrot_offline.decide.learned_rotations.RESIDUAL_ANGLE", 5.0)
+    monkeypatch.setattr("smoothrot_offline.decide.learned_rotations.HEAD_ANGLE", 5.0)
     weight = torch.randn(40, WIDTH, generator=generator(0)).sign() @ start.float().T
     samples = [
         ReaderSample(torch.randn(64, WIDTH, generator=generator(seed)), weight) for seed in range(3)

@@ -52,7 +52,7 @@ import smoothrot_offline.check.admit
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.device import reuse_freed_memory
+from smoothrot_offline.console import reuse_freed_memory
 from smoothrot_offline.check.plan import plan_conversion
 
 torch.set_num_threads(1)

@@ -94,7 +94,7 @@ def test_output_error_is_well_below_rtn_on_correlated_inputs(
 def test_rounding_is_that_of_the_plain_recursion(
     weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:
-    """Optimal brain quantisation in float64, one channel at a time, H re-inverted over what
+    """Optimal brain quantization in float64, one channel at a time, H re-inverted over what
     remains: no blocks, no Cholesky."""
     hessian = hessian_of(inputs)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN)
@@ -139,7 +139,7 @@ def test_act_order_keeps_groups_in_their_place(weight: torch.Tensor, inputs: tor
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 @pytest.mark.parametrize("tokens", [0, 1, 20])
-def test_singular_hessians_are_damped_until_they_factorise(
+def test_singular_hessians_are_damped_until_they_factorize(
     weight: torch.Tensor, inputs: torch.Tensor, damping: float, tokens: int
 ) -> None:
     x = inputs[:tokens]
@@ -151,7 +151,7 @@ def test_singular_hessians_are_damped_until_they_factorise(
         assert output_error(weight, quantized, x) < 0.1 * output_error(weight, plain, x)
 
 
-def test_inactive_channels_are_rounded_to_nearest_and_do_not_disturb_the_rest(
+def test_inactive_channels_are_rounded_to_nearest_and_disturb_no_other(
     weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:
     inactive = torch.zeros(IN, dtype=torch.bool)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import COMMAND, run_forked
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_tokenizer
 from transformers import PreTrainedModel
@@ -546,20 +547,9 @@ def test_log_has_a_line_for_each_stage_with_the_total_and_the_time_left(
 ) -> None:
     source = make_model()
     out = tmp_path / ("a long name of a directory " * 5)
-    command = [
-        sys.executable,
-        "-m",
-        "smoothrot_offline.cli",
-        "run",
-        str(source),
-        str(out),
-        "--preset",
-        "none",
-    ]
     options = ["--calib-samples", "2", "--calib-seqlen", "8"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=300, check=True
-    )
+    done = run_forked(COMMAND, "run", source, out, "--preset", "none", *options)
+    assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if " steps, " in line]
     assert lines[0].startswith("0 of ")
     total = lines[0].split()[2]
@@ -577,18 +567,7 @@ def test_log_has_a_line_for_each_stage_with_the_total_and_the_time_left(
 def test_refusal_in_a_log_leaves_no_bar(tmp_path: Path, chatty: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("x")
-    command = [
-        sys.executable,
-        "-m",
-        "smoothrot_offline.cli",
-        "eval",
-        str(chatty),
-        "--text",
-        str(text),
-        "--device",
-        "cpu",
-    ]
-    failed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    failed = run_forked(COMMAND, "eval", chatty, "--text", text, "--device", "cpu")
     assert failed.returncode == 1
     (error,) = failed.stderr.splitlines()[1:]
     assert error.startswith(f"error: {text}: expected at least 2 tokens")

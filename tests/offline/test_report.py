@@ -21,13 +21,13 @@ from smoothrot_offline.report.compare import Report
 from smoothrot_offline.report.evaluate import evaluate_perplexity
 from smoothrot_offline.report.model import load_model
 
-CHOICES = ["red", "green", "blue", "no colour at all"]
+CHOICES = ["red", "green", "blue", "no color at all"]
 DOCUMENTS = [
-    {"question": f"Question {number}: what colour is it?", "choices": CHOICES, "label": number % 4}
+    {"question": f"Question {number}: what color is it?", "choices": CHOICES, "label": number % 4}
     for number in range(12)
 ]
 TASK = """\
-task: tiny_colours
+task: tiny_colors
 dataset_path: json
 dataset_kwargs:
   data_files:
@@ -83,10 +83,10 @@ def texts(tmp_path: Path) -> list[Path]:
 def task_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "colours.jsonl").write_text(
+    (folder / "colors.jsonl").write_text(
         "".join(json.dumps(document) + "\n" for document in DOCUMENTS)
     )
-    (folder / "colours.yaml").write_text(TASK.format(data=folder / "colours.jsonl"))
+    (folder / "colors.yaml").write_text(TASK.format(data=folder / "colors.jsonl"))
     return folder
 
 
@@ -124,7 +124,7 @@ def test_every_number_is_the_direct_one(
 ) -> None:
     pytest.importorskip("lm_eval")
     options: list[object] = [part for text in texts for part in ("--text", text)]
-    options += ["--seqlen", 128, "--tasks", "tiny_colours", "--include-path", task_folder]
+    options += ["--seqlen", 128, "--tasks", "tiny_colors", "--include-path", task_folder]
     options += [
         "--prompt-tokens",
         16,
@@ -156,7 +156,7 @@ def test_every_number_is_the_direct_one(
         )
         assert record.size.ratio == record.size.sixteen_bit_bytes / record.size.disk_bytes
         (score,) = record.tasks
-        assert (score.task, score.metric, score.samples) == ("tiny_colours", "acc", len(DOCUMENTS))
+        assert (score.task, score.metric, score.samples) == ("tiny_colors", "acc", len(DOCUMENTS))
         assert score.value == pytest.approx(accuracy(directory, DOCUMENTS))
         assert score.standard_error is not None
         speed = record.speed
@@ -212,7 +212,7 @@ def test_limit_takes_the_first_documents(directories: list[Path], task_folder: P
     pytest.importorskip("lm_eval")
     options = (
         "--tasks",
-        "tiny_colours",
+        "tiny_colors",
         "--include-path",
         task_folder,
         "--limit",
@@ -265,7 +265,7 @@ def test_names_that_would_be_confused_are_refused(
     assert "text.txt more than once" in result.stderr
 
 
-def test_directory_of_a_method_that_is_not_installed_is_refused_before_a_model_runs(
+def test_a_method_that_is_not_installed_is_refused_before_a_model_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -293,12 +293,12 @@ def test_task_whose_data_is_missing_is_refused_before_a_model_runs(
     directories: list[Path], task_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    (task_folder / "colours.jsonl").unlink()
+    (task_folder / "colors.jsonl").unlink()
     monkeypatch.setattr(
         "smoothrot_offline.report.compare.load_model", lambda *_: pytest.fail("a model was loaded")
     )
     result = invoke(
-        "report", directories[1], "--tasks", "tiny_colours", "--include-path", task_folder
+        "report", directories[1], "--tasks", "tiny_colors", "--include-path", task_folder
     )
     assert result.exit_code == 1
     assert "cannot load their data" in result.stderr

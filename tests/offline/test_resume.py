@@ -6,12 +6,11 @@ import fcntl
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import run_forked
 from test_refusals import edit_config
 
 from smoothrot_offline.check.verify import verify
@@ -102,16 +101,7 @@ def test_kill_9_anywhere_and_the_same_command_finishes_with_the_same_bytes(
 ) -> None:
     source, folder = make_model(**FAMILY), tmp_path / "outputs"
     folder.mkdir()
-    command = [
-        sys.executable,
-        "-c",
-        DRIVER,
-        str(source),
-        str(folder),
-        json.dumps(options),
-        str(stride),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = run_forked(DRIVER, source, folder, json.dumps(options), stride, timeout=600)
     assert done.returncode == 0, done.stderr
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) >= least

@@ -249,12 +249,12 @@ def test_used_up_memory_names_the_cpu_and_keeps_the_work(
     error: Exception,
     kept: str,
 ) -> None:
-    quantise = smoothrot_offline.rounding.sequential.quantize_gptq
+    quantize = smoothrot_offline.rounding.sequential.quantize_gptq
 
     def too_large(*arguments: Any, name: str, **options: Any) -> Any:
         if "layers.1" in name:
             raise error
-        return quantise(*arguments, name=name, **options)
+        return quantize(*arguments, name=name, **options)
 
     monkeypatch.setattr(smoothrot_offline.rounding.sequential, "quantize_gptq", too_large)
     with (

@@ -61,7 +61,7 @@ def test_scales_even_out_inputs_against_weights(
         out, weight = residual.rotate(out), residual.rotate(weight * gamma)
     expected = (out.norm(dim=0) / weight.norm(dim=0)).sqrt()
     torch.testing.assert_close(scales, expected / expected.log().mean().exp(), rtol=1e-6, atol=0)
-    # They make least what the errors of both quantisers grow with.
+    # They make least what the errors of both quantizers grow with.
     cost = lambda s: float((out / s).square().sum() * (weight * s).square().sum())  # noqa: E731
     for other in (torch.ones_like(scales), scales.square(), scales.sqrt()):
         assert cost(scales) < cost(other)

@@ -62,7 +62,7 @@ def every_worker_killed_as_it_starts() -> Iterator[None]:
         killer.join()
 
 
-def test_interrupted_and_killed_workers_leave_what_ends_in_the_bytes_of_one_process(
+def test_interrupted_and_killed_workers_are_resumed_to_the_same_bytes(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source, out = make_model(vocab_size=4096), tmp_path / "out"

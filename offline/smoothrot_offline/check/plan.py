@@ -31,7 +31,7 @@ from smoothrot_vllm.format import QuantizationSchema, WeightScheme, check_tensor
 
 TIME_METHOD = (
     "FLOP of every pass over calibration tokens over the rate of a float32 matrix product, weights"
-    " over the rate of folding and quantising a sample on one process, bytes over the rate of"
+    " over the rate of folding and quantizing a sample on one process, bytes over the rate of"
     " SHA-256, all three measured for a moment on this machine now"
 )
 MEMORY_METHOD = (
@@ -80,7 +80,7 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         running += 4 * sum(weights)
     if config.rounding != "rtn":
         copies = 2 if config.rounding == "gptaq" else 1
-        # The second hidden states; H and what factorising it takes, in float64, and C and its
+        # The second hidden states; H and what factorizing it takes, in float64, and C and its
         # solution.
         hidden *= 1 + copies
         # Of a layer with experts, an H (and a C) of each, and what those of a token read.
@@ -166,7 +166,7 @@ class _Record(BaseModel):
 
 
 class HadamardPlan(_Record):
-    """One rotation: its width, the block it is made of, and that block's factorisation."""
+    """One rotation: its width, the block it is made of, and that block's factorization."""
 
     size: int
     block: int

@@ -3,8 +3,8 @@
 ones they start from.
 
 ``C = (I - A)^-1 (I + A)`` with A skew turns a start ``Q`` to ``Q C``. SpinQuant (arXiv 2405.16406)
-descends on the same manifold by Cayley steps of its own; here the transform is the parametrisation
-and the optimiser is plain Adam. The error is ``||X W^T - Q(X R) Q(W R)^T||^2 / ||X W^T||^2``: local
+descends on the same manifold by Cayley steps of its own; here the transform is the parametrization
+and the optimizer is plain Adam. The error is ``||X W^T - Q(X R) Q(W R)^T||^2 / ||X W^T||^2``: local
 to a layer, as in KurTail (arXiv 2503.01483), whose kurtosis stands in for this very error (arXiv
 2506.01967)."""
 

@@ -84,7 +84,7 @@ class LayerError:
     Args:
         sample: X, float32 ``(tokens, f)``.
         weight: W, float32 ``(hidden, f)``.
-        scheme: of both quantisers.
+        scheme: of both quantizers.
         block: Hadamard block of R4, 0 for none.
     """
 
@@ -202,7 +202,7 @@ def choose_scales(
     ``max``: ``s_j = max|X_j|^a / max|W_j|^(1-a)`` (SmoothRot, arXiv 2506.05413, equation 4; the
     paper's code takes the signed maximum of W). ``quantile``: a quantile of ``|X_j|`` in place of
     its maximum (arXiv 2606.09927). ``l2``: ``s_j = (||X_j|| / ||W_j||)^(1/2)`` (arXiv 2609.21450);
-    after a rotation the error of both quantisers grows with ``||X/s||^2 ||W s||^2``, which these
+    after a rotation the error of both quantizers grows with ``||X/s||^2 ||W s||^2``, which these
     scales make least. ``search``: whichever statistic and alpha leave the least layer error (after
     arXiv 2606.09927, with the norm beside the quantiles). ``learned``: from there by gradient, see
     :func:`learn_scales`.

@@ -19,7 +19,7 @@ from smoothrot_offline.decide.learned_rotations import (
 from smoothrot_offline.decide.study import LayerStudy
 from smoothrot_offline.output.manifest import HeldOutError, LearnedRecord
 from smoothrot_offline.rounding.rtn import quantize_rtn
-from smoothrot_offline.rounding.served import inputs_through, output_of, quantisers, rotations
+from smoothrot_offline.rounding.served import inputs_through, output_of, quantizers, rotations
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import Observer, SourceModel
 from smoothrot_offline.transform.rotation import DenseRotation, head_matrices
@@ -63,7 +63,7 @@ def trial_loss(
                 layer[name] = quantize_rtn(layer[name], scheme.weights, prefix + name).dequantize()
         model, module = source.build(index, layer)
         with inputs_through(
-            module, rotations(spec, schema.online) | quantisers(schemes, schema.online)
+            module, rotations(spec, schema.online) | quantizers(schemes, schema.online)
         ):
             hidden = torch.cat([output_of(model, part) for part in hidden.split(1)])
     return _loss(source, transform, hidden, tokens)

@@ -17,7 +17,7 @@ from smoothrot_offline.rounding.served import (
     InputMap,
     inputs_through,
     output_of,
-    quantisers,
+    quantizers,
     rotations,
 )
 from smoothrot_offline.source.family import ModelSpec
@@ -41,7 +41,7 @@ class LayerStudy:
     calibration token was routed to. ``clips`` and ``sensitivity`` are by the first linear of each
     group that reads one input, all of a layer's experts being one
     group: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's
-    output y when only that group is quantised. Both are empty unless the configuration asks for
+    output y when only that group is quantized. Both are empty unless the configuration asks for
     them.
     """
 
@@ -161,7 +161,7 @@ class Study:
         self, model: nn.Module, layer: nn.Module
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What the layer makes of the probe, and a sample of what each group of linears reads:
-        rotated, not quantised.
+        rotated, not quantized.
 
         Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
         """
@@ -193,7 +193,7 @@ class Study:
         schemes: Mapping[str, LinearScheme],
         exact: torch.Tensor,
     ) -> float:
-        """Relative error of the layer's output with only the given linears quantised,
+        """Relative error of the layer's output with only the given linears quantized,
         round-to-nearest."""
         modules = {linear: layer.get_submodule(linear) for linear in schemes}
         originals = {linear: module.weight.data for linear, module in modules.items()}
@@ -201,7 +201,7 @@ class Study:
             module.weight.data = quantize_rtn(
                 originals[linear], schemes[linear].weights
             ).dequantize()
-        with inputs_through(layer, self._rotations | quantisers(schemes, self._schema.online)):
+        with inputs_through(layer, self._rotations | quantizers(schemes, self._schema.online)):
             found = self._run(model)
         for linear, module in modules.items():
             module.weight.data = originals[linear]
@@ -212,7 +212,7 @@ class Study:
 
 
 def best_clip(read: Iterable[tuple[torch.Tensor, torch.Tensor]], scheme: ActivationScheme) -> float:
-    """The element of ``CLIPS`` with which quantising x changes ``x W^T`` the least.
+    """The element of ``CLIPS`` with which quantizing x changes ``x W^T`` the least.
 
     Each token counts relative to its own output, so that a massive one does not decide for all.
 

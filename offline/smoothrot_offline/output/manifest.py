@@ -51,7 +51,7 @@ class HeldOutError(_Record):
 
 
 class LearnedRecord(_Record):
-    """Learned rotations: optimiser steps, and the errors of R1, None where it is not folded, and
+    """Learned rotations: optimizer steps, and the errors of R1, None where it is not folded, and
     of R2, a mean over layers."""
 
     steps: int
@@ -103,7 +103,7 @@ class ScaleRange(_Record):
 class LayerRecord(_Record):
     """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its
     smoothing, that of its norms,
-    and by the first linear of each group that reads one input: its clip, and what quantising it
+    and by the first linear of each group that reads one input: its clip, and what quantizing it
     alone costs the layer's output. All experts of a layer are one group.
 
     Of a layer with experts, ``smoothing`` is None and ``experts`` has that of each; None for those

@@ -61,7 +61,7 @@ class PolicyRecord(_Record):
     max.
 
     ``statistic``, ``alpha`` and ``quantile`` are what the scales (or their start) are made of.
-    ``converted_*``: the same error with the converter's quantisers, W4A4 rounded to nearest.
+    ``converted_*``: the same error with the converter's quantizers, W4A4 rounded to nearest.
     """
 
     statistic: str
@@ -99,7 +99,7 @@ class PolicySummary(_Record):
     """One policy over the layers: mean error, its ratio to that of max, and the same over the
     layers it selects.
 
-    ``converted_*``: with the converter's quantisers.
+    ``converted_*``: with the converter's quantizers.
     """
 
     mean_error: float

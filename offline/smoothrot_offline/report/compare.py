@@ -82,7 +82,7 @@ class SpeedConditions(_Record):
 
 
 class DirectoryRecord(_Record):
-    """One directory; ``kind`` is plain, SmoothRot or the name of another quantisation method,
+    """One directory; ``kind`` is plain, SmoothRot or the name of another quantization method,
     ``conversion`` the options in the manifest of a SmoothRot one."""
 
     directory: str
@@ -109,7 +109,7 @@ class Report(_Record):
 METHOD = (
     "batch 1, through the forward pass of transformers with its key-value cache, in this process:"
     " prefill is one pass over {prompt} tokens, decode is {new} greedy steps of one token after it."
-    " Quantised linears run on this project's compiled kernels, everything else on torch's. This is"
+    " Quantized linears run on this project's compiled kernels, everything else on torch's. This is"
     " no serving speed: vLLM batches, and has other attention kernels. Medians of {rounds} rounds"
     " after one to warm up; each round runs every directory in turn"
 )
@@ -199,7 +199,7 @@ def compare(
         ConfigError: a directory or a text's name given twice, an unreadable text, an unknown task,
             more tokens than a context.
         CheckpointError: a directory is damaged.
-        ConfigError: a directory is quantised by a method whose package is not installed.
+        ConfigError: a directory is quantized by a method whose package is not installed.
     """
     paths = list(directories)
     _refuse_repeated("directories", [str(path.resolve()) for path in paths])

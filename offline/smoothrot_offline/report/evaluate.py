@@ -176,7 +176,7 @@ def total_nll(model: PreTrainedModel, chunks: Iterable[torch.Tensor]) -> tuple[f
 
 
 BATCH = 8
-"""Requests that lm-eval runs at once; activations are quantised token by token, so it changes no
+"""Requests that lm-eval runs at once; activations are quantized token by token, so it changes no
 score but by rounding."""
 
 

@@ -24,7 +24,7 @@ from smoothrot_vllm.reference import decode
 
 BITS = 4
 BINS = 1 << BITS
-"""Codes -8 to 7; without a clip the symmetric quantiser never uses -8."""
+"""Codes -8 to 7; without a clip the symmetric quantizer never uses -8."""
 
 MASSIVE_RATIO = 1000.0
 """A token is massive if it holds a value of more than this many times the median magnitude of
@@ -42,7 +42,7 @@ class Transform:
     """An equivalent form of ``X W^T``: float32 ``(tokens, K)`` activations from the input as
     captured, and its W ``(out, K)``.
 
-    ``converted``: quantise both as the converter does (W4A4, round to nearest), rather than
+    ``converted``: quantize both as the converter does (W4A4, round to nearest), rather than
     plainly.
     """
 
@@ -75,7 +75,7 @@ class Peak:
 
 
 def quantize(x: torch.Tensor, clip: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit symmetric quantisation of each row: int8 codes, and the float32 values that they stand
+    """4-bit symmetric quantization of each row: int8 codes, and the float32 values that they stand
     for.
 
     Args:
@@ -251,7 +251,7 @@ def layer_transforms(
 
     Returns:
         By kind, the transforms by name, ``none`` first; at ``down_proj`` also each policy's S and
-        R4 under its name, and under :func:`converted` of its name with the converter's quantisers.
+        R4 under its name, and under :func:`converted` of its name with the converter's quantizers.
 
     Raises:
         UnsupportedModelError: a size has no Hadamard block.
@@ -286,7 +286,7 @@ def layer_transforms(
 
 
 def converted(policy: str) -> str:
-    """The name of a policy's transform with the converter's quantisers."""
+    """The name of a policy's transform with the converter's quantizers."""
     return f"{policy}, converted"
 
 

@@ -2,7 +2,7 @@
 """A Hugging Face or SmoothRot directory as a runnable ``transformers`` model, for evaluation,
 generation and tests.
 
-A SmoothRot directory goes through transformers' own extension point for quantised checkpoints, so
+A SmoothRot directory goes through transformers' own extension point for quantized checkpoints, so
 importing this module is enough for ``AutoModelForCausalLM.from_pretrained(DIR)``, and whatever is
 built on it, to load one.
 """
@@ -41,12 +41,12 @@ _QUANTIZED_DTYPES = (torch.uint8, torch.int8)
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer on stored codes: per-token quantised input, rotated first where the checkpoint
+    """A linear layer on stored codes: per-token quantized input, rotated first where the checkpoint
     says so.
 
     Args:
         in_features, out_features, bias: those of the linear it replaces.
-        scheme: how weight and input are quantised.
+        scheme: how weight and input are quantized.
         block: Hadamard block of the input, 0 for none.
         kernels: ``compiled`` runs ``smoothrot_vllm.ops``, ``reference`` the plain-torch definition
             of the same ops.
@@ -186,7 +186,7 @@ def load_model(
     Args:
         directory: a plain Hugging Face directory, or one written by ``smoothrot-convert run``.
         dtype: of activations and 16-bit weights; None takes the one in config.json.
-        kernels: what runs the quantised linears on the CPU (ignored for a plain directory);
+        kernels: what runs the quantized linears on the CPU (ignored for a plain directory);
             elsewhere it is ``reference``.
         device: where the model is to run.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages and pictures of reports. Transforms keep their colour in every picture."""
+"""Pages and pictures of reports. Transforms keep their color in every picture."""
 
 import base64
 import io
@@ -44,9 +44,9 @@ except ImportError as error:
         "analyze: needs matplotlib, which is not installed: pip install 'smoothrot-vllm[plots]'."
     ) from error
 
-COLOURS = {"none": "#7f7f7f", "S": "#e69f00", "R": "#0072b2", "S+R": "#009e73"}
+COLORS = {"none": "#7f7f7f", "S": "#e69f00", "R": "#0072b2", "S+R": "#009e73"}
 MARKERS = {"none": "o", "S": "^", "R": "s", "S+R": "D"}
-_POLICY_COLOURS = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#f0e442")
+_POLICY_COLORS = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#f0e442")
 _DPI = 110
 
 
@@ -89,7 +89,7 @@ def surfaces(layer: LayerAnalysis, pictures: LayerPictures) -> bytes:
             antialiased=False,
         )
         panel.set_title(
-            f"{name}: max {float(values.max()):.4g}", color=COLOURS[name], fontweight="bold"
+            f"{name}: max {float(values.max()):.4g}", color=COLORS[name], fontweight="bold"
         )
         panel.set_xlabel("channel", fontsize=8)
         panel.set_ylabel("token", fontsize=8)
@@ -113,7 +113,7 @@ def by_layer(analysis: Analysis, value: Callable[[TransformRecord], float], labe
         for name in inputs[0][1].transforms:
             points = [(index, value(found.transforms[name])) for index, found in inputs]
             style = {
-                "color": COLOURS[name],
+                "color": COLORS[name],
                 "marker": MARKERS[name],
                 "markersize": 4,
                 "linewidth": 1.5,
@@ -144,9 +144,7 @@ def bins(layer: LayerAnalysis) -> bytes:
     records = layer.inputs[DOWN].transforms
     for (every, peak), name in zip(panels.T, TRANSFORMS, strict=True):
         record = records[name]
-        every.bar(
-            codes, record.activation_bins, color=COLOURS[name], width=0.9, label="activations"
-        )
+        every.bar(codes, record.activation_bins, color=COLORS[name], width=0.9, label="activations")
         every.step(
             codes, record.weight_bins, color="#1c1c1c", where="mid", linewidth=1, label="weights"
         )
@@ -154,7 +152,7 @@ def bins(layer: LayerAnalysis) -> bytes:
         every.set_ylim(1e-5, 4)
         every.set_title(f"{name}: {record.activation_bins[BINS // 2]:.1%} are 0", fontsize=10)
         every.legend(fontsize=8, loc="upper left", ncols=2)
-        peak.bar(codes, record.peak_token_bins, color=COLOURS[name], width=0.9)
+        peak.bar(codes, record.peak_token_bins, color=COLORS[name], width=0.9)
         peak.set_title(f"that token: {record.peak_token_bins[BINS // 2]:.1%} are 0", fontsize=10)
         peak.set_xticks(codes[::2])
         for panel in (every, peak):
@@ -167,13 +165,13 @@ def bins(layer: LayerAnalysis) -> bytes:
 
 
 def policy_ratios(analysis: Analysis) -> bytes:
-    """Error at down_proj of each policy with R4 over that of max, by layer: plainly quantised,
+    """Error at down_proj of each policy with R4 over that of max, by layer: plainly quantized,
     and as the converter does."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     panels: Any = figure.subplots(1, 2, sharey=True)
-    for colour, policy in zip(_POLICY_COLOURS, analysis.policies, strict=False):
+    for color, policy in zip(_POLICY_COLORS, analysis.policies, strict=False):
         records = [(layer.index, layer.policies[policy]) for layer in analysis.layers]
-        style = {"label": policy, "color": colour, "marker": "o", "markersize": 4, "linewidth": 1.5}
+        style = {"label": policy, "color": color, "marker": "o", "markersize": 4, "linewidth": 1.5}
         panels[0].plot(
             *zip(*((index, record.ratio_to_max) for index, record in records), strict=True), **style
         )
@@ -184,7 +182,7 @@ def policy_ratios(analysis: Analysis) -> bytes:
             **style,
         )
     for panel, title in zip(
-        panels, ("plain quantisers", "the converter's quantisers"), strict=True
+        panels, ("plain quantizers", "the converter's quantizers"), strict=True
     ):
         for index in analysis.massive[DOWN].massive_layers:
             panel.axvspan(index - 0.4, index + 0.4, color="#f3d9d9", zorder=0)
@@ -209,7 +207,7 @@ def learned_against_start(layers: Sequence[tuple[int, LayerPictures]]) -> bytes:
         assert pictures.start is not None
         assert pictures.learned is not None
         panel.scatter(
-            pictures.start.numpy(), pictures.learned.numpy(), s=5, alpha=0.5, color=COLOURS["S+R"]
+            pictures.start.numpy(), pictures.learned.numpy(), s=5, alpha=0.5, color=COLORS["S+R"]
         )
         both = torch.cat((pictures.start, pictures.learned))
         panel.axline((1, 1), slope=1, color="#7f7f7f", linewidth=1)

@@ -28,7 +28,7 @@ from smoothrot_vllm.format import Online
 
 
 def show_plan(plan: Plan, choice: Choice) -> RenderableType:
-    """The recipe, sizes, Hadamard factorisations, tensor-parallel sizes, memory and time, and what
+    """The recipe, sizes, Hadamard factorizations, tensor-parallel sizes, memory and time, and what
     to know of it.
 
     Only of a conversion that is not refused: then there is nothing to show but the reason.
@@ -262,7 +262,7 @@ def report_notes(report: Report) -> list[str]:
     dtypes = ", ".join(sorted({record.dtype for record in report.directories}))
     notes = [
         f"Arithmetic: {dtypes} in every directory, whatever dtype its weights are stored in;"
-        " quantised linears multiply integers."
+        " quantized linears multiply integers."
     ]
     conditions = report.speed_conditions
     if conditions is not None:

@@ -16,8 +16,8 @@ class HessianAccumulator:
     """``H = mean_t x_t^T x_t`` and, for asymmetric calibration, ``C = mean_t (x~_t - x_t)^T x_t``,
     added a batch at a time.
 
-    ``x`` is what the quantised linear reads at run time: smoothed, rotated, quantised and
-    dequantised. ``x~`` is what the full-precision model has there, in the same smoothed and rotated
+    ``x`` is what the quantized linear reads at run time: smoothed, rotated, quantized and
+    dequantized. ``x~`` is what the full-precision model has there, in the same smoothed and rotated
     basis.
 
     Args:
@@ -87,7 +87,7 @@ def quantize_gptq(
     """Round one input channel after the other, each rounding error made up for by the channels
     still to come.
 
-    Minimises ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed
+    Minimizes ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed
     beforehand by the clip search, so that groups keep their meaning in any order.
 
     With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric
@@ -102,7 +102,7 @@ def quantize_gptq(
         act_order: round channels from the largest diagonal of H to the smallest, instead of from
             first to last.
         damping: added to the diagonal of H, as a fraction of its mean; raised tenfold, with a
-            warning, until H factorises.
+            warning, until H factorizes.
         cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration
             text (GPTAQ takes a quarter). None for plain GPTQ.
         name: the tensor's name, for messages.
@@ -124,7 +124,7 @@ def quantize_gptq(
         if act_order
         else torch.arange(len(diagonal), device=weight.device)
     )
-    damped, inverse_root = _factorise(hessian[order][:, order], damping, name)
+    damped, inverse_root = _factorize(hessian[order][:, order], damping, name)
     if cross is not None:
         weight = _corrected(weight, cross, damped, order)
         check_weight(weight, scheme, name)
@@ -145,13 +145,13 @@ def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
     return hessian
 
 
-def _factorise(
+def _factorize(
     hessian: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorisation.
+    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorization.
 
-    Factorising H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
-    U^-1``: no inverse is formed and factorised again.
+    Factorizing H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
+    U^-1``: no inverse is formed and factorized again.
     """
     mean = hessian.diagonal().mean()
     while True:

@@ -29,7 +29,7 @@ _LONG_ROW = 512
 
 
 def clip_search_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """Scale of a symmetric quantiser for each row.
+    """Scale of a symmetric quantizer for each row.
 
     8 bits take the largest magnitude as it is: with 255 levels a clipped outlier costs more than
     finer rounding of the rest gains, for any row of less than some 10^5 weights.
@@ -84,7 +84,7 @@ _CHUNK_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantised linear weight: int8 ``codes (N, K)`` and float32 ``scale (N, G)``, G groups of
+    """A quantized linear weight: int8 ``codes (N, K)`` and float32 ``scale (N, G)``, G groups of
     K/G consecutive inputs."""
 
     codes: torch.Tensor
@@ -99,7 +99,7 @@ class QuantizedWeight:
 def quantize_rtn(
     weight: torch.Tensor, scheme: WeightScheme, name: str = "weight"
 ) -> QuantizedWeight:
-    """Quantise by rounding each weight to the nearest code (ties to even) of a clip-searched scale.
+    """Quantize by rounding each weight to the nearest code (ties to even) of a clip-searched scale.
 
     Args:
         weight: ``(N, K)``, any float dtype; computed in float32 a few rows at a time.
@@ -163,7 +163,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tens
 def fake_quantize_tokens(
     x: torch.Tensor, scheme: ActivationScheme, clip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x (..., channels)`` as the server quantises it, per token; the values of
+    """``x (..., channels)`` as the server quantizes it, per token; the values of
     ``reference.quant`` up to float rounding.
 
     Args:
@@ -196,7 +196,7 @@ def searched_shrink(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
 
 
 def fake_quantize_shrunk(weight: torch.Tensor, shrink: torch.Tensor, bits: int) -> torch.Tensor:
-    """A weight ``(N, K)`` quantised with scales that are a given fraction ``shrink (N, groups)``
+    """A weight ``(N, K)`` quantized with scales that are a given fraction ``shrink (N, groups)``
     of its largest magnitudes."""
     scale = (largest_magnitude(weight, shrink.shape[1]) * shrink).clamp_min(QUANT_MIN_SCALE)
     return fake_quantize_weight(weight, scale, bits)

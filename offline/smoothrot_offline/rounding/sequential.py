@@ -3,7 +3,7 @@
 read at run time.
 
 Two copies of the calibration's hidden states travel through the model: one through the layers as
-they are served (codes, scales and quantised activations), and, for asymmetric calibration, one
+they are served (codes, scales and quantized activations), and, for asymmetric calibration, one
 through the transformed layers in full precision. Within a layer the linears are rounded in the
 order data reaches them (qkv, o, gate and up, down), and each group reads what the already rounded
 ones before it produce.
@@ -16,7 +16,7 @@ import torch
 
 from smoothrot_offline.rounding.gptq import HessianAccumulator, quantize_gptq
 from smoothrot_offline.rounding.rtn import QuantizedWeight
-from smoothrot_offline.rounding.served import BuiltLayer, quantisers, rotations
+from smoothrot_offline.rounding.served import BuiltLayer, quantizers, rotations
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import CHUNK_TOKENS, LayerRunner
 from smoothrot_vllm.format import QuantizationSchema
@@ -29,7 +29,7 @@ class SequentialRounding:
 
     Args:
         runner: builds single decoder layers.
-        schema: how each linear is quantised.
+        schema: how each linear is quantized.
         hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
             tokens; it is changed.
         asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692) rather than
@@ -78,7 +78,7 @@ class SequentialRounding:
             tensors: the transformed layer's tensors by names relative to it, any float dtype.
 
         Returns:
-            The codes and scales of each quantised linear, named relative to the layer.
+            The codes and scales of each quantized linear, named relative to the layer.
         """
         prefix, table = self._spec.layer_prefix(index), self._spec.architecture
         online = self._schema.online
@@ -86,7 +86,7 @@ class SequentialRounding:
         turned = rotations(self._spec, online)
         copies = [
             BuiltLayer(
-                *self._runner.build(index, tensors), table, turned | quantisers(schemes, online)
+                *self._runner.build(index, tensors), table, turned | quantizers(schemes, online)
             )
         ]
         if self._asymmetric:
@@ -96,15 +96,15 @@ class SequentialRounding:
         def round_group(group: tuple[str, ...], inputs: Iterable[Sequence[torch.Tensor]]) -> None:
             """Round linears that read one input: a chunk at a time, as served and, if
             asymmetric, in full precision."""
-            quantised = [linear for linear in group if schemes[linear] is not None]
-            if not quantised:
+            quantized = [linear for linear in group if schemes[linear] is not None]
+            if not quantized:
                 return
             statistics = HessianAccumulator(
                 tensors[f"{group[0]}.weight"].shape[1], self._asymmetric, self._hidden.device
             )
             for chunk in inputs:
                 statistics.add(*chunk)
-            for linear in quantised:
+            for linear in quantized:
                 rounded[linear] = self._round(
                     prefix + linear, tensors[f"{linear}.weight"], statistics
                 )

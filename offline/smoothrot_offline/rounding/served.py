@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder layer as the server runs it: its linears read their inputs rotated, or rotated and
-quantised."""
+quantized."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def ops_on(device: torch.device) -> Any:
 
 
 def rotations(spec: ModelSpec, online: Online) -> dict[str, InputMap]:
-    """What the server does to the input of each rotated linear before it quantises, by name
+    """What the server does to the input of each rotated linear before it quantizes, by name
     relative to the layer."""
     found = {linear: online.rotation(linear) for linear in spec.architecture.linears}
     return {
@@ -36,14 +36,14 @@ def rotations(spec: ModelSpec, online: Online) -> dict[str, InputMap]:
     }
 
 
-def quantisers(schemes: Mapping[str, LinearScheme | None], online: Online) -> dict[str, InputMap]:
-    """Rotation and quantisation of the input of each linear that has a scheme, with the served
+def quantizers(schemes: Mapping[str, LinearScheme | None], online: Online) -> dict[str, InputMap]:
+    """Rotation and quantization of the input of each linear that has a scheme, with the served
     ops."""
     maps = {}
     for linear, scheme in schemes.items():
         rotation = online.rotation(linear)
         if scheme is not None:
-            maps[linear] = _fake_quantiser(
+            maps[linear] = _fake_quantizer(
                 scheme.activations, 0 if rotation is None else rotation.block
             )
     return maps
@@ -85,7 +85,7 @@ class BuiltLayer:
     Args:
         model, layer: from :meth:`~smoothrot_offline.source.layers.LayerRunner.build`.
         table: the family.
-        maps: run-time inputs by linear, see :func:`rotations` and :func:`quantisers`.
+        maps: run-time inputs by linear, see :func:`rotations` and :func:`quantizers`.
     """
 
     def __init__(
@@ -211,8 +211,8 @@ def _rotator(block: int) -> InputMap:
     return lambda x: hadamard(x, block)
 
 
-def _fake_quantiser(scheme: ActivationScheme, block: int) -> InputMap:
-    def quantise(x: torch.Tensor) -> torch.Tensor:
+def _fake_quantizer(scheme: ActivationScheme, block: int) -> InputMap:
+    def quantize(x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)
         kernels = ops_on(x.device)
         if block:
@@ -221,4 +221,4 @@ def _fake_quantiser(scheme: ActivationScheme, block: int) -> InputMap:
             codes, scale = kernels.quant(tokens, scheme.clip, scheme.bits)
         return (decode(codes, scheme.bits) * scale[:, None]).view(x.shape)
 
-    return quantise
+    return quantize

@@ -198,7 +198,7 @@ QWEN3_MOE = QWEN3.with_sparse_feed_forward(
         intermediate="moe_intermediate_size",
         router="mlp.gate",
         gate="mlp.experts.{e}.gate_proj",
-        normalises="norm_topk_prob",
+        normalizes="norm_topk_prob",
         everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
     ),
     up="mlp.experts.{e}.up_proj",

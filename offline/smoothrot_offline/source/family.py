@@ -27,7 +27,7 @@ class Experts:
 
     ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the
     width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
-    linear of an expert that the activation follows. ``normalises`` is the configuration flag under
+    linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
     which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
     values of keys that say that every layer has experts.
     """
@@ -36,7 +36,7 @@ class Experts:
     intermediate: str
     router: str
     gate: str
-    normalises: str = ""
+    normalizes: str = ""
     everywhere: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +50,7 @@ class Architecture:
     gate_up). ``biases`` gives the linears that have a bias, under the configuration flag that says
     so ("" = always). ``readers`` gives, for each norm, the linears that read its output;
     ``writers`` add to the residual stream, those of a family with ``post_norms`` through one of
-    them. ``head_norms`` normalise single heads of queries and keys. A norm multiplies by
+    them. ``head_norms`` normalize single heads of queries and keys. A norm multiplies by
     ``norm_offset`` plus its stored weight. ``value`` produces, in its last rows, the heads that
     ``output`` consumes; ``up`` produces, in its last rows, the factor of the gated product
     ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.

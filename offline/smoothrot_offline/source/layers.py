@@ -275,7 +275,7 @@ class SparseMoe(nn.Module):
         assert names is not None
         count, intermediate = getattr(config, names.count), getattr(config, names.intermediate)
         self.top_k = config.num_experts_per_tok
-        self.normalises = not names.normalises or getattr(config, names.normalises)
+        self.normalizes = not names.normalizes or getattr(config, names.normalizes)
         self.gate = nn.Linear(config.hidden_size, count, bias=False)
         self.experts = nn.ModuleList(
             Expert(table, config.hidden_size, intermediate) for _ in range(count)
@@ -287,7 +287,7 @@ class SparseMoe(nn.Module):
         tokens = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
         weights, chosen = self.gate(tokens).softmax(dim=-1, dtype=wide).topk(self.top_k, dim=-1)
-        if self.normalises:
+        if self.normalizes:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         total = tokens.new_zeros(tokens.shape, dtype=wide)
         for number, expert in enumerate(self.experts):

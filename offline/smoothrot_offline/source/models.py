@@ -42,7 +42,7 @@ MAX_COUNT = 1 << 16
 """Of anything that a configuration makes many of: transformers makes a list or modules of as
 many before it looks at weights."""
 MOST_WEIGHTS_PER_BYTE = 8
-"""Of any quantisation method."""
+"""Of any quantization method."""
 _COUNTS = re.compile(
     r"num_.*|n_(layer|head|routed_expert|shared_expert)s?|.*_(layers|heads|experts)"
 )
@@ -152,7 +152,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: weights are missing, damaged or only there as pickles, or do not fit the
             configuration.
-        ConfigError: the model is quantised by a method whose package is not installed.
+        ConfigError: the model is quantized by a method whose package is not installed.
     """
     check_method(directory, config)
     _check_sizes(directory, config, read_headers(directory).tensors)
@@ -181,7 +181,7 @@ def load_causal_lm(
 
 
 def quantization_method(directory: Path) -> str | None:
-    """``quant_method`` of a directory's ``config.json``, None for one that is not quantised.
+    """``quant_method`` of a directory's ``config.json``, None for one that is not quantized.
 
     Raises:
         CheckpointError: ``config.json`` cannot be read, or has a ``quantization_config`` without a
@@ -202,7 +202,7 @@ def quantization_method(directory: Path) -> str | None:
 
 
 def check_method(directory: Path, config: PreTrainedConfig) -> None:
-    """Refuse a model whose quantisation method does not run here; no weight is read.
+    """Refuse a model whose quantization method does not run here; no weight is read.
 
     Args:
         directory: of the model.
@@ -263,7 +263,7 @@ def _model_error(directory: Path, cause: BaseException) -> SmoothRotError:
         )
     packages = _METHOD_PACKAGES.get(method, "")
     return ConfigError(
-        f"{directory}: quantised by another method, quant_method {method!r}, which transformers"
+        f"{directory}: quantized by another method, quant_method {method!r}, which transformers"
         f" does not run here: {one_line(cause)} Install what it"
         f" needs{packages and f' (pip install {packages})'}, or give the 16-bit model."
     )

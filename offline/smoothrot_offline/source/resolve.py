@@ -238,10 +238,10 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
 
     Args:
         config: ``config.json`` as read.
-        fp8: whether block-scaled FP8 weights are let pass, which are dequantised as they are read.
+        fp8: whether block-scaled FP8 weights are let pass, which are dequantized as they are read.
 
     Raises:
-        UnsupportedModelError: there is none, or the weights are quantised, or the model needs code
+        UnsupportedModelError: there is none, or the weights are quantized, or the model needs code
             of its own.
     """
     model_type = config.get("model_type")
@@ -264,7 +264,7 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
             else quantization
         )
         raise UnsupportedModelError(
-            f"{names} is already quantised (quantization_config, quant_method {method!r}). "
+            f"{names} is already quantized (quantization_config, quant_method {method!r}). "
             "Convert the 16-bit model it was made from."
         )
     table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None

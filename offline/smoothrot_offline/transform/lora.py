@@ -42,7 +42,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 """Values of ``adapter_config.json`` with which an adapter is no more than a product of two
 factors added to weights."""
 _OWN_BASE = ("pissa", "olora", "corda", "loftq")
-"""Initialisations that change the base model's weights."""
+"""Initializations that change the base model's weights."""
 
 
 @dataclass(frozen=True)
