@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from reference_forward import SAFE_MARGIN, STARTS, Reference
-from safetensors.torch import load_file, save_file
+from stored import edit_file, file_of, in_one_file, load_weights
 from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -192,14 +192,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
         name: (Case(name), message)
         for name, message in {
             "truncated shard": (
-                r"model-00001-of-00001\.safetensors: expected a whole safetensors file"
+                r"model-0000\d-of-00004\.safetensors: expected a whole safetensors file"
             ),
             "unknown format version": (r"quantization_config\.format_version: expected 1, got 99"),
             "missing codes": (
-                rf"model-00001-of-00001\.safetensors: expected tensor {UP}\.weight_packed"
+                rf"model-0000\d-of-00004\.safetensors: expected tensor {UP}\.weight_packed"
             ),
             "missing norm": (
-                r"model-00001-of-00001\.safetensors: expected tensor model\.norm\.weight"
+                r"model-00004-of-00004\.safetensors: expected tensor model\.norm\.weight"
             ),
         }.items()
     },
@@ -213,14 +213,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
 def edited(source: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
     """A copy with other tensors, whose index lists them."""
     shutil.copytree(source, out)
-    (file,) = out.glob("*.safetensors")
-    tensors = load_file(file)
+    tensors = load_weights(out)
     edit(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    in_one_file(out, tensors)
     (out / "smoothrot_manifest.json").unlink()
-    (out / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)})
-    )
     return out
 
 
@@ -235,7 +231,7 @@ def with_config(source: Path, out: Path, **changes: Any) -> Path:
 def truncated(source: Path, out: Path) -> Path:
     """A copy whose weights are cut in half."""
     shutil.copytree(source, out)
-    (file,) = out.glob("*.safetensors")
+    file = file_of(out, f"{UP}.weight_packed")
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     return out
@@ -244,10 +240,7 @@ def truncated(source: Path, out: Path) -> Path:
 def lacking(source: Path, out: Path, name: str) -> Path:
     """A copy whose index and manifest list a tensor that the file lacks."""
     shutil.copytree(source, out)
-    (file,) = out.glob("*.safetensors")
-    tensors = load_file(file)
-    del tensors[name]
-    save_file(tensors, file, metadata={"format": "pt"})
+    edit_file(out, name, lambda tensors: tensors.pop(name))
     return out
 
 

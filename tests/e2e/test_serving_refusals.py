@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from stored import edit_file
 
 from benchmarks.support.server import VllmServer
 
@@ -26,10 +26,8 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 
 def nan_scale(directory: Path) -> None:
-    (file,) = directory.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors[f"{DOWN}.weight_scale"].view(-1)[5].fill_(torch.nan)
-    save_file(tensors, file, metadata={"format": "pt"})
+    name = f"{DOWN}.weight_scale"
+    edit_file(directory, name, lambda tensors: tensors[name].view(-1)[5].fill_(torch.nan))
 
 
 CASES: dict[str, tuple[Callable[[Path], Any], int, str]] = {

@@ -4,7 +4,6 @@ refusals."""
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import COMMAND, run_forked
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -432,12 +432,8 @@ def test_quantized_model_is_refused(make_model: MakeModel, tmp_path: Path) -> No
         run(source, tmp_path / "out")
 
 
-def test_missing_matplotlib_is_named(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in [name for name in sys.modules if name.startswith("smoothrot_offline.report")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = invoke("analyze", make_model(), tmp_path / "out")
-    assert result.exit_code == 1
+def test_missing_matplotlib_is_named(make_model: MakeModel, tmp_path: Path) -> None:
+    without = "import sys\nsys.modules['matplotlib.figure'] = None\n"
+    result = run_forked(without + COMMAND, "analyze", make_model(), tmp_path / "out")
+    assert result.returncode == 1
     assert "pip install 'smoothrot-vllm[plots]'" in result.stderr

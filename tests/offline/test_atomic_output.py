@@ -25,7 +25,6 @@ MakeModel = Callable[..., Path]
 # Runs the command as a user would, but signals itself when the pipeline reports the given step.
 DRIVER = """
 import contextlib, os, signal, sys
-import smoothrot_offline.console
 from smoothrot_offline import cli
 
 step, which = int(sys.argv[1]), int(sys.argv[2])
@@ -36,14 +35,15 @@ def signalling():
 
 # A shell starts background jobs with Ctrl-C ignored, and the tests may be one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-smoothrot_offline.console.progress_bar = signalling
+cli.progress_bar = signalling
 sys.argv[1:] = ["run", *sys.argv[3:], "--preset", "none", "--scales", "none"]
 cli.main()
 """
-# The kernel refuses to let any file grow past 100 kB, as a full disk would.
+# The kernel refuses to let any file grow past 20 kB, as a full disk would: the embedding fits, a
+# layer does not.
 FULL_DISK = """
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 """
 
 
@@ -84,7 +84,7 @@ def test_configuration_and_manifest_come_after_everything_they_describe(
     def recording(self: OutputDirectory, name: str, content: dict[str, object]) -> None:
         written.append(name)
         if name == "config.json.incomplete":
-            assert (self.path / "model-00001-of-00001.safetensors").is_file()
+            assert (self.path / "model-00005-of-00005.safetensors").is_file()
         write_json(self, name, content)
 
     monkeypatch.setattr(OutputDirectory, "write_json", recording)
@@ -121,7 +121,7 @@ def test_polite_kill_before_a_layer_is_finished_leaves_nothing(
 def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
-    source, out = make_model(vocab_size=4096), tmp_path / "out"
+    source, out = make_model(), tmp_path / "out"
     failed = run_forked(
         FULL_DISK + COMMAND, "run", source, out, "--preset", "none", "--scales", "none"
     )

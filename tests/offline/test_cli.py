@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stored import edit_file, load_weights
 from tiny_models import byte_tokenizer
 from transformers import LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner, Result
@@ -25,7 +26,6 @@ from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError
 
 MakeModel = Callable[..., Path]
-WEIGHTS = "model-00001-of-00001.safetensors"
 
 
 def invoke(*arguments: object) -> Result:
@@ -230,7 +230,7 @@ def test_plan_of_the_converted_sizes_is_what_run_writes(
             "output_bytes"
         ]
     )
-    stored = load_file(tmp_path / "out" / WEIGHTS)
+    stored = load_weights(tmp_path / "out")
     inspected = invoke_json("inspect", tmp_path / "out")
     assert sum(inspected["output_bytes"].values()) == sum(
         tensor.nbytes for tensor in stored.values()
@@ -281,45 +281,35 @@ def test_plan_of_a_hub_model_fetches_no_weight(
     assert hub["output_bytes"] == local["output_bytes"]
 
 
+CODES = "model.layers.0.mlp.up_proj.weight_packed"
+HEAD_SCALE = "lm_head.weight_scale"
+SCALE = "model.layers.2.mlp.down_proj.weight_scale"
+
+
 def _flip_a_code(directory: Path) -> None:
-    _edit(
-        directory,
-        lambda tensors: (
-            tensors["model.layers.0.mlp.up_proj.weight_packed"].view(-1)[:1].bitwise_xor_(1)
-        ),
-    )
+    edit_file(directory, CODES, lambda tensors: tensors[CODES].view(-1)[:1].bitwise_xor_(1))
 
 
 def _nan_scale(directory: Path) -> None:
-    _edit(
-        directory, lambda tensors: tensors["lm_head.weight_scale"].view(-1)[:1].fill_(float("nan"))
+    edit_file(
+        directory, HEAD_SCALE, lambda tensors: tensors[HEAD_SCALE].view(-1)[:1].fill_(math.nan)
     )
 
 
 def _negative_scale(directory: Path) -> None:
-    _edit(directory, lambda tensors: tensors["lm_head.weight_scale"].view(-1)[:1].neg_())
+    edit_file(directory, HEAD_SCALE, lambda tensors: tensors[HEAD_SCALE].view(-1)[:1].neg_())
 
 
 def _drop_scale(directory: Path) -> None:
-    def drop(tensors: dict[str, torch.Tensor]) -> None:
-        del tensors["model.layers.2.mlp.down_proj.weight_scale"]
-
-    _edit(directory, drop)
+    edit_file(directory, SCALE, lambda tensors: tensors.pop(SCALE))
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    del content["weight_map"]["model.layers.2.mlp.down_proj.weight_scale"]
+    del content["weight_map"][SCALE]
     index.write_text(json.dumps(content))
 
 
 def _half_scale(directory: Path) -> None:
-    name = "model.layers.2.mlp.down_proj.weight_scale"
-    _edit(directory, lambda tensors: tensors.update({name: tensors[name].half()}))
-
-
-def _edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(directory / WEIGHTS)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    edit_file(directory, SCALE, lambda tensors: tensors.update({SCALE: tensors[SCALE].half()}))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from stored import load_weights
 
 import smoothrot_offline.decide.stages
 import smoothrot_offline.rounding.sequential
@@ -39,7 +39,7 @@ def content(directory: Path) -> dict[str, str]:
 
 
 def codes(directory: Path) -> dict[str, torch.Tensor]:
-    tensors = load_file(directory / "model-00001-of-00001.safetensors")
+    tensors = load_weights(directory)
     return {name: tensor for name, tensor in tensors.items() if name.endswith("weight_packed")}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored import edit_file
 from tiny_models import SHORT_TEXT, save_tiny_model
 from typer.testing import CliRunner, Result
 
@@ -451,10 +452,10 @@ def test_an_index_of_nothing_is_refused(converted: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.float64])
 def test_scales_of_another_dtype_are_a_problem_by_name(converted: Path, dtype: torch.dtype) -> None:
-    (file,) = converted.glob("*.safetensors")
-    tensors = load_file(file)
     name = "model.layers.0.mlp.up_proj.weight_scale"
-    save_file(tensors | {name: tensors[name].to(dtype)}, file)
+    file = edit_file(
+        converted, name, lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+    )
     result = invoke("verify", converted)
     assert result.exit_code == 1
     assert f"tensor {name} in {file.name}: expected torch.float32" in result.stderr

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored import load_weights
 from transformers import PreTrainedModel
 
 from smoothrot_offline.config import make_config
@@ -165,7 +166,7 @@ def test_the_recorded_transform_is_the_one_that_was_folded(
     recorded = read_transform(tmp_path / "base")
     spec, stored = (
         recorded.transform.spec,
-        load_file(tmp_path / "base" / "model-00001-of-00001.safetensors"),
+        load_weights(tmp_path / "base"),
     )
     original = load_file(source / "model.safetensors")
     prefix = spec.layer_prefix(1)

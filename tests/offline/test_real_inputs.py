@@ -15,6 +15,7 @@ import pytest
 import torch
 from forked import COMMAND, run_forked
 from safetensors.torch import load_file, save_file
+from stored import load_weights
 from tiny_models import byte_tokenizer
 from transformers import PreTrainedModel
 from typer.testing import CliRunner, Result
@@ -60,16 +61,8 @@ def edit_weights(
     )
 
 
-def codes(out: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in out.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
 def assert_same_output(one: Path, other: Path) -> None:
-    first, second = codes(one), codes(other)
+    first, second = load_weights(one), load_weights(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -124,7 +117,7 @@ def test_layouts_of_tensors_convert_to_the_same_bytes(
     assert [note for note in plan.notes if named is not None and named in note] or named is None
     convert(source, tmp_path / "out", config)
     assert_same_output(tmp_path / "plain", tmp_path / "out")
-    assert EMBEDDING in codes(tmp_path / "out")
+    assert EMBEDDING in load_weights(tmp_path / "out")
 
 
 def test_two_unindexed_files_with_one_tensor_are_refused(make_model: MakeModel) -> None:
@@ -336,7 +329,7 @@ def test_linears_of_zeros_convert_and_verify(
     )
     done = invoke("run", source, tmp_path / "out", "--preset", "none", "--smooth-norms", *options)
     assert done.exit_code == 0, done.stderr
-    stored = codes(tmp_path / "out")
+    stored = load_weights(tmp_path / "out")
     assert all(
         bool(tensor.isfinite().all()) for tensor in stored.values() if tensor.is_floating_point()
     )

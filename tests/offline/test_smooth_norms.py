@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored import load_weights
 
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
@@ -97,7 +98,7 @@ def test_a_conversion_stores_what_it_divides_by(
     recorded = read_transform(tmp_path / "out")
     spec, table = recorded.transform.spec, recorded.transform.spec.architecture
     stored, original = (
-        load_file(tmp_path / "out" / "model-00001-of-00001.safetensors"),
+        load_weights(tmp_path / "out"),
         load_file(source / "model.safetensors"),
     )
     for index, layer in enumerate(read_manifest(tmp_path / "out").layers):

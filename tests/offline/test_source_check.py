@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from stored import edit_file
 from test_refusals import edit_config
 
 from smoothrot_offline.check.verify import compare_with_source
@@ -59,10 +59,8 @@ def test_one_changed_code_is_found(
     make_model: MakeModel, tmp_path: Path, rounding: str, words: str
 ) -> None:
     source, out = made(make_model, tmp_path, scales="none", rounding=rounding)
-    file = out / "model-00001-of-00001.safetensors"
-    tensors = load_file(file)
-    tensors[f"{QUERY}.weight_packed"][3, 5] ^= 0b100
-    save_file(tensors, file, metadata={"format": "pt"})
+    name = f"{QUERY}.weight_packed"
+    edit_file(out, name, lambda tensors: tensors[name][3, 5].bitwise_xor_(0b100))
     (problem,) = compare_with_source(out, source).problems
     assert QUERY in problem
     assert words in problem
