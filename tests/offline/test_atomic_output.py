@@ -39,11 +39,11 @@ cli.progress_bar = signalling
 sys.argv[1:] = ["run", *sys.argv[3:], "--preset", "none", "--scales", "none"]
 cli.main()
 """
-# The kernel refuses to let any file grow past 20 kB, as a full disk would: the embedding fits, a
-# layer does not.
+# The kernel refuses to let a file grow further, as a full disk would: the embedding of 4096 rows of
+# 72 bfloat16 fits with its header, the head of as many does not with the norm beside it.
 FULL_DISK = """
 import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096 * 144 + 256,) * 2)
 """
 
 
@@ -121,7 +121,7 @@ def test_polite_kill_before_a_layer_is_finished_leaves_nothing(
 def test_disk_full_is_one_clear_line_and_leaves_nothing_that_looks_whole(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
-    source, out = make_model(), tmp_path / "out"
+    source, out = make_model(vocab_size=4096), tmp_path / "out"
     failed = run_forked(
         FULL_DISK + COMMAND, "run", source, out, "--preset", "none", "--scales", "none"
     )
