@@ -9,17 +9,20 @@ BARE_PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo p
 OUT ?= gpu-proof
 MINUTES ?= 8
 
-.PHONY: env demo wheel test test-all fuzz check check-cuda sass bench gpu-bundle gpu-proof gpu-proof-dry-run clean
+.PHONY: env demo wheel test test-all fuzz check check-cuda sass bench clean
+.PHONY: gpu-bundle gpu-proof gpu-proof-dry-run
 
 env: $(VENV)/.ready  ## build .venv: vLLM for CPU, the project, its tools
 
-$(VENV)/.ready: requirements/make_env.sh requirements/lock.txt pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+$(VENV)/.ready: requirements/make_env.sh requirements/lock.txt $(SOURCES)
 	VENV=$(VENV) requirements/make_env.sh
 
 demo: env  ## convert a real model, serve it, talk to it
 	$(BIN)/python -m benchmarks.demo.demo $(if $(MODEL),--model $(MODEL))
 
-wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU and glibc from 2.28 on; needs nvcc, no GPU, takes minutes
+wheel: env  ## dist/: one wheel for every Python 3, CPU and GPU; needs nvcc, no GPU, takes minutes
 	rm -rf dist
 	SMOOTHROT_CUDA=1 $(BIN)/python requirements/make_wheel.py dist
 
@@ -35,7 +38,7 @@ fuzz: env  ## mutated files of every kind to everything that reads files of othe
 check: env  ## style and types, as CI runs them
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
-check-cuda: env  ## every CUDA kernel for every architecture: its machine code against docs/sass.md; needs nvcc, no GPU
+check-cuda: env  ## machine code of every CUDA kernel against docs/sass.md; needs nvcc, no GPU
 	$(BIN)/python csrc/cuda/check_sass.py --check
 
 sass: env  ## write docs/sass.md anew
@@ -45,15 +48,16 @@ bench: env  ## kernels, then served models, against their peers and the machine'
 	$(BIN)/python -m benchmarks.kernels.layers
 	$(BIN)/python -m benchmarks.serving.serve --quick
 
-gpu-bundle: env  ## gpu-bundle/: the CUDA library and the wheels that a bare machine with a GPU lacks; needs nvcc, no GPU
+gpu-bundle: env  ## gpu-bundle/: what a bare machine with a GPU lacks; needs nvcc, no GPU
 	$(BIN)/python -m benchmarks.gpu.bundle
 
 # Not `env`: that builds vLLM for CPUs, and needs a network.
-gpu-proof:  ## prove and measure every CUDA kernel on this machine's GPU with PYTHON, in MINUTES; results in OUT
+gpu-proof:  ## prove and measure every CUDA kernel on this GPU with PYTHON, in MINUTES, into OUT
 	$(PYTHON) -m benchmarks.gpu.proof --bundle gpu-bundle --out $(OUT) --minutes $(MINUTES)
 
-gpu-proof-dry-run: env $(BARE_VENV)/.ready  ## the same steps without a GPU: kernels emulated, torch 2.11, no vLLM
-	$(BARE_VENV)/bin/python -m benchmarks.gpu.proof --dry-run --out build/gpu-proof-dry-run --minutes 30
+gpu-proof-dry-run: env $(BARE_VENV)/.ready  ## the same on a CPU: emulated, torch 2.11
+	$(BARE_VENV)/bin/python -m benchmarks.gpu.proof --dry-run --minutes 30 \
+	  --out build/gpu-proof-dry-run
 
 $(BARE_VENV)/.ready: requirements/bare.txt
 	$(BARE_PYTHON) -m venv $(BARE_VENV)

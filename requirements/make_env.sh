@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Build .venv with vLLM for CPU, the project and its tools. Safe to run again; the only place that installs anything.
+# Build .venv with vLLM for CPU, the project and its tools. Safe to run again; the only place that
+# installs anything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -12,17 +13,23 @@ say() { printf '\033[1m==> %s\033[0m\n' "$*" >&2; }
 missing=()
 command -v g++ >/dev/null || missing+=(g++)
 "$PYTHON" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
-"$PYTHON" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || missing+=(python3-dev)
+include=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+[ -e "$include/Python.h" ] || missing+=(python3-dev)
 if ((${#missing[@]})); then
   say "installing Debian packages: ${missing[*]}"
   as_root=()
   [ "$(id -u)" = 0 ] || as_root=(sudo)
-  if ! { "${as_root[@]}" apt-get update -qq && "${as_root[@]}" apt-get install -y -qq "${missing[@]}" >/dev/null; }; then
-    echo "make env: these are missing and could not be installed: ${missing[*]}. Install them, then run this again." >&2
+  install=("${as_root[@]}" apt-get install -y -qq "${missing[@]}")
+  if ! { "${as_root[@]}" apt-get update -qq && "${install[@]}" >/dev/null; }; then
+    echo "make env: these are missing and could not be installed: ${missing[*]}." \
+      "Install them, then run this again." >&2
     exit 1
   fi
 fi
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make env: Python 3.11 or newer is needed, got $("$PYTHON" -V)" >&2; exit 1; }
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "make env: Python 3.11 or newer is needed, got $("$PYTHON" -V)" >&2
+  exit 1
+fi
 
 [ -x "$VENV/bin/python" ] || { say "creating $VENV"; "$PYTHON" -m venv "$VENV"; }
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install -q "$@"; }
@@ -37,7 +44,8 @@ pip --no-deps -r requirements/lock.txt
 pip --no-deps --no-build-isolation ./requirements/vllm-shim
 
 say "the project, with its C++ kernels"
-# vLLM for CPU has no use for the CUDA kernels, which take minutes to compile: SMOOTHROT_CUDA=1 builds them all the same.
+# vLLM for CPU has no use for the CUDA kernels, which take minutes to compile: SMOOTHROT_CUDA=1
+# builds them all the same.
 SMOOTHROT_CUDA=${SMOOTHROT_CUDA:-0} pip --no-deps --no-build-isolation -e .
 "$VENV/bin/python" -c 'import smoothrot_vllm.ops as ops; print("kernels:", ops.kernel_name())'
 touch "$VENV/.ready"

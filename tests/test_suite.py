@@ -10,15 +10,12 @@ import side_by_side
 
 TESTS = Path(__file__).parent
 LONGEST_NAME = 70
-ELSEWHERE = ("kernels", "plugin", "unit")
-"""Folders whose names are not shortened yet."""
 
 
 def test_names_are_short_enough_to_be_claims() -> None:
     names = {
         f"{path.relative_to(TESTS)}::{node.name}": len(node.name)
         for path in TESTS.rglob("*.py")
-        if path.parent.name not in ELSEWHERE
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }

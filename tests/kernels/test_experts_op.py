@@ -159,7 +159,7 @@ def test_a_stack_that_cannot_be_packed_is_refused(
         ops.prepack_weight(weight, scale, 4)
 
 
-def test_rows_of_no_tile_are_not_a_number_and_tiles_that_make_no_sense_compute_nothing() -> None:
+def test_rows_of_no_tile_are_nan_and_senseless_tiles_compute_nothing() -> None:
     weight, scale = torch.full((2, 32, 32), 0x11, dtype=torch.uint8), torch.ones(2, 32, 1)
     packed, codes = ops.prepack_weight(weight, scale, 4), torch.ones(5, 64, dtype=torch.int8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -272,7 +272,7 @@ def test_on_a_gpu_experts_are_accepted_as_far_as_the_kernels_go(
         build(tp_size=4, online={}, max_tensor_parallel=4)
 
 
-def test_on_a_gpu_the_codes_stay_as_stored_and_the_rotation_is_prepared_there(
+def test_on_a_gpu_codes_stay_as_stored_and_the_rotation_is_prepared(
     build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the method asks of the device is recorded; a GPU's prepacked codes are a copy of the

@@ -91,7 +91,7 @@ def test_weights_that_are_no_checkpoint_are_refused(
     assert runner.reloaded == []
 
 
-def test_after_a_reload_that_failed_no_request_is_answered_until_one_succeeds(
+def test_after_a_failed_reload_no_request_is_answered_until_one_succeeds(
     runner_of: Callable[[object], Runner],
 ) -> None:
     runner = runner_of(make_config())

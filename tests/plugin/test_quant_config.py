@@ -267,7 +267,7 @@ def test_module_names_follow_vllms_renaming() -> None:
 
 
 @pytest.mark.parametrize(("size", "block", "limit"), [(4, 96, 2), (2, 192, 1)])
-def test_a_tensor_parallel_size_that_splits_a_block_is_refused_with_the_numbers(
+def test_a_tensor_parallel_size_that_splits_a_block_is_refused(
     tensor_parallel: Callable[[int, int], None], size: int, block: int, limit: int
 ) -> None:
     tensor_parallel(0, size)

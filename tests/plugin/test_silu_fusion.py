@@ -139,7 +139,7 @@ def test_the_activation_stays_before_a_down_proj_that_is_not_ours(vllm_config: V
     assert type(kept.act_fn) is SiluAndMul
 
 
-def test_the_activation_stays_where_it_is_not_plain_silu_or_not_the_only_one() -> None:
+def test_an_activation_that_is_no_plain_silu_or_not_the_only_one_stays() -> None:
     down = build(LlamaMLP).down_proj
 
     class Other(SiluAndMul):

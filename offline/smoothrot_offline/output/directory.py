@@ -387,9 +387,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        full = (
-            isinstance(error, OSError) and error.errno == errno.ENOSPC
-        ) or "No space left" in reason
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason
         advice = (
             "Free some space or choose another disk"
             if full

@@ -43,57 +43,56 @@ class Experts:
 @dataclass(frozen=True)
 class Architecture:
     """Where the rotations and scales of one model family are folded. Names are relative to a
-    decoder layer.
-
-    ``linears`` gives each linear's (output, input) dimension by name: hidden, intermediate, query,
-    value, or the sum of those of the linears that the family stores as one (query_key_value,
-    gate_up). ``biases`` gives the linears that have a bias, under the configuration flag that says
-    so ("" = always). ``readers`` gives, for each norm, the linears that read its output;
-    ``writers`` add to the residual stream, those of a family with ``post_norms`` through one of
-    them. ``head_norms`` normalize single heads of queries and keys. A norm multiplies by
-    ``norm_offset`` plus its stored weight. ``value`` produces, in its last rows, the heads that
-    ``output`` consumes; ``up`` produces, in its last rows, the factor of the gated product
-    ``act(gate(x)) * up(x)`` that is linear in its input, and ``down`` consumes that product.
-    ``products`` are the pairs of an ``up`` and its ``down`` in a layer: one, or that of each
-    expert. ``settings`` gives the values of a configuration key that transformers and the server
-    both compute, the one of a key that is not there first; ``same`` are keys of the server's alone
-    that must say what another says; ``partial_rotary``, ``one_window`` and ``head_dim_from_hidden``
-    that both rotate a part of each head if told so, and that the server has the same window in all
-    layers and no other width of heads than ``hidden_size / num_attention_heads`` (see settings.py);
-    ``scaled_embedding`` says that the embedding is multiplied by the square root of the hidden
-    size, ``layer_types`` that the configuration chooses each layer's kind of attention.
-    ``attention`` is the implementation that transformers computes all settings with.
-    ``replaced_code`` are the classes by which ``auto_map`` names Python code that transformers has
-    its own version of. ``head_is_embedding`` says that the server has no head beside the embedding.
-    In a family with ``experts``, names that hold ``{e}`` are those of each expert;
-    :meth:`with_experts` writes them out.
-    """
+    decoder layer; those that hold ``{e}`` are of each expert, see :meth:`with_experts`."""
 
     model_type: str
     class_name: str
     linears: Mapping[str, tuple[str, str]]
+    """(Output, input) dimension of each linear: hidden, intermediate, query, value, or of those
+    that the family stores as one, query_key_value and gate_up."""
     biases: Mapping[str, tuple[str, ...]]
+    """Linears with a bias, by the configuration flag that says so ("" = always)."""
     readers: Mapping[str, tuple[str, ...]]
+    """Linears that read each norm's output: attention's norm first, then the feed-forward's."""
     writers: tuple[str, ...]
+    """Linears that add to the residual stream, of a family with ``post_norms`` through one."""
     value: str
+    """Produces, in its last rows, the heads that ``output`` consumes."""
     output: str
     up: str
+    """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x."""
     down: str
+    """Consumes that product."""
     settings: Mapping[str, tuple[Any, ...]]
+    """Values of a configuration key that transformers and the server both compute, the one of a
+    key that is not there first."""
     same: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
+    """Both rotate a part of each head if told so."""
     one_window: bool = False
+    """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
+    """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
     post_norms: tuple[str, ...] = ()
+    """Norms between a writer and the residual stream."""
     head_norms: tuple[str, ...] = ()
+    """Norms of single heads of queries and keys."""
     norm_offset: float = 0.0
+    """A norm multiplies by this plus its stored weight."""
     scaled_embedding: bool = False
+    """The embedding is multiplied by the square root of the hidden size."""
     layer_types: bool = False
+    """The configuration chooses each layer's kind of attention."""
     attention: str = "sdpa"
+    """The implementation that transformers computes all settings with."""
     replaced_code: tuple[str, ...] = ()
+    """Classes by which ``auto_map`` names Python code that transformers has its own version of."""
     head_is_embedding: bool = False
+    """The server has no head beside the embedding."""
     experts: Experts | None = None
     products: tuple[tuple[str, str], ...] = ()
+    """Each ``up`` and its ``down`` in a layer: one pair, or that of each expert."""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
