@@ -76,11 +76,11 @@ def test_one_wheel_serves_every_python_and_glibc_from_2_28_on(wheel: Path) -> No
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         assert "Requires-Dist: torch<2.16,>=2.11" in archive.read(metadata).decode()
     assert "smoothrot_vllm/_C.abi3.so" in names
-    folders = {"smoothrot_vllm": "smoothrot_vllm", "offline": "smoothrot_offline"}
+    packages = (REPOSITORY / "smoothrot_vllm", REPOSITORY / "offline" / "smoothrot_offline")
     modules = {
-        str(Path(package, *path.relative_to(REPOSITORY).parts[1:]))
-        for folder, package in folders.items()
-        for path in (REPOSITORY / folder).rglob("*.py")
+        str(path.relative_to(package.parent))
+        for package in packages
+        for path in package.rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == modules
     assert not any(Path(name).name.startswith(("libtorch", "libc10")) for name in names)

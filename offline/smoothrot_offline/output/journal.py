@@ -13,9 +13,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.decide.stages import Decisions
@@ -46,6 +47,7 @@ from smoothrot_vllm.errors import CheckpointError, ResumeError
 from smoothrot_vllm.foreign_files import parse_json, read_tensors
 from smoothrot_vllm.format import QuantizationSchema
 
+Record = TypeVar("Record", bound=BaseModel)
 _FILE = re.compile(WORK_PREFIX + r"[\w-]{1,64}\.safetensors")
 
 
@@ -261,10 +263,10 @@ class Journal:
                 name: TensorRecord.model_validate(record)
                 for name, record in entry["tensors"].items()
             }
-            self._hidden = entry["hidden"] and _kept(entry["hidden"])
+            self._hidden = None if entry["hidden"] is None else _kept(entry["hidden"])
             if not self.done:
                 self._check_part(records)
-            self._add(records, entry["layer"] and LayerRecord.model_validate(entry["layer"]))
+            self._add(records, _or_none(LayerRecord, entry["layer"]))
         elif "done" not in entry:
             raise ValueError(f"unknown piece of work {', '.join(entry)}")
 
@@ -361,14 +363,14 @@ def _unpacked(
     studies = [
         LayerStudy(
             _unpacked_scales(tensors, index, spec),
-            study["smoothing"] and SmoothingRecord.model_validate(study["smoothing"]),
+            _or_none(SmoothingRecord, study["smoothing"]),
             study["clips"],
             study["sensitivity"],
-            [record and SmoothingRecord.model_validate(record) for record in study["experts"]],
+            [_or_none(SmoothingRecord, record) for record in study["experts"]],
         )
         for index, study in enumerate(facts["studies"])
     ]
-    learned = facts["learned"] and LearnedRecord.model_validate(facts["learned"])
+    learned = _or_none(LearnedRecord, facts["learned"])
     schema = QuantizationSchema.model_validate(facts["schema"])
     return Decisions(
         tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned
@@ -379,3 +381,7 @@ def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSp
     names = {norm: f"scales.{index}.{norm}" for norm in spec.architecture.readers}
     smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
     return LayerScales(tensors.get(f"scales.{index}"), smoothed)
+
+
+def _or_none(kind: type[Record], value: Any) -> Record | None:
+    return None if value is None else kind.model_validate(value)
