@@ -9,7 +9,7 @@ from tiny_models import REPOSITORY
 
 MOST_COLUMNS = 100
 README_LINES = 120
-GENERATED = {"roofline.md", "sass.md"}
+GENERATED = {"sass.md"}
 ROOTS = "offline|smoothrot_vllm|csrc|tests|benchmarks|docs|requirements"
 DOCUMENTS = [
     *(REPOSITORY / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
