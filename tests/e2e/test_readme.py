@@ -25,7 +25,7 @@ def commands(page: str) -> list[str]:
     return [
         line.partition("  #")[0].strip()
         for block in blocks(page, "bash")
-        for line in block.splitlines()
+        for line in block.replace("\\\n", "").splitlines()
     ]
 
 

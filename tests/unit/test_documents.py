@@ -25,7 +25,7 @@ def prose(page: Path) -> str:
 
 def breakable(line: str) -> bool:
     """Whether a line is neither a table's row, nor a command, nor little but one link."""
-    return not line.startswith(("|", "curl ")) and max(map(len, line.split())) < MOST_COLUMNS - 10
+    return not line.startswith("|") and max(map(len, line.split())) < MOST_COLUMNS - 10
 
 
 @pages

@@ -321,7 +321,3 @@ def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
         ),
         None,
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
