@@ -6,6 +6,8 @@ import torch
 
 PANEL_COLUMNS = 32
 """Output columns of one panel of the prepacked layout, see csrc/common/layout.h."""
+GROUPS_OF_A_WORD = 8
+"""Group scales in one of the 32-bit words behind the codes on a GPU, see csrc/cuda/launch.h."""
 
 
 @torch.library.register_fake("smoothrot::quant")
@@ -47,18 +49,21 @@ def _rms_norm_quant_fake(
 
 @torch.library.register_fake("smoothrot::prepack_weight")
 def _prepack_weight_fake(
-    weight: torch.Tensor, weight_scale: torch.Tensor, bits: int
+    weight: torch.Tensor, weight_scale: torch.Tensor, group_scale: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
+    *experts, outputs, columns = weight.shape
+    groups = 0 if group_scale is None else group_scale.shape[-1]
     if weight.device.type == "cuda":
-        return torch.empty_like(weight)
-    *experts, outputs, inputs = weight.shape
-    inputs *= 2 if bits == 4 else 1
-    groups = weight_scale.shape[-1]
-    steps = (inputs // groups + 3) // 4
+        if not groups:
+            return torch.empty_like(weight)
+        words = (groups + GROUPS_OF_A_WORD - 1) // GROUPS_OF_A_WORD
+        return weight.new_empty((*experts, outputs * (columns + 4 * words)), dtype=torch.uint8)
+    inputs = columns * (2 if bits == 4 else 1)
+    steps = (inputs + 3) // 4
     panels = (outputs + PANEL_COLUMNS - 1) // PANEL_COLUMNS
-    return weight.new_empty(
-        (*experts, panels, groups * PANEL_COLUMNS * (4 + steps * bits // 2)), dtype=torch.uint8
-    )
+    group_bytes = (groups * PANEL_COLUMNS // 2 + 63) // 64 * 64
+    panel_bytes = PANEL_COLUMNS * (4 + steps * bits // 2) + group_bytes
+    return weight.new_empty((*experts, panels, panel_bytes), dtype=torch.uint8)
 
 
 @torch.library.register_fake("smoothrot::gemm")
@@ -71,6 +76,7 @@ def _gemm_fake(
     out_dtype: torch.dtype,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     return codes.new_empty((codes.shape[0], weight_scale.shape[0]), dtype=out_dtype)
 
@@ -86,6 +92,7 @@ def _linear_fake(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
@@ -103,5 +110,6 @@ def _experts_fake(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], w2_scale.shape[1]))

@@ -3,7 +3,8 @@
 it.
 
 ``config.json["quantization_config"]`` holds a :class:`QuantizationSchema`; each quantized linear
-``P`` stores ``P.weight_packed``, ``P.weight_scale`` and, if it has one, ``P.bias``.
+``P`` stores ``P.weight_packed``, ``P.weight_scale``, in groups ``P.weight_group_scale``, and, if it
+has one, ``P.bias``.
 ``docs/format.md`` is the byte-level description.
 """
 
@@ -16,7 +17,7 @@ from smoothrot_vllm.errors import ConfigError
 from smoothrot_vllm.hadamard import factorize
 
 QUANT_METHOD: Literal["smoothrot"] = "smoothrot"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "smoothrot_manifest.json"
 TRANSFORMERS_WEIGHTS = (
     "none: these are the codes of a SmoothRot model. Serve it with vLLM and the smoothrot-vllm"
@@ -40,6 +41,9 @@ DOWN = ("down_proj", "w2")
 """Names of the linear that reads the gated product; the second is that of Mixtral's experts."""
 WEIGHT_PACKED = "weight_packed"
 WEIGHT_SCALE = "weight_scale"
+WEIGHT_GROUP_SCALE = "weight_group_scale"
+GROUP_SCALE_MAX = 15
+"""Largest group scale, an integer from 1 on: its product with any 4-bit code fits int8."""
 
 
 class _Model(BaseModel):
@@ -47,12 +51,19 @@ class _Model(BaseModel):
 
 
 class WeightScheme(_Model):
-    """Symmetric weight quantization: per output channel (``group_size`` -1) or per group of
-    consecutive inputs."""
+    """Symmetric weight quantization with a float scale for each output channel; with a
+    ``group_size`` of consecutive inputs also an integer one for each group of 4-bit weights, as in
+    QServe (arXiv 2405.04532)."""
 
     bits: Literal[4, 8] = 4
     group_size: Literal[-1, 32, 64, 128] = -1
     symmetric: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _groups_are_of_4_bits(self) -> Self:
+        if self.bits == 8 and self.group_size != -1:
+            raise ValueError(f"group_size of 8-bit weights must be -1, got {self.group_size}")
+        return self
 
 
 class ActivationScheme(_Model):
@@ -121,7 +132,7 @@ class QuantizationSchema(_Model):
     """
 
     quant_method: Literal["smoothrot"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme = ActivationScheme()
     online: Online = Online()
@@ -205,8 +216,26 @@ def weight_tensors(
         scheme: bits and group size.
 
     Returns:
-        ``weight_packed``: ``(N, K/2)`` uint8 or ``(N, K)`` int8; ``weight_scale``: ``(N, G)``
-        float32.
+        ``weight_packed``: ``(N, K/2)`` uint8 or ``(N, K)`` int8; ``weight_scale``: ``(N, 1)``
+        float32; with G groups ``weight_group_scale``: ``(N, ceil(G/2))`` uint8.
+
+    Raises:
+        ConfigError: ``in_features`` is odd, or is no multiple of the group size.
+    """
+    groups = group_count(in_features, scheme)
+    packed = (
+        ((out_features, in_features // 2), torch.uint8)
+        if scheme.bits == 4
+        else ((out_features, in_features), torch.int8)
+    )
+    tensors = {WEIGHT_PACKED: packed, WEIGHT_SCALE: ((out_features, 1), torch.float32)}
+    if groups:
+        tensors[WEIGHT_GROUP_SCALE] = ((out_features, (groups + 1) // 2), torch.uint8)
+    return tensors
+
+
+def group_count(in_features: int, scheme: WeightScheme) -> int:
+    """Groups of a linear with ``in_features`` inputs; 0 for a scale per channel alone.
 
     Raises:
         ConfigError: ``in_features`` is odd, or is no multiple of the group size.
@@ -216,10 +245,4 @@ def weight_tensors(
             f"linear with {in_features} inputs: expected an even number and a multiple of group"
             f" size {scheme.group_size}. Choose another --group-size."
         )
-    groups = 1 if scheme.group_size == -1 else in_features // scheme.group_size
-    packed = (
-        ((out_features, in_features // 2), torch.uint8)
-        if scheme.bits == 4
-        else ((out_features, in_features), torch.int8)
-    )
-    return {WEIGHT_PACKED: packed, WEIGHT_SCALE: ((out_features, groups), torch.float32)}
+    return 0 if scheme.group_size == -1 else in_features // scheme.group_size

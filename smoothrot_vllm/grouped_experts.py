@@ -84,14 +84,15 @@ def grouped_experts(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     """:func:`reference.experts` by the ops of the device: codes and integer sums bit for bit, sums
     over experts in its order.
 
     Args:
         library: the namespace of the ops.
-        x, weights, chosen, w13, w13_scale, w2, w2_scale, clip, act_bits, weight_bits: as for
-            :func:`ops.experts`.
+        x, weights, chosen, w13, w13_scale, w2, w2_scale, clip: as for :func:`ops.experts`.
+        act_bits, weight_bits, group_size: as there.
         block: as there; it must have been prepared for the device.
 
     Returns:
@@ -101,11 +102,11 @@ def grouped_experts(
         RuntimeError: an argument has another dtype, shape or range; the message names it.
     """
     route = Route.of(chosen, len(w13))
-    bits = (act_bits, weight_bits)
+    numbers = (act_bits, weight_bits, group_size)
     codes, scale = library.quant(x, clip, act_bits)
     both = library.gemm_experts(
-        codes[route.token], scale[route.token], w13, w13_scale, route.tiles, x.dtype, *bits
+        codes[route.token], scale[route.token], w13, w13_scale, route.tiles, x.dtype, *numbers
     )
     own = library.silu_mul_hadamard_quant(both, block, clip, act_bits)
-    down = library.gemm_experts(*own, w2, w2_scale, route.tiles, torch.float32, *bits)
+    down = library.gemm_experts(*own, w2, w2_scale, route.tiles, torch.float32, *numbers)
     return library.combine_experts(down, route.sources, weights.gather(1, route.slots), x.dtype)

@@ -239,26 +239,29 @@ def rms_norm_quant(
     return _call(_OPS.rms_norm_quant, x, weight, epsilon, clip, bits, residual)
 
 
-def prepack_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+def prepack_weight(
+    weight: torch.Tensor, weight_scale: torch.Tensor, group_scale: torch.Tensor | None, bits: int
+) -> torch.Tensor:
     """Stored codes and scales to the kernels' own layout, once at load.
 
     Args:
         weight: ``(N, K/2)`` uint8 (4 bits, low nibble = even input) or ``(N, K)`` int8 (8 bits), or
             those of several experts, stacked.
-        weight_scale: ``(N, G)`` float32; G = 1 per channel, else groups of K/G consecutive inputs.
-            Stacked where ``weight`` is.
+        weight_scale: ``(N, 1)`` float32, stacked where ``weight`` is.
+        group_scale: ``(N, G)`` uint8 in [1, 15] of 4-bit weights, one for each group of K/G = 32,
+            64 or 128 consecutive inputs, stacked where ``weight`` is; or None.
         bits: 4 or 8.
 
     Returns:
-        One opaque tensor, stacked where ``weight`` is: on a CPU uint8, which holds codes and
-        scales, N padded to a multiple of 32; on a GPU the codes alone, as they are stored.
+        One opaque tensor, stacked where ``weight`` is: on a CPU uint8, which holds codes and all
+        scales, N padded to a multiple of 32; on a GPU codes and group scales.
 
     Raises:
         ConfigError: an argument has another dtype or shape; the message names it.
     """
     if weight.device.type == "cpu":
         kernel_name()
-    return _call(_OPS.prepack_weight, weight, weight_scale, bits)
+    return _call(_OPS.prepack_weight, weight, weight_scale, group_scale, bits)
 
 
 def gemm(
@@ -270,16 +273,18 @@ def gemm(
     out_dtype: torch.dtype,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
-    """``y = scale * sum_g(accumulator_g * weight_scale_g) + bias``, :func:`reference.gemm`.
+    """``y = accumulator * weight_scale * scale + bias``, :func:`reference.gemm`.
 
     Args:
         codes, scale: from :func:`quant` or :func:`hadamard_quant` with ``act_bits``.
         packed: from :func:`prepack_weight` with ``weight_bits``.
-        weight_scale: ``(N, G)`` float32, as given to :func:`prepack_weight`; only its shape is read
-            here.
+        weight_scale: ``(N, 1)`` float32, as given to :func:`prepack_weight`; on a CPU only its
+            shape is read here.
         bias: ``(N,)`` of any of the three float dtypes, or None.
         out_dtype: float32, bfloat16 or float16.
+        group_size: inputs of a group of :func:`prepack_weight`, -1 where it had none.
 
     Returns:
         ``(T, N)`` in ``out_dtype``: exact int32 sums, float32 epilogue, rounded once.
@@ -288,7 +293,16 @@ def gemm(
         ConfigError: an argument has another dtype, shape or range; the message names it.
     """
     return _call(
-        _OPS.gemm, codes, scale, packed, weight_scale, bias, out_dtype, act_bits, weight_bits
+        _OPS.gemm,
+        codes,
+        scale,
+        packed,
+        weight_scale,
+        bias,
+        out_dtype,
+        act_bits,
+        weight_bits,
+        group_size,
     )
 
 
@@ -301,6 +315,7 @@ def linear(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     """A whole quantized linear layer: (hadamard) quantize ``x`` per token, then :func:`gemm`.
 
@@ -310,6 +325,7 @@ def linear(
         block: Hadamard block that rotates the input, 0 for none; divides K.
         clip, act_bits: as for :func:`quant`.
         weight_bits: as for :func:`prepack_weight`.
+        group_size: as for :func:`gemm`.
 
     Returns:
         ``(..., N)`` in the dtype of ``x``.
@@ -319,7 +335,8 @@ def linear(
     """
     if block:
         prepare_rotation(block, x.device)
-    return _call(_OPS.linear, x, packed, weight_scale, bias, block, clip, act_bits, weight_bits)
+    numbers = (block, clip, act_bits, weight_bits, group_size)
+    return _call(_OPS.linear, x, packed, weight_scale, bias, *numbers)
 
 
 def silu_mul_linear(
@@ -331,12 +348,14 @@ def silu_mul_linear(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     """:func:`linear` of ``silu(gate) * up``: :func:`silu_mul_hadamard_quant`, then :func:`gemm`.
 
     Args:
         gate_up: ``(..., 2 K)`` contiguous, gate before up, float32, bfloat16 or float16.
-        packed, weight_scale, bias, block, clip, act_bits, weight_bits: as for :func:`linear`.
+        packed, weight_scale, bias, block, clip, act_bits, weight_bits, group_size: as for
+            :func:`linear`.
 
     Returns:
         ``(..., N)`` in the dtype of ``gate_up``.
@@ -346,7 +365,7 @@ def silu_mul_linear(
     """
     if block:
         prepare_rotation(block, gate_up.device)
-    numbers = (block, clip, act_bits, weight_bits)
+    numbers = (block, clip, act_bits, weight_bits, group_size)
     return _call(_OPS.silu_mul_linear, gate_up, packed, weight_scale, bias, *numbers)
 
 
@@ -363,6 +382,7 @@ def experts(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    group_size: int,
 ) -> torch.Tensor:
     """The experts of a mixture, :func:`reference.experts`: the input is quantized once, then each
     expert computes its own tokens.
@@ -371,6 +391,7 @@ def experts(
 
     Args:
         x, weights, chosen, block, clip, act_bits, weight_bits: as there.
+        group_size: of both linears, as for :func:`gemm`.
         w13, w2: what :func:`prepack_weight` makes of all experts' stored codes.
         w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a
             CPU.
@@ -383,7 +404,16 @@ def experts(
     """
     if block:
         prepare_rotation(block, x.device)
-    stacks, numbers = (w13, w13_scale, w2, w2_scale), (block, clip, act_bits, weight_bits)
+    stacks, numbers = (
+        (w13, w13_scale, w2, w2_scale),
+        (
+            block,
+            clip,
+            act_bits,
+            weight_bits,
+            group_size,
+        ),
+    )
     result: torch.Tensor = _call(grouped_experts, _OPS, x, weights, chosen, *stacks, *numbers)
     return result
 

@@ -132,24 +132,52 @@ def _quant_float32(
     return encode(codes, bits), scale
 
 
+def pack_group_scale(group_scale: torch.Tensor) -> torch.Tensor:
+    """Group scales as they are stored: uint8 ``(..., G)`` in [0, 15] to uint8 ``(..., ceil(G/2))``,
+    low nibble = even group, 0 past the last."""
+    padded = torch.nn.functional.pad(group_scale, (0, group_scale.shape[-1] % 2))
+    return padded[..., 0::2] | (padded[..., 1::2] << 4)
+
+
+def unpack_group_scale(stored: torch.Tensor, groups: int) -> torch.Tensor:
+    """Inverse of :func:`pack_group_scale`: uint8 ``(..., groups)``."""
+    return torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(-2)[..., :groups]
+
+
+def scaled_codes(weight: torch.Tensor, group_scale: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """``code * group_scale``, int8 ``(..., K)``: what a weight is in units of its channel's scale.
+
+    Args:
+        weight: stored codes ``(..., K/2)`` uint8 (4 bits) or ``(..., K)`` int8 (8 bits).
+        group_scale: uint8 ``(..., G)`` in [1, 15], G groups of K/G consecutive inputs, of 4-bit
+            weights; or None.
+    """
+    codes = decode(weight, bits)
+    if group_scale is None:
+        return codes
+    grouped = codes.unflatten(-1, (group_scale.shape[-1], -1))
+    return (grouped * group_scale.to(torch.int8)[..., None]).flatten(-2)
+
+
 def accumulate(
-    codes: torch.Tensor, weight: torch.Tensor, act_bits: int, weight_bits: int, group: int = -1
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    group_scale: torch.Tensor | None,
+    act_bits: int,
+    weight_bits: int,
 ) -> torch.Tensor:
-    """Exact sums of products of codes.
+    """Exact sums of products of codes and :func:`scaled_codes`.
 
     Args:
         codes: stored ones of inputs, ``(T, K/2)`` uint8 (4 bits) or ``(T, K)`` int8 (8 bits).
         weight: stored ones of weights, ``(N, K/2)`` uint8 or ``(N, K)`` int8.
-        group: how many inputs share a sum, -1 for all.
+        group_scale: uint8 ``(N, G)``, or None.
 
     Returns:
-        int32 ``(G, T, N)``, G = K / group.
+        int32 ``(T, N)``.
     """
-    a, w = decode(codes, act_bits).double(), decode(weight, weight_bits).double()
-    size = a.shape[-1] if group == -1 else group
-    return torch.stack(
-        [p @ q.T for p, q in zip(a.split(size, 1), w.split(size, 1), strict=True)]
-    ).to(torch.int32)
+    weights = scaled_codes(weight, group_scale, weight_bits)
+    return (decode(codes, act_bits).double() @ weights.double().T).to(torch.int32)
 
 
 def gemm(
@@ -157,45 +185,44 @@ def gemm(
     scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
+    group_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     act_bits: int,
     weight_bits: int,
 ) -> torch.Tensor:
-    """``y = scale * sum_g(accumulator_g * weight_scale_g) + bias``, float32 epilogue, rounded once
-    to ``out_dtype``.
+    """``y = accumulator * weight_scale * scale + bias``, float32 epilogue from left to right,
+    rounded once to ``out_dtype``.
 
     Args:
         codes, scale: from :func:`quant` or :func:`hadamard_quant`.
         weight: stored codes ``(N, K/2)`` uint8 (4 bits) or ``(N, K)`` int8 (8 bits).
-        weight_scale: float32 ``(N, G)``; G = 1 for per-channel, else G groups of K/G consecutive
-            inputs.
+        weight_scale: float32 ``(N, 1)``.
+        group_scale: uint8 ``(N, G)`` in [1, 15] of G groups of K/G consecutive inputs, or None.
         bias: ``(N,)`` of any float dtype, or None.
 
     Returns:
         ``(T, N)`` in ``out_dtype``.
     """
-    groups = weight_scale.shape[1]
-    k = codes.shape[1] * (2 if act_bits == 4 else 1)
-    sums = accumulate(codes, weight, act_bits, weight_bits, k // groups).float()
-    y = torch.einsum("gtn,ng->tn", sums, weight_scale) * scale[:, None]
+    sums = accumulate(codes, weight, group_scale, act_bits, weight_bits).float()
+    y = sums * weight_scale.flatten() * scale[:, None]
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype)
 
 
-def dequantize_weight(weight: torch.Tensor, weight_scale: torch.Tensor, bits: int) -> torch.Tensor:
+def dequantize_weight(
+    weight: torch.Tensor, weight_scale: torch.Tensor, group_scale: torch.Tensor | None, bits: int
+) -> torch.Tensor:
     """The weights that codes and scales stand for.
 
     Args:
-        weight: stored codes ``(N, K/2)`` uint8 (4 bits) or ``(N, K)`` int8 (8 bits).
-        weight_scale: float32 ``(N, G)``.
+        weight, weight_scale, group_scale: as for :func:`gemm`.
 
     Returns:
         float32 ``(N, K)``.
     """
-    codes = decode(weight, bits).float()
-    return codes * weight_scale.repeat_interleave(codes.shape[1] // weight_scale.shape[1], dim=1)
+    return scaled_codes(weight, group_scale, bits).float() * weight_scale
 
 
 def silu_mul_hadamard_quant(
@@ -224,12 +251,16 @@ def silu_mul_hadamard_quant(
     return hadamard_quant(x, block, clip, bits) if block else quant(x, clip, bits)
 
 
+QuantizedExperts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Codes, scales and group scales of one linear of all experts, stacked."""
+
+
 def experts(
     x: torch.Tensor,
     weights: torch.Tensor,
     chosen: torch.Tensor,
-    gate_up: tuple[torch.Tensor, torch.Tensor],
-    down: tuple[torch.Tensor, torch.Tensor],
+    gate_up: QuantizedExperts,
+    down: QuantizedExperts,
     block: int,
     clip: float,
     act_bits: int,
@@ -247,8 +278,9 @@ def experts(
         weights: of each token's experts, float32 ``(T, top_k)``.
         chosen: their numbers, integers ``(T, top_k)`` from 0 to E - 1, of one token all different.
         gate_up: stored codes of gate above up, ``(E, 2 F, K/2)`` uint8 or ``(E, 2 F, K)`` int8;
-            float32 scales ``(E, 2 F, G)``.
-        down: the same of down, codes ``(E, N, F/2)`` or ``(E, N, F)`` and scales ``(E, N, G)``.
+            float32 scales ``(E, 2 F, 1)``; group scales uint8 ``(E, 2 F, G)`` or None.
+        down: the same of down, codes ``(E, N, F/2)`` or ``(E, N, F)``, scales ``(E, N, 1)`` and
+            group scales ``(E, N, G)`` or None.
         block: Hadamard block that rotates down's input, 0 for none.
         clip: of both inputs.
 
@@ -257,13 +289,16 @@ def experts(
     """
     codes, scale = quant(x, clip, act_bits)
     total = torch.zeros(x.shape[0], down[0].shape[1], device=x.device)
-    for expert, (w13, w13_scale, w2, w2_scale) in enumerate(zip(*gate_up, *down, strict=True)):
-        token, place = (chosen == expert).nonzero(as_tuple=True)
-        both = gemm(
-            codes[token], scale[token], w13, w13_scale, None, x.dtype, act_bits, weight_bits
+    bits = (act_bits, weight_bits)
+    for expert in range(len(gate_up[0])):
+        w13, w2 = (
+            [None if stack is None else stack[expert] for stack in linear]
+            for linear in (gate_up, down)
         )
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        both = gemm(codes[token], scale[token], *w13, None, x.dtype, *bits)
         own, own_scale = silu_mul_hadamard_quant(both, block, clip, act_bits)
-        y = gemm(own, own_scale, w2, w2_scale, None, torch.float32, act_bits, weight_bits)
+        y = gemm(own, own_scale, *w2, None, torch.float32, *bits)
         total.index_add_(0, token, y * weights[token, place, None])
     return total.to(x.dtype)
 
