@@ -11,4 +11,7 @@ enum class Float : int { f32, bf16, f16 };
 // smoothrot_vllm.grouped_experts.TILE_TOKENS.
 constexpr int64_t kExpertTileTokens = 64;
 
+// Largest group scale; smoothrot_vllm.format.GROUP_SCALE_MAX.
+constexpr int64_t kMostGroupScale = 15;
+
 }  // namespace smoothrot

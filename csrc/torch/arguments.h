@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -148,21 +149,43 @@ inline Float check_activations(const char* op, const char* argument, const Tenso
   return dtype;
 }
 
-// Groups of `scale` (N, G) over `inputs`, and that no int32 accumulator can overflow.
-inline void check_weight_scale(const char* op, const Tensor& scale, int64_t inputs,
-                               int64_t weight_bits, int64_t act_bits, const Place& place) {
-  check_tensor(op, "weight_scale", scale, ScalarType::Float, {kAnySize, kAnySize}, place);
-  const int64_t columns = scale.size(0), groups = scale.size(1);
-  if (columns < 1 || groups < 1 || inputs % groups) {
-    refuse(op, "weight_scale", "expected (outputs, groups) with groups dividing the ", inputs,
-           " inputs, got ", describe(scale, place), ".");
+// The scales (N, 1) of N > 0 output channels; returns N.
+inline int64_t check_weight_scale(const char* op, const Tensor& scale, const Place& place) {
+  check_tensor(op, "weight_scale", scale, ScalarType::Float, {kAnySize, 1}, place);
+  if (scale.size(0) < 1)
+    refuse(op, "weight_scale", "expected at least one output, got ", describe(scale, place), ".");
+  return scale.size(0);
+}
+
+// Groups of `group_size` among `inputs`, 0 for -1; and that no int32 sum of all inputs can overflow.
+inline int64_t check_groups(const char* op, int64_t group_size, int64_t inputs, int64_t weight_bits,
+                            int64_t act_bits) {
+  const bool grouped = group_size != -1;
+  if (grouped && (weight_bits != 4 || (group_size != 32 && group_size != 64 && group_size != 128) ||
+                  inputs % group_size)) {
+    refuse(op, "group_size", "expected -1 or, of 4-bit weights, 32, 64 or 128 dividing the ", inputs,
+           " inputs, got ", group_size, " of ", weight_bits, "-bit weights.");
   }
-  const int64_t largest = inputs / groups << (weight_bits - 1 + act_bits - 1);
+  const int64_t largest =
+      (grouped ? kMostGroupScale : 1) * inputs << (weight_bits - 1 + act_bits - 1);
   if (largest > INT32_MAX) {
-    refuse(op, "weight_scale", "expected groups short enough for exact int32 sums, got ",
-           inputs / groups, " inputs a group at ", weight_bits, " x ", act_bits,
-           " bits. Use more groups.");
+    refuse(op, "weight", "expected few enough inputs for exact int32 sums, got ", inputs, " at ",
+           weight_bits, " x ", act_bits, " bits.");
   }
+  return grouped ? inputs / group_size : 0;
+}
+
+// Group scales (N, G), or none: inputs of a group, -1 without.
+inline int64_t group_size_of(const char* op, const std::optional<Tensor>& group_scale,
+                             int64_t outputs, int64_t inputs, const Place& place) {
+  if (!group_scale) return -1;
+  check_tensor(op, "group_scale", *group_scale, ScalarType::Byte, {outputs, kAnySize}, place);
+  const int64_t groups = group_scale->size(1);
+  if (groups < 1 || inputs % groups) {
+    refuse(op, "group_scale", "expected (", outputs, ", groups) with groups dividing the ", inputs,
+           " inputs, got ", describe(*group_scale, place), ".");
+  }
+  return inputs / groups;
 }
 
 }  // namespace smoothrot

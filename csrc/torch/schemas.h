@@ -15,22 +15,22 @@ void define_ops(Library& m) {
       "rms_norm_quant(Tensor x, Tensor? weight, float epsilon, float clip, int bits, Tensor(a!)? "
       "residual) -> "
       "(Tensor, Tensor)");
-  m.def("prepack_weight(Tensor weight, Tensor weight_scale, int bits) -> Tensor");
+  m.def("prepack_weight(Tensor weight, Tensor weight_scale, Tensor? group_scale, int bits) -> Tensor");
   m.def(
       "gemm(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
       "ScalarType out_dtype, "
-      "int act_bits, int weight_bits) -> Tensor");
+      "int act_bits, int weight_bits, int group_size) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor weight_scale, Tensor? bias, int block, float clip, "
       "int act_bits, "
-      "int weight_bits) -> Tensor");
+      "int weight_bits, int group_size) -> Tensor");
   m.def(
       "silu_mul_linear(Tensor gate_up, Tensor packed, Tensor weight_scale, Tensor? bias, int "
       "block, float clip, "
-      "int act_bits, int weight_bits) -> Tensor");
+      "int act_bits, int weight_bits, int group_size) -> Tensor");
   m.def(
       "gemm_experts(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor tiles, "
-      "ScalarType out_dtype, int act_bits, int weight_bits) -> Tensor");
+      "ScalarType out_dtype, int act_bits, int weight_bits, int group_size) -> Tensor");
   m.def(
       "combine_experts(Tensor rows, Tensor sources, Tensor weights, ScalarType out_dtype) -> "
       "Tensor");
