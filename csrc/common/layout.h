@@ -10,10 +10,13 @@
 namespace smoothrot {
 
 // A panel is 32 output columns, their scales before their codes; a step is 4 consecutive inputs,
-// and a group of inputs is padded to whole steps:
+// the last one padded:
 //
-//   | scales, float [groups][32] | codes of group 0                   | group 1 | ... | group G-1 |
-//                                | step 0 | step 1 | ... | last step  |
+//   | scales, float [32] | group scales [groups][16] | codes                           |
+//                        | padded to 64 bytes        | step 0 | step 1 | ... | last step |
+//
+// The group scales of columns c and 16 + c share byte c of a group, as codes do below; there are
+// none where each column has one scale alone.
 //
 // A step of 4-bit codes is 64 bytes, byte 4 * c + j for input j of two columns:
 //
@@ -32,41 +35,46 @@ namespace smoothrot {
 //
 // So a 32-bit lane is a column (or, by nibbles, two) and four inputs, which is what vpdpbusd and
 // its kin consume without any horizontal sum. Codes are stored unsigned, code + offset, with offset
-// 8 or 128; the kernels take offset * sum(activation codes) back. In the padding of a group the
-// activation side is zero; columns are padded to whole panels.
+// 8 or 128; the kernels take offset * sum(activation codes) back. In the padding of the last step
+// the activation side is zero; columns are padded to whole panels.
 static constexpr int kPanelColumns = 32;
 static constexpr int kHalfColumns = kPanelColumns / 2;
 static constexpr int kStepInputs = 4;
+static constexpr int kGroupScaleBytes = kPanelColumns / 2;  // of all columns' scales of one group
+static constexpr int kScaleBytes = kPanelColumns * int(sizeof(float));
 
 struct WeightLayout {
   int64_t columns;      // N
   int64_t inputs;       // K
-  int64_t groups;       // G
-  int64_t group_size;   // K / G
-  int64_t group_steps;  // steps of one group, padded
+  int64_t bits;         // 4 or 8
+  int64_t groups;       // 0: a scale for each column alone
+  int64_t group_steps;  // of one group; all without
+  int64_t steps;
   int64_t panels;
   int64_t step_bytes;
+  int64_t codes_at;  // byte of a panel where its codes begin
   int64_t panel_bytes;
-  int32_t offset;  // stored code = code + offset
 };
 
 static inline WeightLayout weight_layout(int64_t columns, int64_t inputs, int64_t groups,
                                          int64_t bits) {
+  constexpr int64_t kLine = 64;
   WeightLayout w{};
   w.columns = columns;
   w.inputs = inputs;
+  w.bits = bits;
   w.groups = groups;
-  w.group_size = inputs / groups;
-  w.group_steps = (w.group_size + kStepInputs - 1) / kStepInputs;
+  w.steps = (inputs + kStepInputs - 1) / kStepInputs;
+  w.group_steps = groups ? w.steps / groups : w.steps;
   w.panels = (columns + kPanelColumns - 1) / kPanelColumns;
   w.step_bytes = kPanelColumns * kStepInputs * bits / 8;
-  w.panel_bytes = groups * (kPanelColumns * int64_t{sizeof(float)} + w.group_steps * w.step_bytes);
-  w.offset = bits == 4 ? 8 : 128;
+  w.codes_at = kScaleBytes + (groups * kGroupScaleBytes + kLine - 1) / kLine * kLine;
+  w.panel_bytes = w.codes_at + w.steps * w.step_bytes;
   return w;
 }
 
 // Tokens are cut into tiles of nearly equal height, at most max_rows. Tile t holds int32 words
-// [groups][steps][rows], each word the four signed codes of one step of one token.
+// [steps][rows], each word the four signed codes of one step of one token.
 struct TileLayout {
   int64_t tokens;
   int64_t tiles;

@@ -2,8 +2,8 @@
 // Integer gemm over prepacked panels: exact int32 accumulators, one float epilogue.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 
 #include "kernels.h"
@@ -17,19 +17,24 @@ namespace {
 // bandwidth.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// One tile against one panel.
+// Some steps of a panel, for one tile.
 struct Task {
-  const int32_t* words;
-  const int32_t* start;
-  const float* row_scale;
-  const float* column_scale;  // [groups][32]
-  const uint8_t* codes;
-  const float* bias;  // [32] or null
-  int64_t groups;
+  const int32_t* words;        // [steps][rows]
+  const int32_t* start;        // [starts][rows], or null where the sums have begun
+  const uint8_t* codes;        // nibbles as packed, or bytes
+  const uint8_t* group_scale;  // of the first step on; null: none
   int64_t steps;
+  int64_t group_steps;
+  int32_t* sums;  // [rows][32]
+};
+
+// Where the results of a panel go.
+struct Target {
+  const float* column_scale;  // [32]
+  const float* bias;          // [32] or null
   void* out;
-  Float out_dtype;
-  int64_t out_pitch;
+  Float dtype;
+  int64_t pitch;
   int64_t columns;  // valid ones of the 32
 };
 
@@ -47,16 +52,16 @@ inline void store_scalar(void* out, Float dtype, int64_t i, float v) {
 }
 
 template <class S>
-inline void store_vector(const Task& t, int64_t row, int64_t column, typename S::F32 v) {
-  const int64_t at = row * t.out_pitch + column;
+inline void store_vector(const Target& t, int64_t row, int64_t column, typename S::F32 v) {
+  const int64_t at = row * t.pitch + column;
   if (column + S::kLanes > t.columns) {
     float lanes[S::kLanes];
     S::store(lanes, v);
     for (int64_t i = 0; column + i < t.columns && i < S::kLanes; ++i)
-      store_scalar(t.out, t.out_dtype, at + i, lanes[i]);
+      store_scalar(t.out, t.dtype, at + i, lanes[i]);
     return;
   }
-  switch (t.out_dtype) {
+  switch (t.dtype) {
     case Float::f32:
       return S::store(static_cast<float*>(t.out) + at, v);
     case Float::bf16:
@@ -66,179 +71,320 @@ inline void store_vector(const Task& t, int64_t row, int64_t column, typename S:
   }
 }
 
-// Sums of Rows tokens by two vectors of columns.
-template <class S, int Rows>
-struct Sums {
-  typename S::I32 at[Rows][2];
-};
+template <bool Packed>
+constexpr int64_t kStepBytes = kPanelColumns * kStepInputs / (Packed ? 2 : 1);
 
-// One step added to `sum`.
-template <class S, int Rows, int Bits>
-SMOOTHROT_INLINE void step(const int32_t* words, const uint8_t* codes, Sums<S, Rows>& sum) {
-  using I32 = typename S::I32;
-  constexpr int64_t kHalfStepBytes = kHalfColumns * kStepInputs;
-  I32 low, high;
-  __builtin_prefetch(codes + kPrefetchBytes);
-  if constexpr (Bits == 4) {
+// Columns of one step, those from `codes` on and those sixteen further, as unsigned bytes.
+template <class S, bool Packed>
+SMOOTHROT_INLINE void load_step(const uint8_t* codes, typename S::I32& low, typename S::I32& high) {
+  if constexpr (Packed) {
+    __builtin_prefetch(codes + kPrefetchBytes);
     S::split_nibbles(S::load_bytes(codes), low, high);
   } else {
-    __builtin_prefetch(codes + kPrefetchBytes + kHalfStepBytes);
+    constexpr int64_t kHalfStepBytes = kHalfColumns * kStepInputs;
     low = S::load_bytes(codes);
     high = S::load_bytes(codes + kHalfStepBytes);
   }
+}
+
+// Sums of Rows tokens by two vectors of columns.
+template <class S, int Rows>
+struct Accumulators {
+  typename S::I32 at[Rows][2];
+
+  template <typename F>
+  SMOOTHROT_INLINE void each(const F& f) {
+    unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
+      unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA { f(at[r][h], int(r), int(h)); });
+    });
+  }
+};
+
+template <class S, int Rows, bool Packed, int Bits>
+SMOOTHROT_INLINE void dot_step(const int32_t* words, const uint8_t* codes,
+                               Accumulators<S, Rows>& sums) {
+  typename S::I32 low, high;
+  load_step<S, Packed>(codes, low, high);
+  if constexpr (!Packed) {
+    __builtin_prefetch(codes + kPrefetchBytes);
+    __builtin_prefetch(codes + kPrefetchBytes + kStepBytes<true>);
+  }
   unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
-    const I32 a = S::set1(words[r]);
-    sum.at[r][0] = S::template dot4<Bits>(sum.at[r][0], low, a);
-    sum.at[r][1] = S::template dot4<Bits>(sum.at[r][1], high, a);
+    const typename S::I32 a = S::set1(words[r]);
+    sums.at[r][0] = S::template dot4<Bits>(sums.at[r][0], low, a);
+    sums.at[r][1] = S::template dot4<Bits>(sums.at[r][1], high, a);
   });
 }
 
-// The integer sums of one group of inputs.
-template <class S, int Rows, int Bits>
-SMOOTHROT_INLINE void accumulate(const int32_t* words, const int32_t* start, const uint8_t* codes,
-                                 int64_t steps, Sums<S, Rows>& sum) {
-  constexpr int64_t kStepBytes = kPanelColumns * kStepInputs * Bits / 8;
+// Sums::whole.
+template <class S, int Rows, bool Packed, int Bits>
+SMOOTHROT_INLINE void add_whole(const Task& t, const uint8_t* codes, Accumulators<S, Rows>& total) {
   // Few rows give few chains: split the inputs over several sets of sums so that latency stays
   // hidden.
   constexpr int kSets = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
-  Sums<S, Rows> sets[kSets];
-  unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
-    unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
-      sets[set].at[r][0] = sets[set].at[r][1] = set == 0 ? S::set1(start[r]) : S::zero();
-    });
+  constexpr int64_t kBytes = kStepBytes<Packed>;
+  Accumulators<S, Rows> sets[kSets] = {total};
+  unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
+    sets[set + 1].each([](auto& sum, int, int) { sum = S::zero(); });
   });
-  // A group has at least one step; loops that test at their end keep the sums in place in
-  // registers.
-  if constexpr (kSets > 1) {
-    for (int64_t turns = steps / kSets; turns > 0; --turns) {
-      unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
-        step<S, Rows, Bits>(words + set * Rows, codes + set * kStepBytes, sets[set]);
-      });
-      words += kSets * Rows;
-      codes += kSets * kStepBytes;
-    }
-    steps %= kSets;
-    for (; steps > 0; --steps, words += Rows, codes += kStepBytes)
-      step<S, Rows, Bits>(words, codes, sets[0]);
-  } else {
-    do {
-      step<S, Rows, Bits>(words, codes, sets[0]);
-      words += Rows;
-      codes += kStepBytes;
-    } while (--steps > 0);
-  }
-  unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
-    unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
-      typename S::I32 total = sets[0].at[r][h];
-      unroll<kSets - 1>(
-          [&](auto set) SMOOTHROT_INLINE_LAMBDA { total = S::add(total, sets[set + 1].at[r][h]); });
-      sum.at[r][h] = total;
+  const int32_t* words = t.words;
+  for (int64_t turns = t.steps / kSets; turns > 0; --turns) {
+    unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
+      dot_step<S, Rows, Packed, Bits>(words + set * Rows, codes + set * kBytes, sets[set]);
     });
+    words += kSets * Rows;
+    codes += kSets * kBytes;
+  }
+  for (int64_t left = t.steps % kSets; left > 0; --left, words += Rows, codes += kBytes)
+    dot_step<S, Rows, Packed, Bits>(words, codes, sets[0]);
+  total = sets[0];
+  unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
+    total.each([&](auto& sum, int r, int h) { sum = S::add(sum, sets[set + 1].at[r][h]); });
   });
 }
 
-template <class S, int Rows, int Bits, bool Grouped>
+// Sums::groups.
+template <class S, int Rows>
+SMOOTHROT_INLINE void add_groups(const Task& t, const uint8_t* codes, int first,
+                                 Accumulators<S, Rows>& total) {
+  const int32_t *words = t.words, *start = t.start;
+  const uint8_t* scales = t.group_scale + first;
+  for (int64_t left = t.steps; left > 0; left -= t.group_steps) {
+    Accumulators<S, Rows> sums;
+    sums.each([&](auto& sum, int r, int) { sum = S::set1(start[r]); });
+    for (int64_t s = t.group_steps; s > 0; --s, words += Rows, codes += kStepBytes<true>)
+      dot_step<S, Rows, true, 4>(words, codes, sums);
+    typename S::I32 scale[2];
+    S::split_scales(scales, scale[0], scale[1]);
+    total.each(
+        [&](auto& sum, int r, int h) { sum = S::add(sum, S::mul(sums.at[r][h], scale[h])); });
+    start += Rows;
+    scales += kGroupScaleBytes;
+  }
+}
+
+// Sums::spans, of whole and of partial ones.
+template <class S, int Rows, bool Packed>
+SMOOTHROT_INLINE void add_spans(const Task& t, const uint8_t* codes, int first,
+                                Accumulators<S, Rows>& total) {
+  using I32 = typename S::I32;
+  const int32_t *words = t.words, *start = t.start;
+  I32 scale[2] = {S::twice(S::set1(1)), S::twice(S::set1(1))};
+  int64_t group_left = 0;
+  const uint8_t* scales = t.group_scale ? t.group_scale + first : nullptr;
+  Accumulators<S, Rows> sums;
+  const auto step = [&]() SMOOTHROT_INLINE_LAMBDA {
+    I32 low, high;
+    load_step<S, Packed>(codes, low, high);
+    unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
+      const I32 a = S::set1(words[r]);
+      sums.at[r][0] = S::dot_pairs(sums.at[r][0], low, a);
+      sums.at[r][1] = S::dot_pairs(sums.at[r][1], high, a);
+    });
+    words += Rows;
+    codes += kStepBytes<Packed>;
+  };
+  const auto span = [&](const auto& steps) SMOOTHROT_INLINE_LAMBDA {
+    sums.each([&](auto& sum, int r, int) { sum = S::set1(start[r]); });
+    steps();
+    if (scales && group_left == 0) {
+      S::split_scales(scales, scale[0], scale[1]);
+      scale[0] = S::twice(scale[0]);
+      scale[1] = S::twice(scale[1]);
+      scales += kGroupScaleBytes;
+      group_left = t.group_steps;
+    }
+    group_left -= kSpanSteps;
+    total.each([&](auto& sum, int r, int h) { sum = S::fold_pairs(sum, sums.at[r][h], scale[h]); });
+    start += Rows;
+  };
+  for (int64_t left = t.steps / kSpanSteps; left > 0; --left) {
+    span([&]() SMOOTHROT_INLINE_LAMBDA {
+      unroll<kSpanSteps>([&](auto) SMOOTHROT_INLINE_LAMBDA { step(); });
+    });
+  }
+  if (const int64_t left = t.steps % kSpanSteps) {
+    span([&]() SMOOTHROT_INLINE_LAMBDA {
+      for (int64_t s = 0; s < left; ++s) step();
+    });
+  }
+}
+
+// Adds the products of a task's steps to its sums.
+template <class S, int Rows, Sums How, bool Packed, int Bits>
 void multiply(const Task& t) {
-  using F32 = typename S::F32;
-  constexpr int64_t kStepBytes = kPanelColumns * kStepInputs * Bits / 8;
   // A vector of codes narrower than a step's half is a part of its columns: go over the parts one
   // by one.
   for (int first = 0; first < kHalfColumns; first += S::kLanes) {
-    F32 y[Rows][2];
-    const auto add_group = [&](int64_t g, auto is_first) SMOOTHROT_INLINE_LAMBDA {
-      Sums<S, Rows> sum;
-      accumulate<S, Rows, Bits>(t.words + g * t.steps * Rows, t.start + g * Rows,
-                                t.codes + g * t.steps * kStepBytes + first * kStepInputs, t.steps,
-                                sum);
-      unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
-        const F32 scale = S::load(t.column_scale + g * kPanelColumns + h * kHalfColumns + first);
-        unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
-          const F32 term = S::mul(S::to_f32(sum.at[r][h]), scale);
-          y[r][h] = is_first ? term : S::add(y[r][h], term);
-        });
-      });
+    const auto at = [&](int r, int h) {
+      return t.sums + r * kPanelColumns + h * kHalfColumns + first;
     };
-    add_group(0, std::true_type{});
-    if constexpr (Grouped) {
-      for (int64_t g = 1; g < t.groups; ++g) add_group(g, std::false_type{});
+    const uint8_t* codes = t.codes + first * kStepInputs;
+    Accumulators<S, Rows> total;
+    total.each([&](auto& sum, int r, int h) { sum = S::load_bytes(at(r, h)); });
+    if constexpr (How == Sums::whole) {
+      add_whole<S, Rows, Packed, Bits>(t, codes, total);
+    } else if constexpr (How == Sums::groups) {
+      add_groups<S, Rows>(t, codes, first, total);
+    } else {
+      add_spans<S, Rows, Packed>(t, codes, first, total);
     }
-    unroll<2>([&](auto h) SMOOTHROT_INLINE_LAMBDA {
-      const int64_t column = h * kHalfColumns + first;
-      if (column >= t.columns) return;
-      unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
-        F32 v = S::mul(y[r][h], S::set1(t.row_scale[r]));
-        if (t.bias) v = S::add(v, S::load(t.bias + column));
-        store_vector<S>(t, r, column, v);
-      });
-    });
+    total.each([&](auto& sum, int r, int h) { S::store_words(at(r, h), sum); });
   }
 }
 
 using Multiply = void (*)(const Task&);
 
-template <class S, int Bits, bool Grouped, std::size_t... Row>
+template <class S, Sums How, bool Packed, int Bits, std::size_t... Row>
 Multiply multiply_of_height(int64_t rows, std::index_sequence<Row...>) {
-  static constexpr Multiply kTable[] = {&multiply<S, int(Row) + 1, Bits, Grouped>...};
+  static constexpr Multiply kTable[] = {&multiply<S, int(Row) + 1, How, Packed, Bits>...};
   return kTable[rows - 1];
 }
 
 template <class S>
-Multiply choose_multiply(int64_t rows, int bits, bool grouped) {
-  using Heights = std::make_index_sequence<S::kMaxRows>;
-  using GroupedHeights = std::make_index_sequence<S::kMaxRowsGrouped>;
-  if (grouped) {
-    return bits == 4 ? multiply_of_height<S, 4, true>(rows, GroupedHeights{})
-                     : multiply_of_height<S, 8, true>(rows, GroupedHeights{});
+Multiply choose_multiply(int64_t rows, const GemmArgs& g) {
+  constexpr auto kHeights = std::make_index_sequence<S::kMaxRows>{};
+  if constexpr (S::kSumsSpans) {
+    if (g.act.sums == Sums::spans) {
+      return g.expand ? multiply_of_height<S, Sums::spans, false, 4>(rows, kHeights)
+                      : multiply_of_height<S, Sums::spans, true, 4>(rows, kHeights);
+    }
+  } else {
+    if (g.act.sums == Sums::groups) {
+      return multiply_of_height<S, Sums::groups, true, 4>(
+          rows, std::make_index_sequence<S::kMostRowsByGroups>{});
+    }
+    if (g.act.weight.bits == 4 && !g.expand)
+      return multiply_of_height<S, Sums::whole, true, 4>(rows, kHeights);
   }
-  return bits == 4 ? multiply_of_height<S, 4, false>(rows, Heights{})
-                   : multiply_of_height<S, 8, false>(rows, Heights{});
+  return multiply_of_height<S, Sums::whole, false, 8>(rows, kHeights);
 }
 
-// Tiles [first, last) against one panel; `t` holds what all panels share.
 template <class S>
-void multiply_panel(const GemmArgs& g, Task t, int64_t panel, int64_t first_tile,
-                    int64_t last_tile) {
+void plan(GemmArgs& g) {
+  TileArgs& act = g.act;
+  const bool packed = act.weight.bits == 4;
+  act.sums = Sums::whole;
+  act.offset = packed ? 8 : 128;
+  g.expand = packed && S::kExpandFromTiles > 0 && act.tiles.tiles >= S::kExpandFromTiles;
+  if constexpr (S::kSumsSpans) {
+    if (packed) act.sums = Sums::spans;
+  } else if (act.weight.groups) {
+    if (S::kExpandFromTiles == 0 || act.tiles.tokens <= S::kMostRowsByGroups) {
+      act.sums = Sums::groups;
+    } else {
+      act.offset = 128;
+      g.expand = true;
+    }
+  }
+}
+
+// Packed steps to bytes; where sums are of the whole, times their groups' scales.
+template <class S>
+void expand(const Task& t, bool scaled, uint8_t* bytes) {
+  const uint8_t *codes = t.codes, *scales = t.group_scale;
+  for (int64_t left = t.steps; left > 0;
+       left -= t.group_steps, scales += scaled * kGroupScaleBytes) {
+    const int64_t steps = left < t.group_steps ? left : t.group_steps;
+    for (int first = 0; first < kHalfColumns; first += S::kLanes) {
+      [[maybe_unused]] typename S::I32 scale[2];
+      if constexpr (!S::kSumsSpans)
+        if (scaled) S::split_scales(scales + first, scale[0], scale[1]);
+      for (int64_t s = 0; s < steps; ++s) {
+        typename S::I32 low, high;
+        load_step<S, true>(codes + s * kStepBytes<true> + first * kStepInputs, low, high);
+        if constexpr (!S::kSumsSpans) {
+          if (scaled) {
+            low = S::scale_bytes(low, scale[0]);
+            high = S::scale_bytes(high, scale[1]);
+          }
+        }
+        auto* out = reinterpret_cast<int32_t*>(bytes + s * kStepBytes<false>) + first;
+        S::store_words(out, low);
+        S::store_words(out + kHalfColumns, high);
+      }
+    }
+    codes += steps * kStepBytes<true>;
+    bytes += steps * kStepBytes<false>;
+  }
+}
+
+// The float epilogue of `rows` rows: reference.gemm.
+template <class S>
+void finish(const Target& t, const int32_t* sums, const float* row_scale, int64_t rows) {
+  for (int column = 0; column < kPanelColumns && column < t.columns; column += S::kLanes) {
+    const typename S::F32 scale = S::load(t.column_scale + column);
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto sum = S::load_bytes(sums + r * kPanelColumns + column);
+      typename S::F32 v = S::mul(S::mul(S::to_f32(sum), scale), S::set1(row_scale[r]));
+      if (t.bias) v = S::add(v, S::load(t.bias + column));
+      store_vector<S>(t, r, column, v);
+    }
+  }
+}
+
+// Tiles [first_tile, last_tile) against one panel.
+template <class S>
+void multiply_panel(const GemmArgs& g, int64_t panel, int64_t first_tile, int64_t last_tile,
+                    void* scratch) {
   const WeightLayout& w = g.act.weight;
-  const bool grouped = w.groups > 1;
-  const int64_t out_bytes = g.out_dtype == Float::f32 ? 4 : 2;
-  const int64_t column = panel * kPanelColumns;
+  const TileArgs& act = g.act;
+  const int64_t first_row = tile_begin(act.tiles, first_tile),
+                rows = tile_begin(act.tiles, last_tile) - first_row;
   const uint8_t* data = g.packed + panel * w.panel_bytes;
-  t.column_scale = reinterpret_cast<const float*>(data);
-  t.codes = data + w.groups * kPanelColumns * int64_t{sizeof(float)};
-  t.columns = w.columns - column < kPanelColumns ? w.columns - column : kPanelColumns;
+  auto* bytes = static_cast<uint8_t*>(scratch);
+  auto* sums = reinterpret_cast<int32_t*>(bytes + (g.expand ? kChunkInputs * kPanelColumns : 0));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t begin = act.sums == Sums::whole ? act.start[first_row + r] : 0;
+    std::fill_n(sums + r * kPanelColumns, kPanelColumns, begin);
+  }
+  const int64_t chunk = g.expand ? kChunkInputs / kStepInputs : w.steps;
+  for (int64_t s = 0; s < w.steps; s += chunk) {
+    Task t{};
+    t.steps = std::min(chunk, w.steps - s);
+    t.group_steps = w.group_steps;
+    t.codes = data + w.codes_at + s * w.step_bytes;
+    if (w.groups) t.group_scale = data + kScaleBytes + s / w.group_steps * kGroupScaleBytes;
+    if constexpr (S::kExpandFromTiles > 0) {
+      if (g.expand) {
+        expand<S>(t, w.groups && act.sums == Sums::whole, bytes);
+        t.codes = bytes;
+      }
+    }
+    for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+      const int64_t first = tile_begin(act.tiles, tile),
+                    height = tile_begin(act.tiles, tile + 1) - first;
+      t.words = act.words + first * w.steps + s * height;
+      t.start = act.start + first * act.starts() + s / kSpanSteps * height;
+      t.sums = sums + (first - first_row) * kPanelColumns;
+      choose_multiply<S>(height, g)(t);
+    }
+  }
+  Target target{};
+  const int64_t column = panel * kPanelColumns, out_bytes = g.out_dtype == Float::f32 ? 4 : 2;
+  target.column_scale = reinterpret_cast<const float*>(data);
+  target.columns = std::min<int64_t>(w.columns - column, kPanelColumns);
+  target.out = static_cast<uint8_t*>(g.out) + (first_row * w.columns + column) * out_bytes;
+  target.dtype = g.out_dtype;
+  target.pitch = w.columns;
   float bias[kPanelColumns] = {};
   if (g.bias) {
-    for (int64_t c = 0; c < t.columns; ++c) bias[c] = load_scalar(g.bias, g.bias_dtype, column + c);
-    t.bias = bias;
+    for (int64_t c = 0; c < target.columns; ++c)
+      bias[c] = load_scalar(g.bias, g.bias_dtype, column + c);
+    target.bias = bias;
   }
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    const int64_t first = tile_begin(g.act.tiles, tile),
-                  rows = tile_begin(g.act.tiles, tile + 1) - first;
-    t.words = g.act.words + first * w.groups * w.group_steps;
-    t.start = g.act.start + first * w.groups;
-    t.row_scale = g.act.scale + first;
-    t.out = static_cast<uint8_t*>(g.out) + (first * w.columns + column) * out_bytes;
-    choose_multiply<S>(rows, g.weight_bits, grouped)(t);
-  }
+  finish<S>(target, sums, act.scale + first_row, rows);
 }
 
 template <class S>
-void gemm(const GemmArgs& g, int64_t begin, int64_t end) {
-  const WeightLayout& w = g.act.weight;
-  Task t{};
-  t.groups = w.groups;
-  t.steps = w.group_steps;
-  t.out_dtype = g.out_dtype;
-  t.out_pitch = w.columns;
+void gemm(const GemmArgs& g, int64_t begin, int64_t end, void* scratch) {
   // Tasks number the blocks of one panel after the other, so that ranges share the panels out
   // evenly; within a range one block's tiles meet all of its panels before the next block comes.
   for (int64_t block = 0; block < g.blocks; ++block) {
-    const int64_t first_tile = g.act.tiles.tiles * block / g.blocks;
-    const int64_t last_tile = g.act.tiles.tiles * (block + 1) / g.blocks;
     const int64_t first_panel = (begin + g.blocks - 1 - block) / g.blocks;
     const int64_t last_panel = (end + g.blocks - 1 - block) / g.blocks;
     for (int64_t panel = first_panel; panel < last_panel; ++panel)
-      multiply_panel<S>(g, t, panel, first_tile, last_tile);
+      multiply_panel<S>(g, panel, block_begin(g, block), block_begin(g, block + 1), scratch);
   }
 }
 
@@ -246,8 +392,8 @@ void gemm(const GemmArgs& g, int64_t begin, int64_t end) {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           S::kMaxRows,     S::kMaxRowsGrouped, &scratch_bytes<S>,
-          &quant_rows<S>, &quant_tiles<S>, &decode_tiles<S>,   &gemm<S>};
+  return {name,           S::kMaxRows,     &plan<S>,         &scratch_bytes<S>,
+          &quant_rows<S>, &quant_tiles<S>, &decode_tiles<S>, &gemm<S>};
 }
 
 }  // namespace smoothrot

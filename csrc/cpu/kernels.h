@@ -40,20 +40,44 @@ struct QuantArgs {
   NormArgs norm_args;  // for rms_norm; weight and residual have the dtype of x
 };
 
+// How a kernel keeps its integer sums, which decides where they start: at minus the offset of the
+// stored codes times the sum of the activation codes.
+enum class Sums {
+  whole,   // int32 over all inputs: one start a row
+  groups,  // int32 over a group of 4-bit weights, times its scale: a start a group
+  spans,   // int16 over kSpanInputs of 4-bit weights, see S::fold_pairs: a start a span, in which
+          // the first two inputs of each step are the low half of the word and the last two the
+          // high one
+};
+static constexpr int kSpanInputs = 32;
+static constexpr int kSpanSteps = kSpanInputs / kStepInputs;
+
 // Activations in tiles: the left operand of the gemm.
 struct TileArgs {
   TileLayout tiles;
   WeightLayout weight;
+  Sums sums;
+  int32_t offset;  // of the weights that the kernel multiplies with
   int32_t* words;  // see TileLayout
-  int32_t* start;  // per tile [groups][rows]: -offset * sum of codes, where accumulators begin
+  int32_t* start;  // per tile [starts][rows]
   float* scale;    // [tokens]
+
+  int64_t starts() const {
+    return sums == Sums::whole    ? 1
+           : sums == Sums::groups ? weight.groups
+                                  : (weight.inputs + kSpanInputs - 1) / kSpanInputs;
+  }
 };
+
+// Inputs of a panel that are expanded to bytes at a time: what all tiles of a block then read stays
+// in the first-level cache. Whole groups.
+static constexpr int64_t kChunkInputs = 512;
 
 struct GemmArgs {
   TileArgs act;
+  bool expand;            // 4-bit weights to bytes, once for all tiles of a block
   const uint8_t* packed;  // panels, see WeightLayout
-  int weight_bits;
-  const void* bias;  // [columns] or null
+  const void* bias;       // [columns] or null
   Float bias_dtype;
   void* out;  // [tokens][columns]
   Float out_dtype;
@@ -61,11 +85,26 @@ struct GemmArgs {
                    // panels go by
 };
 
+// Tiles [block_begin(g, b), block_begin(g, b + 1)) are block b.
+static inline int64_t block_begin(const GemmArgs& g, int64_t block) {
+  return g.act.tiles.tiles * block / g.blocks;
+}
+
+// Bytes of scratch that the gemm wants, 64-byte aligned, per thread: the sums of a block's tiles,
+// and a chunk of expanded weights.
+static inline int64_t gemm_scratch_bytes(const GemmArgs& g) {
+  const int64_t tiles = (g.act.tiles.tiles + g.blocks - 1) / g.blocks;
+  const int64_t sums = tiles * (g.act.tiles.rows + 1) * kPanelColumns * int64_t{sizeof(int32_t)};
+  return sums + (g.expand ? kChunkInputs * kPanelColumns : 0);
+}
+
 struct Kernels {
   const char* name;
-  // Tallest tile the gemm takes, for one scale per column and for group scales.
+  // Tallest tile the gemm takes.
   int max_rows;
-  int max_rows_grouped;
+  // How tiles of this weight are best multiplied: act.sums, act.offset and expand of `g`, of which
+  // act.tiles and act.weight are set.
+  void (*plan)(GemmArgs& g);
   // Bytes of scratch that quant_rows, quant_tiles and decode_tiles want, 64-byte aligned, per
   // thread.
   int64_t (*scratch_bytes)(const QuantArgs&, int64_t max_rows);
@@ -78,7 +117,7 @@ struct Kernels {
   void (*decode_tiles)(const void* codes, int bits, const TileArgs&, int64_t begin, int64_t end,
                        void* scratch);
   // Tasks [begin, end) of gemm_tasks(): task = panel * blocks + block.
-  void (*gemm)(const GemmArgs&, int64_t begin, int64_t end);
+  void (*gemm)(const GemmArgs&, int64_t begin, int64_t end, void* scratch);
 };
 
 static inline int64_t gemm_tasks(const GemmArgs& g) { return g.act.weight.panels * g.blocks; }
@@ -93,9 +132,9 @@ extern const Kernels kAvx512VnniKernels;
 // and for a path that this CPU cannot run.
 const Kernels& select_kernels(const char* name);
 
-// Stored codes [columns][inputs / 2] or [columns][inputs] and scales [columns][groups] to panels
-// [begin, end).
-void prepack(const void* codes, const float* scale, int bits, const WeightLayout& layout,
-             uint8_t* packed, int64_t begin, int64_t end);
+// Stored codes [columns][inputs / 2] or [columns][inputs], scales [columns] and group scales
+// [columns][groups], a byte each, to panels [begin, end).
+void prepack(const void* codes, const float* scale, const uint8_t* group_scale,
+             const WeightLayout& layout, uint8_t* packed, int64_t begin, int64_t end);
 
 }  // namespace smoothrot

@@ -65,28 +65,27 @@ void pack_slice(const uint8_t* rows, int64_t columns, int bits, const WeightLayo
 
 }  // namespace
 
-void prepack(const void* codes, const float* scale, int bits, const WeightLayout& w,
-             uint8_t* packed, int64_t begin, int64_t end) {
+void prepack(const void* codes, const float* scale, const uint8_t* group_scale,
+             const WeightLayout& w, uint8_t* packed, int64_t begin, int64_t end) {
   const auto* stored = static_cast<const uint8_t*>(codes);
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t first = panel * kPanelColumns;
     const int64_t columns = w.columns - first < kPanelColumns ? w.columns - first : kPanelColumns;
     uint8_t* out = packed + panel * w.panel_bytes;
     auto* scales = reinterpret_cast<float*>(out);
-    uint8_t* panel_codes = out + w.groups * kPanelColumns * int64_t{sizeof(float)};
+    for (int64_t c = 0; c < kPanelColumns; ++c) scales[c] = c < columns ? scale[first + c] : 0.0f;
+    uint8_t* joined = out + kScaleBytes;
+    std::memset(joined, 0, size_t(w.codes_at - kScaleBytes));
     for (int64_t g = 0; g < w.groups; ++g) {
-      for (int64_t c = 0; c < kPanelColumns; ++c) {
-        scales[g * kPanelColumns + c] = c < columns ? scale[(first + c) * w.groups + g] : 0.0f;
+      for (int64_t c = 0; c < columns; ++c) {
+        const uint8_t one = group_scale[(first + c) * w.groups + g];
+        joined[g * kGroupScaleBytes + c % kHalfColumns] |= uint8_t(one << c / kHalfColumns * 4);
       }
     }
-    for (int64_t g = 0; g < w.groups; ++g) {
-      const int64_t group_end = (g + 1) * w.group_size;
-      uint8_t* group = panel_codes + g * w.group_steps * w.step_bytes;
-      for (int64_t k = g * w.group_size; k < group_end;
-           k += kSliceInputs, group += kSliceInputs / kStepInputs * w.step_bytes) {
-        const int64_t slice_end = k + kSliceInputs < group_end ? k + kSliceInputs : group_end;
-        pack_slice(stored + first * w.inputs * bits / 8, columns, bits, w, k, slice_end, group);
-      }
+    for (int64_t k = 0; k < w.inputs; k += kSliceInputs) {
+      const int64_t end_of_slice = k + kSliceInputs < w.inputs ? k + kSliceInputs : w.inputs;
+      pack_slice(stored + first * w.inputs * w.bits / 8, columns, int(w.bits), w, k, end_of_slice,
+                 out + w.codes_at + k / kStepInputs * w.step_bytes);
     }
   }
 }

@@ -196,29 +196,45 @@ void interleave(const int8_t* codes, int64_t pitch, int64_t rows, int64_t steps,
   }
 }
 
-// Rows of codes into tile `tile`: words interleaved by row, and where each accumulator starts.
+// Where the sums of a row begin, each `rows` after the other.
+template <class S>
+void start_row(const TileArgs& t, const int8_t* codes, int64_t rows, int32_t* start) {
+  const int64_t inputs = t.weight.inputs;
+  if (t.sums == Sums::whole) {
+    *start = -t.offset * sum_of<S>(codes, inputs);
+    return;
+  }
+  if constexpr (!S::kSumsSpans) {
+    const int64_t size = t.weight.group_steps * kStepInputs;
+    for (int64_t k = 0; k < inputs; k += size, start += rows)
+      *start = -t.offset * sum_of<S>(codes + k, size);
+  } else {
+    int64_t k = 0;
+    for (; k + kSpanInputs <= inputs; k += kSpanInputs, start += rows)
+      *start = S::start_pairs(codes + k, t.offset);
+    if (k < inputs) {
+      int8_t tail[kSpanInputs] = {};
+      std::memcpy(tail, codes + k, size_t(inputs - k));
+      *start = S::start_pairs(tail, t.offset);
+    }
+  }
+}
+
+// Rows of codes into tile `tile`: words interleaved by row, and where each sum starts.
 template <class S>
 void pack_tile(const TileArgs& t, int64_t tile, const int8_t* codes, int64_t pitch) {
   const WeightLayout& w = t.weight;
   const int64_t first = tile_begin(t.tiles, tile), rows = tile_begin(t.tiles, tile + 1) - first;
-  int32_t* words = t.words + first * w.groups * w.group_steps;
-  int32_t* start = t.start + first * w.groups;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    for (int64_t r = 0; r < rows; ++r) {
-      start[g * rows + r] =
-          -w.offset * sum_of<S>(codes + r * pitch + g * w.group_size, w.group_size);
-    }
-  }
-  const int64_t whole = w.group_size / kStepInputs;
-  if (whole == w.group_steps) return interleave<S>(codes, pitch, rows, w.groups * whole, words);
-  for (int64_t g = 0; g < w.groups; ++g, codes += w.group_size, words += w.group_steps * rows) {
-    interleave<S>(codes, pitch, rows, whole, words);
-    for (int64_t r = 0; r < rows; ++r) {
-      int32_t word = 0;
-      std::memcpy(&word, codes + r * pitch + whole * kStepInputs,
-                  size_t(w.group_size - whole * kStepInputs));
-      words[whole * rows + r] = word;
-    }
+  int32_t* words = t.words + first * w.steps;
+  int32_t* start = t.start + first * t.starts();
+  for (int64_t r = 0; r < rows; ++r) start_row<S>(t, codes + r * pitch, rows, start + r);
+  const int64_t whole = w.inputs / kStepInputs;
+  interleave<S>(codes, pitch, rows, whole, words);
+  for (int64_t r = 0; whole < w.steps && r < rows; ++r) {
+    int32_t word = 0;
+    std::memcpy(&word, codes + r * pitch + whole * kStepInputs,
+                size_t(w.inputs - whole * kStepInputs));
+    words[whole * rows + r] = word;
   }
 }
 

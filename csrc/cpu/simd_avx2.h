@@ -12,8 +12,9 @@ namespace {
 
 struct Avx2 {
   static constexpr int kLanes = 8;
-  static constexpr int kMaxRows = 4;  // 8 accumulators, 2 weights, activation, ones, temporaries
-  static constexpr int kMaxRowsGrouped = 4;
+  static constexpr int kMaxRows = 6;  // 12 sums, 2 weights, activation, product
+  static constexpr bool kSumsSpans = true;
+  static constexpr int kExpandFromTiles = 4;
   using F32 = __m256;
   using I32 = __m256i;
 
@@ -118,6 +119,33 @@ struct Avx2 {
     low = _mm256_and_si256(packed, mask);
     high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
   }
+  static void store_words(int32_t* p, I32 v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  static void split_scales(const uint8_t* p, I32& low, I32& high) {
+    const I32 both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    low = _mm256_and_si256(both, _mm256_set1_epi32(0x0F));
+    high = _mm256_srli_epi32(both, 4);
+  }
+
+  // Sums over a span in 16-bit lanes, two a column: 8 steps of 2 products of at most 15 * 128 take
+  // 15 bits once the start has joined them, however they wrap in between.
+  static I32 dot_pairs(I32 sums, I32 w, I32 a) {
+    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, a));
+  }
+  // total + scale * both halves of each lane of sums; scales are in both halves too.
+  static I32 fold_pairs(I32 total, I32 sums, I32 scales) {
+    return _mm256_add_epi32(total, _mm256_madd_epi16(sums, scales));
+  }
+  static I32 twice(I32 scales) { return _mm256_or_si256(scales, _mm256_slli_epi32(scales, 16)); }
+  static int32_t start_pairs(const int8_t* codes, int32_t offset) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_bytes(codes));
+    __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0b01001110));
+    sums = _mm_add_epi16(sums, _mm_shuffle_epi32(sums, 0b10110001));
+    return _mm_cvtsi128_si32(_mm_mullo_epi16(sums, _mm_set1_epi16(int16_t(-offset))));
+  }
+
   template <int Bits>
   static I32 dot4(I32 sum, I32 w, I32 a) {
     if constexpr (Bits == 4) {

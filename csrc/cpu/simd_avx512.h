@@ -11,8 +11,11 @@ namespace {
 
 struct Avx512 {
   static constexpr int kLanes = 16;
-  static constexpr int kMaxRows = 14;        // 28 accumulators, 2 weights, 1 activation
-  static constexpr int kMaxRowsGrouped = 7;  // the same again in float
+  static constexpr int kMaxRows = 14;  // 28 sums, 2 weights, 1 activation
+  static constexpr bool kSumsSpans = false;
+  static constexpr int kExpandFromTiles = 3;
+  // From more rows on, to multiply a weight by its group's scale costs less than to multiply sums.
+  static constexpr int kMostRowsByGroups = 4;
   using F32 = __m512;
   // Not __m512i, whose lanes are 64-bit to the compiler: it would keep each sum twice, once as
   // either type.
@@ -147,6 +150,25 @@ struct Avx512 {
     const __m512i mask = _mm512_set1_epi8(0x0F);
     low = (I32)_mm512_and_si512((__m512i)packed, mask);
     high = (I32)_mm512_and_si512(_mm512_srli_epi16((__m512i)packed, 4), mask);
+  }
+  static void store_words(int32_t* p, I32 v) { _mm512_storeu_si512(p, (__m512i)v); }
+  static I32 mul(I32 a, I32 b) { return a * b; }
+  // Scales of one group, of the columns at p in low nibbles and of those sixteen further in high
+  // ones.
+  static void split_scales(const uint8_t* p, I32& low, I32& high) {
+    const I32 both =
+        (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    low = both & 0x0F;
+    high = both >> 4;
+  }
+  // Bytes (code + 8) of each lane to code * scale + 128: in 16-bit lanes neither the product, at
+  // most 225, nor what is added to it carries from a byte to the next.
+  static I32 scale_bytes(I32 codes, I32 scales) {
+    const I32 twice = scales | scales << 16, bytes = twice | twice << 8;
+    const __m512i product = _mm512_mullo_epi16((__m512i)codes, (__m512i)twice);
+    const __m512i rest =
+        _mm512_sub_epi8(_mm512_set1_epi8(-128), _mm512_slli_epi16((__m512i)bytes, 3));
+    return (I32)_mm512_add_epi8(product, rest);
   }
   // sum + four products a lane: unsigned bytes of w (at most 15 for Bits == 4) times signed bytes
   // of a.

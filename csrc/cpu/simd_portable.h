@@ -15,7 +15,9 @@ namespace {
 struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kMaxRows = 4;
-  static constexpr int kMaxRowsGrouped = 4;
+  static constexpr bool kSumsSpans = false;
+  static constexpr int kExpandFromTiles = 0;  // never
+  static constexpr int kMostRowsByGroups = kMaxRows;
   using F32 = float __attribute__((vector_size(16)));
   using I32 = int32_t __attribute__((vector_size(16)));
   using I16 = int16_t __attribute__((vector_size(16)));
@@ -98,6 +100,13 @@ struct Portable {
   static void split_nibbles(I32 packed, I32& low, I32& high) {
     low = packed & 0x0F0F0F0F;
     high = (packed >> 4) & 0x0F0F0F0F;
+  }
+  static void store_words(int32_t* p, I32 v) { std::memcpy(p, &v, sizeof(v)); }
+  static I32 mul(I32 a, I32 b) { return a * b; }
+  static void split_scales(const uint8_t* p, I32& low, I32& high) {
+    const I32 both = {p[0], p[1], p[2], p[3]};
+    low = both & 0x0F;
+    high = both >> 4;
   }
   template <int Bits>
   static I32 dot4(I32 sum, I32 w, I32 a) {

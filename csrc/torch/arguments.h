@@ -157,17 +157,18 @@ inline int64_t check_weight_scale(const char* op, const Tensor& scale, const Pla
   return scale.size(0);
 }
 
-// Groups of `group_size` among `inputs`, 0 for -1; and that no int32 sum of all inputs can overflow.
+// Groups of `group_size` among `inputs`, 0 for -1; and that no int32 sum of all inputs can
+// overflow.
 inline int64_t check_groups(const char* op, int64_t group_size, int64_t inputs, int64_t weight_bits,
                             int64_t act_bits) {
   const bool grouped = group_size != -1;
   if (grouped && (weight_bits != 4 || (group_size != 32 && group_size != 64 && group_size != 128) ||
                   inputs % group_size)) {
-    refuse(op, "group_size", "expected -1 or, of 4-bit weights, 32, 64 or 128 dividing the ", inputs,
-           " inputs, got ", group_size, " of ", weight_bits, "-bit weights.");
+    refuse(op, "group_size", "expected -1 or, of 4-bit weights, 32, 64 or 128 dividing the ",
+           inputs, " inputs, got ", group_size, " of ", weight_bits, "-bit weights.");
   }
-  const int64_t largest =
-      (grouped ? kMostGroupScale : 1) * inputs << (weight_bits - 1 + act_bits - 1);
+  const int64_t largest = (grouped ? kMostGroupScale : 1) * inputs
+                          << (weight_bits - 1 + act_bits - 1);
   if (largest > INT32_MAX) {
     refuse(op, "weight", "expected few enough inputs for exact int32 sums, got ", inputs, " at ",
            weight_bits, " x ", act_bits, " bits.");

@@ -28,9 +28,10 @@ inline Float check_gate_up(const char* op, const Tensor& gate_up, int64_t least_
 }
 
 inline WeightLayout check_weight(const char* op, const Tensor& scale, int64_t inputs,
-                                 int64_t weight_bits, int64_t act_bits) {
-  check_weight_scale(op, scale, inputs, weight_bits, act_bits, cpu_place());
-  return weight_layout(scale.size(0), inputs, scale.size(1), weight_bits);
+                                 int64_t group_size, int64_t weight_bits, int64_t act_bits) {
+  const int64_t columns = check_weight_scale(op, scale, cpu_place());
+  const int64_t groups = check_groups(op, group_size, inputs, weight_bits, act_bits);
+  return weight_layout(columns, inputs, groups, weight_bits);
 }
 
 struct CodesShape {

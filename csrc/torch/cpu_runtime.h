@@ -17,8 +17,6 @@ namespace smoothrot {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kMostDims = 8;
-// Activation tiles that the panels are multiplied with while they stay in the second-level cache.
-constexpr int64_t kActivationBlockBytes = 256 * 1024;
 // Work below these is not worth waking a thread for.
 constexpr int64_t kGrainValues = 32 * 1024;
 constexpr int64_t kGrainProducts = 1024 * 1024;
@@ -103,6 +101,12 @@ class Arena {
   uint8_t* base_ = nullptr;
 };
 
+inline uint32_t thread_index() {
+  uint32_t index = 0;
+  torch_get_thread_idx(&index);
+  return index;
+}
+
 // Scratch for one thread or, of a parallel range, for each.
 struct ThreadScratch {
   int64_t bytes;
@@ -110,12 +114,9 @@ struct ThreadScratch {
   ThreadScratch(Arena& arena, int64_t bytes_each, bool parallel) : bytes(bytes_each) {
     offset = arena.reserve<uint8_t>(bytes * (parallel ? torch::stable::get_num_threads() : 1));
   }
+  void* of_this_thread(const Arena& arena) const {
+    return arena.at<void>(offset + thread_index() * size_t(bytes));
+  }
 };
-
-inline uint32_t thread_index() {
-  uint32_t index = 0;
-  torch_get_thread_idx(&index);
-  return index;
-}
 
 }  // namespace smoothrot

@@ -55,7 +55,7 @@ void store_row(const float* values, int64_t count, Float dtype, void* out, int64
 
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
                     const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
-                    int64_t act_bits, int64_t weight_bits) {
+                    int64_t act_bits, int64_t weight_bits, int64_t group_size) {
   constexpr const char* op = "gemm_experts";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
@@ -68,20 +68,15 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize});
   check_tensor(op, "tiles", tiles, ScalarType::Int, {3, kAnySize});
   // All experts have the shapes of the first.
-  const WeightLayout w =
-      check_weight(op, torch::stable::select(weight_scale, 0, 0), inputs, weight_bits, act_bits);
+  const WeightLayout w = check_weight(op, torch::stable::select(weight_scale, 0, 0), inputs,
+                                      group_size, weight_bits, act_bits);
   check_packed(op, torch::stable::select(packed, 0, 0), w);
   Tensor out = empty({rows, w.columns}, out_dtype);
 
   const Kernels& k = kernels();
   QuantArgs sizes{};
   sizes.inputs = inputs;
-  const int64_t scratch_bytes = k.scratch_bytes(sizes, k.max_rows + 1);
-  Arena arena;
-  const size_t words = arena.reserve<int32_t>(rows * w.groups * w.group_steps);
-  const size_t start = arena.reserve<int32_t>(rows * w.groups);
-  const ThreadScratch scratch(arena, scratch_bytes, true);
-  arena.allocate();
+  int64_t scratch_bytes = k.scratch_bytes(sizes, k.max_rows + 1), most_starts = 1;
 
   const auto* table = static_cast<const int32_t*>(tiles.const_data_ptr());
   const int64_t count = tiles.size(1);
@@ -91,15 +86,15 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
     const int64_t expert = table[t], first = table[count + t], last = table[2 * count + t];
     if (expert < 0 || expert >= experts || first < 0 || last > rows || first >= last) continue;
     const int64_t tokens = std::min(last - first, kExpertTileTokens);
-    Part part{gemm_of(k, tokens, w, weight_bits, dtype), first, tile_count, task_count};
+    Part part{gemm_of(k, tokens, w, dtype), first, tile_count, task_count};
     part.gemm.packed =
         static_cast<const uint8_t*>(packed.const_data_ptr()) + expert * w.panels * w.panel_bytes;
     part.gemm.out =
         static_cast<uint8_t*>(out.mutable_data_ptr()) + first * w.columns * bytes_of(dtype);
-    part.gemm.act.words = arena.at<int32_t>(words) + first * w.groups * w.group_steps;
-    part.gemm.act.start = arena.at<int32_t>(start) + first * w.groups;
     part.gemm.act.scale =
         const_cast<float*>(static_cast<const float*>(scale.const_data_ptr())) + first;
+    scratch_bytes = std::max(scratch_bytes, gemm_scratch_bytes(part.gemm));
+    most_starts = std::max(most_starts, part.gemm.act.starts());
     tile_count += part.gemm.act.tiles.tiles;
     task_count += gemm_tasks(part.gemm);
     covered += tokens;
@@ -112,17 +107,27 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   }
   if (parts.empty()) return out;
 
+  Arena arena;
+  const size_t words = arena.reserve<int32_t>(rows * w.steps);
+  const size_t start = arena.reserve<int32_t>(rows * most_starts);
+  const ThreadScratch scratch(arena, scratch_bytes, true);
+  arena.allocate();
+  for (Part& part : parts) {
+    part.gemm.act.words = arena.at<int32_t>(words) + part.row * w.steps;
+    part.gemm.act.start = arena.at<int32_t>(start) + part.row * most_starts;
+  }
   const int64_t row_bytes = inputs * act_bits / 8;
   share(tile_count, fill_grain(parts[0].gemm), [&](int64_t begin, int64_t end) {
-    void* own = arena.at<void>(scratch.offset + thread_index() * scratch.bytes);
+    void* own = scratch.of_this_thread(arena);
     for_parts(parts, &Part::first_tile, begin, end, [&](const Part& p, int64_t b, int64_t e) {
       const auto* stored = static_cast<const uint8_t*>(codes.const_data_ptr()) + p.row * row_bytes;
       k.decode_tiles(stored, int(act_bits), p.gemm.act, b, e, own);
     });
   });
   share(task_count, gemm_grain(parts[0].gemm), [&](int64_t begin, int64_t end) {
+    void* own = scratch.of_this_thread(arena);
     for_parts(parts, &Part::first_task, begin, end,
-              [&](const Part& p, int64_t b, int64_t e) { k.gemm(p.gemm, b, e); });
+              [&](const Part& p, int64_t b, int64_t e) { k.gemm(p.gemm, b, e, own); });
   });
   return out;
 }

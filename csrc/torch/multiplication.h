@@ -7,18 +7,22 @@
 
 namespace smoothrot {
 
+// Activation tiles that the panels are multiplied with while they stay in the second-level cache;
+// and how many at least share the work of expanding a panel.
+constexpr int64_t kActivationBlockBytes = 256 * 1024;
+constexpr int64_t kTilesOfExpanded = 16;
+
 // Activations of `tokens` tokens in tiles, and one weight; pointers and bias are the caller's to
 // set.
-inline GemmArgs gemm_of(const Kernels& k, int64_t tokens, const WeightLayout& w,
-                        int64_t weight_bits, Float out_dtype) {
+inline GemmArgs gemm_of(const Kernels& k, int64_t tokens, const WeightLayout& w, Float out_dtype) {
   GemmArgs g{};
   g.act.weight = w;
-  g.act.tiles = tile_layout(tokens, w.groups == 1 ? k.max_rows : k.max_rows_grouped);
-  g.weight_bits = int(weight_bits);
+  g.act.tiles = tile_layout(tokens, k.max_rows);
   g.out_dtype = out_dtype;
-  const int64_t tile_bytes = (g.act.tiles.rows + 1) * w.groups * w.group_steps * kStepInputs;
+  k.plan(g);
+  const int64_t tile_bytes = (g.act.tiles.rows + 1) * w.steps * kStepInputs;
   const int64_t tiles_at_once =
-      tile_bytes < kActivationBlockBytes ? kActivationBlockBytes / tile_bytes : 1;
+      std::max<int64_t>(kActivationBlockBytes / tile_bytes, g.expand ? kTilesOfExpanded : 1);
   g.blocks = ceil_div(g.act.tiles.tiles, tiles_at_once);
   return g;
 }
@@ -37,9 +41,8 @@ inline int64_t gemm_grain(const GemmArgs& g) {
 class Multiplication {
  public:
   Multiplication(const char* op, const Kernels& k, int64_t tokens, const WeightLayout& w,
-                 int64_t weight_bits, const Tensor& packed, const std::optional<Tensor>& bias,
-                 Float out_dtype)
-      : args(gemm_of(k, tokens, w, weight_bits, out_dtype)), kernels_(k) {
+                 const Tensor& packed, const std::optional<Tensor>& bias, Float out_dtype)
+      : args(gemm_of(k, tokens, w, out_dtype)), kernels_(k) {
     check_packed(op, packed, w);
     args.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
     if (bias) {
@@ -54,10 +57,11 @@ class Multiplication {
   void allocate(int64_t scratch_bytes, const float* scale) {
     const WeightLayout& w = args.act.weight;
     const int64_t tokens = args.act.tiles.tokens;
-    const size_t words = arena_.reserve<int32_t>(tokens * w.groups * w.group_steps);
-    const size_t start = arena_.reserve<int32_t>(tokens * w.groups);
+    const size_t words = arena_.reserve<int32_t>(tokens * w.steps);
+    const size_t start = arena_.reserve<int32_t>(tokens * args.act.starts());
     const size_t scales = arena_.reserve<float>(scale ? 0 : tokens);
-    scratch_.emplace(arena_, scratch_bytes, args.act.tiles.tiles > 1);
+    // The tiles are filled before the panels are multiplied: one scratch serves both.
+    scratch_.emplace(arena_, std::max(scratch_bytes, gemm_scratch_bytes(args)), true);
     arena_.allocate();
     args.act.words = arena_.at<int32_t>(words);
     args.act.start = arena_.at<int32_t>(start);
@@ -80,16 +84,17 @@ class Multiplication {
   template <typename Fill>
   void run(void* out, const Fill& fill) {
     args.out = out;
-    share(args.act.tiles.tiles, fill_grain(args), [&](int64_t begin, int64_t end) {
-      fill(begin, end, arena_.at<void>(scratch_->offset + thread_index() * scratch_->bytes));
-    });
+    share(args.act.tiles.tiles, fill_grain(args),
+          [&](int64_t begin, int64_t end) { fill(begin, end, own_scratch()); });
     share(gemm_tasks(args), gemm_grain(args),
-          [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end); });
+          [&](int64_t begin, int64_t end) { kernels_.gemm(args, begin, end, own_scratch()); });
   }
 
   GemmArgs args;
 
  private:
+  void* own_scratch() const { return scratch_->of_this_thread(arena_); }
+
   const Kernels& kernels_;
   Arena arena_;
   std::optional<ThreadScratch> scratch_;

@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor> quantize(const QuantArgs& q, int64_t tokens) {
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
   void* out = codes.mutable_data_ptr();
   share(tokens, ceil_div(kGrainValues, q.inputs), [&](int64_t begin, int64_t end) {
-    k.quant_rows(q, out, scales, begin, end,
-                 arena.at<uint8_t>(scratch.offset + thread_index() * scratch.bytes));
+    k.quant_rows(q, out, scales, begin, end, scratch.of_this_thread(arena));
   });
   return {codes, scale};
 }
@@ -134,41 +133,47 @@ void prepare_rotation(const Tensor& base_matrix, int64_t power) {
   rotations().add(base, power, signs);
 }
 
-Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits) {
+Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale,
+                      std::optional<Tensor> group_scale, int64_t bits) {
   constexpr const char* op = "prepack_weight";
   check_bits(op, "bits", bits);
   const ScalarType dtype = bits == 4 ? ScalarType::Byte : ScalarType::Char;
   const bool stacked = weight.dim() == 3 && weight.size(0) > 0;
   const int64_t experts = stacked ? weight.size(0) : 1;
-  if (stacked) {
-    check_tensor(op, "weight", weight, dtype, {experts, kAnySize, kAnySize});
-    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float,
-                 {experts, kAnySize, kAnySize});
-  }
   // All experts have the shapes of the first.
-  const Tensor own = stacked ? torch::stable::select(weight, 0, 0) : weight;
-  const Tensor own_scale = stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale;
-  check_tensor(op, "weight", own, dtype, {kAnySize, kAnySize});
-  const int64_t inputs = own.size(1) * (bits == 4 ? 2 : 1);
+  const auto own = [&](const char* argument, const Tensor& t, ScalarType type) {
+    if (!stacked) return t;
+    check_tensor(op, argument, t, type, {experts, kAnySize, kAnySize});
+    return torch::stable::select(t, 0, 0);
+  };
+  const Tensor codes = own("weight", weight, dtype);
+  check_tensor(op, "weight", codes, dtype, {kAnySize, kAnySize});
+  const int64_t inputs = codes.size(1) * (bits == 4 ? 2 : 1);
   if (inputs < 2 || inputs % 2)
     refuse(op, "weight", "expected an even number of inputs, got ", describe(weight), ".");
-  const WeightLayout w = check_weight(op, own_scale, inputs, bits, 4);
-  if (w.columns != own.size(0)) {
-    refuse(op, "weight_scale", "expected a row for each of the ", own.size(0), " outputs, got ",
-           describe(own_scale), ".");
+  const Tensor scale = own("weight_scale", weight_scale, ScalarType::Float);
+  std::optional<Tensor> groups;
+  if (group_scale) groups = own("group_scale", *group_scale, ScalarType::Byte);
+  const int64_t group_size = group_size_of(op, groups, codes.size(0), inputs, cpu_place());
+  const WeightLayout w = check_weight(op, scale, inputs, group_size, bits, 4);
+  if (w.columns != codes.size(0)) {
+    refuse(op, "weight_scale", "expected a row for each of the ", codes.size(0), " outputs, got ",
+           describe(scale), ".");
   }
   Tensor packed = stacked ? empty_in_huge_pages({experts, w.panels, w.panel_bytes})
                           : empty_in_huge_pages({w.panels, w.panel_bytes});
   auto* out = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  const auto* codes = static_cast<const uint8_t*>(weight.const_data_ptr());
-  const auto* scale = static_cast<const float*>(weight_scale.const_data_ptr());
+  const auto* all_codes = static_cast<const uint8_t*>(weight.const_data_ptr());
+  const auto* all_scales = static_cast<const float*>(weight_scale.const_data_ptr());
+  const auto* all_groups =
+      groups ? static_cast<const uint8_t*>(group_scale->const_data_ptr()) : nullptr;
   share(experts * w.panels, ceil_div(kGrainValues, w.panel_bytes), [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t expert = begin / w.panels, first = expert * w.panels,
                     stop = std::min(end, first + w.panels);
-      prepack(codes + expert * w.columns * w.inputs * bits / 8,
-              scale + expert * w.columns * w.groups, int(bits), w, out + first * w.panel_bytes,
-              begin - first, stop - first);
+      prepack(all_codes + expert * w.columns * w.inputs * bits / 8, all_scales + expert * w.columns,
+              all_groups ? all_groups + expert * w.columns * w.groups : nullptr, w,
+              out + first * w.panel_bytes, begin - first, stop - first);
       begin = stop;
     }
   });
@@ -177,15 +182,14 @@ Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t 
 
 Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
             const Tensor& weight_scale, std::optional<Tensor> bias, ScalarType out_dtype,
-            int64_t act_bits, int64_t weight_bits) {
+            int64_t act_bits, int64_t weight_bits, int64_t group_size) {
   constexpr const char* op = "gemm";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
   const auto [tokens, inputs] = check_codes(op, codes, scale, act_bits);
-  const WeightLayout w = check_weight(op, weight_scale, inputs, weight_bits, act_bits);
+  const WeightLayout w = check_weight(op, weight_scale, inputs, group_size, weight_bits, act_bits);
   const Kernels& k = kernels();
-  Multiplication m(op, k, tokens, w, weight_bits, packed, bias,
-                   float_type(op, "out_dtype", out_dtype));
+  Multiplication m(op, k, tokens, w, packed, bias, float_type(op, "out_dtype", out_dtype));
   Tensor out = empty({tokens, w.columns}, out_dtype);
   if (!tokens) return out;
   m.run_stored(out.mutable_data_ptr(), codes, scale, act_bits);
@@ -194,16 +198,17 @@ Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
 
 Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor& packed,
                    const Tensor& weight_scale, const std::optional<Tensor>& bias, int64_t block,
-                   double clip, int64_t act_bits, int64_t weight_bits) {
+                   double clip, int64_t act_bits, int64_t weight_bits, int64_t group_size) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
   const Float dtype = source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims)
                                                  : check_activations(op, "x", x, 1, kMostDims);
   const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, source);
-  const WeightLayout w = check_weight(op, weight_scale, q.inputs, weight_bits, act_bits);
+  const WeightLayout w =
+      check_weight(op, weight_scale, q.inputs, group_size, weight_bits, act_bits);
   const int64_t tokens = x.numel() / x.size(x.dim() - 1);
   const Kernels& k = kernels();
-  Multiplication m(op, k, tokens, w, weight_bits, packed, bias, dtype);
+  Multiplication m(op, k, tokens, w, packed, bias, dtype);
   int64_t sizes[kMostDims];
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
   sizes[x.dim() - 1] = w.columns;
@@ -224,16 +229,16 @@ Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor&
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
               std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
-              int64_t weight_bits) {
+              int64_t weight_bits, int64_t group_size) {
   return linear_impl("linear", Source::plain, x, packed, weight_scale, bias, block, clip, act_bits,
-                     weight_bits);
+                     weight_bits, group_size);
 }
 
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
-                       int64_t weight_bits) {
+                       int64_t weight_bits, int64_t group_size) {
   return linear_impl("silu_mul_linear", Source::silu_mul, gate_up, packed, weight_scale, bias,
-                     block, clip, act_bits, weight_bits);
+                     block, clip, act_bits, weight_bits, group_size);
 }
 
 std::string kernel_name() { return kernels().name; }

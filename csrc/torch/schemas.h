@@ -15,7 +15,9 @@ void define_ops(Library& m) {
       "rms_norm_quant(Tensor x, Tensor? weight, float epsilon, float clip, int bits, Tensor(a!)? "
       "residual) -> "
       "(Tensor, Tensor)");
-  m.def("prepack_weight(Tensor weight, Tensor weight_scale, Tensor? group_scale, int bits) -> Tensor");
+  m.def(
+      "prepack_weight(Tensor weight, Tensor weight_scale, Tensor? group_scale, int bits) -> "
+      "Tensor");
   m.def(
       "gemm(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
       "ScalarType out_dtype, "
