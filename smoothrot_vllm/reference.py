@@ -291,16 +291,18 @@ def experts(
     total = torch.zeros(x.shape[0], down[0].shape[1], device=x.device)
     bits = (act_bits, weight_bits)
     for expert in range(len(gate_up[0])):
-        w13, w2 = (
-            [None if stack is None else stack[expert] for stack in linear]
-            for linear in (gate_up, down)
-        )
+        w13, w2 = _expert_of(gate_up, expert), _expert_of(down, expert)
         token, place = (chosen == expert).nonzero(as_tuple=True)
         both = gemm(codes[token], scale[token], *w13, None, x.dtype, *bits)
         own, own_scale = silu_mul_hadamard_quant(both, block, clip, act_bits)
         y = gemm(own, own_scale, *w2, None, torch.float32, *bits)
         total.index_add_(0, token, y * weights[token, place, None])
     return total.to(x.dtype)
+
+
+def _expert_of(linear: QuantizedExperts, expert: int) -> QuantizedExperts:
+    codes, scale, group_scale = linear
+    return codes[expert], scale[expert], None if group_scale is None else group_scale[expert]
 
 
 EXP_COEFFICIENTS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)

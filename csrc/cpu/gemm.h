@@ -169,7 +169,8 @@ SMOOTHROT_INLINE void add_spans(const Task& t, const uint8_t* codes, int first,
                                 Accumulators<S, Rows>& total) {
   using I32 = typename S::I32;
   const int32_t *words = t.words, *start = t.start;
-  I32 scale[2] = {S::twice(S::set1(1)), S::twice(S::set1(1))};
+  constexpr int32_t kOnes = 0x00010001;
+  I32 scale[2] = {S::set1(kOnes), S::set1(kOnes)};
   int64_t group_left = 0;
   const uint8_t* scales = t.group_scale ? t.group_scale + first : nullptr;
   Accumulators<S, Rows> sums;
@@ -189,8 +190,6 @@ SMOOTHROT_INLINE void add_spans(const Task& t, const uint8_t* codes, int first,
     steps();
     if (scales && group_left == 0) {
       S::split_scales(scales, scale[0], scale[1]);
-      scale[0] = S::twice(scale[0]);
-      scale[1] = S::twice(scale[1]);
       scales += kGroupScaleBytes;
       group_left = t.group_steps;
     }

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace smoothrot {
 namespace {
@@ -122,22 +123,31 @@ struct Avx2 {
   static void store_words(int32_t* p, I32 v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
+  // Of the eight columns at p in low nibbles and of those sixteen further in high ones, in both halves
+  // of a lane.
   static void split_scales(const uint8_t* p, I32& low, I32& high) {
-    const I32 both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    low = _mm256_and_si256(both, _mm256_set1_epi32(0x0F));
-    high = _mm256_srli_epi32(both, 4);
+    int64_t bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    const auto lane = [](int c) { return int(0x80008000u | uint32_t(c) << 16 | uint32_t(c)); };
+    const I32 both = _mm256_shuffle_epi8(
+        _mm256_set1_epi64x(bytes), _mm256_setr_epi32(lane(0), lane(1), lane(2), lane(3), lane(4),
+                                                     lane(5), lane(6), lane(7)));
+    low = _mm256_and_si256(both, _mm256_set1_epi16(0x0F));
+    high = _mm256_srli_epi16(both, 4);
   }
 
   // Sums over a span in 16-bit lanes, two a column: 8 steps of 2 products of at most 15 * 128 take
   // 15 bits once the start has joined them, however they wrap in between.
   static I32 dot_pairs(I32 sums, I32 w, I32 a) {
-    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, a));
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, a));
+    // Otherwise GCC adds the products of several steps before, and runs out of registers.
+    asm("" : "+x"(sums));
+    return sums;
   }
   // total + scale * both halves of each lane of sums; scales are in both halves too.
   static I32 fold_pairs(I32 total, I32 sums, I32 scales) {
     return _mm256_add_epi32(total, _mm256_madd_epi16(sums, scales));
   }
-  static I32 twice(I32 scales) { return _mm256_or_si256(scales, _mm256_slli_epi32(scales, 16)); }
   static int32_t start_pairs(const int8_t* codes, int32_t offset) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_bytes(codes));
     __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));

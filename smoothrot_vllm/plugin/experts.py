@@ -14,13 +14,19 @@ from vllm.platforms import current_platform
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError, UnsupportedPlatformError
 from smoothrot_vllm.format import (
+    WEIGHT_GROUP_SCALE,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     LinearScheme,
     OnlineHadamard,
     weight_tensors,
 )
-from smoothrot_vllm.plugin.loading import StoredTensors, check_scales
+from smoothrot_vllm.plugin.loading import (
+    StoredTensors,
+    as_loaded,
+    check_scales,
+    loaded_tensors,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -92,6 +98,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         self.prefix, self.names = prefix, names
         self.weights = scheme.weights
         self.stored = StoredTensors(prefix, scheme, rotation)
+        self.suffixes: tuple[str, ...] = ()
 
     # As in vLLM's own base class of these methods, the signatures are narrower than those of its
     # base.
@@ -104,7 +111,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Callable[..., bool | None],
     ) -> None:
-        """Register ``w13_*`` and ``w2_*`` of this rank's shard: those of ``format.weight_tensors``
+        """Register ``w13_*`` and ``w2_*`` of this rank's shard: those of ``loading.loaded_tensors``
         for each expert, stacked.
 
         Raises:
@@ -122,26 +129,31 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             )
         weights, whole = self.weights, self.moe.intermediate_size
         shards = {
-            "w13": weight_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
-            "w2": weight_tensors(hidden_size, intermediate_size_per_partition, weights),
+            "w13": loaded_tensors(2 * intermediate_size_per_partition, hidden_size, weights),
+            "w2": loaded_tensors(hidden_size, intermediate_size_per_partition, weights),
         }
         stored = {
             "w13": weight_tensors(whole, hidden_size, weights),
             "w2": weight_tensors(hidden_size, whole, weights),
         }
+        widths = {"w13": hidden_size, "w2": whole}
+        self.suffixes = tuple(stored["w2"])
         for stack, tensors in shards.items():
             for suffix, (shape, dtype) in tensors.items():
-                data = torch.full(
-                    (num_experts, *shape), torch.nan if dtype.is_floating_point else 0, dtype=dtype
-                )
+                unset = torch.nan if dtype.is_floating_point else 1
+                data = torch.full((num_experts, *shape), unset, dtype=dtype)
                 parameter = torch.nn.Parameter(data, requires_grad=False)
                 load = self._checked_loader(
-                    extra_weight_attrs["weight_loader"], suffix, stored[stack][suffix]
+                    extra_weight_attrs["weight_loader"],
+                    suffix,
+                    stored[stack][suffix],
+                    widths[stack],
                 )
-                # What vLLM's loader of expert weights asks of a parameter.
+                # What vLLM's loader of expert weights asks of a parameter: scales of a channel are
+                # on every rank, those of groups are sharded like codes.
                 attributes = {
                     "weight_loader": load,
-                    "quant_method": "channel" if weights.group_size == -1 else "group",
+                    "quant_method": "group" if suffix == WEIGHT_GROUP_SCALE else "channel",
                 }
                 for name, value in attributes.items():
                     setattr(parameter, name, value)
@@ -158,7 +170,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             self._name(expert, shard, tensor)
             for expert in range(self.moe.num_local_experts)
             for shard in self.names
-            for tensor in (WEIGHT_PACKED, WEIGHT_SCALE)
+            for tensor in self.suffixes
         ]
         if self.stored.finish(expected):
             self._check_scales(layer)
@@ -205,9 +217,10 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         load: Callable[..., bool | None],
         tensor: str,
         whole: tuple[tuple[int, int], torch.dtype],
+        width: int,
     ) -> Callable[..., bool | None]:
-        """vLLM's loader of one expert's ``tensor``, which on all ranks is ``whole``, behind our
-        checks."""
+        """vLLM's loader of one expert's ``tensor``, which on all ranks is ``whole``, of ``width``
+        inputs, behind our checks."""
 
         def loader(
             param: torch.nn.Parameter,
@@ -223,7 +236,12 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                 loaded_weight,
                 param,
                 lambda: load(
-                    param, loaded_weight, weight_name, shard_id, expert_id, return_success=True
+                    param,
+                    as_loaded(tensor, loaded_weight, width, self.weights),
+                    weight_name,
+                    shard_id,
+                    expert_id,
+                    return_success=True,
                 ),
             )
             return done if return_success else None
@@ -232,13 +250,19 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
 
     def _check_scales(self, layer: torch.nn.Module) -> None:
         for stack, shards in _STACKS.items():
-            scales = layer.get_parameter(f"{stack}_{WEIGHT_SCALE}").data
-            rows = scales.shape[1] // len(shards)
+            for suffix in self.suffixes[1:]:
+                scales = layer.get_parameter(f"{stack}_{suffix}").data
+                rows = scales.shape[1] // len(shards)
 
-            def name(
-                expert: int, row: int, _: int, shards: tuple[str, ...] = shards, rows: int = rows
-            ) -> str:
-                shard = self._name(expert, shards[row // rows], WEIGHT_SCALE)
-                return f"{shard}, row {row % rows}"
+                def name(
+                    expert: int,
+                    row: int,
+                    column: int,
+                    shards: tuple[str, ...] = shards,
+                    rows: int = rows,
+                    suffix: str = suffix,
+                ) -> str:
+                    shard = self._name(expert, shards[row // rows], suffix)
+                    return f"{shard}, row {row % rows}, column {column}"
 
-            check_scales(scales, name)
+                check_scales(scales, name)

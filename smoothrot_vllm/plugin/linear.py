@@ -12,7 +12,6 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
     ModelWeightParameter,
     PackedvLLMParameter,
 )
@@ -20,13 +19,19 @@ from vllm.model_executor.parameter import (
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import UnsupportedModelError
 from smoothrot_vllm.format import (
+    WEIGHT_GROUP_SCALE,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     LinearScheme,
     OnlineHadamard,
     weight_tensors,
 )
-from smoothrot_vllm.plugin.loading import StoredTensors, check_scales
+from smoothrot_vllm.plugin.loading import (
+    StoredTensors,
+    as_loaded,
+    check_scales,
+    loaded_tensors,
+)
 
 _QKV_PARTS = {"q": 0, "k": 1, "v": 2}
 
@@ -70,6 +75,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         self.stored_fused = stored_fused
         self.weights = scheme.weights
         self.stored = StoredTensors(prefix, scheme, rotation)
+        self.names: tuple[str, ...] = ()
 
     def create_weights(
         self,
@@ -81,8 +87,8 @@ class SmoothRotLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Callable[..., None],
     ) -> None:
-        """Register ``weight_packed`` and ``weight_scale`` of this rank's shard, with the shapes of
-        ``format.weight_tensors``.
+        """Register ``weight_packed``, ``weight_scale`` and, in groups, ``weight_group_scale`` of
+        this rank's shard, with the shapes of ``loading.loaded_tensors``.
 
         Raises:
             ConfigError: the layer's width, or a rank's share of it, does not suit the Hadamard
@@ -97,11 +103,12 @@ class SmoothRotLinearMethod(LinearMethodBase):
             )
         self.stored.begin(input_size, input_size_per_partition)
         weights = self.weights
-        tensors = weight_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
+        tensors = loaded_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
         whole = weight_tensors(output_size, input_size, weights)
 
         def loader(name: str) -> Callable[..., None]:
-            return self._checked_loader(extra_weight_attrs["weight_loader"], name, whole[name])
+            load = extra_weight_attrs["weight_loader"]
+            return self._checked_loader(load, name, whole[name], input_size)
 
         shape, dtype = tensors[WEIGHT_PACKED]
         packing = {"packed_dim": 1, "packed_factor": 2} if weights.bits == 4 else {}
@@ -111,19 +118,23 @@ class SmoothRotLinearMethod(LinearMethodBase):
             data=codes, input_dim=1, output_dim=0, weight_loader=loader(WEIGHT_PACKED), **packing
         )
         layer.register_parameter(WEIGHT_PACKED, packed)
-
         shape, dtype = tensors[WEIGHT_SCALE]
-        # A row-parallel layer shards the columns of group scales; one scale per channel is the same
-        # on every rank.
-        columns_are_sharded = {} if weights.group_size == -1 else {"input_dim": 1}
-        scale_class = (
-            ChannelQuantScaleParameter if weights.group_size == -1 else GroupQuantScaleParameter
-        )
         nan = torch.full(shape, torch.nan, dtype=dtype)
-        scale = scale_class(
-            data=nan, output_dim=0, weight_loader=loader(WEIGHT_SCALE), **columns_are_sharded
+        # The same on every rank of a row-parallel layer.
+        scale = ChannelQuantScaleParameter(
+            data=nan, output_dim=0, weight_loader=loader(WEIGHT_SCALE)
         )
         layer.register_parameter(WEIGHT_SCALE, scale)
+        if WEIGHT_GROUP_SCALE in tensors:
+            shape, dtype = tensors[WEIGHT_GROUP_SCALE]
+            group_scale = ModelWeightParameter(
+                data=torch.ones(shape, dtype=dtype),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=loader(WEIGHT_GROUP_SCALE),
+            )
+            layer.register_parameter(WEIGHT_GROUP_SCALE, group_scale)
+        self.names = tuple(tensors)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every part arrived with usable scales, then repack the codes for the kernels
@@ -132,14 +143,16 @@ class SmoothRotLinearMethod(LinearMethodBase):
         Raises:
             CheckpointError: a tensor is missing, or a scale is not a finite number above zero.
         """
-        names = (WEIGHT_PACKED, WEIGHT_SCALE)
-        if self.stored.finish([self._name(part, name) for part in self.parts for name in names]):
-            check_scales(
-                layer.get_parameter(WEIGHT_SCALE).data[: self.stored_rows(layer)],
-                lambda row, _: (
-                    f"{self.prefix}.{WEIGHT_SCALE} (parts {', '.join(self.parts)}), row {row}"
-                ),
-            )
+        expected = [self._name(part, name) for part in self.parts for name in self.names]
+        if self.stored.finish(expected):
+            for scales in self.names[1:]:
+                check_scales(
+                    layer.get_parameter(scales).data[: self.stored_rows(layer)],
+                    lambda row, column, scales=scales: (
+                        f"{self.prefix}.{scales} (parts {', '.join(self.parts)}), row {row},"
+                        f" column {column}"
+                    ),
+                )
         self.stored.repack(layer)
 
     def apply(
@@ -173,9 +186,14 @@ class SmoothRotLinearMethod(LinearMethodBase):
         return ".".join(filter(None, (parent, part, tensor)))
 
     def _checked_loader(
-        self, load: Callable[..., None], tensor: str, whole: tuple[tuple[int, int], torch.dtype]
+        self,
+        load: Callable[..., None],
+        tensor: str,
+        whole: tuple[tuple[int, int], torch.dtype],
+        width: int,
     ) -> Callable[..., None]:
-        """vLLM's loader of ``tensor``, which on all ranks is ``whole``, behind our checks."""
+        """vLLM's loader of ``tensor``, which on all ranks is ``whole``, of ``width`` inputs, behind
+        our checks."""
 
         def loader(
             param: torch.nn.Parameter,
@@ -184,7 +202,12 @@ class SmoothRotLinearMethod(LinearMethodBase):
         ) -> None:
             names = [self._name(part, tensor) for part in self._parts_of(*shard)]
             self.stored.take(
-                names, whole, stored, param, lambda: load(param, stored, *shard), some_rows=True
+                names,
+                whole,
+                stored,
+                param,
+                lambda: load(param, as_loaded(tensor, stored, width, self.weights), *shard),
+                some_rows=True,
             )
 
         return loader

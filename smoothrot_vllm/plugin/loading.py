@@ -13,7 +13,17 @@ from vllm.config import get_current_vllm_config_or_none
 
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import CheckpointError, ConfigError
-from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE, LinearScheme, OnlineHadamard
+from smoothrot_vllm.format import (
+    WEIGHT_GROUP_SCALE,
+    WEIGHT_PACKED,
+    WEIGHT_SCALE,
+    LinearScheme,
+    OnlineHadamard,
+    WeightScheme,
+    group_count,
+    weight_tensors,
+)
+from smoothrot_vllm.reference import unpack_group_scale
 
 
 class StoredTensors:
@@ -26,8 +36,8 @@ class StoredTensors:
         rotation: the online Hadamard of the whole input that ranks share, or None.
 
     Attributes:
-        numbers: block (0 for none), clip, bits of inputs and of weights, as the ops take them;
-            plain numbers, so that torch.compile sees constants.
+        numbers: block (0 for none), clip, bits of inputs and of weights, and group size, as the ops
+            take them; plain numbers, so that torch.compile sees constants.
         loads: how many times all tensors have arrived.
         is_random: the first weights are made up (``--load-format dummy``): none arrives.
     """
@@ -42,6 +52,7 @@ class StoredTensors:
             activations.clip,
             activations.bits,
             scheme.weights.bits,
+            scheme.weights.group_size,
         )
         self.loads = 0
         self.is_random = False
@@ -155,15 +166,20 @@ class StoredTensors:
         slow each access down.
 
         Args:
-            layer: holds ``{stack}weight_packed`` and ``{stack}weight_scale`` as they are stored.
+            layer: holds ``{stack}weight_packed`` and ``{stack}weight_scale`` as they are stored,
+                and in groups ``{stack}weight_group_scale``, a byte each.
             stack: beginning of their names.
         """
         scale = layer.get_parameter(stack + WEIGHT_SCALE).data
+        group_scale = None
+        if self.weights.group_size != -1:
+            group_scale = layer.get_parameter(stack + WEIGHT_GROUP_SCALE).data
+            delattr(layer, stack + WEIGHT_GROUP_SCALE)
         if self.rotation is not None:
             # A cached compiled graph calls the op without going through this process's tracing.
             ops.prepare_rotation(self.rotation.block, scale.device)
         codes = layer.get_parameter(stack + WEIGHT_PACKED).data
-        packed = ops.prepack_weight(codes, scale, self.weights.bits)
+        packed = ops.prepack_weight(codes, scale, group_scale, self.weights.bits)
         for name, data in ((WEIGHT_PACKED, packed), (WEIGHT_SCALE, scale)):
             layer.register_parameter(stack + name, torch.nn.Parameter(data, requires_grad=False))
 
@@ -172,7 +188,7 @@ def check_scales(scales: torch.Tensor, name: Callable[..., str]) -> None:
     """Refuse scales of weights with which no product is right.
 
     Args:
-        scales: float32 ``(..., rows, groups)``.
+        scales: float32 ``(..., rows, 1)``, or uint8 ``(..., rows, groups)``.
         name: what the scale at given indices is called.
 
     Raises:
@@ -182,10 +198,38 @@ def check_scales(scales: torch.Tensor, name: Callable[..., str]) -> None:
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
         raise CheckpointError(
-            f"{name(*first)} of this rank: expected finite scales > 0, got {float(scales[first])}"
+            f"{name(*first)} of this rank: expected finite scales > 0, got {scales[first].item()}"
             f" and {int(bad.sum()) - 1} others of {scales.numel()}. The checkpoint is damaged:"
             " convert or download it again."
         )
+
+
+def as_loaded(
+    tensor: str, stored: torch.Tensor, in_features: int, weights: WeightScheme
+) -> torch.Tensor:
+    """A stored tensor as vLLM's loaders can shard it: group scales, two to a byte in the
+    checkpoint, a byte each.
+
+    Args:
+        tensor: which, by the end of its name.
+        stored: what the checkpoint has.
+        in_features: inputs that ranks share.
+        weights: bits and group size.
+    """
+    if tensor != WEIGHT_GROUP_SCALE:
+        return stored
+    return unpack_group_scale(stored, group_count(in_features, weights))
+
+
+def loaded_tensors(
+    out_features: int, in_features: int, weights: WeightScheme
+) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """``format.weight_tensors`` of a rank's shard, as :func:`as_loaded` gives them."""
+    tensors = weight_tensors(out_features, in_features, weights)
+    if WEIGHT_GROUP_SCALE in tensors:
+        shape = (out_features, group_count(in_features, weights))
+        tensors[WEIGHT_GROUP_SCALE] = (shape, torch.uint8)
+    return tensors
 
 
 def stored_tensors(model: torch.nn.Module) -> list[StoredTensors]:
