@@ -73,7 +73,7 @@ class ConvertConfig(_Calibration):
     weight_bits: Literal[4, 8] = Field(4, description="Bits of a weight.")
     activation_bits: Literal[4, 8] = Field(4, description="Bits of an activation.")
     group_size: Literal[-1, 32, 64, 128] = Field(
-        -1, description="Inputs that share a weight scale; -1: a whole row."
+        -1, description="Inputs that share a scale of 4-bit weights; -1: a whole row."
     )
     scales: Literal["none", "max", "quantile", "l2", "search", "learned"] = Field(
         "l2",
@@ -271,8 +271,8 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
     """The output's ``quantization_config``.
 
     Raises:
-        ConfigError: a linear of the model does not fit the group size or ``max_tp``, or there is no
-            head to quantize.
+        ConfigError: a linear of the model does not fit the group size or ``max_tp``, 8-bit weights
+            are to have groups, or there is no head to quantize.
         UnsupportedModelError: a size has no Hadamard block.
     """
     from smoothrot_vllm.format import (
@@ -286,6 +286,11 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         raise ConfigError(
             f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits"
             f" of {spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
+        )
+    if config.weight_bits == 8 and config.group_size != -1:
+        raise ConfigError(
+            f"--group-size {config.group_size} with --weight-bits 8: expected -1, as 8-bit weights"
+            " have one scale for each output channel. Leave --group-size out."
         )
     clip = ACTIVATION_CLIP[config.activation_bits]
     head_weights = (

@@ -349,8 +349,8 @@ def test_verify_finds_every_damage(
     [
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'smoothrot'"),
         (
-            {"quantization_config": {"quant_method": "smoothrot", "format_version": 2}},
-            "format_version: expected 1, got 2",
+            {"quantization_config": {"quant_method": "smoothrot", "format_version": 1}},
+            "format_version: expected 2, got 1",
         ),
         ({"dtype": "float64"}, "dtype: expected bfloat16 or float16"),
     ],

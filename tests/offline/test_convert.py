@@ -20,12 +20,13 @@ import smoothrot_offline.check.admit
 import smoothrot_offline.convert
 import smoothrot_offline.decide.stages
 import smoothrot_offline.output.model
+from smoothrot_offline.check.inspect import inspect, output_sizes
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import ConvertConfig, make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.report.model import load_model
-from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.rounding.rtn import quantize_rtn, store
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.layers import LayerRunner, embed
 from smoothrot_offline.source.resolve import resolve
@@ -180,8 +181,12 @@ def test_a_four_bit_head_has_the_groups_of_the_linears(
     make_model: MakeModel, tmp_path: Path
 ) -> None:
     source = make_model(hidden_size=288, intermediate_size=320)
-    convert(source, tmp_path / "out", config(lm_head_bits=4, group_size=32, scales="none"))
+    options = config(lm_head_bits=4, group_size=32, scales="none")
+    spec = resolve(json.loads((source / "config.json").read_text()))
+    planned = output_sizes(spec, options, torch.bfloat16)
+    convert(source, tmp_path / "out", options)
     assert verify(tmp_path / "out").ok
+    assert inspect(tmp_path / "out").output_bytes == planned
     head = parse_schema(
         json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     ).lm_head
@@ -190,7 +195,12 @@ def test_a_four_bit_head_has_the_groups_of_the_linears(
     stored = load_weights(tmp_path / "out")
     rows = AutoConfig.from_pretrained(source).vocab_size
     assert stored["lm_head.weight_packed"].shape == (rows, 144)
-    assert stored["lm_head.weight_scale"].shape == (rows, 9)
+    assert stored["lm_head.weight_scale"].shape == (rows, 1)
+    # Nine groups: the high nibble of the fifth byte is padding.
+    assert stored["lm_head.weight_group_scale"].shape == (rows, 5)
+    assert (stored["lm_head.weight_group_scale"][:, -1] < 16).all()
+    # Half a byte a weight, half a byte a group and one more for the padding, a float for each row.
+    assert planned.lm_head == rows * (288 // 2 + 5 + 4)
 
 
 @pytest.mark.parametrize(("family", "rotate"), [("llama", False), ("gemma3", True)])
@@ -269,10 +279,36 @@ def test_codes_are_those_of_the_quantizer_on_the_source(
             scheme = schema.scheme(name.removesuffix(".weight"))
             assert scheme is not None
             assert scheme.weights.group_size == 32
-            assert torch.equal(
-                stored[name.replace("weight", "weight_scale")],
-                quantize_rtn(weight, scheme.weights).scale,
+            expected, _ = store(
+                [(weight, quantize_rtn(weight, scheme.weights))],
+                weight.shape,
+                scheme.weights,
+                name.removesuffix(".weight"),
             )
+            assert len(expected) == 3
+            assert all(torch.equal(stored[part], tensor) for part, tensor in expected.items())
+
+
+def test_eight_bit_layers_of_a_model_in_groups_have_scales_per_channel(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model(hidden_size=288, intermediate_size=320)
+    convert(
+        source,
+        tmp_path / "out",
+        config(scales="none", group_size=32, keep_8bit=0.5, calib_samples=2, calib_seqlen=16),
+    )
+    assert verify(tmp_path / "out").ok
+    schema = parse_schema(
+        json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    )
+    kept = [name for name, scheme in schema.overrides.items() if scheme.weights.bits == 8]
+    assert kept
+    stored = load_weights(tmp_path / "out")
+    for name in kept:
+        assert schema.overrides[name].weights.group_size == -1
+        assert stored[f"{name}.weight_scale"].shape[1] == 1
+        assert f"{name}.weight_group_scale" not in stored
 
 
 def test_float32_source_is_stored_in_bfloat16(make_model: MakeModel, tmp_path: Path) -> None:

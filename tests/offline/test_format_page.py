@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from smoothrot_vllm.format import parse_schema
-from smoothrot_vllm.reference import pack_int4
+from smoothrot_vllm.reference import pack_group_scale, pack_int4
 
 PAGE = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
 
@@ -25,4 +25,13 @@ def test_example_codes_are_the_bytes_it_says() -> None:
     )[0]
     assert bytes(
         pack_int4(torch.tensor(json.loads(codes), dtype=torch.int8)).tolist()
+    ) == bytes.fromhex(stored)
+
+
+def test_example_group_scales_are_the_bytes_it_says() -> None:
+    scales, stored = re.findall(
+        r"the group scales\s+`(\[.*?\])` of three groups are the bytes `(.*?)`", PAGE
+    )[0]
+    assert bytes(
+        pack_group_scale(torch.tensor(json.loads(scales), dtype=torch.uint8)).tolist()
     ) == bytes.fromhex(stored)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from smoothrot_offline.report.model import QuantizedLinear, load_model
-from smoothrot_offline.rounding.rtn import quantize_rtn
+from smoothrot_offline.rounding.rtn import quantize_rtn, store
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import (
     ActivationScheme,
@@ -31,7 +31,6 @@ from smoothrot_vllm.format import (
     WeightScheme,
 )
 from smoothrot_vllm.hadamard import hadamard_matrix
-from smoothrot_vllm.reference import encode
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -62,14 +61,19 @@ def plain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def quantized_copy(
-    source: Path, target: Path, weight_bits: int, act_bits: int, lm_head: bool = False
+    source: Path,
+    target: Path,
+    weight_bits: int,
+    act_bits: int,
+    lm_head: bool = False,
+    group_size: int = -1,
 ) -> Path:
     """Quantize every decoder linear by RTN, down_proj behind an online Hadamard in blocks of 48,
     and store it."""
     target.mkdir()
     config = json.loads((source / "config.json").read_text())
     linear = LinearScheme(
-        weights=WeightScheme.model_validate({"bits": weight_bits}),
+        weights=WeightScheme.model_validate({"bits": weight_bits, "group_size": group_size}),
         activations=ActivationScheme.model_validate({"bits": act_bits}),
     )
     schema = QuantizationSchema(
@@ -89,8 +93,7 @@ def quantized_copy(
             continue
         weight = (tensor.double() @ rotation) if module.endswith("down_proj") else tensor
         quantized = quantize_rtn(weight, linear.weights)
-        stored[f"{module}.weight_packed"] = encode(quantized.codes, weight_bits)
-        stored[f"{module}.weight_scale"] = quantized.scale
+        stored |= store([(weight, quantized)], weight.shape, linear.weights, module)[0]
     save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
@@ -108,11 +111,11 @@ def test_eight_bit_model_follows_the_original(plain: Path, tmp_path: Path, kerne
     assert (quantized - original).norm() < 0.02 * original.norm()
 
 
-@pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8)])
+@pytest.mark.parametrize(("act_bits", "group_size"), [(4, -1), (8, -1), (4, 32), (8, 32)])
 def test_compiled_kernels_give_the_logits_of_the_reference(
-    plain: Path, tmp_path: Path, weight_bits: int, act_bits: int
+    plain: Path, tmp_path: Path, act_bits: int, group_size: int
 ) -> None:
-    directory = quantized_copy(plain, tmp_path / "q", weight_bits, act_bits)
+    directory = quantized_copy(plain, tmp_path / "q", 4, act_bits, group_size=group_size)
     torch.testing.assert_close(
         logits(directory, kernels="compiled"),
         logits(directory, kernels="reference"),
@@ -190,6 +193,46 @@ def test_unusable_tensors_are_refused_by_name(
         load_model(directory, kernels="reference")
 
 
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_linear_computes_with_the_dequantized_weight(
+    plain: Path, tmp_path: Path, group_size: int
+) -> None:
+    """down_proj has 3 groups of 32: an odd number, so that a nibble is padding."""
+    directory = quantized_copy(plain, tmp_path / "q", 4, 8, group_size=group_size)
+    linear = load_model(directory, torch.float32, kernels="reference").get_submodule(DOWN)
+    original = load_file(plain / "model.safetensors")[f"{DOWN}.weight"]
+    weights = WeightScheme.model_validate({"group_size": group_size})
+    rotation = torch.block_diag(*[hadamard_matrix(48)] * 2)
+    quantized = quantize_rtn(original.double() @ rotation, weights).dequantize(torch.float64)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ rotation @ quantized.T
+    assert (linear(x) - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda scale: scale[3].fill_(0x01),
+            rf"{DOWN}.weight_group_scale: expected group scales from 1 to 15, got 0 at \[3, 1\]",
+        ),
+        (
+            lambda scale: scale[5, 1].fill_(0x21),
+            rf"{DOWN}.weight_group_scale: expected 0 .* last of 3 groups, got 2 in row 5",
+        ),
+    ],
+)
+def test_unusable_group_scales_are_refused_by_name(
+    plain: Path, tmp_path: Path, change: Callable[[torch.Tensor], object], message: str
+) -> None:
+    directory = quantized_copy(plain, tmp_path / "q", 4, 4, group_size=32)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors[f"{DOWN}.weight_group_scale"])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(directory, kernels="reference")
+
+
 def test_truncated_shard_is_refused(plain: Path, tmp_path: Path) -> None:
     directory = quantized_copy(plain, tmp_path / "q", 4, 4)
     file = directory / "model.safetensors"
@@ -219,9 +262,9 @@ def test_plain_directory_with_a_missing_tensor_is_refused(plain: Path, tmp_path:
 def test_unknown_format_version_is_refused(plain: Path, tmp_path: Path) -> None:
     directory = quantized_copy(plain, tmp_path / "q", 4, 4)
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 1
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="format_version: expected 1, got 2"):
+    with pytest.raises(ConfigError, match="format_version: expected 2, got 1"):
         load_model(directory)
 
 

@@ -37,6 +37,14 @@ def test_preset_takes_the_first_group_size_that_fits(make_model: MakeModel, name
     assert config.preset == name
 
 
+def test_eight_bit_weights_fall_to_a_scale_per_channel(make_model: MakeModel) -> None:
+    source = open_checkpoint(make_model(hidden_size=288, intermediate_size=320))
+    choice = choose_preset("best", {"weight_bits": 8}, source)
+    assert choice.config.group_size == -1
+    assert any("--group-size 32 with --weight-bits 8" in note for note in choice.notes)
+    make_schema(resolve(source.config), choice.config)
+
+
 def test_a_family_without_a_head_keeps_its_embedding_for_it(make_model: MakeModel) -> None:
     model = open_checkpoint(make_model("gemma2"))
     assert choose_preset("best", {}, model).config.lm_head_bits == 16

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -49,6 +50,14 @@ def output_error(
     return (y - x.double() @ quantized.dequantize(torch.float64).T).square().sum().item()
 
 
+def assert_same_scales(first: QuantizedWeight, second: QuantizedWeight) -> None:
+    assert torch.equal(first.scale, second.scale)
+    if first.group_scale is None or second.group_scale is None:
+        assert first.group_scale is second.group_scale
+    else:
+        assert torch.equal(first.group_scale, second.group_scale)
+
+
 def test_accumulated_moments_are_those_of_all_batches_together(inputs: torch.Tensor) -> None:
     full = inputs + 0.1 * inputs.roll(1, 1)
     accumulator = HessianAccumulator(IN, asymmetric=True)
@@ -75,11 +84,10 @@ def test_white_inputs_leave_nothing_to_compensate(
         quantize_rtn(weight, scheme),
     )
     assert torch.equal(quantized.codes, plain.codes)
-    assert torch.equal(quantized.scale, plain.scale)
+    assert_same_scales(quantized, plain)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, -1), (4, 32), (4, 64), (8, -1)])
 @pytest.mark.parametrize("act_order", [False, True])
 def test_output_error_is_well_below_rtn_on_correlated_inputs(
     weight: torch.Tensor, inputs: torch.Tensor, bits: int, group_size: int, act_order: bool
@@ -91,27 +99,41 @@ def test_output_error_is_well_below_rtn_on_correlated_inputs(
     )
 
 
-def test_rounding_is_that_of_the_plain_recursion(
+def test_groups_leave_less_error_than_a_scale_per_channel(
     weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:
+    weight, hessian = weight * torch.logspace(-0.5, 0.5, IN), hessian_of(inputs)
+    errors = [
+        output_error(weight, quantize_gptq(weight, hessian, WeightScheme(group_size=g)), inputs)
+        for g in (-1, 64, 32)
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_rounding_is_that_of_the_plain_recursion(
+    weight: torch.Tensor, inputs: torch.Tensor, group_size: Literal[-1, 64]
+) -> None:
     """Optimal brain quantization in float64, one channel at a time, H re-inverted over what
-    remains: no blocks, no Cholesky."""
+    remains: no blocks, no Cholesky. The steps are those that the checkpoint will have."""
     hessian = hessian_of(inputs)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN)
-    quantized = quantize_gptq(weight, hessian, PER_CHANNEL, act_order=False)
-    scale = quantized.scale[:, 0].double()
+    scheme = WeightScheme(group_size=group_size)
+    quantized = quantize_gptq(weight, hessian, scheme, act_order=False)
+    ones = replace(quantized, codes=torch.ones(OUT, IN, dtype=torch.int8))
+    steps = ones.dequantize(torch.float64)
     work, codes = weight.double().clone(), torch.empty(OUT, IN, dtype=torch.float64)
     for i in range(IN):
         inverse = torch.linalg.inv(damped[i:, i:])
-        codes[:, i] = (work[:, i] / scale).round().clamp(-8, 7)
-        error = (work[:, i] - codes[:, i] * scale) / inverse[0, 0]
+        codes[:, i] = (work[:, i] / steps[:, i]).round().clamp(-8, 7)
+        error = (work[:, i] - codes[:, i] * steps[:, i]) / inverse[0, 0]
         work[:, i:] -= error[:, None] * inverse[0]
     # A value within float32 noise of a rounding tie may go the other way; its row then differs from
     # there on.
     same_rows = (quantized.codes == codes).all(dim=1).float().mean()
     assert same_rows > 0.8
     assert output_error(weight, quantized, inputs) < 1.02 * output_error(
-        weight, QuantizedWeight(codes.to(torch.int8), quantized.scale), inputs
+        weight, replace(quantized, codes=codes.to(torch.int8)), inputs
     )
 
 
@@ -131,7 +153,7 @@ def test_act_order_keeps_groups_in_their_place(weight: torch.Tensor, inputs: tor
     scheme = WeightScheme(group_size=32)
     weight = weight * torch.logspace(-2, 2, IN)
     quantized = quantize_gptq(weight, hessian_of(inputs), scheme, act_order=True)
-    assert torch.equal(quantized.scale, quantize_rtn(weight, scheme).scale)
+    assert_same_scales(quantized, quantize_rtn(weight, scheme))
     assert output_error(weight, quantized, inputs) < output_error(
         weight, quantize_rtn(weight, scheme), inputs
     )

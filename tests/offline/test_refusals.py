@@ -296,6 +296,7 @@ def test_shared_head_that_differs_is_refused(make_model: MakeModel) -> None:
     ("options", "words"),
     [
         ({"group_size": 32}, ["self_attn.q_proj", "72 inputs", "--group-size"]),
+        ({"group_size": 32, "weight_bits": 8}, ["--group-size 32 with --weight-bits 8", "-1"]),
         ({"max_tp": 3}, ["size 152", "got 3", "--max-tp"]),
         ({"max_tp": 8, "rotate": False}, ["self_attn.o_proj", "72 inputs over 8 shard(s)"]),
         ({"scales": "max", "calib_seqlen": 65}, ["--calib-seqlen 65", "64 tokens"]),

@@ -95,7 +95,15 @@ def test_layer_error_is_that_of_the_reference_ops(
         error.sample / scales, BLOCK, SCHEME.activations.clip, 4
     )
     served = reference.gemm(
-        codes, scale, reference.pack_int4(weight.codes), weight.scale, None, torch.float32, 4, 4
+        codes,
+        scale,
+        reference.pack_int4(weight.codes),
+        weight.scale,
+        weight.group_scale,
+        None,
+        torch.float32,
+        4,
+        4,
     )
     expected = (served - error.sample @ error.weight.T).square().sum().item()
     assert error.of(scales) == pytest.approx(expected, rel=1e-3)

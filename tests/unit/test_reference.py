@@ -89,23 +89,50 @@ def test_hadamard_quant_is_quant_of_the_rotated_row() -> None:
     assert (error.abs() <= scale.double()[:, None] * 0.501)[~clipped].all()
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+def test_pack_group_scale_puts_the_even_group_in_the_low_nibble_and_zero_past_the_last() -> None:
+    packed = reference.pack_group_scale(torch.tensor([[1, 15, 7]], dtype=torch.uint8))
+    assert packed.tolist() == [[0xF1, 0x07]]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 9, 12])
+def test_unpack_group_scale_inverts_pack_group_scale(groups: int) -> None:
+    values = torch.randint(0, 16, (3, 5, groups), dtype=torch.uint8)
+    packed = reference.pack_group_scale(values)
+    assert packed.shape == (3, 5, (groups + 1) // 2)
+    assert torch.equal(reference.unpack_group_scale(packed, groups), values)
+
+
+def test_scaled_codes_are_codes_times_their_groups_integer_and_fit_int8() -> None:
+    weight = reference.encode(torch.tensor([[-8, 7, -8, 3, 1, -1, 2, 0]], dtype=torch.int8), 4)
+    group_scale = torch.tensor([[15, 1, 3, 9]], dtype=torch.uint8)
+    scaled = reference.scaled_codes(weight, group_scale, 4)
+    assert scaled.dtype == torch.int8
+    assert scaled.tolist() == [[-120, 105, -8, 3, 3, -3, 18, 0]]
+    assert reference.dequantize_weight(weight, torch.tensor([[0.5]]), group_scale, 4).tolist() == [
+        [-60, 52.5, -4, 1.5, 1.5, -1.5, 9, 0]
+    ]
+
+
+@pytest.mark.parametrize("groups", [0, 1, 4])
 def test_gemm_equals_the_dequantized_product_in_float64(groups: int) -> None:
-    x, weight_scale, bias = torch.randn(5, 64), torch.rand(7, groups), torch.randn(7)
+    x, weight_scale, bias = torch.randn(5, 64), torch.rand(7, 1), torch.randn(7)
     codes, scale = reference.quant(x, 1.0, 8)
-    weight = reference.encode(torch.randint(-8, 8, (7, 64), dtype=torch.int8), 4)
-    y = reference.gemm(codes, scale, weight, weight_scale, bias, torch.float32, 8, 4)
-    exact = (codes.double() * scale.double()[:, None]) @ reference.dequantize_weight(
-        weight, weight_scale, 4
-    ).double().T + bias
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+    weight = torch.randint(-8, 8, (7, 64), dtype=torch.int8)
+    stored = reference.encode(weight, 4)
+    group_scale = torch.randint(1, 16, (7, groups), dtype=torch.uint8) if groups else None
+    y = reference.gemm(codes, scale, stored, weight_scale, group_scale, bias, torch.float32, 8, 4)
+    exact = weight.double() * weight_scale
+    if group_scale is not None:
+        exact = exact * group_scale.repeat_interleave(64 // groups, 1)
+    expected = (codes.double() * scale.double()[:, None]) @ exact.T + bias
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_accumulate_is_exact_where_float32_would_not_be() -> None:
     codes = torch.full((1, 4096), -128, dtype=torch.int8)
     codes[0, 0] = 1
     weight = torch.full((1, 4096), -128, dtype=torch.int8)
-    assert reference.accumulate(codes, weight, 8, 8).item() == 4095 * 128 * 128 - 128
+    assert reference.accumulate(codes, weight, None, 8, 8).item() == 4095 * 128 * 128 - 128
 
 
 def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,13 @@ from smoothrot_offline.source.checkpoint import DTYPES, Checkpoint, open_checkpo
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError, ConfigError
-from smoothrot_vllm.format import QUANT_METHOD, QuantizationSchema, parse_schema
+from smoothrot_vllm.format import (
+    GROUP_SCALE_MAX,
+    QUANT_METHOD,
+    QuantizationSchema,
+    parse_schema,
+)
+from smoothrot_vllm.reference import unpack_group_scale
 
 TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype by tensor name."""
@@ -143,6 +149,22 @@ def structure_problems(
                 f"tensor {name}: the manifest has it in {manifest.tensors[name].file}, the index in"
                 f" {info.file}"
             )
+
+
+def group_scale_problem(stored: torch.Tensor, groups: int) -> str | None:
+    """What makes stored group scales, uint8 ``(N, ceil(groups/2))``, unusable; None if nothing
+    does."""
+    nibbles = unpack_group_scale(stored, 2 * stored.shape[1])
+    if not nibbles[:, :groups].all():
+        place = (nibbles[:, :groups] == 0).nonzero()[0].tolist()
+        return f"expected group scales from 1 to {GROUP_SCALE_MAX}, got 0 at {place}"
+    if nibbles[:, groups:].any():
+        row = int(nibbles[:, groups].nonzero()[0])
+        return (
+            f"expected 0 in the nibble past the last of {groups} groups, got"
+            f" {nibbles[row, groups]} in row {row}"
+        )
+    return None
 
 
 class Inspection(BaseModel):

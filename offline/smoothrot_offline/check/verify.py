@@ -2,16 +2,22 @@
 """Check a converted directory: against its schema and manifest, and against its source, from which
 some of its codes are derived again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from smoothrot_offline.check.inspect import model_dtype, open_converted, structure_problems
+from smoothrot_offline.check.inspect import (
+    TensorTable,
+    group_scale_problem,
+    model_dtype,
+    open_converted,
+    structure_problems,
+)
 from smoothrot_offline.console import ProgressCallback, no_progress
 from smoothrot_offline.output.manifest import Manifest, read_manifest
-from smoothrot_offline.rounding.rtn import quantize_rtn, relative_error
+from smoothrot_offline.rounding.rtn import quantize_rtn, relative_error, store
 from smoothrot_offline.source.checkpoint import (
     Checkpoint,
     file_digest,
@@ -23,11 +29,14 @@ from smoothrot_offline.source.headers import CONFIG_NAME
 from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import (
+    WEIGHT_GROUP_SCALE,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     LinearScheme,
+    group_count,
+    weight_tensors,
 )
-from smoothrot_vllm.reference import dequantize_weight, encode
+from smoothrot_vllm.reference import dequantize_weight, unpack_group_scale
 
 
 class Verification(BaseModel):
@@ -52,12 +61,17 @@ def verify(directory: Path, progress: ProgressCallback = no_progress) -> Verific
     checkpoint, spec, schema = open_converted(directory)
     manifest = read_manifest(directory)
     expected = spec.output_tensors(schema, spec.tied, model_dtype(checkpoint.config))
+    groups = {
+        f"{linear}.{WEIGHT_GROUP_SCALE}": group_count(inputs, scheme.weights)
+        for linear, _, inputs in spec.output_linears(spec.tied)
+        if (scheme := schema.scheme(linear)) is not None
+    }
     problems = [*structure_problems(checkpoint, expected, manifest)]
     names = [name for name in manifest.tensors if name in checkpoint.tensors]
     total = len(names) + len(manifest.files)
     for done, name in enumerate(names):
         progress("tensors", done, total)
-        problems += _tensor_problems(checkpoint, manifest, name)
+        problems += _tensor_problems(checkpoint, manifest, name, expected, groups)
     for done, (name, digest) in enumerate(manifest.files.items(), start=len(names)):
         progress("files", done, total)
         path = directory / name
@@ -75,20 +89,27 @@ def verify(directory: Path, progress: ProgressCallback = no_progress) -> Verific
     )
 
 
-def _tensor_problems(checkpoint: Checkpoint, manifest: Manifest, name: str) -> Iterator[str]:
+def _tensor_problems(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    name: str,
+    expected: TensorTable,
+    groups: Mapping[str, int],
+) -> Iterator[str]:
+    """Problems of one tensor's bytes; ``groups`` has how many scales a row of each tensor of group
+    scales holds."""
     where = f"tensor {name} in {checkpoint.tensors[name].file}"
     try:
         tensor = checkpoint.load([name])[name]
     except CheckpointError as error:
         yield str(error)
         return
-    # Scales of another dtype, which may have no order, are a problem of the structure.
-    if (
-        name.endswith(f".{WEIGHT_SCALE}")
-        and tensor.dtype == torch.float32
-        and not (tensor > 0).all()
-    ):
-        yield f"{where}: expected positive scales, got {int((tensor <= 0).sum())} others"
+    # Another shape, or another dtype, which may have no order, is a problem of the structure.
+    if (tuple(tensor.shape), tensor.dtype) == expected.get(name):
+        if name.endswith(f".{WEIGHT_SCALE}") and not (tensor > 0).all():
+            yield f"{where}: expected positive scales, got {int((tensor <= 0).sum())} others"
+        if name in groups and (problem := group_scale_problem(tensor, groups[name])):
+            yield f"{where}: {problem}"
     if tensor_digest(tensor) != manifest.tensors[name].sha256:
         yield f"{where}: its bytes are not the ones that were written (SHA-256 differs)"
 
@@ -173,12 +194,14 @@ def _linear_problems(
 ) -> list[str]:
     index, linear = where
     name = spec.layer_prefix(index) + linear
-    packed, scale = converted.load([f"{name}.{WEIGHT_PACKED}", f"{name}.{WEIGHT_SCALE}"]).values()
+    out, inputs = weight.shape
+    found = converted.load(
+        [f"{name}.{suffix}" for suffix in weight_tensors(out, inputs, scheme.weights)]
+    )
     if exact:
-        again = quantize_rtn(weight, scheme.weights, name)
-        differ = int((encode(again.codes, scheme.weights.bits) != packed).sum()) + int(
-            (again.scale != scale).sum()
-        )
+        rounded = quantize_rtn(weight, scheme.weights, name)
+        again, _ = store([(weight, rounded)], weight.shape, scheme.weights, name)
+        differ = sum(int((again[tensor] != found[tensor]).sum()) for tensor in again)
         return (
             [
                 f"tensor {name}: {differ} bytes of codes or scales are not those that the source"
@@ -187,7 +210,13 @@ def _linear_problems(
             if differ
             else []
         )
-    stored = dequantize_weight(packed, scale, scheme.weights.bits)
+    groups = group_count(inputs, scheme.weights)
+    stored = dequantize_weight(
+        found[f"{name}.{WEIGHT_PACKED}"],
+        found[f"{name}.{WEIGHT_SCALE}"],
+        unpack_group_scale(found[f"{name}.{WEIGHT_GROUP_SCALE}"], groups) if groups else None,
+        scheme.weights.bits,
+    )
     error = relative_error(float((weight - stored).square().sum()), float(weight.square().sum()))
     recorded = manifest.layers[index].weight_error[linear]
     if abs(error - recorded) <= ERROR_TOLERANCE * recorded:

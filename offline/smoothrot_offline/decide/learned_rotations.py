@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from smoothrot_offline.rounding.rtn import (
+    Shrink,
     fake_quantize_shrunk,
     fake_quantize_tokens,
     quantize_rtn,
@@ -106,12 +107,12 @@ def rounded_error(
 def differentiable_error(
     x: torch.Tensor,
     weight: torch.Tensor,
-    shrink: torch.Tensor,
+    shrink: Shrink,
     activations: ActivationScheme,
     weights: WeightScheme,
 ) -> torch.Tensor:
-    """:func:`rounded_error` with a gradient straight through the rounding, for the clip search's
-    ``shrink (rows, groups)``."""
+    """:func:`rounded_error` with a gradient straight through the rounding, for the scale search's
+    ``shrink``."""
     return _relative(x, weight, fake_quantize_shrunk(weight, shrink, weights.bits), activations)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from smoothrot_offline.config import Policy
 from smoothrot_offline.rounding.rtn import (
+    Shrink,
     fake_quantize_shrunk,
     fake_quantize_tokens,
     quantize_rtn,
@@ -100,12 +101,11 @@ class LayerError:
         return float(self._error(x, quantize_rtn(w, self.scheme.weights).dequantize()))
 
     @torch.no_grad()
-    def shrink(self, scales: torch.Tensor) -> torch.Tensor:
-        """Weight scales of the clip search at ``scales``, as fractions of the largest magnitude,
-        ``(hidden, groups)``."""
+    def shrink(self, scales: torch.Tensor) -> Shrink:
+        """Weight scales of the search at ``scales``, as fractions of the largest magnitudes."""
         return searched_shrink(self._smoothed(scales.float())[1], self.scheme.weights)
 
-    def differentiable(self, scales: torch.Tensor, shrink: torch.Tensor) -> torch.Tensor:
+    def differentiable(self, scales: torch.Tensor, shrink: Shrink) -> torch.Tensor:
         """The error with a gradient in float32 ``scales (f,)``, straight through the rounding,
         for a given :meth:`shrink`."""
         x, w = self._smoothed(scales)

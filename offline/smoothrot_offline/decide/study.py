@@ -23,7 +23,12 @@ from smoothrot_offline.rounding.served import (
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
-from smoothrot_vllm.format import ActivationScheme, LinearScheme, QuantizationSchema
+from smoothrot_vllm.format import (
+    ActivationScheme,
+    LinearScheme,
+    QuantizationSchema,
+    WeightScheme,
+)
 
 PROBE_SAMPLES = 8
 """Calibration sequences on which clips and sensitivities are measured."""
@@ -239,7 +244,9 @@ def with_clip(scheme: LinearScheme, clip: float | None) -> LinearScheme:
     )
 
 
-EIGHT_BIT_ACTIVATIONS = ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8])
+EIGHT_BITS = LinearScheme(
+    weights=WeightScheme(bits=8), activations=ActivationScheme(bits=8, clip=ACTIVATION_CLIP[8])
+)
 
 
 def allocate(
@@ -266,19 +273,13 @@ def allocate(
                 if scheme is None:
                     continue
                 changed = (
-                    _eight_bits(scheme)
+                    EIGHT_BITS
                     if (index, group[0]) in kept
                     else with_clip(scheme, found.clips.get(group[0]))
                 )
                 if changed != scheme:
                     overrides[name] = changed
     return schema.model_copy(update={"overrides": overrides})
-
-
-def _eight_bits(scheme: LinearScheme) -> LinearScheme:
-    return LinearScheme(
-        weights=scheme.weights.model_copy(update={"bits": 8}), activations=EIGHT_BIT_ACTIVATIONS
-    )
 
 
 def _dearest(

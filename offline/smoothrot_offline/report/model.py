@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from smoothrot_offline.check.inspect import group_scale_problem
 from smoothrot_offline.device import CPU
 from smoothrot_offline.source.checkpoint import DTYPES, open_checkpoint
 from smoothrot_offline.source.headers import INDEX_NAME, SINGLE_NAME
@@ -29,11 +30,14 @@ from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.foreign_files import read_header
 from smoothrot_vllm.format import (
     QUANT_METHOD,
+    WEIGHT_GROUP_SCALE,
     WEIGHT_SCALE,
     LinearScheme,
+    group_count,
     parse_schema,
     weight_tensors,
 )
+from smoothrot_vllm.reference import unpack_group_scale
 
 Kernels = Literal["compiled", "reference"]
 
@@ -54,6 +58,7 @@ class QuantizedLinear(nn.Module):
 
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
+    weight_group_scale: torch.Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -69,6 +74,8 @@ class QuantizedLinear(nn.Module):
         self.scheme = scheme
         self.block = block
         self.kernels = kernels
+        self.groups = group_count(in_features, scheme.weights)
+        self.register_buffer(WEIGHT_GROUP_SCALE, None)
         for suffix, (shape, dtype) in weight_tensors(
             out_features, in_features, scheme.weights
         ).items():
@@ -76,18 +83,23 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     def prepack(self) -> None:
-        """Put the loaded codes into the layout of the compiled kernels; nothing to do for
-        ``reference``."""
+        """Put what was loaded into the form that the kernels take: group scales one to a byte, and
+        for ``compiled`` the codes in their layout."""
+        if self.weight_group_scale is not None:
+            self.weight_group_scale = unpack_group_scale(self.weight_group_scale, self.groups)
         if self.kernels == "compiled":
             from smoothrot_vllm import ops
 
             self.weight_packed = ops.prepack_weight(
-                self.weight_packed, self.weight_scale, self.scheme.weights.bits
+                self.weight_packed,
+                self.weight_scale,
+                self.weight_group_scale,
+                self.scheme.weights.bits,
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x (..., in_features)`` to ``(..., out_features)`` in the dtype of ``x``."""
-        acts, bits = self.scheme.activations, self.scheme.weights.bits
+        acts, weights = self.scheme.activations, self.scheme.weights
         if self.kernels == "compiled":
             from smoothrot_vllm import ops
 
@@ -99,7 +111,8 @@ class QuantizedLinear(nn.Module):
                 self.block,
                 acts.clip,
                 acts.bits,
-                bits,
+                weights.bits,
+                weights.group_size,
             )
         tokens = x.reshape(-1, x.shape[-1])
         if self.block:
@@ -107,7 +120,15 @@ class QuantizedLinear(nn.Module):
         else:
             codes, scale = reference.quant(tokens, acts.clip, acts.bits)
         y = reference.gemm(
-            codes, scale, self.weight_packed, self.weight_scale, self.bias, x.dtype, acts.bits, bits
+            codes,
+            scale,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_group_scale,
+            self.bias,
+            x.dtype,
+            acts.bits,
+            weights.bits,
         )
         return y.reshape(*x.shape[:-1], -1)
 
@@ -317,6 +338,13 @@ def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def _check_values(model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear) or module.weight_group_scale is None:
+            continue
+        if problem := group_scale_problem(module.weight_group_scale, module.groups):
+            raise CheckpointError(
+                f"tensor {name}.{WEIGHT_GROUP_SCALE}: {problem}. Convert the model again."
+            )
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
             continue

@@ -6,7 +6,8 @@ import logging
 
 import torch
 
-from smoothrot_offline.rounding.rtn import QuantizedWeight, check_weight, weight_scale
+from smoothrot_offline.rounding.rtn import QuantizedWeight, check_weight
+from smoothrot_offline.rounding.scales import search_scales
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import WeightScheme
 from smoothrot_vllm.reference import quant_max
@@ -87,8 +88,9 @@ def quantize_gptq(
     """Round one input channel after the other, each rounding error made up for by the channels
     still to come.
 
-    Minimizes ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales are fixed
-    beforehand by the clip search, so that groups keep their meaning in any order.
+    Minimizes ``tr((W - Q) H (W - Q)^T)``, the mean squared output error. Scales, those of
+    groups included, are fixed beforehand by the search, so that groups keep their meaning in any
+    order.
 
     With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric
     calibration: GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Before rounding it is least at
@@ -128,12 +130,12 @@ def quantize_gptq(
     if cross is not None:
         weight = _corrected(weight, cross, damped, order)
         check_weight(weight, scheme, name)
-    scale = weight_scale(weight, scheme)
-    steps = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
+    scales = search_scales(weight, scheme)
+    steps = scales.steps.repeat_interleave(weight.shape[1] // scales.steps.shape[1], dim=1)
     codes = _round_in_order(
         weight.float()[:, order], steps[:, order], inverse_root.float(), quant_max(scheme.bits)
     )
-    return QuantizedWeight(codes[:, order.argsort()], scale)
+    return QuantizedWeight(codes[:, order.argsort()], *scales)
 
 
 def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:

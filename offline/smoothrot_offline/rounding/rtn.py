@@ -1,105 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Round-to-nearest (RTN) weight quantization with a searched clip, and the quantizers with a
+"""Round-to-nearest (RTN) weight quantization with searched scales, and the quantizers with a
 gradient: rounding passes it straight through (STE), clamping stops it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
+from smoothrot_offline.rounding.scales import search_scales
 from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.format import (
+    GROUP_SCALE_MAX,
+    WEIGHT_GROUP_SCALE,
     WEIGHT_PACKED,
     WEIGHT_SCALE,
     ActivationScheme,
     WeightScheme,
     weight_tensors,
 )
-from smoothrot_vllm.reference import QUANT_MIN_SCALE, encode, quant_max
-
-ERROR_NORM = 2.4
-SHRINKS = tuple(1 - i / 100 for i in range(80))
-"""Candidate scales, as fractions of the scale that represents the largest magnitude exactly."""
+from smoothrot_vllm.reference import (
+    QUANT_MIN_SCALE,
+    encode,
+    pack_group_scale,
+    quant_max,
+    scaled_codes,
+)
 
 HEAD_ROWS = 4096
 """Rows of the embedding and of the head that are held in float64 at a time."""
-_CLIP_CHUNK_VALUES = 1 << 20
-_LONG_ROW = 512
-
-
-def clip_search_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """Scale of a symmetric quantizer for each row.
-
-    8 bits take the largest magnitude as it is: with 255 levels a clipped outlier costs more than
-    finer rounding of the rest gains, for any row of less than some 10^5 weights.
-
-    Args:
-        rows: finite float32 or float64 ``(R, K)``, one row per scale (an output channel or a
-            group).
-        bits: 4 or 8.
-
-    Returns:
-        float32 ``(R,)``, positive; 1 for a row whose scale would fall below ``QUANT_MIN_SCALE``.
-    """
-    chunk = max(1, _CLIP_CHUNK_VALUES // rows.shape[1])
-    return torch.cat([_chunk_scale(part, bits) for part in rows.split(chunk)])
-
-
-def _chunk_scale(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    rows = rows.float()
-    top = quant_max(bits)
-    largest = rows.abs().amax(dim=1)
-    scale = largest / top
-    empty = scale < QUANT_MIN_SCALE
-    if bits == 4:
-        largest = torch.where(empty, 1.0, largest)
-        scale = scale * _best_shrink(rows / largest[:, None], top)
-    return torch.where(empty, 1.0, scale)
-
-
-def _best_shrink(unit_rows: torch.Tensor, top: int) -> torch.Tensor:
-    """The element of ``SHRINKS`` with the least error for each row of values in [-1, 1]; the
-    largest one on a tie."""
-    half = 1024 if unit_rows.shape[1] >= _LONG_ROW else 256
-    bins = unit_rows.add(1).mul_(half).long().clamp_(max=2 * half - 1)
-    counts = torch.zeros(unit_rows.shape[0], 2 * half, device=unit_rows.device)
-    counts.scatter_add_(1, bins, counts.new_ones(()).expand(bins.shape))
-    errors = counts @ _error_table(half, top, counts.device)
-    return torch.tensor(SHRINKS, device=counts.device)[errors.argmin(dim=1)]
-
-
-@lru_cache(maxsize=4)
-def _error_table(half: int, top: int, device: torch.device) -> torch.Tensor:
-    """``|Q(c) - c|^2.4`` for each bin centre c in [-1, 1] and each shrink: float32 ``(2 * half,
-    len(SHRINKS))``."""
-    centres = (torch.arange(2 * half, dtype=torch.float64)[:, None] + 0.5) / half - 1
-    scales = torch.tensor(SHRINKS, dtype=torch.float64) / top
-    rounded = (centres / scales).round().clamp(-top - 1, top) * scales
-    return (rounded - centres).abs().pow(ERROR_NORM).float().to(device)
-
-
 _CHUNK_VALUES = 1 << 22
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized linear weight: int8 ``codes (N, K)`` and float32 ``scale (N, G)``, G groups of
-    K/G consecutive inputs."""
+    """A quantized linear weight ``code * group_scale * scale``: int8 ``codes (N, K)``, float32
+    ``scale (N, 1)`` and, of G groups of K/G consecutive inputs, uint8 ``group_scale (N, G)``."""
 
     codes: torch.Tensor
     scale: torch.Tensor
+    group_scale: torch.Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight the codes stand for, ``(N, K)``."""
-        grouped = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(dtype)
-        return (grouped * self.scale[:, :, None].to(dtype)).flatten(1)
+        # One code a byte, as 8-bit ones are stored.
+        whole = scaled_codes(self.codes, self.group_scale, bits=8)
+        return whole.to(dtype) * self.scale.to(dtype)
 
 
 def quantize_rtn(
     weight: torch.Tensor, scheme: WeightScheme, name: str = "weight"
 ) -> QuantizedWeight:
-    """Quantize by rounding each weight to the nearest code (ties to even) of a clip-searched scale.
+    """Quantize by rounding each weight to the nearest code (ties to even) of searched scales.
 
     Args:
         weight: ``(N, K)``, any float dtype; computed in float32 a few rows at a time.
@@ -111,21 +62,15 @@ def quantize_rtn(
         CheckpointError: the weight holds a NaN or an infinity.
     """
     check_weight(weight, scheme, name)
-    scale = weight_scale(weight, scheme)
-    top = quant_max(scheme.bits)
+    scales = search_scales(weight, scheme)
+    steps, top = scales.steps, quant_max(scheme.bits)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     chunk = max(1, _CHUNK_VALUES // weight.shape[1])
     for start in range(0, weight.shape[0], chunk):
         rows = slice(start, start + chunk)
-        grouped = weight[rows].float().unflatten(1, (scale.shape[1], -1))
-        codes[rows] = (grouped / scale[rows, :, None]).round_().clamp_(-top - 1, top).flatten(1)
-    return QuantizedWeight(codes, scale)
-
-
-def weight_scale(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """Clip-searched scales of a weight ``(N, K)``: float32 ``(N, G)``."""
-    group = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-    return clip_search_scale(weight.reshape(-1, group), scheme.bits).reshape(weight.shape[0], -1)
+        grouped = weight[rows].float().unflatten(1, (steps.shape[1], -1))
+        codes[rows] = (grouped / steps[rows, :, None]).round_().clamp_(-top - 1, top).flatten(1)
+    return QuantizedWeight(codes, *scales)
 
 
 def check_weight(weight: torch.Tensor, scheme: WeightScheme, name: str) -> None:
@@ -176,30 +121,43 @@ def fake_quantize_tokens(
     return fake_quantize(x, torch.where(scale < QUANT_MIN_SCALE, 1.0, scale), scheme.bits)
 
 
-def fake_quantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """A weight ``(N, K)`` with scales ``(N, G)``, as ``QuantizedWeight.dequantize`` gives it
-    back."""
-    grouped = weight.unflatten(1, (scale.shape[1], -1))
-    return fake_quantize(grouped, scale[:, :, None], bits).flatten(1)
+@dataclass(frozen=True)
+class Shrink:
+    """Scales relative to the weight they were searched for: ``channel (N, 1)`` over the largest
+    magnitude of the row, and the steps of its groups over theirs, ``group (N, G)``, or None."""
+
+    channel: torch.Tensor
+    group: torch.Tensor | None
 
 
-def largest_magnitude(weight: torch.Tensor, groups: int) -> torch.Tensor:
+def searched_shrink(weight: torch.Tensor, scheme: WeightScheme) -> Shrink:
+    """What the search makes of the scales of a weight ``(N, K)``."""
+    scales = search_scales(weight, scheme)
+    channel = scales.scale / _largest_magnitude(weight, 1).clamp_min(QUANT_MIN_SCALE)
+    if scales.group_scale is None:
+        return Shrink(channel, None)
+    largest = _largest_magnitude(weight, scales.group_scale.shape[1])
+    return Shrink(channel, scales.steps / largest.clamp_min(QUANT_MIN_SCALE))
+
+
+def fake_quantize_shrunk(weight: torch.Tensor, shrink: Shrink, bits: int) -> torch.Tensor:
+    """A weight ``(N, K)`` quantized with scales that are the given fractions of its largest
+    magnitudes, those of groups rounded to whole multiples of the row's.
+
+    Of the weight that was searched it is what ``QuantizedWeight.dequantize`` gives.
+    """
+    steps = (_largest_magnitude(weight, 1) * shrink.channel).clamp_min(QUANT_MIN_SCALE)
+    if shrink.group is not None:
+        wanted = _largest_magnitude(weight, shrink.group.shape[1]) * shrink.group
+        whole: torch.Tensor = _RoundThrough.apply(wanted / steps)
+        steps = steps * whole.clamp(1, GROUP_SCALE_MAX)
+    grouped = weight.unflatten(1, (steps.shape[1], -1))
+    return fake_quantize(grouped, steps[:, :, None], bits).flatten(1)
+
+
+def _largest_magnitude(weight: torch.Tensor, groups: int) -> torch.Tensor:
     """``max |w|`` of each row's groups, ``(N, groups)``."""
     return weight.unflatten(1, (groups, -1)).abs().amax(dim=2)
-
-
-def searched_shrink(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """What the clip search makes of each scale of a weight ``(N, K)``: a fraction of the largest
-    magnitude, ``(N, groups)``."""
-    scale = weight_scale(weight, scheme)
-    return scale / largest_magnitude(weight, scale.shape[1]).clamp_min(QUANT_MIN_SCALE)
-
-
-def fake_quantize_shrunk(weight: torch.Tensor, shrink: torch.Tensor, bits: int) -> torch.Tensor:
-    """A weight ``(N, K)`` quantized with scales that are a given fraction ``shrink (N, groups)``
-    of its largest magnitudes."""
-    scale = (largest_magnitude(weight, shrink.shape[1]) * shrink).clamp_min(QUANT_MIN_SCALE)
-    return fake_quantize_weight(weight, scale, bits)
 
 
 def store(
@@ -217,13 +175,15 @@ def store(
         f"{name}.{suffix}": torch.empty(size, dtype=dtype)
         for suffix, (size, dtype) in tables.items()
     }
-    packed, scales = stored[f"{name}.{WEIGHT_PACKED}"], stored[f"{name}.{WEIGHT_SCALE}"]
+    packed, scale = stored[f"{name}.{WEIGHT_PACKED}"], stored[f"{name}.{WEIGHT_SCALE}"]
     row, error, norm = 0, 0.0, 0.0
     for weight, quantized in parts:
         error += float((weight - quantized.dequantize()).square().sum())
         norm += float(weight.square().sum())
         rows = slice(row, row := row + len(weight))
-        packed[rows], scales[rows] = encode(quantized.codes, scheme.bits), quantized.scale
+        packed[rows], scale[rows] = encode(quantized.codes, scheme.bits), quantized.scale
+        if quantized.group_scale is not None:
+            stored[f"{name}.{WEIGHT_GROUP_SCALE}"][rows] = pack_group_scale(quantized.group_scale)
     return stored, relative_error(error, norm)
 
 
