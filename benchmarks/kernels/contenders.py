@@ -3,6 +3,7 @@
 
 import importlib.util
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,7 +12,12 @@ import torch
 
 from benchmarks.support.timing import Floors, Timing
 from smoothrot_vllm import ops
-from smoothrot_vllm.format import LinearScheme
+from smoothrot_vllm.format import (
+    GROUP_SCALE_MAX,
+    LinearScheme,
+    group_count,
+    weight_tensors,
+)
 
 CLIP = 0.9
 
@@ -157,13 +163,15 @@ def ours(
     """``ops.linear`` of a scheme on random codes; ``block`` is that of the online Hadamard, 0
     for none."""
     weight_bits, group = scheme.weights.bits, scheme.weights.group_size
-    numbers = (block, scheme.activations.clip, scheme.activations.bits, weight_bits)
+    numbers = (block, scheme.activations.clip, scheme.activations.bits, weight_bits, group)
     if weight_bits == 4:
         codes = torch.randint(0, 256, (columns, inputs // 2), dtype=torch.uint8)
     else:
         codes = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
-    scale = torch.rand(columns, 1 if group == -1 or inputs % group else inputs // group)
-    packed = ops.prepack_weight(codes, scale, weight_bits)
+    scale = torch.rand(columns, 1)
+    groups = group_count(inputs, scheme.weights)
+    group_scale = torch.randint(1, GROUP_SCALE_MAX + 1, (columns, groups), dtype=torch.uint8)
+    packed = ops.prepack_weight(codes, scale, group_scale if groups else None, weight_bits)
     # On a CPU the packed codes hold the scales as well.
     nbytes = packed.nbytes + (scale.nbytes if scale.is_cuda else 0)
     return Rotating(
@@ -206,18 +214,14 @@ def floor_seconds(
 
     Args:
         tokens, columns, inputs: of the layer.
-        scheme: of the layer; its codes and 32-bit scales are read once.
+        scheme: of the layer; its codes and scales are read once.
         floors: of the device.
         activation_bytes: of each input and output value; 0 counts the weights alone.
     """
     weight_bits, act_bits = scheme.weights.bits, scheme.activations.bits
-    group = scheme.weights.group_size
-    scales = columns * (1 if group == -1 or inputs % group else inputs // group)
-    moved = (
-        columns * inputs * weight_bits / 8
-        + 4 * scales
-        + tokens * (columns + inputs) * activation_bytes
-    )
+    stored = weight_tensors(columns, inputs, scheme.weights).values()
+    moved = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+    moved += tokens * (columns + inputs) * activation_bytes
     rate = floors.multiply_adds_of(weight_bits == act_bits == 4)
     return FloorSeconds(
         moved / floors.read_bytes, tokens * columns * inputs / rate if rate else 0.0

@@ -52,12 +52,11 @@ ROTATIONS = [(576, 1536), (896, 4864), (2048, 8192), (4096, 11008), (4096, 14336
 WORTH = (1, 16, 256, 4096)
 """Numbers of tokens that are timed before any other: a request alone, a batch, the edge of the
 compute bound, a long prompt."""
-GPU_PRESETS = (PER_CHANNEL, "balanced", "best")
-"""Whose schemes a GPU's run times."""
+TIMED_PRESETS = (PER_CHANNEL, "balanced", "best")
+"""Whose schemes are timed unless told otherwise."""
 # Unless the command line says otherwise.
 CPU_DEFAULTS: dict[str, Any] = {
     "models": ["SmolLM2-135M", "Llama-3.2-1B", "Llama-3-8B"],
-    "schemes": ["w4a8", "w4a8_g128"],
     "tokens": [1, 16, 128, 512],
     "rotations": ROTATIONS,
     "mixtures": ["Qwen3-30B-A3B, half of its experts"],
@@ -296,7 +295,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.schemes is None:
-        args.schemes = list(written_by(GPU_PRESETS))
+        args.schemes = [
+            name
+            for name, scheme in written_by(TIMED_PRESETS).items()
+            # On a CPU 4-bit activations are multiplied as 8-bit ones are.
+            if args.device == "cuda" or scheme.activations.bits == 8
+        ]
     return args
 
 
