@@ -291,16 +291,17 @@ def test_a_gpu_computes_in_full_float32_and_repeatably(
 def test_definitions_of_the_ops_take_tensors_of_any_device(gpu: SimulatedGpu) -> None:
     x, weight = torch.linspace(-1, 1, 64, device=GPU).reshape(2, 32), torch.ones(32, device=GPU)
     assert reference.rms_norm_quant(x, weight, 1e-6, 0.9, 4)[0].device == GPU
-    codes, scale = (
-        torch.ones(2, 64, 32, dtype=torch.int8, device=GPU),
+    codes, scale, group_scale = (
+        torch.ones(2, 64, 16, dtype=torch.uint8, device=GPU),
         torch.ones(2, 64, 1, device=GPU),
+        torch.ones(2, 64, 1, dtype=torch.uint8, device=GPU),
     )
     chosen = torch.zeros(2, 1, dtype=torch.int64, device=GPU)
-    both, down = (codes, scale), (codes[:, :, :32], scale)
-    assert (
-        reference.experts(x, torch.ones(2, 1, device=GPU), chosen, both, down, 32, 0.9, 8, 8).device
-        == GPU
-    )
+    linear = (codes, scale, group_scale)
+    once = torch.ones(2, 1, device=GPU)
+    assert reference.experts(x, once, chosen, linear, linear, 32, 0.9, 8, 4).device == GPU
+    stored = reference.pack_group_scale(group_scale)
+    assert reference.unpack_group_scale(stored, 1).device == GPU
 
 
 def test_auto_is_the_gpu_where_there_is_one(gpu: SimulatedGpu) -> None:
