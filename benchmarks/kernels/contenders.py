@@ -10,14 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.support.random_weights import RandomWeight
 from benchmarks.support.timing import Floors, Timing
 from smoothrot_vllm import ops
-from smoothrot_vllm.format import (
-    GROUP_SCALE_MAX,
-    LinearScheme,
-    group_count,
-    weight_tensors,
-)
+from smoothrot_vllm.format import LinearScheme, weight_tensors
 
 CLIP = 0.9
 
@@ -162,16 +158,10 @@ def ours(
 ) -> Rotating:
     """``ops.linear`` of a scheme on random codes; ``block`` is that of the online Hadamard, 0
     for none."""
-    weight_bits, group = scheme.weights.bits, scheme.weights.group_size
-    numbers = (block, scheme.activations.clip, scheme.activations.bits, weight_bits, group)
-    if weight_bits == 4:
-        codes = torch.randint(0, 256, (columns, inputs // 2), dtype=torch.uint8)
-    else:
-        codes = torch.randint(-128, 128, (columns, inputs), dtype=torch.int8)
-    scale = torch.rand(columns, 1)
-    groups = group_count(inputs, scheme.weights)
-    group_scale = torch.randint(1, GROUP_SCALE_MAX + 1, (columns, groups), dtype=torch.uint8)
-    packed = ops.prepack_weight(codes, scale, group_scale if groups else None, weight_bits)
+    weights, activations = scheme.weights, scheme.activations
+    numbers = (block, activations.clip, activations.bits, weights.bits, weights.group_size)
+    weight = RandomWeight.of(columns, inputs, weights)
+    packed, scale = weight.packed(), weight.scale
     # On a CPU the packed codes hold the scales as well.
     nbytes = packed.nbytes + (scale.nbytes if scale.is_cuda else 0)
     return Rotating(

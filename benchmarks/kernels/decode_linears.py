@@ -12,11 +12,12 @@ import torch.nn.functional as F
 
 from benchmarks.kernels.decode_model import LayerLinears, Linear, Pieces, quantize_rows
 from benchmarks.kernels.schemes import preset_schema
+from benchmarks.support.random_weights import RandomWeight
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_vllm import ops
 from smoothrot_vllm.format import LinearScheme, QuantizationSchema
 from smoothrot_vllm.hadamard import base_matrix, factorize
-from smoothrot_vllm.reference import decode, encode, hadamard_transform, quant_max
+from smoothrot_vllm.reference import hadamard_transform
 
 OURS = {f"{preset}_w4a{bits}": (preset, bits) for bits in (8, 4) for preset in ("balanced", "best")}
 """Preset and bits of the activations by contender."""
@@ -125,11 +126,9 @@ class Fp8Weight:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A linear as a checkpoint stores it: ``codes`` and ``scale`` as docs/format.md has them,
-    and its input's online rotation."""
+    """A linear as a checkpoint stores it, and its input's online rotation."""
 
-    codes: torch.Tensor
-    scale: torch.Tensor
+    weight: RandomWeight
     scheme: LinearScheme
     block: int = 0
 
@@ -137,24 +136,13 @@ class StoredWeight:
     def random(
         cls, outputs: int, inputs: int, scheme: LinearScheme, block: int = 0
     ) -> "StoredWeight":
-        """Codes that are as often positive as negative, and scales that differ up to threefold from
-        each other.
-
-        A mean other than zero would be a direction of its own that every layer stretches, errors
-        included.
-        """
-        bits, group = scheme.weights.bits, scheme.weights.group_size
-        top = quant_max(bits)
-        codes = encode(torch.randint(-top, top + 1, (outputs, inputs), dtype=torch.int8), bits)
-        deviation = math.sqrt(top * (top + 1) / 3)
-        scale = 0.5 + torch.rand(outputs, 1 if group == -1 else inputs // group)
-        return cls(codes, scale / (deviation * math.sqrt(inputs)), scheme, block)
+        """See :meth:`RandomWeight.of`."""
+        return cls(RandomWeight.of(outputs, inputs, scheme.weights), scheme, block)
 
     def dequantized(self) -> torch.Tensor:
         """``(outputs, inputs)`` in bfloat16: what a linear without rotation must multiply by to
         give the same."""
-        values = decode(self.codes, self.scheme.weights.bits).float()
-        values = (values.view(*self.scale.shape, -1) * self.scale[..., None]).view(values.shape)
+        values = self.weight.dequantized()
         return (unrotated(values, self.block) if self.block else values).bfloat16()
 
 
@@ -172,11 +160,17 @@ class OurWeight:
     """A stored weight as the plugin holds it and calls it (smoothrot_vllm/plugin/linear.py)."""
 
     def __init__(self, stored: StoredWeight) -> None:
-        bits, activations = stored.scheme.weights.bits, stored.scheme.activations
-        self.packed, self.scale = ops.prepack_weight(stored.codes, stored.scale, bits), stored.scale
-        self.numbers = (stored.block, activations.clip, activations.bits, bits)
+        weights, activations = stored.scheme.weights, stored.scheme.activations
+        self.packed, self.scale = stored.weight.packed(), stored.weight.scale
+        self.numbers = (
+            stored.block,
+            activations.clip,
+            activations.bits,
+            weights.bits,
+            weights.group_size,
+        )
         if stored.block:
-            ops.prepare_rotation(stored.block, stored.scale.device)
+            ops.prepare_rotation(stored.block, self.scale.device)
         # On a CPU the packed codes hold the scales as well.
         self.nbytes = self.packed.nbytes + (self.scale.nbytes if self.scale.is_cuda else 0)
 

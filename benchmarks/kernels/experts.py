@@ -12,12 +12,16 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.contenders import CLIP, Calls, Device, microseconds, vllm_ops
+from benchmarks.support.random_weights import RandomWeight
 from benchmarks.support.report import Schedule
 from benchmarks.support.timing import Floors
 from smoothrot_vllm import ops
+from smoothrot_vllm.format import WeightScheme
 
-WEIGHT_BITS, ACT_BITS = 4, 8
-SCHEME = f"w{WEIGHT_BITS}a{ACT_BITS}"
+WEIGHTS, ACT_BITS = WeightScheme(bits=4, group_size=32), 8
+SCHEME = f"w{WEIGHTS.bits}a{ACT_BITS}_g{WEIGHTS.group_size}"
+"""Of a mixture's experts under the presets that have groups of 32."""
+BYTES_OF_A_WEIGHT = (WEIGHTS.bits + 4 / WEIGHTS.group_size) / 8
 CHOICES = 64
 """Different batches, by turns, so that a token seldom finds its experts in cache."""
 
@@ -53,10 +57,9 @@ def ours(mixture: Mixture) -> Experts:
         (2 * mixture.intermediate, mixture.hidden),
         (mixture.hidden, mixture.intermediate),
     ):
-        codes = torch.randint(0, 256, (mixture.experts, outputs, inputs // 2), dtype=torch.uint8)
-        scale = torch.rand(mixture.experts, outputs, 1) / inputs
-        stacks += [ops.prepack_weight(codes, scale, WEIGHT_BITS), scale]
-    numbers = (mixture.intermediate, CLIP, ACT_BITS, WEIGHT_BITS)
+        weight = RandomWeight.of(outputs, inputs, WEIGHTS, mixture.experts)
+        stacks += [weight.packed(), weight.scale]
+    numbers = (mixture.intermediate, CLIP, ACT_BITS, WEIGHTS.bits, WEIGHTS.group_size)
     return lambda x, weights, chosen: ops.experts(x, weights, chosen, *stacks, *numbers)
 
 
@@ -111,7 +114,7 @@ def bench_experts(
                 experts(x, weights, batches[0])  # prepares the rotation, which allocates
             times = device.time(calls, args.rounds, args.seconds)
             used = sum(len(chosen.unique()) for chosen in batches) / CHOICES
-            read = used * mixture.values * WEIGHT_BITS / 8 / floors.read_bytes
+            read = used * mixture.values * BYTES_OF_A_WEIGHT / floors.read_bytes
             rate = floors.multiply_adds
             multiply = tokens * mixture.top_k * mixture.values / rate if rate else 0.0
             yield {

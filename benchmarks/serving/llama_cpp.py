@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp as a peer of serve.py: the same model as Q4_0 or Q8_0, timed through llama-cpp-python's
-bindings.
+"""llama.cpp as a peer of serve.py: the same model in its own types, timed through the bindings of
+llama-cpp-python.
 
 No server and no client take part, so what it is measured at is what a server of llama.cpp could
 reach at best. Each measurement is a process of its own; run as a program, this file is that process
@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.support.commands import options, run_quietly
 from benchmarks.support.machine import memory
 
-FILE_TYPES = {"q4_0": 2, "q8_0": 7}
+FILE_TYPES = {"q4_0": 2, "q4_k_m": 15, "q8_0": 7}
 """``llama_ftype`` of each scheme: that of the decoder layers; llama.cpp keeps an output head at
 6 bits or more."""
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -36,8 +36,7 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 def write_gguf(source: Path, out: Path, scheme: str, config: Mapping[str, Any]) -> None:
     """Write ``model.gguf`` into the directory ``out``, quantized by llama.cpp itself.
 
-    The rows of q and k keep Hugging Face's order and there is no vocabulary: times are right,
-    answers are not.
+    There is no vocabulary: it takes and gives numbers of tokens.
 
     Args:
         source: bfloat16 Llama directory.
@@ -80,19 +79,35 @@ def write_float16(source: Path, out: Path, config: Mapping[str, Any]) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config.get("head_dim") or hidden // heads)
+    writer.add_rope_freq_base(rope_theta(config))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     for file in sorted(source.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if name == "lm_head.weight" and config["tie_word_embeddings"]:
                 continue
-            writer.add_tensor(
-                gguf_name(name), (tensor.float() if tensor.dim() == 1 else tensor.half()).numpy()
-            )
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                of_key = "num_key_value_heads" if "k_proj" in name else "num_attention_heads"
+                values = pairs_of_neighbors(tensor, config[of_key]).half()
+            else:
+                values = tensor.float() if tensor.dim() == 1 else tensor.half()
+            writer.add_tensor(gguf_name(name), values.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary embedding, wherever a version of transformers has put it."""
+    return float(config.get("rope_parameters", config).get("rope_theta", config["rope_theta"]))
+
+
+def pairs_of_neighbors(weight: Any, heads: int) -> Any:
+    """Rows of q or k in llama.cpp's order, whose rotary embedding turns neighboring channels;
+    Hugging Face's turns each with the one half a head further."""
+    halves = weight.reshape(heads, 2, -1, weight.shape[-1])
+    return halves.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def gguf_name(name: str) -> str:
@@ -121,6 +136,21 @@ def measure(directory: Path, batch: int, prompt: int, output: int) -> dict[str, 
         run_quietly([*command, str(directory / "model.gguf"), *words])
     )
     return found
+
+
+def negative_log_likelihood(directory: Path, windows: Path) -> float:
+    """Of all tokens but the first of each window, summed, by a new process.
+
+    Args:
+        directory: has ``model.gguf``.
+        windows: JSON file of lists of tokens.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-m", "benchmarks.serving.llama_cpp", str(directory / "model.gguf")]
+    found: dict[str, float] = json.loads(run_quietly([*command, "--windows", str(windows)]))
+    return found["negative_log_likelihood"]
 
 
 class Sequences:
@@ -170,6 +200,19 @@ class Sequences:
         logits = self.api.llama_get_logits_ith(self.context, index)
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
 
+    def losses(self, tokens: list[int]) -> float:
+        """Negative log-likelihood of all tokens but the first of one sequence."""
+        total, step = 0.0, self.step_tokens
+        for at in range(0, len(tokens) - 1, step):
+            part = tokens[at : at + step]
+            self.decode([(token, at + i, 0, True) for i, token in enumerate(part)])
+            for i, target in enumerate(tokens[at + 1 : at + 1 + len(part)]):
+                found = self.api.llama_get_logits_ith(self.context, i)
+                logits = np.ctypeslib.as_array(found, (self.vocabulary,)).astype(np.float64)
+                top = logits.max()
+                total += float(np.log(np.exp(logits - top).sum()) + top - logits[target])
+        return total
+
     def clear(self) -> None:
         """Forget all tokens."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
@@ -209,10 +252,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--prompt", type=int, required=True)
-    parser.add_argument("--output", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--output", type=int, default=32)
+    parser.add_argument("--windows", type=Path, help="measure no time: JSON lists of tokens")
     args = parser.parse_args()
+    if args.windows:
+        windows = json.loads(args.windows.read_text())
+        sequences, total = Sequences(args.model, 1, max(map(len, windows))), 0.0
+        for window in windows:
+            sequences.clear()
+            total += sequences.losses(window)
+        print(json.dumps({"negative_log_likelihood": total}))
+        return
     began = time.perf_counter()
     sequences = Sequences(args.model, args.batch, args.prompt + args.output)
     startup = time.perf_counter() - began

@@ -14,11 +14,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.kernels.schemes import PER_CHANNEL, preset_schema
 from benchmarks.serving import llama_cpp
-from benchmarks.support.commands import smoothrot_convert
+from benchmarks.support.commands import options, smoothrot_convert
 from benchmarks.support.compressed_tensors_models import TOKENIZER_FILES, write_peer
 from benchmarks.support.packaged_models import default_cache, fetch_smollm2
 from benchmarks.support.random_models import COMMON, SHAPES, make_model
+from benchmarks.support.random_weights import RandomWeight
+from smoothrot_offline.source.headers import INDEX_NAME
+from smoothrot_offline.source.resolve import resolve
 
 # Random models by name, as changes to random_models.COMMON. A few layers of the large one take the
 # time of a few layers.
@@ -27,16 +34,13 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "Llama-3-8B-4-layers": SHAPES["8b"] | {"num_hidden_layers": 4},
 }
 MODELS = ("SmolLM2-135M", *RANDOM_MODELS)
-# Ours, as options of smoothrot-convert: rounding, smoothing and calibration change no time, so the
-# quickest serve.
 OURS = {
-    "w4a8": ("--activation-bits", "8", "--lm-head-bits", "8"),
-    "w4a8_head16": ("--activation-bits", "8"),
-    "w4a8_head4": ("--activation-bits", "8", "--lm-head-bits", "4"),
-    "w4a8_g32": ("--activation-bits", "8", "--lm-head-bits", "8", "--group-size", "32"),
-    "w4a4": ("--activation-bits", "4", "--lm-head-bits", "8"),
+    "best_w4a8": ("best", 8),
+    "balanced_w4a8": ("balanced", 8),
+    "best_w4a4": ("best", 4),
+    "w4a8": (PER_CHANNEL, 8),
 }
-CONVERT_OPTIONS = ("--preset", "none", "--scales", "none", "--rounding", "rtn")
+"""Preset and bits of the activations."""
 PEERS = ("w8a8", "w4a16")
 SCHEMES = ("bf16", *PEERS, *llama_cpp.FILE_TYPES, *OURS)
 
@@ -61,8 +65,16 @@ def source_model(name: str, folder: Path) -> Path:
     )
 
 
-def scheme_model(name: str, scheme: str, folder: Path) -> Path:
+def scheme_model(name: str, scheme: str, folder: Path, calib: str = "generated") -> Path:
     """The directory that a contender serves, one of :data:`SCHEMES` of one of :data:`MODELS`.
+
+    Ours of a real model is what the preset writes. Of a random one, of which there is nothing to
+    calibrate, it is random codes in the preset's schemes.
+
+    Args:
+        name, scheme: as above.
+        folder: where it is made and kept.
+        calib: calibration text of ours.
 
     Raises:
         RuntimeError: ``smoothrot-convert`` failed.
@@ -75,8 +87,12 @@ def scheme_model(name: str, scheme: str, folder: Path) -> Path:
     def write(out: Path) -> None:
         if scheme in PEERS:
             write_peer(source, out, scheme)
+        elif scheme in OURS and name in RANDOM_MODELS:
+            write_random_preset(source, out, *OURS[scheme])
         elif scheme in OURS:
-            smoothrot_convert("run", str(source), str(out), *CONVERT_OPTIONS, *OURS[scheme])
+            preset, bits = OURS[scheme]
+            words = options(preset=preset, activation_bits=bits, calib=calib)
+            smoothrot_convert("run", str(source), str(out), *words)
         else:
             llama_cpp.write_gguf(source, out, scheme, read_config(source))
 
@@ -89,6 +105,52 @@ def random_model(out: Path, shape: Mapping[str, Any], tokenizer: Path) -> None:
     make_model(out, dict(shape), random=True)
     for file in TOKENIZER_FILES:
         shutil.copy(tokenizer / file, out / file)
+
+
+def write_random_preset(source: Path, out: Path, preset: str, act_bits: int) -> None:
+    """Write random codes in the schemes that a preset gives a model, beside the rest of
+    ``source``."""
+    config = read_config(source)
+    spec = resolve(config)
+    schema = preset_schema(spec, preset, act_bits)
+    out.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for file in sorted(source.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            linear, scheme = (
+                name.removesuffix(".weight"),
+                schema.scheme(name.removesuffix(".weight")),
+            )
+            assert scheme is not None
+            outputs, inputs = tensors.pop(name).shape
+            stored = RandomWeight.of(outputs, inputs, scheme.weights).stored()
+            tensors |= {f"{linear}.{suffix}": tensor for suffix, tensor in stored.items()}
+        write(file.name, tensors)
+    if schema.lm_head is not None:
+        stored = RandomWeight.of(spec.vocab, spec.hidden, schema.lm_head.weights).stored()
+        write("head.safetensors", {f"lm_head.{suffix}": t for suffix, t in stored.items()})
+    (out / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    config |= {"tie_word_embeddings": schema.lm_head is None and config["tie_word_embeddings"]}
+    config |= {"quantization_config": schema.model_dump(mode="json")}
+    (out / "config.json").write_text(json.dumps(config))
+    for name in TOKENIZER_FILES:
+        shutil.copy(source / name, out / name)
+
+
+def read_bytes(directory: Path) -> int:
+    """Bytes of weights that a step reads: all of them, but for an embedding that is not the head
+    too."""
+    config = read_config(directory)
+    files = [*directory.glob("*.safetensors"), *directory.glob("*.gguf")]
+    whole = sum(file.stat().st_size for file in files)
+    tied = config["tie_word_embeddings"] or any(directory.glob("*.gguf"))
+    return whole - (0 if tied else 2 * config["vocab_size"] * config["hidden_size"])
 
 
 def linear_parameters(config: Mapping[str, Any]) -> int:

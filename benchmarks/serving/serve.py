@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +40,7 @@ from benchmarks.serving.models import (
     default_folder,
     kv_bytes_per_token,
     linear_parameters,
+    read_bytes,
     read_config,
     scheme_model,
 )
@@ -52,21 +53,14 @@ from benchmarks.support.timing import Floors
 # Unless the command line says otherwise. A GPU's servers start in this order, in case the time does
 # not last for all.
 DEFAULTS: dict[str, dict[str, list[str]]] = {
-    "cpu": {"models": ["SmolLM2-135M", "Llama-3.2-1B"], "schemes": ["bf16", *PEERS, "w4a8"]},
+    "cpu": {"models": ["Llama-3.2-1B"], "schemes": ["bf16", *PEERS, "best_w4a8", "balanced_w4a8"]},
     "cuda": {
         "models": ["Llama-3.2-1B", "Llama-3-8B-4-layers"],
-        "schemes": ["bf16", "w4a8", "w4a16", "w8a8", "w4a4"],
+        "schemes": ["bf16", "best_w4a8", "w4a16", "w8a8", "best_w4a4"],
     },
 }
 STARTS_SHARE = 0.6
 """Of ``--minutes``: after it no server is started, so that those which are up get measured."""
-# Q4_0 and Q8_0 have a 16-bit scale for 32 weights; llama.cpp rounds activations to 8 bits.
-WEIGHT_BITS = {"bf16": 16, "w8a8": 8, "q4_0": 4.5, "q8_0": 8.5} | dict.fromkeys(["w4a16", *OURS], 4)
-HEAD = "--lm-head-bits"
-HEAD_BITS = {
-    scheme: float(words[words.index(HEAD) + 1]) for scheme, words in OURS.items() if HEAD in words
-}
-HEAD_BITS |= {"q4_0": 6.5625, "q8_0": 8.5}
 EIGHT_BIT_ACTIVATIONS = ("w8a8", *llama_cpp.FILE_TYPES, *OURS)
 """Multiplied as int8, four-bit ones too where the device has no int4 products."""
 console = Console(stderr=True)
@@ -86,6 +80,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=list(DEFAULTS), default="cpu")
     add("--models", nargs="+", choices=MODELS)
+    calib = "calibration text of ours, of real models"
+    add("--calib", default="generated", help=calib)
     add("--schemes", nargs="+", choices=SCHEMES)
     cells = f"{len(QUICK_CELLS)} cells instead of {len(ALL_CELLS)}"
     add("--quick", action="store_true", help=cells)
@@ -108,7 +104,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.device == "cuda" and set(args.schemes) & set(llama_cpp.FILE_TYPES):
-        parser.error("--schemes q4_0 q8_0: llama.cpp is run on CPUs only, without --device cuda")
+        parser.error("--schemes: llama.cpp is run on CPUs only, without --device cuda")
     return args
 
 
@@ -149,8 +145,9 @@ def measure_model(
     floors: Floors,
     device: CpuServing,
     schedule: Schedule,
+    judge: Callable[[Contender], dict[str, float]] | None = None,
 ) -> None:
-    """Add the rows of every cell."""
+    """Add the rows of every cell, and what ``judge`` finds of each contender after that."""
     cells = QUICK_CELLS if args.quick else ALL_CELLS
 
     def miss(scheme: str, error: Exception) -> None:
@@ -189,6 +186,10 @@ def measure_model(
                     row(model, contender, cell, rounds[contender.scheme], floors)
                 )
             save(report, args.json)
+        for contender in contenders if judge else ():
+            assert judge is not None
+            report["judged"][contender.scheme] = judge(contender)
+            save(report, args.json)
 
 
 def start(
@@ -207,7 +208,7 @@ def start(
         OpenAIError: it does not answer the first request.
         ImportError: llama-cpp-python is not installed.
     """
-    directory = scheme_model(model, scheme, args.folder)
+    directory = scheme_model(model, scheme, args.folder, args.calib)
     if scheme in llama_cpp.FILE_TYPES:
         return Contender(scheme, directory)
     tokens = max(c.batch * (c.prompt + c.output) for c in cells)
@@ -247,7 +248,7 @@ def row(
         "scheme": contender.scheme,
         **asdict(cell),
         **medians,
-        **floor(contender.scheme, read_config(contender.directory), cell, floors),
+        **floor(contender.scheme, contender.directory, cell, floors),
         "peak_rss_bytes": contender.peak_rss_bytes,
         "loaded_rss_bytes": contender.loaded_rss_bytes,
         "gpu_bytes": contender.gpu_bytes,
@@ -256,17 +257,17 @@ def row(
     }
 
 
-def floor(scheme: str, config: Mapping[str, Any], cell: Cell, floors: Floors) -> dict[str, float]:
+def floor(scheme: str, directory: Path, cell: Cell, floors: Floors) -> dict[str, float]:
     """Least milliseconds of a decode step and of reading the prompts.
 
     Weights are read from DRAM once; with 8-bit activations, which is what the peak rate is of,
     weights of the decoder layers are multiplied once a token. Keys, values and attention count
     nothing.
     """
-    linears, head = linear_parameters(config), config["vocab_size"] * config["hidden_size"]
-    bits = linears * WEIGHT_BITS[scheme] + head * HEAD_BITS.get(scheme, 16)
-    read = bits / 8 / floors.read_bytes
-    rate = floors.multiply_adds_of(scheme == "w4a4") if scheme in EIGHT_BIT_ACTIVATIONS else None
+    linears = linear_parameters(read_config(directory))
+    read = read_bytes(directory) / floors.read_bytes
+    int4 = scheme in OURS and OURS[scheme][1] == 4
+    rate = floors.multiply_adds_of(int4) if scheme in EIGHT_BIT_ACTIVATIONS else None
 
     def seconds(tokens: int) -> float:
         return max(read, tokens * linears / rate) if rate else read
