@@ -125,7 +125,7 @@ def served_loss(server: VllmServer, window: list[int]) -> float:
     answer = server.client.completions.create(
         model=server.model, prompt=window, max_tokens=1, extra_body={"prompt_logprobs": 0}
     )
-    found: list[dict[str, dict[str, float]]] = answer.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    found: list[dict[str, dict[str, float]]] = answer.choices[0].model_extra["prompt_logprobs"]
     pairs = zip(window[1:], found[1:], strict=True)
     return -sum(places[str(token)]["logprob"] for token, places in pairs)
 
