@@ -138,7 +138,7 @@ def _journal(folder: Path, manifest: bytes) -> None:
         "seed": 0,
         "studies": [study],
         "learned": None,
-        "schema": parse_schema({"format_version": 1}).model_dump(),
+        "schema": parse_schema({"format_version": 2}).model_dump(),
     }
     entries = [
         {"identity": IDENTITY},
