@@ -69,10 +69,15 @@ def test_experts_are_the_sum_that_they_stand_for(bits: int, group_size: int) -> 
         9, 8, bits, group_size, 0, torch.float32
     )
     w13, w2 = (
-        torch.stack([reference.dequantize_weight(*one, bits) for one in zip(*stack, strict=True)])
-        for stack in (
-            tuple([None] * EXPERTS if part is None else part for part in stack) for stack in stacks
+        torch.stack(
+            [
+                reference.dequantize_weight(
+                    codes[e], scale[e], None if groups is None else groups[e], bits
+                )
+                for e in range(EXPERTS)
+            ]
         )
+        for codes, scale, groups in stacks
     )
     gate, up = w13.chunk(2, dim=1)
     expected = torch.stack(
