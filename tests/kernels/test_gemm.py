@@ -207,6 +207,18 @@ def test_output_is_the_reference_bit_for_bit(
     assert torch.equal(y, expected), isa
 
 
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_group_scales_as_stored_are_those_that_prepack_takes(groups: int) -> None:
+    """With an odd number of them half of a byte is cut off, which must not leave a view."""
+    weight = reference.encode(codes_of((40, groups * 32), 4), 4)
+    group_scale, scale = group_scales_of(40, groups), torch.rand(40, 1)
+    unpacked = reference.unpack_group_scale(reference.pack_group_scale(group_scale), groups)
+    assert torch.equal(
+        ops.prepack_weight(weight, scale, unpacked, 4),
+        ops.prepack_weight(weight, scale, group_scale, 4),
+    )
+
+
 @pytest.mark.usefixtures("isa")
 def test_output_overflow_and_nan_follow_torch() -> None:
     codes = torch.full((3, 64), 100, dtype=torch.int8)
