@@ -140,8 +140,9 @@ def pack_group_scale(group_scale: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_group_scale(stored: torch.Tensor, groups: int) -> torch.Tensor:
-    """Inverse of :func:`pack_group_scale`: uint8 ``(..., groups)``."""
-    return torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(-2)[..., :groups]
+    """Inverse of :func:`pack_group_scale`: uint8 ``(..., groups)``, contiguous."""
+    both = torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(-2)
+    return both[..., :groups].contiguous()
 
 
 def scaled_codes(weight: torch.Tensor, group_scale: torch.Tensor | None, bits: int) -> torch.Tensor:

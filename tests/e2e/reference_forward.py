@@ -48,17 +48,17 @@ class ShardedLinear(nn.Module):
         parts = []
         for rank, tokens in enumerate(x.reshape(-1, x.shape[-1]).chunk(self.ranks, dim=1)):
             packed = self.linear.weight_packed.chunk(self.ranks, dim=1)[rank]
-            scales = self.linear.weight_scale
-            scales = scales if scales.shape[1] == 1 else scales.chunk(self.ranks, dim=1)[rank]
+            groups = self.linear.weight_group_scale
+            if groups is not None:
+                groups = groups.chunk(self.ranks, dim=1)[rank]
+            weight = (packed, self.linear.weight_scale, groups)
             if self.linear.block:
                 codes, scale = reference.hadamard_quant(
                     tokens, self.linear.block, acts.clip, acts.bits
                 )
             else:
                 codes, scale = reference.quant(tokens, acts.clip, acts.bits)
-            parts.append(
-                reference.gemm(codes, scale, packed, scales, None, x.dtype, acts.bits, bits)
-            )
+            parts.append(reference.gemm(codes, scale, *weight, None, x.dtype, acts.bits, bits))
         return torch.stack(parts).sum(dim=0).reshape(*x.shape[:-1], -1)
 
 

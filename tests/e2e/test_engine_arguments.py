@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
             "truncated shard": (
                 r"model-0000\d-of-00004\.safetensors: expected a whole safetensors file"
             ),
-            "unknown format version": (r"quantization_config\.format_version: expected 1, got 99"),
+            "unknown format version": (r"quantization_config\.format_version: expected 2, got 99"),
             "missing codes": (
                 rf"model-0000\d-of-00004\.safetensors: expected tensor {UP}\.weight_packed"
             ),

@@ -21,13 +21,28 @@ from benchmarks.support.server import VllmServer
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
-CONVERSION = ("--activation-bits", "8", "--lm-head-bits", "8", "--max-tp", "1")
+CONVERSION = (
+    "--activation-bits",
+    "8",
+    "--group-size",
+    "32",
+    "--lm-head-bits",
+    "8",
+    "--max-tp",
+    "1",
+)
 DOWN = "model.layers.1.mlp.down_proj"
 
 
 def nan_scale(directory: Path) -> None:
     name = f"{DOWN}.weight_scale"
     edit_file(directory, name, lambda tensors: tensors[name].view(-1)[5].fill_(torch.nan))
+
+
+def zero_group_scale(directory: Path) -> None:
+    """Of two that share a byte, the one in its high nibble."""
+    name = f"{DOWN}.weight_group_scale"
+    edit_file(directory, name, lambda tensors: tensors[name][5].bitwise_and_(0x0F))
 
 
 CASES: dict[str, tuple[Callable[[Path], Any], int, str]] = {
@@ -40,6 +55,12 @@ CASES: dict[str, tuple[Callable[[Path], Any], int, str]] = {
         nan_scale,
         1,
         "of this rank: expected finite scales > 0, got nan and 0 others",
+    ),
+    "zero group scale": (
+        zero_group_scale,
+        1,
+        f"{DOWN}.weight_group_scale (parts down_proj), row 5, column 1 of this rank: expected"
+        " finite scales > 0, got 0 and 2 others",
     ),
 }
 """What is done to a converted model, the tensor-parallel size it is served with, and what the

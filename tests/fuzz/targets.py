@@ -37,8 +37,8 @@ from smoothrot_vllm.plugin.headers import check_adapter, check_shards
 
 SIZES: dict[str, Any] = {
     "vocab_size": len(byte_tokenizer()),
-    "hidden_size": 16,
-    "intermediate_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 96,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -65,7 +65,7 @@ IDENTITY: dict[str, dict[str, Any]] = {
     "options": {"seed": 0},
     "machine": {"workers": 1},
 }
-OPTIONS = make_config(scales="none", lm_head_bits=8)
+OPTIONS = make_config(scales="none", lm_head_bits=8, group_size=32)
 Files = dict[str, bytes]
 
 
@@ -80,7 +80,7 @@ def prepare(root: Path) -> None:
     root.mkdir()
     source = root / "source"
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"](**SIZES))
-    model.bfloat16().save_pretrained(source, max_shard_size="9KB")
+    model.bfloat16().save_pretrained(source, max_shard_size="20KB")
     byte_tokenizer().save_pretrained(source)
     (source / "special_tokens_map.json").write_text(
         '{"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}}'
@@ -111,7 +111,7 @@ def prepare(root: Path) -> None:
     (root / "schema/config.json").write_text(json.dumps({"quantization_config": schema}))
     (root / "adapter").mkdir()
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    factors = {f"{prefix}A.weight": torch.ones(2, 16), f"{prefix}B.weight": torch.ones(16, 2)}
+    factors = {f"{prefix}A.weight": torch.ones(2, 32), f"{prefix}B.weight": torch.ones(32, 2)}
     save_file(factors, root / "adapter/adapter_model.safetensors")
     (root / "adapter/adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
@@ -138,7 +138,7 @@ def _journal(folder: Path, manifest: bytes) -> None:
         "seed": 0,
         "studies": [study],
         "learned": None,
-        "schema": parse_schema({"format_version": 1}).model_dump(),
+        "schema": parse_schema({"format_version": 2}).model_dump(),
     }
     entries = [
         {"identity": IDENTITY},

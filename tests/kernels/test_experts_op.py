@@ -16,7 +16,7 @@ Arguments = tuple[Any, ...]
 
 
 def random_experts(
-    tokens: int, act_bits: int, weight_bits: int, groups: int, block: int, dtype: torch.dtype
+    tokens: int, act_bits: int, weight_bits: int, group_size: int, block: int, dtype: torch.dtype
 ) -> tuple[Arguments, Arguments]:
     """Arguments of the reference and of the op; no token goes to expert 3."""
     generator = torch.Generator().manual_seed(tokens)
@@ -25,61 +25,65 @@ def random_experts(
     logits[:, 3] = -torch.inf
     weights, chosen = logits.softmax(-1).topk(TOP_K)
     top = reference.quant_max(weight_bits)
-    stored, packed = [], []
+    stacks, packed = [], []
     for rows, inputs in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
         codes = torch.randint(
             -top - 1, top + 1, (EXPERTS, rows, inputs), generator=generator, dtype=torch.int8
         )
         encoded = reference.encode(codes, weight_bits)
-        scale = (torch.rand(EXPERTS, rows, groups, generator=generator) + 0.5) / (top * inputs**0.5)
-        stored += [encoded, scale]
-        packed += [ops.prepack_weight(encoded, scale, weight_bits), scale]
+        scale = (torch.rand(EXPERTS, rows, 1, generator=generator) + 0.5) / (top * inputs**0.5)
+        groups = None
+        if group_size != -1:
+            shape = (EXPERTS, rows, inputs // group_size)
+            groups = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
+            scale /= 8
+        stacks.append((encoded, scale, groups))
+        packed += [ops.prepack_weight(encoded, scale, groups, weight_bits), scale]
     numbers = (block, 0.9, act_bits, weight_bits)
     chosen = chosen.to(torch.int32)
-    return (x, weights, chosen, tuple(stored[:2]), tuple(stored[2:]), *numbers), (
-        x,
-        weights,
-        chosen,
-        *packed,
-        *numbers,
-    )
+    given = (x, weights, chosen, *packed, *numbers, group_size)
+    return (x, weights, chosen, *stacks, *numbers), given
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 13, 200])
 @pytest.mark.parametrize(
-    ("act_bits", "weight_bits", "groups", "block"),
-    [(4, 4, 1, 96), (8, 4, 2, 48), (8, 8, 1, 0), (4, 4, 2, 0)],
+    ("act_bits", "weight_bits", "group_size", "block"),
+    [(4, 4, -1, 96), (8, 4, 32, 48), (8, 8, -1, 0), (4, 4, 32, 0)],
 )
 def test_experts_equal_the_reference(
-    tokens: int, act_bits: int, weight_bits: int, groups: int, block: int, dtype: torch.dtype
+    tokens: int, act_bits: int, weight_bits: int, group_size: int, block: int, dtype: torch.dtype
 ) -> None:
-    defined, given = random_experts(tokens, act_bits, weight_bits, groups, block, dtype)
+    """Bit for bit: with 96 channels an odd number of groups, and tiles on both sides of the
+    height up to which AVX-512 sums by groups."""
+    defined, given = random_experts(tokens, act_bits, weight_bits, group_size, block, dtype)
     expected, got = reference.experts(*defined), ops.experts(*given)
     assert got.dtype == dtype
-    # All that may differ are the last bits of float sums over groups, and what they move across a
-    # tie.
-    assert (got.float() - expected.float()).norm() <= 2e-3 * expected.float().norm()
-    assert (got == expected).float().mean() > 0.9
+    assert torch.equal(got, expected)
 
 
-def test_experts_are_the_sum_that_they_stand_for() -> None:
-    (x, weights, chosen, (w13, w13_scale), (w2, w2_scale), *_), given = random_experts(
-        9, 8, 8, 1, 0, torch.float32
+@pytest.mark.parametrize(("bits", "group_size"), [(8, -1), (4, 32)])
+def test_experts_are_the_sum_that_they_stand_for(bits: int, group_size: int) -> None:
+    (x, weights, chosen, *stacks, _, _, _, _), given = random_experts(
+        9, 8, bits, group_size, 0, torch.float32
     )
-    gate, up = (
-        reference.dequantize_weight(w13.flatten(0, 1), w13_scale.flatten(0, 1), 8)
-        .view(EXPERTS, 2, -1, HIDDEN)
-        .unbind(1)
+    w13, w2 = (
+        torch.stack(
+            [
+                reference.dequantize_weight(
+                    codes[e], scale[e], None if groups is None else groups[e], bits
+                )
+                for e in range(EXPERTS)
+            ]
+        )
+        for codes, scale, groups in stacks
     )
-    down = reference.dequantize_weight(w2.flatten(0, 1), w2_scale.flatten(0, 1), 8).view(
-        EXPERTS, HIDDEN, -1
-    )
+    gate, up = w13.chunk(2, dim=1)
     expected = torch.stack(
         [
             sum(
-                w * (down[e] @ (torch.nn.functional.silu(gate[e] @ row) * (up[e] @ row)))
+                w * (w2[e] @ (torch.nn.functional.silu(gate[e] @ row) * (up[e] @ row)))
                 for w, e in zip(ws, es, strict=True)
             )
             for row, ws, es in zip(x, weights, chosen, strict=True)
@@ -90,7 +94,7 @@ def test_experts_are_the_sum_that_they_stand_for() -> None:
 
 
 def test_no_token_and_a_token_that_is_not_a_number() -> None:
-    _, given = random_experts(3, 8, 4, 1, 96, torch.bfloat16)
+    _, given = random_experts(3, 8, 4, -1, 96, torch.bfloat16)
     assert ops.experts(*(part[:0] for part in given[:3]), *given[3:]).shape == (0, HIDDEN)
     given[0][1, 5] = torch.nan
     got = ops.experts(*given)
@@ -99,14 +103,14 @@ def test_no_token_and_a_token_that_is_not_a_number() -> None:
 
 
 def test_the_op_is_registered_as_torch_wants_it() -> None:
-    _, given = random_experts(4, 8, 4, 1, 96, torch.float32)
+    _, given = random_experts(4, 8, 4, -1, 96, torch.float32)
     torch.library.opcheck(
         torch.ops.smoothrot.experts.default, given, test_utils=("test_schema", "test_faketensor")
     )
 
 
 def test_experts_stay_one_call_in_a_compiled_graph() -> None:
-    _, given = random_experts(6, 8, 4, 1, 96, torch.float32)
+    _, given = random_experts(6, 8, 4, -1, 96, torch.float32)
     compiled = torch.compile(
         lambda *arguments: ops.experts(*arguments) + 1, fullgraph=True, backend="eager"
     )
@@ -114,60 +118,60 @@ def test_experts_stay_one_call_in_a_compiled_graph() -> None:
 
 
 def test_a_stack_is_packed_as_its_members_are() -> None:
-    for outputs, inputs, groups, bits in ((64, 96, 1, 4), (40, 20, 2, 4), (33, 64, 4, 8)):
+    for outputs, inputs, groups, bits in ((64, 96, None, 4), (40, 96, 3, 4), (33, 64, None, 8)):
         dtype, width = (torch.uint8, inputs // 2) if bits == 4 else (torch.int8, inputs)
         weight = torch.randint(0, 100, (3, outputs, width), dtype=dtype)
-        scale = torch.rand(3, outputs, groups)
-        members = [ops.prepack_weight(*one, bits) for one in zip(weight, scale, strict=True)]
-        assert torch.equal(ops.prepack_weight(weight, scale, bits), torch.stack(members))
+        scale, group_scale = torch.rand(3, outputs, 1), None
+        if groups is not None:
+            group_scale = torch.randint(1, 16, (3, outputs, groups), dtype=torch.uint8)
+        members = [
+            ops.prepack_weight(
+                weight[e], scale[e], None if group_scale is None else group_scale[e], bits
+            )
+            for e in range(3)
+        ]
+        together = ops.prepack_weight(weight, scale, group_scale, bits)
+        assert torch.equal(together, torch.stack(members))
+
+
+CODES = torch.zeros(2, 4, 32, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("weight", "scale", "message"),
+    ("weight", "scale", "group_scale", "message"),
     [
-        (
-            torch.zeros(0, 4, 8, dtype=torch.uint8),
-            torch.ones(0, 4, 1),
-            r"weight: expected contiguous uint8 \(any, any\), got",
-        ),
-        (
-            torch.zeros(2, 4, 8, dtype=torch.int8),
-            torch.ones(2, 4, 1),
-            r"weight: expected contiguous uint8 \(2, any, any\), got",
-        ),
-        (
-            torch.zeros(2, 4, 8, dtype=torch.uint8),
-            torch.ones(4, 1),
-            r"weight_scale: expected contiguous float32 \(2, any, any\)",
-        ),
-        (
-            torch.zeros(2, 4, 8, dtype=torch.uint8),
-            torch.ones(3, 4, 1),
-            r"weight_scale: expected contiguous float32 \(2, any",
-        ),
-        (
-            torch.zeros(2, 4, 8, dtype=torch.uint8),
-            torch.ones(2, 5, 1),
-            r"weight_scale: expected a row for each of the 4 outputs",
-        ),
+        (CODES[:0], (0, 4, 1), None, r"weight: expected contiguous uint8 \(any, any\), got"),
+        (CODES.char(), (2, 4, 1), None, r"weight: expected contiguous uint8 \(2, any, any\), got"),
+        (CODES, (4, 1), None, r"weight_scale: expected contiguous float32 \(2, any, any\)"),
+        (CODES, (3, 4, 1), None, r"weight_scale: expected contiguous float32 \(2, any"),
+        (CODES, (2, 5, 1), None, r"weight_scale: expected a row for each of the 4 outputs"),
+        (CODES, (2, 4, 2), None, r"weight_scale: expected contiguous float32 \(any, 1\)"),
+        (CODES, (2, 4, 1), (4, 2), r"group_scale: expected contiguous uint8 \(2, any, any\)"),
+        (CODES, (2, 4, 1), (1, 4, 2), r"group_scale: expected contiguous uint8 \(2, any, any\)"),
+        (CODES, (2, 4, 1), (2, 5, 2), r"group_scale: expected contiguous uint8 \(4, any\)"),
+        (CODES, (2, 4, 1), (2, 4, 4), r"group_size: .* got 16 of 4-bit weights"),
     ],
 )
 def test_a_stack_that_cannot_be_packed_is_refused(
-    weight: torch.Tensor, scale: torch.Tensor, message: str
+    weight: torch.Tensor,
+    scale: tuple[int, ...],
+    group_scale: tuple[int, ...] | None,
+    message: str,
 ) -> None:
+    groups = None if group_scale is None else torch.ones(group_scale, dtype=torch.uint8)
     with pytest.raises(ConfigError, match=message):
-        ops.prepack_weight(weight, scale, 4)
+        ops.prepack_weight(weight, torch.ones(scale), groups, 4)
 
 
 def test_rows_of_no_tile_are_nan_and_senseless_tiles_compute_nothing() -> None:
     weight, scale = torch.full((2, 32, 32), 0x11, dtype=torch.uint8), torch.ones(2, 32, 1)
-    packed, codes = ops.prepack_weight(weight, scale, 4), torch.ones(5, 64, dtype=torch.int8)
+    packed, codes = ops.prepack_weight(weight, scale, None, 4), torch.ones(5, 64, dtype=torch.int8)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
         def multiply(*tiles: tuple[int, int, int], dtype: torch.dtype = dtype) -> torch.Tensor:
             table = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).T.contiguous()
             return torch.ops.smoothrot.gemm_experts(
-                codes, torch.ones(5), packed, scale, table, dtype, 8, 4
+                codes, torch.ones(5), packed, scale, table, dtype, 8, 4, -1
             )
 
         y = multiply((1, 3, 5), (0, 1, 2))
@@ -187,11 +191,11 @@ def test_a_tile_holds_so_many_tokens_at_most() -> None:
     arguments = (
         torch.ones(tokens, 64, dtype=torch.int8),
         torch.ones(tokens),
-        ops.prepack_weight(weight, scale, 4),
+        ops.prepack_weight(weight, scale, None, 4),
         scale,
     )
     y = torch.ops.smoothrot.gemm_experts(
-        *arguments, torch.tensor([[0], [0], [tokens]]).int(), torch.float32, 8, 4
+        *arguments, torch.tensor([[0], [0], [tokens]]).int(), torch.float32, 8, 4, -1
     )
     assert (y[:-1] == 64).all()
     assert y[-1].isnan().all()
@@ -224,6 +228,7 @@ GEMM_EXPERTS: dict[str, Any] = {
     "out_dtype": torch.float16,
     "act_bits": 8,
     "weight_bits": 4,
+    "group_size": -1,
 }
 COMBINE_EXPERTS: dict[str, Any] = {
     "rows": torch.ones(4, 8),
@@ -234,87 +239,71 @@ COMBINE_EXPERTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("op", "given", "changes", "message"),
+    ("op", "changes", "message"),
     [
+        ("gemm_experts", {"codes": torch.zeros(2, 64)}, r"codes: expected contiguous int8"),
+        ("gemm_experts", {"scale": torch.ones(3)}, r"scale: expected contiguous float32 \(2\)"),
         (
             "gemm_experts",
-            GEMM_EXPERTS,
-            {"codes": torch.zeros(2, 64)},
-            r"codes: expected contiguous int8",
-        ),
-        (
-            "gemm_experts",
-            GEMM_EXPERTS,
-            {"scale": torch.ones(3)},
-            r"scale: expected contiguous float32 \(2\)",
-        ),
-        (
-            "gemm_experts",
-            GEMM_EXPERTS,
             {"packed": torch.zeros(0, 2, 4)},
             r"packed: expected \(experts, panels, bytes\), got",
         ),
         (
             "gemm_experts",
-            GEMM_EXPERTS,
             {"packed": torch.zeros(3, 2, 1, dtype=torch.uint8)},
             r"packed: expected .*\(2, 1152\)",
         ),
         (
             "gemm_experts",
-            GEMM_EXPERTS,
             {"weight_scale": torch.ones(2, 40, 1)},
             r"weight_scale: expected .*\(3, any, any\)",
         ),
         (
             "gemm_experts",
-            GEMM_EXPERTS,
+            {"weight_scale": torch.ones(3, 40, 2)},
+            r"weight_scale: expected .*\(any, 1\)",
+        ),
+        ("gemm_experts", {"group_size": 32}, r"packed: expected .*\(2, 1216\), got .*\(2, 1152\)"),
+        (
+            "gemm_experts",
+            {"group_size": 16},
+            r"group_size: expected -1 or, .* got 16 of 4-bit weights",
+        ),
+        (
+            "gemm_experts",
             {"tiles": torch.zeros(3, 1)},
             r"tiles: expected contiguous int32 \(3, any\)",
         ),
         (
             "gemm_experts",
-            GEMM_EXPERTS,
             {"out_dtype": torch.int32},
             r"out_dtype: expected float32, bfloat16 or float16",
         ),
-        ("gemm_experts", GEMM_EXPERTS, {"act_bits": 2}, r"act_bits: expected 4 or 8, got 2"),
-        ("gemm_experts", GEMM_EXPERTS, {"weight_bits": 3}, r"weight_bits: expected 4 or 8, got 3"),
+        ("gemm_experts", {"act_bits": 2}, r"act_bits: expected 4 or 8, got 2"),
+        ("gemm_experts", {"weight_bits": 3}, r"weight_bits: expected 4 or 8, got 3"),
         (
             "combine_experts",
-            COMBINE_EXPERTS,
             {"rows": torch.ones(4, 8).half()},
             r"rows: expected contiguous float32",
         ),
+        ("combine_experts", {"rows": torch.ones(4, 0)}, r"rows: expected at least one output"),
+        ("combine_experts", {"sources": torch.zeros(2, 2)}, r"sources: expected contiguous int32"),
         (
             "combine_experts",
-            COMBINE_EXPERTS,
-            {"rows": torch.ones(4, 0)},
-            r"rows: expected at least one output",
-        ),
-        (
-            "combine_experts",
-            COMBINE_EXPERTS,
-            {"sources": torch.zeros(2, 2)},
-            r"sources: expected contiguous int32",
-        ),
-        (
-            "combine_experts",
-            COMBINE_EXPERTS,
             {"sources": torch.zeros(2, 0).int(), "weights": torch.ones(2, 0)},
             r"sources: expected at least one source",
         ),
         (
             "combine_experts",
-            COMBINE_EXPERTS,
             {"weights": torch.ones(2, 3)},
             r"weights: expected contiguous float32 \(2, 2\)",
         ),
     ],
 )
 def test_a_wrong_argument_of_what_the_op_calls_is_named(
-    op: str, given: dict[str, Any], changes: dict[str, Any], message: str
+    op: str, changes: dict[str, Any], message: str
 ) -> None:
+    given = {"gemm_experts": GEMM_EXPERTS, "combine_experts": COMBINE_EXPERTS}[op]
     with pytest.raises(RuntimeError, match=f"smoothrot::{op}: {message}"):
         getattr(torch.ops.smoothrot, op)(*(given | changes).values())
 
@@ -323,7 +312,7 @@ def test_the_op_prepares_the_rotation_and_names_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Any] = []
-    _, given = random_experts(3, 8, 4, 1, 96, torch.float32)
+    _, given = random_experts(3, 8, 4, -1, 96, torch.float32)
     monkeypatch.setattr(ops, "prepare_rotation", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(ops, "grouped_experts", lambda library, x, *arguments: x + 1)
     assert torch.equal(ops.experts(*given), given[0] + 1)
@@ -349,7 +338,7 @@ def test_a_graph_of_a_gpu_learns_the_shape_without_one() -> None:
             for shape in ((192, 32), (64, 48))
         )
         scales = [torch.empty(4, rows, 1, device="cuda") for rows in (192, 64)]
-        y = ops.experts(x, weights, chosen, w13, scales[0], w2, scales[1], 96, 0.9, 8, 4)
+        y = ops.experts(x, weights, chosen, w13, scales[0], w2, scales[1], 96, 0.9, 8, 4, -1)
     assert (y.shape, y.dtype, y.device.type) == ((7, 64), torch.bfloat16, "cuda")
 
 

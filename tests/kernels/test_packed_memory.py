@@ -19,7 +19,7 @@ def packed(shape: tuple[int, int], seed: int) -> torch.Tensor:
     columns, inputs = shape
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(0, 256, (columns, inputs // 2), dtype=torch.uint8, generator=generator)
-    return ops.prepack_weight(weight, torch.rand(columns, 1, generator=generator), 4)
+    return ops.prepack_weight(weight, torch.rand(columns, 1, generator=generator), None, 4)
 
 
 def resident() -> int:

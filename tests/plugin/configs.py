@@ -7,7 +7,7 @@ from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
 _SCHEMA = {
     "quant_method": "smoothrot",
-    "format_version": 1,
+    "format_version": 2,
     "weights": {"bits": 4, "group_size": -1, "symmetric": True},
     "activations": {"bits": 8, "dynamic": True, "granularity": "token", "clip": 1.0},
     "online": {"down_proj": {"size": 192, "block": 96}},

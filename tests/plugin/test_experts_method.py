@@ -72,12 +72,16 @@ def stored_tensors(weights: dict[str, int]) -> Tensors:
             rows, columns = (
                 (HIDDEN, INTERMEDIATE) if name == "down_proj" else (INTERMEDIATE, HIDDEN)
             )
-            groups = 1 if weights["group_size"] == -1 else columns // weights["group_size"]
             codes = torch.randint(
                 -top - 1, top + 1, (rows, columns), generator=generator, dtype=torch.int8
             )
             tensors[f"{expert}.{name}.weight_packed"] = reference.encode(codes, bits)
-            scale = (torch.rand(rows, groups, generator=generator) + 0.5) / (top * columns**0.5)
+            scale = (torch.rand(rows, 1, generator=generator) + 0.5) / (top * columns**0.5)
+            if weights["group_size"] != -1:
+                shape = (rows, columns // weights["group_size"])
+                groups = torch.randint(1, 16, shape, generator=generator, dtype=torch.uint8)
+                tensors[f"{expert}.{name}.weight_group_scale"] = reference.pack_group_scale(groups)
+                scale /= 8
             tensors[f"{expert}.{name}.weight_scale"] = scale
     return tensors
 
@@ -90,6 +94,17 @@ def stacked(tensors: Tensors, names: list[str], suffix: str) -> torch.Tensor:
     return torch.stack(
         [torch.cat([tensors[f"{e}.{name}.{suffix}"] for name in names]) for e in range(EXPERTS)]
     )
+
+
+def reference_stack(
+    tensors: Tensors, weights: dict[str, int], names: list[str], inputs: int
+) -> reference.QuantizedExperts:
+    groups = None
+    if weights["group_size"] != -1:
+        stored = stacked(tensors, names, "weight_group_scale")
+        groups = reference.unpack_group_scale(stored, inputs // weights["group_size"])
+    codes, scale = (stacked(tensors, names, f"weight_{what}") for what in ("packed", "scale"))
+    return codes, scale, groups
 
 
 @pytest.mark.parametrize("weights", SCHEMES.values(), ids=list(SCHEMES))
@@ -106,23 +121,22 @@ def test_experts_compute_the_reference(
         torch.randn(7, EXPERTS, generator=torch.Generator().manual_seed(8)).softmax(-1).topk(TOP_K)
     )
     got = layer.forward_modular(x, share, chosen.int())
-    stacks = [
-        stacked(tensors, names, suffix)
-        for names in (["gate_proj", "up_proj"], ["down_proj"])
-        for suffix in ("weight_packed", "weight_scale")
-    ]
     expected = reference.experts(
         x,
         share,
         chosen,
-        (stacks[0], stacks[1]),
-        (stacks[2], stacks[3]),
+        reference_stack(tensors, weights, ["gate_proj", "up_proj"], HIDDEN),
+        reference_stack(tensors, weights, ["down_proj"], INTERMEDIATE),
         96,
         1.0,
         8,
         weights["bits"],
     )
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(got, expected)
+    assert {name.partition("_")[2] for name, _ in layer.named_parameters()} == {
+        "weight_packed",
+        "weight_scale",
+    }
     compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, share, chosen.int()), got)
 
@@ -137,14 +151,21 @@ def test_a_rank_loads_its_share_of_each_expert(
     monkeypatch.setattr(layer.moe_config.moe_parallel_config, "tp_rank", 1)
     load(layer, tensors)
     half = INTERMEDIATE // 2
-    gate, up = (
-        stacked(tensors, [name], "weight_packed")[:, half:] for name in ("gate_proj", "up_proj")
-    )
-    assert torch.equal(layer.w13_weight_packed, torch.cat([gate, up], dim=1))
-    for suffix, columns in (("weight_packed", half // 2), ("weight_scale", half // 32)):
-        assert torch.equal(
-            getattr(layer, f"w2_{suffix}"), stacked(tensors, ["down_proj"], suffix)[..., columns:]
-        )
+    both, down = ["gate_proj", "up_proj"], ["down_proj"]
+    for suffix, part in zip(
+        ("weight_packed", "weight_scale", "weight_group_scale"),
+        reference_stack(tensors, weights, both, HIDDEN),
+        strict=True,
+    ):
+        assert part is not None
+        gate, up = (rows[:, half:] for rows in part.chunk(2, dim=1))
+        assert torch.equal(getattr(layer, f"w13_{suffix}"), torch.cat([gate, up], dim=1))
+    # Three of six group scales, which are one and a half of their stored bytes.
+    packed, scale, groups = reference_stack(tensors, weights, down, INTERMEDIATE)
+    assert groups is not None
+    assert torch.equal(layer.w2_weight_packed, packed[..., half // 2 :])
+    assert torch.equal(layer.w2_weight_scale, scale)
+    assert torch.equal(layer.w2_weight_group_scale, groups[..., half // 32 :])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +174,7 @@ def test_a_rank_loads_its_share_of_each_expert(
         (
             "2.up_proj.weight_packed",
             None,
-            r"experts: expected 24 tensors.*none named .*experts\.2\.up_proj\.weight_packed",
+            r"experts: expected 36 tensors.*none named .*experts\.2\.up_proj\.weight_packed",
         ),
         (
             "3.down_proj.weight_scale",
@@ -163,17 +184,32 @@ def test_a_rank_loads_its_share_of_each_expert(
         (
             "1.up_proj.weight_scale",
             lambda t: t.index_fill(0, torch.tensor([5]), torch.nan),
-            r"1\.up_proj.*row 5 .*scales > 0, got nan",
+            r"1\.up_proj.*row 5, column 0 .*scales > 0, got nan",
         ),
         (
             "0.down_proj.weight_scale",
             lambda t: t.index_fill(0, torch.tensor([9]), 0.0),
-            r"0\.down_proj.*row 9 .*got 0\.0",
+            r"0\.down_proj.*row 9, column 0 .*got 0\.0",
         ),
         (
             "0.gate_proj.weight_packed",
             lambda t: t[:-1],
             r"0\.gate_proj\.weight_packed: expected .*\(192, 64\), got .*\(191, 64\)",
+        ),
+        (
+            "3.down_proj.weight_group_scale",
+            None,
+            r"expected 36 tensors.*none named .*3\.down_proj\.weight_group_scale \(1 missing\)",
+        ),
+        (
+            "2.up_proj.weight_group_scale",
+            lambda t: t.index_fill(0, torch.tensor([5]), 0x50),
+            r"2\.up_proj\.weight_group_scale, row 5, column 0 of .*got 0 and 1 others",
+        ),
+        (
+            "1.down_proj.weight_group_scale",
+            lambda t: t.repeat_interleave(2, dim=1),
+            r"1\.down_proj\.weight_group_scale: expected .*\(128, 3\), got .*\(128, 6\)",
         ),
         (
             "0.gate_proj.weight_scale",
@@ -188,7 +224,8 @@ def test_missing_and_damaged_tensors_are_named(
     change: Callable[[torch.Tensor], torch.Tensor] | None,
     words: str,
 ) -> None:
-    layer, tensors = build(), stored_tensors(SCHEMES["w4 per channel"])
+    weights = SCHEMES["w4 in groups of 32"]
+    layer, tensors = build(weights=weights), stored_tensors(weights)
     damaged = tensors.pop(name)
     if change is not None:
         tensors[name] = change(damaged)
@@ -287,7 +324,7 @@ def test_on_a_gpu_codes_stay_as_stored_and_the_rotation_is_prepared(
         lambda block, device: prepared.append((block, device)),
     )
     monkeypatch.setattr(
-        smoothrot_vllm.ops, "prepack_weight", lambda weight, scale, bits: weight.clone()
+        smoothrot_vllm.ops, "prepack_weight", lambda weight, scale, groups, bits: weight.clone()
     )
     method: Any = layer.quant_method
     method.process_weights_after_loading(layer)

@@ -65,8 +65,8 @@ def test_takes_over_no_other_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version: expected 1, got 2"),
-        ({"format_version": None}, "format_version: expected 1, got None"),
+        ({"format_version": 1}, "format_version: expected 2, got 1"),
+        ({"format_version": None}, "format_version: expected 2, got None"),
         ({"kv_cache": {"bits": 4}}, "kv_cache"),
         ({"weights": {"bits": 3}}, "weights.bits"),
         ({"activations": {"bits": 8, "clip": 0.0}}, "activations.clip"),

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from configs import make_config
+from linears import HIDDEN, INTERMEDIATE, SCHEMES, Stored
 from vllm.config import LoRAConfig, VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.linear import RowParallelLinear
@@ -20,25 +21,22 @@ from vllm.model_executor.models.qwen3_moe import Qwen3MoeMLP
 
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
-from smoothrot_vllm.format import WEIGHT_PACKED, WEIGHT_SCALE
+from smoothrot_vllm.format import WEIGHT_GROUP_SCALE, WEIGHT_PACKED, WEIGHT_SCALE
 from smoothrot_vllm.plugin.linear import GateUp
-from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 from smoothrot_vllm.plugin.silu_fusion import OPTION, DeferredSiluAndMul
 
-HIDDEN, INTERMEDIATE = 128, 192
 MLPS = [LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MoeMLP]
 
 pytestmark = pytest.mark.usefixtures("vllm_config")
 
 
-def build(mlp: type, config: SmoothRotConfig | None = None) -> Any:
+def build(mlp: type, scheme: str = "w4 per channel") -> Any:
     """A random MLP whose weights are those of every other of its shape."""
-    torch.manual_seed(0)
     layer = mlp(
         HIDDEN,
         INTERMEDIATE,
         "silu",
-        quant_config=config or make_config(),
+        quant_config=make_config(weights=SCHEMES[scheme]),
         prefix="model.layers.0.mlp",
     )
     for linear, outputs, inputs in (
@@ -46,11 +44,14 @@ def build(mlp: type, config: SmoothRotConfig | None = None) -> Any:
         ("down_proj", HIDDEN, INTERMEDIATE),
     ):
         module = layer.get_submodule(linear)
+        weights = Stored.random(outputs, inputs, SCHEMES[scheme], seed=inputs)
         for name, tensor in (
-            (WEIGHT_PACKED, torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)),
-            (WEIGHT_SCALE, torch.rand(outputs, 1) * 0.01 + 0.01),
+            (WEIGHT_PACKED, weights.packed),
+            (WEIGHT_SCALE, weights.scale * 0.01),
+            (WEIGHT_GROUP_SCALE, weights.group_scale),
         ):
-            module.get_parameter(name).data.copy_(tensor)
+            if tensor is not None:
+                module.get_parameter(name).data.copy_(tensor)
         module.quant_method.stored.is_random = True  # no checkpoint to count the tensors of
         module.quant_method.process_weights_after_loading(module)
     return layer
@@ -78,12 +79,13 @@ def fused_calls() -> Iterator[list[None]]:
 
 @pytest.mark.parametrize("mlp", MLPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_fused_mlp_has_the_bits_of_the_separate_one(
-    vllm_config: VllmConfig, mlp: type, dtype: torch.dtype
+    vllm_config: VllmConfig, mlp: type, scheme: str, dtype: torch.dtype
 ) -> None:
-    fused = build(mlp)
+    fused = build(mlp, scheme)
     with option(vllm_config, False):
-        separate = build(mlp)
+        separate = build(mlp, scheme)
     assert type(fused.act_fn) is DeferredSiluAndMul
     assert type(separate.act_fn) is SiluAndMul
     separate.act_fn._forward_method = (
