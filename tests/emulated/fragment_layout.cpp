@@ -17,14 +17,14 @@ bool same(int offset, int rows, Element e) {
 }
 
 template <class Operation>
-int mismatches(int per_word) {
+int mismatches(int per_word, int halves) {
   using Traits = cute::MMA_Traits<Operation>;
   int wrong = 0;
   for (int lane = 0; lane < 32; ++lane) {
-    for (int i = 0; i < 4 * per_word; ++i) {
+    for (int i = 0; i < 2 * halves * per_word; ++i) {
       wrong += !same(typename Traits::ALayout{}(lane, i), 16, element_a(lane, i, per_word));
     }
-    for (int i = 0; i < 2 * per_word; ++i) {
+    for (int i = 0; i < halves * per_word; ++i) {
       wrong += !same(typename Traits::BLayout{}(lane, i), 8, element_b(lane, i, per_word));
     }
     for (int i = 0; i < 4; ++i)
@@ -36,7 +36,8 @@ int mismatches(int per_word) {
 }  // namespace
 
 int main() {
-  const int int4 = mismatches<cute::SM80_16x8x64_S32S4S4S32_TN>(8);
-  const int int8 = mismatches<cute::SM80_16x8x32_S32S8S8S32_TN>(4);
-  std::printf("int4 %d int8 %d\n", int4, int8);
+  const int int4 = mismatches<cute::SM80_16x8x64_S32S4S4S32_TN>(8, 2);
+  const int shallow = mismatches<cute::SM80_16x8x32_S32S4S4S32_TN>(8, 1);
+  const int int8 = mismatches<cute::SM80_16x8x32_S32S8S8S32_TN>(4, 2);
+  std::printf("int4 %d %d int8 %d\n", int4, shallow, int8);
 }
