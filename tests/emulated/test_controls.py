@@ -61,9 +61,7 @@ def multiply_experts(counts: list[int], outputs: int, inputs: int) -> tuple[Run,
     tiles = Route.of(chosen[:, None], len(counts)).tiles
     arguments = (codes, scale, weight, weight_scale, torch.float32)
     return (
-        lambda emulator: emulator.gemm(
-            "experts", *arguments, tiles=tiles, group_scale=group_scale
-        ),
+        lambda emulator: emulator.gemm("experts", *arguments, tiles=tiles, group_scale=group_scale),
         expected,
     )
 

@@ -17,10 +17,17 @@ COUNTS = [[1], [0, 3, 0, 1], [64, 65, 0, 1, 17], [130, 2]]
 UNTOUCHED = 777.0
 
 
-@pytest.fixture(params=[0, 1], ids=["forward", "reverse"])
-def emulator(request: pytest.FixtureRequest, emulator_int8: Emulator) -> Iterator[Emulator]:
-    with emulator_int8.options(reverse_order=request.param):
-        yield emulator_int8
+@pytest.fixture(
+    params=[(0, True), (1, True), (0, False), (1, False)],
+    ids=["int4", "int4-reverse", "int8", "int8-reverse"],
+)
+def emulator(
+    request: pytest.FixtureRequest, emulator_int4: Emulator, emulator_int8: Emulator
+) -> Iterator[Emulator]:
+    reverse, native_int4 = request.param
+    chosen = emulator_int4 if native_int4 else emulator_int8
+    with chosen.options(reverse_order=reverse):
+        yield chosen
 
 
 class Experts:
@@ -88,21 +95,16 @@ SHAPES = [
 """Outputs, inputs, bits of weights, inputs of a group."""
 
 
-@pytest.mark.parametrize("native_int4", [True, False], ids=["int4", "int8"])
 @pytest.mark.parametrize("act_bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs", "weight_bits", "group"), SHAPES)
 def test_gemm_experts_equals_the_reference(
     emulator: Emulator,
-    emulator_int4: Emulator,
     outputs: int,
     inputs: int,
     weight_bits: int,
     group: int | None,
     act_bits: int,
-    native_int4: bool,
 ) -> None:
-    if native_int4:
-        emulator = emulator_int4
     for counts, dtype in zip(COUNTS, [*DTYPES, torch.float32], strict=True):
         experts = Experts(counts, outputs, inputs, act_bits, weight_bits, group)
         for multiprocessors in (1, 100):  # wide tiles, narrow ones

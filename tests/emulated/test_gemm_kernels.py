@@ -130,7 +130,7 @@ def test_gemm_small_equals_the_reference(
 def test_gemm_small_with_groups_equals_the_reference(
     emulator: Emulator, tokens: int, outputs: int, inputs: int, group: int, act_bits: int
 ) -> None:
-    """Numbers of groups that are no multiple of the eight of a word, inputs that are none of 128."""
+    """Numbers of groups that eight does not divide, inputs that 128 does not."""
     check(emulator, "small", Product.of(tokens, outputs, inputs, act_bits, group=group))
 
 
@@ -188,7 +188,7 @@ def test_gemm_s8_with_groups_equals_the_reference(
     multiprocessors: int,
     act_bits: int,
 ) -> None:
-    """Numbers of groups that are no multiple of the eight of a word, inputs that are none of 128."""
+    """Numbers of groups that eight does not divide, inputs that 128 does not."""
     with emulator.options(multiprocessors=multiprocessors):
         check(emulator, "s8", Product.of(tokens, outputs, inputs, act_bits, group=group))
 
