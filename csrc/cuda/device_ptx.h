@@ -130,6 +130,13 @@ SMOOTHROT_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selec
   return __byte_perm(low, high, selector);
 }
 
+// (value & mask) ^ flip in one instruction; of two constants nvcc makes two.
+SMOOTHROT_DEVICE uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t flip) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(out) : "r"(value), "r"(mask), "r"(flip));
+  return out;
+}
+
 SMOOTHROT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

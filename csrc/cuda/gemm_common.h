@@ -45,7 +45,7 @@ SMOOTHROT_DEVICE GroupFactor group_factor(uint32_t word, int group) {
 
 // The low nibbles of each byte times their group's scale, as int8: one LOP3, one IMAD, one LOP3.
 SMOOTHROT_DEVICE uint32_t scaled_nibbles(uint32_t packed, const GroupFactor& factor) {
-  const uint32_t raised = (packed & 0x0F0F0F0Fu) ^ 0x08080808u;
+  const uint32_t raised = and_xor(packed, 0x0F0F0F0Fu, 0x08080808u);
   return (raised * factor.scale + factor.offset) ^ 0x80808080u;
 }
 

@@ -20,18 +20,18 @@
 
 namespace smoothrot::cuda {
 
-// One MMA of 64 inputs where a group has them, two granules, else one of 32.
+// An MMA of 64 inputs, two granules, where a group has as many, else one of 32. Tokens and columns
+// are what one load of 32 rows or two gave.
 template <int Granules>
-SMOOTHROT_DEVICE void multiply_granules(int32_t (&sums)[4], const uint32_t (*tokens)[4], int i,
-                                        const uint32_t (*columns)[4], int n) {
-  const uint32_t low = tokens[0][2 * i], high = tokens[0][2 * i + 1];
+SMOOTHROT_DEVICE void multiply_granules(int32_t (&sums)[4], const uint32_t (&tokens)[Granules][4],
+                                        int i, const uint32_t (&columns)[Granules][4], int n) {
   if constexpr (Granules == 1) {
-    const uint32_t a[2] = {low, high}, b[1] = {columns[0][n]};
+    const uint32_t a[2] = {tokens[0][2 * i], tokens[0][2 * i + 1]}, b[1] = {columns[0][n]};
     mma_s4(sums, a, b);
   } else {
-    const uint32_t a[4] = {low, high, tokens[1][2 * i], tokens[1][2 * i + 1]};
-    const uint32_t b[2] = {columns[0][n], columns[1][n]};
-    mma_s4(sums, a, b);
+    const uint32_t* pair = columns[n / 2] + n % 2 * 2;
+    const uint32_t b[2] = {pair[0], pair[1]};
+    mma_s4(sums, tokens[i], b);
   }
 }
 
@@ -54,24 +54,33 @@ SMOOTHROT_DEVICE void multiply_step_int4(const unsigned char* stage, [[maybe_unu
   }
 #pragma unroll
   for (int k = 0; k < kStepInputs / kGranule; k += kUnit) {
-    uint32_t tokens[kUnit][4];
+    uint32_t tokens[kUnit / kDepth][kDepth][4];
 #pragma unroll
-    for (int u = 0; u < kUnit; ++u) load_packed(stage, warp_token, k + u, tokens[u]);
+    for (int u = 0; u < kUnit / kDepth; ++u) {
+      if constexpr (kDepth == 1) {
+        load_column_of_chunks<kPacked>(stage, warp_token, k, tokens[u][0]);
+      } else {
+        load_deep_a<kPacked>(stage, warp_token, k + u * kDepth, tokens[u]);
+      }
+    }
 #pragma unroll
     for (int j = 0; j < Tiles; j += 4) {
-      uint32_t columns[kUnit][4];
-#pragma unroll
-      for (int u = 0; u < kUnit; ++u)
-        load_packed(stage + kColumnsAt<kPacked>, warp_column + j * 8, k + u, columns[u]);
+      const unsigned char* rows = stage + kColumnsAt<kPacked>;
       [[maybe_unused]] int32_t products[4][2][4] = {};
 #pragma unroll
-      for (int u = 0; u < kUnit; u += kDepth) {
+      for (int u = 0; u < kUnit / kDepth; ++u) {
+        uint32_t columns[kDepth][4];
+        if constexpr (kDepth == 1) {
+          load_column_of_chunks<kPacked>(rows, warp_column + j * 8, k, columns[0]);
+        } else {
+          load_deep_b<kPacked>(rows, warp_column + j * 8, k + u * kDepth, columns);
+        }
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            multiply_granules<kDepth>(Group > 0 ? products[n][i] : sums[i][j + n], tokens + u, i,
-                                      columns + u, n);
+            multiply_granules<kDepth>(Group > 0 ? products[n][i] : sums[i][j + n], tokens[u], i,
+                                      columns, n);
           }
         }
       }

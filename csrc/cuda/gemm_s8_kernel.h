@@ -11,8 +11,8 @@
 //   lane t     0             | 1             | ... |  3             ||  0             | ... |  3
 //   register   a0 and a1, b0                                        || a2 and a3, b1
 //
-// Where neither side is packed, each half has four neighbors of a lane's eight. Where both are,
-// sm_80 to sm_89 take them as they are into the int4 MMA: gemm_s8_int4.h.
+// Where neither side is packed, inputs enter in their own order. Where both are, sm_80 to sm_89
+// take them as they are into the int4 MMA: gemm_s8_int4.h.
 //
 // The kernel of experts takes those and their tokens from a table on the device, so that one launch
 // serves a layer whoever its tokens were routed to: nothing waits for the device, and a CUDA graph
@@ -24,14 +24,74 @@
 
 namespace smoothrot::cuda {
 
-// A step by the int8 MMA. A warp's registers of columns hold column 8 i + lane / 4 each.
+// A granule of 32 rows as int8 lanes, eight rows a register, of codes without groups against others
+// of which one side is packed.
+template <Codes Form, Codes Other>
+SMOOTHROT_DEVICE void load_rows(const unsigned char* rows, int first_row, int granule,
+                                uint32_t (&first)[4], uint32_t (&second)[4]) {
+  if constexpr (Form == Codes::packed_int4) {
+    uint32_t words[4];
+    load_column_of_chunks<Form>(rows, first_row, granule, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) eight_inputs<Form, Other>(words + i, first[i], second[i]);
+  } else {
+    const int lane = thread_index() % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int chunk = granule * 2 + lane % 4 / 2, row = first_row + i * 8 + lane / 4;
+      const auto pair = *reinterpret_cast<const Words2*>(
+          rows + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
+      eight_inputs<Form, Other>(pair.word, first[i], second[i]);
+    }
+  }
+}
+
+// The operands of the MMAs of a granule: A of two times 16 tokens.
+template <Codes Form, Codes Weight>
+SMOOTHROT_DEVICE void load_tokens(const unsigned char* rows, int first_row, int granule,
+                                  uint32_t (&a)[2][4]) {
+  if constexpr (Form == Codes::int8 && Weight == Codes::int8) {
+    load_deep_a<Form>(rows, first_row, 2 * granule, a);
+  } else {
+    uint32_t halves[2][4];
+    load_rows<Form, Weight>(rows, first_row, granule, halves[0], halves[1]);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) a[r / 4][r % 4] = halves[r % 4 / 2][r / 4 * 2 + r % 2];
+  }
+}
+
+// B of four times eight columns, with groups times the scales of theirs.
+template <Codes Form, Codes Weight, bool Grouped>
+SMOOTHROT_DEVICE void load_columns(const unsigned char* rows, int first_row, int granule,
+                                   [[maybe_unused]] const GroupFactor* factors,
+                                   uint32_t (&b)[4][2]) {
+  if constexpr (Form == Codes::int8 && Weight == Codes::int8) {
+    uint32_t words[2][4];
+    load_deep_b<Weight>(rows, first_row, 2 * granule, words);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) b[r / 2][r % 2] = words[r / 4][r % 4];
+  } else if constexpr (Grouped) {
+    uint32_t words[4];
+    load_column_of_chunks<Weight>(rows, first_row, granule, words);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled_inputs(words[i], factors[i], b[i][0], b[i][1]);
+  } else {
+    uint32_t halves[2][4];
+    load_rows<Weight, Form>(rows, first_row, granule, halves[0], halves[1]);
+#pragma unroll
+    for (int r = 0; r < 8; ++r) b[r / 2][r % 2] = halves[r % 2][r / 2];
+  }
+}
+
+// A step by the int8 MMA. A register of columns holds column 8 n + lane / 4.
 template <Codes Form, Codes Weight, int Group, int Columns, int Tiles>
 SMOOTHROT_DEVICE void multiply_step_int8(const unsigned char* stage, [[maybe_unused]] int step,
                                          int warp_token, int warp_column,
                                          int32_t (&sums)[2][Tiles][4]) {
+  constexpr bool kGrouped = Group > 0;
   [[maybe_unused]] uint32_t scales[Tiles];
-  [[maybe_unused]] GroupFactor factors[Tiles];
-  if constexpr (Group > 0) {
+  GroupFactor factors[kGrouped ? Tiles : 4];
+  if constexpr (kGrouped) {
     const auto* words = reinterpret_cast<const uint32_t*>(stage + kScalesAt<Form, Weight, Columns>);
 #pragma unroll
     for (int j = 0; j < Tiles; ++j) {
@@ -41,11 +101,9 @@ SMOOTHROT_DEVICE void multiply_step_int8(const unsigned char* stage, [[maybe_unu
   }
 #pragma unroll
   for (int k = 0; k < kStepInputs / kGranule; ++k) {
-    uint32_t tokens[2][4];
-    load_rows<Form, Weight>(stage, warp_token, k, tokens[0], tokens[1]);
-    const uint32_t a[2][4] = {{tokens[0][0], tokens[0][1], tokens[1][0], tokens[1][1]},
-                              {tokens[0][2], tokens[0][3], tokens[1][2], tokens[1][3]}};
-    if constexpr (Group > 0) {
+    uint32_t a[2][4];
+    load_tokens<Form, Weight>(stage, warp_token, k, a);
+    if constexpr (kGrouped) {
       if (k * kGranule % Group == 0) {
 #pragma unroll
         for (int j = 0; j < Tiles; ++j) factors[j] = group_factor(scales[j], k * kGranule / Group);
@@ -53,19 +111,13 @@ SMOOTHROT_DEVICE void multiply_step_int8(const unsigned char* stage, [[maybe_unu
     }
 #pragma unroll
     for (int j = 0; j < Tiles; j += 4) {
-      uint32_t columns[2][4];
-      if constexpr (Group > 0) {
-        load_scaled(stage + kColumnsAt<Form>, warp_column + j * 8, k, factors + j, columns[0],
-                    columns[1]);
-      } else {
-        load_rows<Weight, Form>(stage + kColumnsAt<Form>, warp_column + j * 8, k, columns[0],
-                                columns[1]);
-      }
+      uint32_t b[4][2];
+      load_columns<Form, Weight, kGrouped>(stage + kColumnsAt<Form>, warp_column + j * 8, k,
+                                           factors + (kGrouped ? j : 0), b);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const uint32_t b[2] = {columns[0][n], columns[1][n]};
 #pragma unroll
-        for (int i = 0; i < 2; ++i) mma_s8(sums[i][j + n], a[i], b);
+        for (int i = 0; i < 2; ++i) mma_s8(sums[i][j + n], a[i], b[n]);
       }
     }
   }
@@ -125,15 +177,14 @@ SMOOTHROT_DEVICE void multiply_tile(const GemmArgs& g, int64_t first_token) {
   const int steps = (int(g.inputs) + kStepInputs - 1) / kStepInputs;
   unsigned char* shared = shared_memory();
   int32_t sums[2][kTiles][4] = {};
+  const TileCopies<Form, Weight, Group, Columns> copies(g, first_token, first_column);
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s)
-    copy_step<Form, Weight, Group, Columns>(shared, g, s, first_token, first_column);
+  for (int s = 0; s < kStages - 1; ++s) copies.copy(shared, g, s, first_column);
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     block_barrier();  // this step has landed for all, and all are done with the stage that is
                       // filled next
-    copy_step<Form, Weight, Group, Columns>(shared, g, step + kStages - 1, first_token,
-                                            first_column);
+    copies.copy(shared, g, step + kStages - 1, first_column);
     const unsigned char* stage =
         shared + step % kStages * kStageBytes<Form, Weight, Group, Columns>;
     if constexpr (kInt4) {

@@ -36,22 +36,43 @@ SMOOTHROT_DEVICE int swizzled(int row, int chunk) {
   return row * RowBytes + (chunk ^ turn) * kChunkBytes;
 }
 
-// Rows [first, first + Rows) of inputs [input, input + kStepInputs), zeros beyond the matrix.
+// What a thread copies of each step of an operand: 16 bytes of every kTiledThreads / kChunks-th
+// row. Rows beyond the matrix are copies of its last one, whose products nobody stores.
 template <Codes Form, int Rows>
-SMOOTHROT_DEVICE void copy_rows(unsigned char* target, const void* matrix, int64_t first,
-                                int64_t rows, int64_t inputs, int64_t input) {
-  constexpr int kChunks = kRowBytes<Form> / kChunkBytes, kChunkInputs = kStepInputs / kChunks;
+struct RowCopies {
+  static constexpr int kChunks = kRowBytes<Form> / kChunkBytes;
+  static constexpr int kRowStep = kTiledThreads / kChunks;
+  static constexpr int kCount = Rows / kRowStep;
+
+  const unsigned char* source;  // of row 0 and this thread's chunk
+  int rows[kCount];             // bytes from there to its rows
+  int target;                   // of its first row in a stage
+  int inputs_left;              // from its chunk's first input on
+
+  SMOOTHROT_DEVICE RowCopies(const void* matrix, int64_t first, int64_t end, int inputs) {
+    const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
+    const int row_bytes = inputs / kStepInputs * kRowBytes<Form> +
+                          inputs % kStepInputs * kRowBytes<Form> / kStepInputs;
+    const int last = int(end - first < Rows ? end - first : Rows) - 1;
+    source = static_cast<const unsigned char*>(matrix) + first * row_bytes + chunk * kChunkBytes;
 #pragma unroll
-  for (int i = 0; i < Rows * kChunks / kTiledThreads; ++i) {
-    const int id = thread_index() + i * kTiledThreads, row = id / kChunks, chunk = id % kChunks;
-    const int64_t from = input + chunk * kChunkInputs;
-    const bool inside = first + row < rows && from < inputs;
-    const int64_t element = inside ? (first + row) * inputs + from : 0;
-    const auto* source =
-        static_cast<const unsigned char*>(matrix) + element * kRowBytes<Form> / kStepInputs;
-    copy_async16(target + swizzled<kRowBytes<Form>>(row, chunk), source, inside);
+    for (int i = 0; i < kCount; ++i) {
+      const int wanted = row + i * kRowStep;
+      rows[i] = (wanted < last ? wanted : last) * row_bytes;
+    }
+    target = swizzled<kRowBytes<Form>>(row, chunk);
+    inputs_left = inputs - chunk * (kStepInputs / kChunks);
   }
-}
+
+  // Zeros beyond the inputs. The rows of a thread are swizzled alike.
+  SMOOTHROT_DEVICE void copy(unsigned char* stage, int step) const {
+    const bool inside = step * kStepInputs < inputs_left;
+    const unsigned char* from = inside ? source + int64_t{step} * kRowBytes<Form> : source;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      copy_async16(stage + target + i * kRowStep * kRowBytes<Form>, from + rows[i], inside);
+  }
+};
 
 // The words of group scales that the columns need at this step. All steps of a word copy it again,
 // from the cache.
@@ -67,21 +88,30 @@ SMOOTHROT_DEVICE void copy_scales(unsigned char* target, const GemmArgs& g, int 
               g.group_scale + row * pitch + step * kStepGroups<Group> / kWordGroups, inside);
 }
 
+// All that a thread copies for the steps of a tile.
 template <Codes Form, Codes Weight, int Group, int Columns>
-SMOOTHROT_DEVICE void copy_step(unsigned char* shared, const GemmArgs& g, int step,
-                                int64_t first_token, int64_t first_column) {
-  const int64_t input = int64_t{step} * kStepInputs;
-  if (input < g.inputs) {
-    unsigned char* stage = shared + step % kStages * kStageBytes<Form, Weight, Group, Columns>;
-    copy_rows<Form, kTiledTokens>(stage, g.codes, first_token, g.tokens, g.inputs, input);
-    copy_rows<Weight, Columns>(stage + kColumnsAt<Form>, g.weight, first_column, g.outputs,
-                               g.inputs, input);
-    if constexpr (Group > 0) {
-      copy_scales<Group, Columns>(stage + kScalesAt<Form, Weight, Columns>, g, step, first_column);
+struct TileCopies {
+  RowCopies<Form, kTiledTokens> tokens;
+  RowCopies<Weight, Columns> columns;
+
+  SMOOTHROT_DEVICE TileCopies(const GemmArgs& g, int64_t first_token, int64_t first_column)
+      : tokens(g.codes, first_token, g.tokens, int(g.inputs)),
+        columns(g.weight, first_column, g.outputs, int(g.inputs)) {}
+
+  SMOOTHROT_DEVICE void copy(unsigned char* shared, const GemmArgs& g, int step,
+                             int64_t first_column) const {
+    if (step * kStepInputs < int(g.inputs)) {
+      unsigned char* stage = shared + step % kStages * kStageBytes<Form, Weight, Group, Columns>;
+      tokens.copy(stage, step);
+      columns.copy(stage + kColumnsAt<Form>, step);
+      if constexpr (Group > 0) {
+        copy_scales<Group, Columns>(stage + kScalesAt<Form, Weight, Columns>, g, step,
+                                    first_column);
+      }
     }
+    commit_copies();
   }
-  commit_copies();
-}
+};
 
 // A column's scales of this step's groups, the first in the lowest nibble.
 template <int Group>
@@ -89,42 +119,41 @@ SMOOTHROT_DEVICE uint32_t step_scales(uint32_t word, int step) {
   return word >> 4 * (step * kStepGroups<Group> % kWordGroups);
 }
 
-// A granule of 32 packed rows, eight a register.
-SMOOTHROT_DEVICE void load_packed(const unsigned char* rows, int first_row, int granule,
+// Four 8 x 8 matrices of 16-bit pairs, that is of eight rows and 16 bytes each; lanes 8 m to 8 m +
+// 7 name the rows of matrix m and their chunk.
+template <Codes Form>
+SMOOTHROT_DEVICE void load_chunks(const unsigned char* rows, int row, int chunk,
                                   uint32_t (&words)[4]) {
-  const int row = first_row + thread_index() % 32;
-  load_matrices(words, rows + swizzled<kRowBytes<Codes::packed_int4>>(row, granule));
+  load_matrices(words, rows + swizzled<kRowBytes<Form>>(row, chunk));
 }
 
-// The same as int8 lanes, of codes without groups in either form.
-template <Codes Form, Codes Other>
-SMOOTHROT_DEVICE void load_rows(const unsigned char* rows, int first_row, int granule,
-                                uint32_t (&first)[4], uint32_t (&second)[4]) {
-  if constexpr (Form == Codes::packed_int4) {
-    uint32_t words[4];
-    load_packed(rows, first_row, granule, words);
+// 32 rows of one chunk, eight a register.
+template <Codes Form>
+SMOOTHROT_DEVICE void load_column_of_chunks(const unsigned char* rows, int first_row, int chunk,
+                                            uint32_t (&words)[4]) {
+  load_chunks<Form>(rows, first_row + thread_index() % 32, chunk, words);
+}
+
+// 32 rows of two chunks, which is the depth of an MMA, in the order of its registers: of operand A
+// those of 16 rows, of operand B those of two times eight.
+template <Codes Form>
+SMOOTHROT_DEVICE void load_deep_a(const unsigned char* rows, int first_row, int chunk,
+                                  uint32_t (&words)[2][4]) {
+  const int lane = thread_index() % 32;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) eight_inputs<Form, Other>(words + i, first[i], second[i]);
-  } else {
-    const int lane = thread_index() % 32;
+  for (int h = 0; h < 2; ++h)
+    load_chunks<Form>(rows, first_row + h * 16 + lane % 16, chunk + lane / 16, words[h]);
+}
+
+template <Codes Form>
+SMOOTHROT_DEVICE void load_deep_b(const unsigned char* rows, int first_row, int chunk,
+                                  uint32_t (&words)[2][4]) {
+  const int lane = thread_index() % 32;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int chunk = granule * 2 + lane % 4 / 2, row = first_row + i * 8 + lane / 4;
-      const auto pair = *reinterpret_cast<const Words2*>(
-          rows + swizzled<kRowBytes<Form>>(row, chunk) + lane % 2 * 8);
-      eight_inputs<Form, Other>(pair.word, first[i], second[i]);
-    }
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + h * 16 + lane / 16 * 8 + lane % 8;
+    load_chunks<Form>(rows, row, chunk + lane / 8 % 2, words[h]);
   }
-}
-
-// And of packed codes times the scales of their groups, one for each register.
-SMOOTHROT_DEVICE void load_scaled(const unsigned char* rows, int first_row, int granule,
-                                  const GroupFactor* factors, uint32_t (&first)[4],
-                                  uint32_t (&second)[4]) {
-  uint32_t words[4];
-  load_packed(rows, first_row, granule, words);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) scaled_inputs(words[i], factors[i], first[i], second[i]);
 }
 
 // A warp's part of the output: row and column of entry r of tile (i, j), within 32 tokens by 8 *

@@ -106,6 +106,10 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return out;
 }
 
+inline uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t flip) {
+  return (value & mask) ^ flip;
+}
+
 // Lane i names row i % 8 of 8x8 16-bit matrix i / 8; register m receives the lane's word of matrix
 // m.
 inline void load_matrices(uint32_t (&out)[4], const void* row) {
