@@ -59,15 +59,22 @@ const GemmKernel& first_of(Family family) {
   return *kernel;
 }
 
+// Outputs of a launch: those that are expanded at a time, or all.
+int64_t launch_outputs(Family family, const GemmArgs& args) {
+  if (family != Family::sm90_s8 || !args.group_scale) return args.outputs;
+  const int64_t tiles = kExpandedBytes / args.inputs / kTileOutputs;
+  return std::min(args.outputs, std::max(tiles, int64_t{1}) * kTileOutputs);
+}
+
 // Of the family's tiles that the tokens fill at least half, the largest whose grid gives every
 // multiprocessor a block, or the smallest: idle multiprocessors cost more than the operand traffic
 // that larger tiles save.
 const GemmKernel& choose_tile(Family family, const GpuFacts& gpu, const GemmArgs& args) {
   const GemmKernel* smallest = nullptr;
+  const int64_t outputs = launch_outputs(family, args);
   for (const GemmKernel& tile : kKernels) {
     if (tile.family != family) continue;
-    const int64_t blocks =
-        ceil_div(args.tokens, tile.tokens) * ceil_div(args.outputs, tile.outputs);
+    const int64_t blocks = ceil_div(args.tokens, tile.tokens) * ceil_div(outputs, tile.outputs);
     if (2 * args.tokens > tile.tokens && blocks >= gpu.multiprocessors) return tile;
     smallest = &tile;
   }
@@ -82,12 +89,6 @@ std::string cutlass_obstacle(const GemmArgs& args) {
   if (args.tokens > kMostInt32 || args.outputs > kMostInt32)
     return "tokens and outputs that int32 holds";
   return "";
-}
-
-// Outputs that are expanded at a time.
-int64_t expanded_outputs(const GemmArgs& args) {
-  const int64_t tiles = kExpandedBytes / args.inputs / kTileOutputs;
-  return std::min(args.outputs, std::max(tiles, int64_t{1}) * kTileOutputs);
 }
 
 CutlassArgs cutlass_args(const GpuFacts& gpu, const GemmArgs& g, cudaStream_t stream) {
@@ -110,7 +111,7 @@ CutlassArgs cutlass_args(const GpuFacts& gpu, const GemmArgs& g, cudaStream_t st
 const char* run_expanded(CutlassLauncher launch, const GpuFacts& gpu, const GemmArgs& g,
                          void* workspace, cudaStream_t stream) {
   constexpr int64_t kHalf = 2;  // bytes of an output and a bias
-  const int64_t part = expanded_outputs(g);
+  const int64_t part = launch_outputs(Family::sm90_s8, g);
   for (int64_t first = 0; first < g.outputs; first += part) {
     const int64_t count = std::min(part, g.outputs - first);
     const cudaError_t error = expand_weight(g, first, count, workspace, stream);
@@ -172,7 +173,7 @@ const GemmKernel& choose_gemm(const GpuFacts& gpu, const GemmArgs& args) {
 }
 
 int64_t GemmKernel::workspace_bytes(const GemmArgs& g) const {
-  return family == Family::sm90_s8 && g.group_scale ? expanded_outputs(g) * g.inputs : 0;
+  return family == Family::sm90_s8 && g.group_scale ? launch_outputs(family, g) * g.inputs : 0;
 }
 
 const char* GemmKernel::run(const GpuFacts& gpu, const GemmArgs& g, void* workspace,

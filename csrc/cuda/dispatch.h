@@ -14,9 +14,9 @@ struct GpuFacts {
   int multiprocessors;
 };
 
-// Weights are expanded and multiplied by so many at a time: half of the second-level cache of
-// sm_90, so that most are read from there.
-constexpr int64_t kExpandedBytes = 24 << 20;
+// Weights are expanded and multiplied by so many at a time: what the second-level cache of sm_90,
+// 50 MB, holds beside activations, so that most are read from there. It bounds the memory, too.
+constexpr int64_t kExpandedBytes = 32 << 20;
 constexpr int64_t kTileOutputs = 128;  // of a tile on sm_90
 
 // Tokens from which expanding a weight with groups pays on sm_90. It moves 1.5 bytes a weight, 0.45

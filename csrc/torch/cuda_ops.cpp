@@ -156,9 +156,11 @@ void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, cons
   const GemmKernel& kernel = choose_gemm(device.gpu, g);
   const std::string needed = kernel.obstacle(device.gpu, g);
   if (!needed.empty()) refuse(op, kernel.name, "this kernel was forced; it needs ", needed, ".");
-  const int64_t bytes = kernel.workspace_bytes(g);
-  Tensor workspace = torch::stable::new_empty(codes, {bytes}, ScalarType::Byte);
-  check_launched(op, kernel.run(device.gpu, g, workspace.mutable_data_ptr(), device.stream));
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = kernel.workspace_bytes(g))
+    workspace = torch::stable::new_empty(codes, {bytes}, ScalarType::Byte);
+  void* memory = workspace ? workspace->mutable_data_ptr() : nullptr;
+  check_launched(op, kernel.run(device.gpu, g, memory, device.stream));
 }
 
 // Codes that were quantized before; returns how many inputs they have.

@@ -67,6 +67,14 @@ def test_every_scheme_of_the_presets_reaches_its_kernel(
             assert kernel.startswith(family), (tokens, kernel)
 
 
+def test_the_tile_suits_the_part_that_is_expanded_at_a_time(gpu: Any) -> None:
+    """4096 of 28672 outputs, which 132 multiprocessors share."""
+    gpu.pretend(90, 132, 227 * 1024)
+    for tokens, tile in ((512, "128x64"), (600, "128x128"), (4096, "128x256")):
+        kernel = gpu.choose(tokens, 28672, 8192, 64, 8, 4, torch.bfloat16, None)
+        assert kernel == f"cutlass_sm90_s8_{tile}"
+
+
 def test_the_presets_have_groups_and_layers_of_8_bits() -> None:
     """Otherwise the test above would be about less than it says."""
     assert {(bits, group) for _, bits, group in schemes()} == {
