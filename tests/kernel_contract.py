@@ -208,11 +208,13 @@ class KernelContract:
             pytest.skip("8-bit weights have no groups")
         for dtype in FLOATS:
             given, gate_up, down = target.experts(70, 2, 3, 64, 96, weight_bits, dtype, group_size)
-            packed = target.packed_experts((gate_up, down), weight_bits)
-            numbers = (target.prepare(32), CLIP, act_bits, weight_bits)
+            packed: list[Any] = target.packed_experts((gate_up, down), weight_bits)
+            numbers: list[Any] = [target.prepare(32), CLIP, act_bits, weight_bits]
+            arguments: list[Any] = [*given, *packed, *numbers, group_size]
             with self.forced(target, name):
-                got = grouped_experts(target.ops, *given, *packed, *numbers, group_size)
-            assert_same(got, reference.experts(*given, gate_up, down, *numbers))
+                got = grouped_experts(target.ops, *arguments)
+            defined: list[Any] = [*given, gate_up, down, *numbers]
+            assert_same(got, reference.experts(*defined))
 
     @pytest.mark.parametrize(
         ("name", "producer", "inputs", "block"), ROWS, ids=[name for name, *_ in ROWS]

@@ -159,7 +159,8 @@ class Layer:
             if block
             else reference.quant(x, CLIP, bits)
         )
-        return reference.gemm(*quantized, *self.weight, self.bias, x.dtype, bits, self.weight_bits)
+        arguments: list[Any] = [*quantized, *self.weight, self.bias, x.dtype]
+        return reference.gemm(*arguments, bits, self.weight_bits)
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -239,9 +240,10 @@ class OpsContract:
         for tokens, outputs, inputs in self.gemms:
             layer = target.layer(outputs, inputs, -1, weight_bits, act_bits, None)
             codes, scale = reference.quant(target.randn(tokens, inputs), CLIP, act_bits)
-            rest = (None, torch.float32, act_bits, weight_bits)
+            rest: list[Any] = [None, torch.float32, act_bits, weight_bits]
             got = target.ops.gemm(codes, scale, layer.stored, layer.scale, *rest, -1)
-            assert_same(got, reference.gemm(codes, scale, *layer.weight, *rest))
+            arguments: list[Any] = [codes, scale, *layer.weight, *rest]
+            assert_same(got, reference.gemm(*arguments))
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
@@ -265,7 +267,8 @@ class OpsContract:
         got = target.ops.silu_mul_linear(
             gate_up, packed, layer.scale, layer.bias, block, CLIP, *layer.numbers
         )
-        assert_same(got, reference.gemm(*quantized, *layer.weight, layer.bias, dtype, act_bits, 4))
+        arguments: list[Any] = [*quantized, *layer.weight, layer.bias, dtype, act_bits, 4]
+        assert_same(got, reference.gemm(*arguments))
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("act_bits", [4, 8])
@@ -290,12 +293,14 @@ class OpsContract:
     ) -> None:
         for shape in self.experts:
             given, gate_up, down = target.experts(*shape, weight_bits, dtype, group_size)
-            packed = target.packed_experts((gate_up, down), weight_bits)
+            packed: list[Any] = target.packed_experts((gate_up, down), weight_bits)
             for block in (0, target.prepare(32)):
-                numbers = (block, CLIP, act_bits, weight_bits)
-                got = grouped_experts(target.ops, *given, *packed, *numbers, group_size)
+                numbers: list[Any] = [block, CLIP, act_bits, weight_bits]
+                arguments: list[Any] = [*given, *packed, *numbers, group_size]
+                got = grouped_experts(target.ops, *arguments)
                 assert got.dtype == dtype
-                assert_same(got, reference.experts(*given, gate_up, down, *numbers))
+                defined: list[Any] = [*given, gate_up, down, *numbers]
+                assert_same(got, reference.experts(*defined))
 
     def test_a_stack_is_packed_as_its_members_are(self, target: Target) -> None:
         for group_size in (-1, 32):
@@ -304,9 +309,8 @@ class OpsContract:
                 torch.stack([layer.stored for layer in layers]),
                 torch.stack([layer.scale for layer in layers]),
             )
-            groups = None
-            if group_size != -1:
-                groups = torch.stack([target.put(layer.weight[2]) for layer in layers])
+            own = [layer.group_scale for layer in layers if layer.group_scale is not None]
+            groups = torch.stack(own) if own else None
             members = [target.ops.prepack_weight(*layer.weight, 4) for layer in layers]
             packed = target.ops.prepack_weight(codes, scale, groups, 4)
             assert_same(packed, torch.stack(members))

@@ -56,7 +56,8 @@ def test_linear_equals_the_reference_on_every_architecture(
             else reference.quant(x, 0.9, act_bits)
         )
         bits = (act_bits, weight_bits)
-        expected = reference.gemm(*quantized, *layer, bias.to(dtype), dtype, *bits)
+        arguments: list[Any] = [*quantized, *layer, bias.to(dtype), dtype, *bits]
+        expected = reference.gemm(*arguments)
         got = gpu.linear(
             x, packed, layer[1], bias.to(dtype), block, 0.9, *bits, -1 if group is None else group
         )

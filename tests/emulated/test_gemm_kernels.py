@@ -75,8 +75,17 @@ class Product:
         return [self.codes] if self.act_bits == 8 else [self.codes, reference.pack_int4(self.codes)]
 
     def expected(self, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        weight = (self.weight, self.weight_scale, self.group_scale)
-        return reference.gemm(self.codes, self.scale, *weight, bias, dtype, 8, self.weight_bits)
+        return reference.gemm(
+            self.codes,
+            self.scale,
+            self.weight,
+            self.weight_scale,
+            self.group_scale,
+            bias,
+            dtype,
+            8,
+            self.weight_bits,
+        )
 
     def run(
         self,
@@ -86,9 +95,15 @@ class Product:
         dtype: torch.dtype,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        weight = (self.weight, self.weight_scale)
         return emulator.gemm(
-            kernel, stored, self.scale, *weight, dtype, bias, group_scale=self.group_scale
+            kernel,
+            stored,
+            self.scale,
+            self.weight,
+            self.weight_scale,
+            dtype,
+            bias,
+            group_scale=self.group_scale,
         )
 
 
