@@ -63,6 +63,7 @@ X86_SOURCES = {
 }
 CUDA_HOST_SOURCES = [
     "csrc/torch/cuda_ops.cpp",
+    "csrc/torch/cuda_prepack.cpp",
     "csrc/torch/cuda_device.cpp",
     "csrc/torch/cuda_register.cpp",
     "csrc/cuda/dispatch.cpp",

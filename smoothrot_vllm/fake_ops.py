@@ -57,7 +57,8 @@ def _prepack_weight_fake(
         if not groups:
             return torch.empty_like(weight)
         words = (groups + GROUPS_OF_A_WORD - 1) // GROUPS_OF_A_WORD
-        return weight.new_empty((*experts, outputs * (columns + 4 * words)), dtype=torch.uint8)
+        scale_bytes = (outputs * words + 3) // 4 * 16
+        return weight.new_empty((*experts, outputs * columns + scale_bytes), dtype=torch.uint8)
     inputs = columns * (2 if bits == 4 else 1)
     steps = (inputs + 3) // 4
     panels = (outputs + PANEL_COLUMNS - 1) // PANEL_COLUMNS

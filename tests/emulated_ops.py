@@ -35,6 +35,7 @@ DEFINITIONS = [
 ]
 SOURCES = [
     "csrc/torch/cuda_ops.cpp",
+    "csrc/torch/cuda_prepack.cpp",
     "csrc/cuda/dispatch.cpp",
     "csrc/emulator/library.cpp",
     "tests/cuda/cpu_device.cpp",

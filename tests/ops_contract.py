@@ -6,7 +6,7 @@ The reference computes on the target's device, too: on a GPU it takes a fraction
 its float64 sums are exact.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from awkward_rows import awkward_rows
 
 from smoothrot_vllm import reference
+from smoothrot_vllm.format import GROUP_SCALE_MAX
 from smoothrot_vllm.grouped_experts import grouped_experts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,33 +43,38 @@ class Target:
 
     def linear(self, layer: "Layer", x: torch.Tensor, block: int = 0) -> torch.Tensor:
         """``linear`` of ``x``."""
-        packed = self.ops.prepack_weight(layer.stored, layer.scale, layer.weight_bits)
+        packed = self.ops.prepack_weight(*layer.weight, layer.weight_bits)
         prepared = self.prepare(block) if block else 0
-        return self.ops.linear(
-            x, packed, layer.scale, layer.bias, prepared, CLIP, layer.act_bits, layer.weight_bits
-        )
+        return self.ops.linear(x, packed, layer.scale, layer.bias, prepared, CLIP, *layer.numbers)
 
     def layer(
         self,
         outputs: int,
         inputs: int,
-        groups: int,
+        group_size: int,
         weight_bits: int,
         act_bits: int,
         bias: torch.dtype | None,
     ) -> "Layer":
-        """A random layer: codes over the whole range and scales that keep outputs near one."""
+        """A random layer, per channel for a ``group_size`` of -1: codes and group scales over their
+        whole range, scales that keep outputs near one."""
         top = reference.quant_max(weight_bits)
         codes = torch.randint(
             -top - 1, top + 1, (outputs, inputs), dtype=torch.int8, device=self.device
         )
         return Layer(
             reference.encode(codes, weight_bits),
-            torch.rand(outputs, groups, device=self.device) * (0.1 / top),
+            torch.rand(outputs, 1, device=self.device) * (0.1 / top),
+            None if group_size == -1 else self.group_scale(outputs, inputs // group_size),
             None if bias is None else self.randn(outputs, dtype=bias),
             weight_bits,
             act_bits,
         )
+
+    def group_scale(self, *sizes: int) -> torch.Tensor:
+        """Random group scales."""
+        top = GROUP_SCALE_MAX + 1
+        return torch.randint(1, top, sizes, dtype=torch.uint8, device=self.device)
 
     def randn(self, *sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Normal values, drawn in float32."""
@@ -83,14 +89,25 @@ class Target:
         intermediate: int,
         weight_bits: int,
         dtype: torch.dtype,
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], "Pair", "Pair"]:
+        group_size: int = -1,
+    ) -> tuple[
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        reference.QuantizedExperts,
+        reference.QuantizedExperts,
+    ]:
         """``x``, weights and numbers of its experts, the last left out if it can be; codes and
         scales of both linears."""
 
-        def stack(outputs: int, inputs: int) -> Pair:
-            layers = [self.layer(outputs, inputs, 1, weight_bits, 8, None) for _ in range(experts)]
-            return torch.stack([layer.stored for layer in layers]), torch.stack(
-                [layer.scale for layer in layers]
+        def stack(outputs: int, inputs: int) -> reference.QuantizedExperts:
+            layers = [
+                self.layer(outputs, inputs, group_size, weight_bits, 8, None)
+                for _ in range(experts)
+            ]
+            codes, scale, groups = zip(*(layer.weight for layer in layers), strict=True)
+            return (
+                torch.stack(codes),
+                torch.stack(scale),
+                None if group_size == -1 else torch.stack(groups),
             )
 
         logits = self.randn(tokens, experts)
@@ -100,6 +117,16 @@ class Target:
         given = (self.randn(tokens, hidden, dtype=dtype), weights, chosen.int())
         return given, stack(2 * intermediate, hidden), stack(hidden, intermediate)
 
+    def packed_experts(
+        self, linears: Iterable[reference.QuantizedExperts], weight_bits: int
+    ) -> list[torch.Tensor]:
+        """Of each linear what ``gemm_experts`` takes: packed weights and scales."""
+        return [
+            part
+            for codes, scale, groups in linears
+            for part in (self.ops.prepack_weight(codes, scale, groups, weight_bits), scale)
+        ]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -107,9 +134,22 @@ class Layer:
 
     stored: torch.Tensor
     scale: torch.Tensor
+    group_scale: torch.Tensor | None
     bias: torch.Tensor | None
     weight_bits: int
     act_bits: int
+
+    @property
+    def weight(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes and both scales."""
+        return self.stored, self.scale, self.group_scale
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """Bits of activations and of weights, inputs of a group."""
+        inputs = self.stored.shape[1] * (2 if self.weight_bits == 4 else 1)
+        group_size = -1 if self.group_scale is None else inputs // self.group_scale.shape[1]
+        return self.act_bits, self.weight_bits, group_size
 
     def expected(self, x: torch.Tensor, block: int = 0) -> torch.Tensor:
         """What ``linear`` must give for ``x``."""
@@ -119,12 +159,8 @@ class Layer:
             if block
             else reference.quant(x, CLIP, bits)
         )
-        return reference.gemm(
-            *quantized, self.stored, self.scale, self.bias, x.dtype, bits, self.weight_bits
-        )
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+        arguments: list[Any] = [*quantized, *self.weight, self.bias, x.dtype]
+        return reference.gemm(*arguments, bits, self.weight_bits)
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -150,8 +186,8 @@ class OpsContract:
     gemms = ((1, 40, 64), (16, 33, 96), (17, 48, 128), (70, 40, 96))
     """Tokens, outputs, inputs."""
     linears = gemms
-    groups = ((1, 40, 96, 3), (20, 40, 128, 2))
-    """Tokens, outputs, inputs, groups."""
+    groups = ((1, 40, 96, 32), (9, 33, 320, 64), (20, 40, 128, 64), (260, 40, 384, 128))
+    """Tokens, outputs, inputs, inputs of a group."""
     experts = ((1, 2, 5, 64, 96), (70, 2, 3, 64, 96), (9, 8, 12, 32, 64))
     """Tokens, top_k, experts, hidden size, intermediate size."""
 
@@ -202,11 +238,12 @@ class OpsContract:
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
     def test_gemm(self, target: Target, weight_bits: int, act_bits: int) -> None:
         for tokens, outputs, inputs in self.gemms:
-            layer = target.layer(outputs, inputs, 1, weight_bits, act_bits, None)
+            layer = target.layer(outputs, inputs, -1, weight_bits, act_bits, None)
             codes, scale = reference.quant(target.randn(tokens, inputs), CLIP, act_bits)
-            arguments = (codes, scale, layer.stored, layer.scale)
-            got = target.ops.gemm(*arguments, None, torch.float32, act_bits, weight_bits)
-            assert_same(got, reference.gemm(*arguments, None, torch.float32, act_bits, weight_bits))
+            rest: list[Any] = [None, torch.float32, act_bits, weight_bits]
+            got = target.ops.gemm(codes, scale, layer.stored, layer.scale, *rest, -1)
+            arguments: list[Any] = [codes, scale, *layer.weight, *rest]
+            assert_same(got, reference.gemm(*arguments))
 
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 4), (8, 8)])
@@ -214,7 +251,7 @@ class OpsContract:
         self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype
     ) -> None:
         for tokens, outputs, inputs in self.linears:
-            layer = target.layer(outputs, inputs, 1, weight_bits, act_bits, dtype)
+            layer = target.layer(outputs, inputs, -1, weight_bits, act_bits, dtype)
             x = target.randn(tokens, inputs, dtype=dtype)
             for block in (0, 32):
                 assert_same(target.linear(layer, x, block), layer.expected(x, block))
@@ -223,64 +260,74 @@ class OpsContract:
     @pytest.mark.parametrize("act_bits", [4, 8])
     def test_silu_mul_linear(self, target: Target, act_bits: int, dtype: torch.dtype) -> None:
         tokens, outputs, inputs = self.linears[-1]
-        layer = target.layer(outputs, inputs, 1, 4, act_bits, dtype)
+        layer = target.layer(outputs, inputs, 32, 4, act_bits, dtype)
         gate_up, block = target.randn(tokens, 2 * inputs, dtype=dtype), target.prepare(32)
         quantized = reference.silu_mul_hadamard_quant(gate_up, block, CLIP, act_bits)
-        packed = target.ops.prepack_weight(layer.stored, layer.scale, 4)
+        packed = target.ops.prepack_weight(*layer.weight, 4)
         got = target.ops.silu_mul_linear(
-            gate_up, packed, layer.scale, layer.bias, block, CLIP, act_bits, 4
+            gate_up, packed, layer.scale, layer.bias, block, CLIP, *layer.numbers
         )
-        assert_same(
-            got,
-            reference.gemm(*quantized, layer.stored, layer.scale, layer.bias, dtype, act_bits, 4),
-        )
-
-    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
-    def test_group_scales_err_at_most_twice_as_much_as_torch(
-        self, target: Target, weight_bits: int, act_bits: int
-    ) -> None:
-        """Group sums are added in another order than torch's einsum does."""
-        for tokens, outputs, inputs, groups in self.groups:
-            layer = target.layer(outputs, inputs, groups, weight_bits, act_bits, None)
-            x = target.randn(tokens, inputs)
-            codes, scale = reference.quant(x, CLIP, act_bits)
-            sums = reference.accumulate(
-                codes, layer.stored, act_bits, weight_bits, inputs // groups
-            ).double()
-            exact = torch.einsum("gtn,ng->tn", sums, layer.scale.double()) * scale.double()[:, None]
-            error = (target.linear(layer, x).double() - exact).abs().max()
-            assert error <= 2 * (layer.expected(x).double() - exact).abs().max()
+        arguments: list[Any] = [*quantized, *layer.weight, layer.bias, dtype, act_bits, 4]
+        assert_same(got, reference.gemm(*arguments))
 
     @pytest.mark.parametrize("dtype", FLOATS)
-    @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 4), (4, 8), (8, 8)])
+    @pytest.mark.parametrize("act_bits", [4, 8])
+    def test_linear_with_groups(self, target: Target, act_bits: int, dtype: torch.dtype) -> None:
+        for tokens, outputs, inputs, group_size in self.groups:
+            layer = target.layer(outputs, inputs, group_size, 4, act_bits, dtype)
+            x = target.randn(tokens, inputs, dtype=dtype)
+            assert_same(target.linear(layer, x), layer.expected(x))
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize(
+        ("weight_bits", "act_bits", "group_size"),
+        [(4, 4, -1), (4, 8, -1), (8, 8, -1), (4, 4, 32), (4, 8, 32)],
+    )
     def test_experts(
-        self, target: Target, weight_bits: int, act_bits: int, dtype: torch.dtype
+        self,
+        target: Target,
+        weight_bits: int,
+        act_bits: int,
+        group_size: int,
+        dtype: torch.dtype,
     ) -> None:
         for shape in self.experts:
-            given, gate_up, down = target.experts(*shape, weight_bits, dtype)
-            arguments: list[Any] = [*given, *gate_up, *down]
+            given, gate_up, down = target.experts(*shape, weight_bits, dtype, group_size)
+            packed: list[Any] = target.packed_experts((gate_up, down), weight_bits)
             for block in (0, target.prepare(32)):
                 numbers: list[Any] = [block, CLIP, act_bits, weight_bits]
-                got = grouped_experts(target.ops, *[*arguments, *numbers])
+                arguments: list[Any] = [*given, *packed, *numbers, group_size]
+                got = grouped_experts(target.ops, *arguments)
                 assert got.dtype == dtype
-                assert_same(got, reference.experts(*given, gate_up, down, *numbers))
+                defined: list[Any] = [*given, gate_up, down, *numbers]
+                assert_same(got, reference.experts(*defined))
 
     def test_a_stack_is_packed_as_its_members_are(self, target: Target) -> None:
-        layers = [target.layer(40, 64, 1, 4, 8, None) for _ in range(3)]
-        weight, scale = (
-            torch.stack([layer.stored for layer in layers]),
-            torch.stack([layer.scale for layer in layers]),
-        )
-        members = [target.ops.prepack_weight(layer.stored, layer.scale, 4) for layer in layers]
-        assert_same(target.ops.prepack_weight(weight, scale, 4), torch.stack(members))
-        with pytest.raises(
-            RuntimeError, match=r"weight_scale: expected contiguous float32 \(3, any, any\), got"
-        ):
-            target.ops.prepack_weight(weight, scale[:2], 4)
+        for group_size in (-1, 32):
+            layers = [target.layer(41, 64, group_size, 4, 8, None) for _ in range(3)]
+            codes, scale = (
+                torch.stack([layer.stored for layer in layers]),
+                torch.stack([layer.scale for layer in layers]),
+            )
+            own = [layer.group_scale for layer in layers if layer.group_scale is not None]
+            groups = torch.stack(own) if own else None
+            members = [target.ops.prepack_weight(*layer.weight, 4) for layer in layers]
+            packed = target.ops.prepack_weight(codes, scale, groups, 4)
+            assert_same(packed, torch.stack(members))
+            with pytest.raises(
+                RuntimeError, match=r"weight_scale: expected contiguous float32 \(3, any, 1\), got"
+            ):
+                target.ops.prepack_weight(codes, scale[:2], groups, 4)
+            if groups is not None:
+                with pytest.raises(
+                    RuntimeError,
+                    match=r"group_scale: expected contiguous uint8 \(3, any, any\), got",
+                ):
+                    target.ops.prepack_weight(codes, scale, groups[:2], 4)
 
     @pytest.mark.parametrize("shape", [(64,), (2, 3, 64), (0, 64), (2, 0, 64)])
     def test_linear_keeps_leading_dimensions(self, target: Target, shape: tuple[int, ...]) -> None:
-        layer = target.layer(40, 64, 1, 4, 8, None)
+        layer = target.layer(40, 64, -1, 4, 8, None)
         x = target.randn(*shape)
         y = target.linear(layer, x)
         assert y.shape == (*shape[:-1], 40)
@@ -296,29 +343,35 @@ class OpsContract:
             assert scale.shape == (0,)
 
     def test_wrong_inputs_are_refused_by_name(self, target: Target) -> None:
-        layer = target.layer(40, 64, 1, 4, 4, None)
+        layer = target.layer(40, 64, -1, 4, 4, None)
         weight, scale = layer.stored, layer.scale
         x, misaligned = target.put(torch.ones(2, 64)), target.put(torch.ones(129))[1:].view(2, 64)
         away = layer.stored.to(target.elsewhere)
         cases: list[tuple[str, tuple[Any, ...]]] = [
             (
                 "x: expected float32, bfloat16 or float16, got float64",
-                (x.double(), weight, scale, None, 0, 1.0, 4, 4),
+                (x.double(), weight, scale, None, 0, 1.0, 4, 4, -1),
             ),
-            ("x: expected a contiguous", (x.T, weight, scale, None, 0, 1.0, 4, 4)),
+            ("x: expected a contiguous", (x.T, weight, scale, None, 0, 1.0, 4, 4, -1)),
             (
                 "x: expected data at a multiple of 16 bytes",
-                (misaligned, weight, scale, None, 0, 1.0, 4, 4),
+                (misaligned, weight, scale, None, 0, 1.0, 4, 4, -1),
             ),
             (
                 "x: expected inputs in multiples of 32",
-                (x[:, :48].contiguous(), weight, scale, None, 0, 1.0, 4, 4),
+                (x[:, :48].contiguous(), weight, scale, None, 0, 1.0, 4, 4, -1),
             ),
-            ("packed: expected contiguous uint8", (x, away, scale, None, 0, 1.0, 4, 4)),
-            ("bias: expected contiguous", (x, weight, scale, x[0, :39].contiguous(), 0, 1.0, 4, 4)),
-            ("block: expected a divisor of 64, got 128", (x, weight, scale, None, 128, 1.0, 4, 4)),
-            ("clip: expected 0 < clip <= 1", (x, weight, scale, None, 0, 1.5, 4, 4)),
-            ("bits: expected 4 or 8, got 6", (x, weight, scale, None, 0, 1.0, 6, 4)),
+            ("packed: expected contiguous uint8", (x, away, scale, None, 0, 1.0, 4, 4, -1)),
+            (
+                "bias: expected contiguous",
+                (x, weight, scale, x[0, :39].contiguous(), 0, 1.0, 4, 4, -1),
+            ),
+            (
+                "block: expected a divisor of 64, got 128",
+                (x, weight, scale, None, 128, 1.0, 4, 4, -1),
+            ),
+            ("clip: expected 0 < clip <= 1", (x, weight, scale, None, 0, 1.5, 4, 4, -1)),
+            ("bits: expected 4 or 8, got 6", (x, weight, scale, None, 0, 1.0, 6, 4, -1)),
         ]
         for message, arguments in cases:
             with pytest.raises(RuntimeError, match=f"smoothrot::linear: {message}"):

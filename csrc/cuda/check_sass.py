@@ -4,7 +4,7 @@ needed.
 
 ``check_sass.py`` writes docs/sass.md, ``--check`` compares it instead. What must hold: the int4
 kernels of sm_80 use the native MMA, those of sm_90 use wgmma that ptxas did not serialize, no
-matrix kernel calls an emulation, none spills.
+matrix kernel calls an emulation or computes with floats in its main loop, none spills.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nvcc
+import sass_loops
 
 REPOSITORY = nvcc.FOLDER.parents[1]
 PAGE = REPOSITORY / "docs" / "sass.md"
 INSTRUCTIONS = {
-    "s4 MMA": r"\bIMMA\.16864\.S4\.S4",
+    "s4 MMA": r"\bIMMA\.\d+\.S4\.S4",
     "s8 MMA": r"\bIMMA\.\d+\.S8\.S8",
     "wgmma": r"\bIGMMA\.",
     "calls": r"\bCALL\b",
@@ -28,12 +29,15 @@ INSTRUCTIONS = {
 }
 SERIALIZED = "C7510"
 MOST_REGISTERS = 255
+BOTH_PACKED = "CodesE0ELS2_0E"
+"""Of a mangled name: packed codes and packed weights."""
+LOOPS = ("main loops", "floats in them")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of one architecture: registers a thread, bytes of stack, and instructions
-    counted in its code."""
+    """One kernel of one architecture: registers a thread, bytes of stack, instructions counted in
+    its code, main loops, and instructions on floats in these."""
 
     source: str
     architecture: str
@@ -41,6 +45,8 @@ class Kernel:
     registers: int
     stack: int
     counts: dict[str, int]
+    loops: int = 0
+    loop_floats: int = 0
 
     def problems(self) -> list[str]:
         """What must not be, in words."""
@@ -54,11 +60,16 @@ class Kernel:
             found.append(f"{self.counts['calls']} calls, expected none")
         if self.registers > MOST_REGISTERS:
             found.append(f"{self.registers} registers")
+        if multiplies and not self.loops:
+            found.append("no main loop")
+        if self.loop_floats:
+            found.append(f"{self.loop_floats} instructions on floats in main loops")
+        tiled = "s4 MMA" if BOTH_PACKED in self.name and not later else "s8 MMA"
         wanted = {
             "cutlass_sm80": "s4 MMA",
             "cutlass_sm90": "wgmma",
-            "gemm_s8": "s8 MMA",
-            "gemm_experts": "s8 MMA",
+            "gemm_s8": tiled,
+            "gemm_experts": tiled,
         }
         for prefix, instruction in wanted.items():
             if multiplies and self.source.startswith(prefix) and not self.counts[instruction]:
@@ -103,7 +114,9 @@ def read_kernels(tool: str, obj: Path, source: str, architecture: str) -> list[K
         name, _, code = part.partition("\n")
         name = name.strip()
         counts = {label: len(re.findall(pattern, code)) for label, pattern in INSTRUCTIONS.items()}
-        kernels.append(Kernel(source, architecture, name, *usage[name], counts))
+        kernels.append(
+            Kernel(source, architecture, name, *usage[name], counts, *sass_loops.main_loops(code))
+        )
     return kernels
 
 
@@ -134,7 +147,7 @@ def inspect(units: list[nvcc.Unit], compiler: str, folder: Path) -> tuple[list[K
 
 def page(kernels: list[Kernel]) -> str:
     """docs/sass.md."""
-    head = ["source", "sm", "kernel", "registers", "stack", *INSTRUCTIONS]
+    head = ["source", "sm", "kernel", "registers", "stack", *INSTRUCTIONS, *LOOPS]
     rows = sorted(
         [
             k.source,
@@ -142,7 +155,7 @@ def page(kernels: list[Kernel]) -> str:
             f"`{short_name(k.name)}`",
             str(k.registers),
             str(k.stack),
-            *map(str, k.counts.values()),
+            *map(str, (*k.counts.values(), k.loops, k.loop_floats)),
         ]
         for k in kernels
     )
@@ -153,7 +166,8 @@ def page(kernels: list[Kernel]) -> str:
             "",
             (
                 "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0"
-                " compiled. Counts are of instructions."
+                " compiled. Counts are of instructions; a main loop is an innermost one that"
+                " multiplies matrices."
             ),
             "",
             *table,
@@ -183,7 +197,7 @@ def main() -> None:
         sys.exit("\n".join(problems))
     if not args.check:
         PAGE.write_text(text)
-    print(f"{len(kernels)} kernels: no spills, no emulation")
+    print(f"{len(kernels)} kernels: no spills, no emulation, no floats in main loops")
 
 
 if __name__ == "__main__":

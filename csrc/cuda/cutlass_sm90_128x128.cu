@@ -4,7 +4,7 @@
 namespace smoothrot::cuda {
 
 const char* cutlass_sm90_128x128(const CutlassArgs& args) {
-  return sm90::launch_cooperative<128>(args);
+  return sm90::launch<cutlass::int4b_t, 128>(args);
 }
 
 }  // namespace smoothrot::cuda

@@ -4,7 +4,7 @@
 namespace smoothrot::cuda {
 
 const char* cutlass_sm90_128x32(const CutlassArgs& args) {
-  return sm90::launch_cooperative<32>(args);
+  return sm90::launch<cutlass::int4b_t, 32>(args);
 }
 
 }  // namespace smoothrot::cuda

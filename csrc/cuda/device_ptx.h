@@ -43,7 +43,7 @@ SMOOTHROT_DEVICE void block_barrier() { __syncthreads(); }
 // Data that no thread writes during the kernel.
 template <class T>
 SMOOTHROT_DEVICE T load_global(const T* address) {
-  static_assert(sizeof(T) == 16 || sizeof(T) == 8 || sizeof(T) == 4 || sizeof(T) == 2);
+  static_assert(sizeof(T) == 16 || sizeof(T) == 8 || sizeof(T) == 4 || sizeof(T) <= 2);
   if constexpr (sizeof(T) == 16) {
     const uint4 v = __ldg(reinterpret_cast<const uint4*>(address));
     return T{{v.x, v.y, v.z, v.w}};
@@ -89,6 +89,12 @@ SMOOTHROT_DEVICE void copy_async16(void* target, const void* source, bool copied
                "l"(source), "r"(copied ? 16 : 0)
                : "memory");
 }
+// The same of 4 bytes.
+SMOOTHROT_DEVICE void copy_async4(void* target, const void* source, bool copied) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(target)),
+               "l"(source), "r"(copied ? 4 : 0)
+               : "memory");
+}
 SMOOTHROT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 SMOOTHROT_DEVICE void wait_for_copies() {
@@ -124,6 +130,13 @@ SMOOTHROT_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selec
   return __byte_perm(low, high, selector);
 }
 
+// (value & mask) ^ flip in one instruction; of two constants nvcc makes two.
+SMOOTHROT_DEVICE uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t flip) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(out) : "r"(value), "r"(mask), "r"(flip));
+  return out;
+}
+
 SMOOTHROT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -131,6 +144,7 @@ SMOOTHROT_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
+// Of 64 inputs, or of 32.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 900
 SMOOTHROT_DEVICE void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -139,9 +153,17 @@ SMOOTHROT_DEVICE void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4], const u
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+SMOOTHROT_DEVICE void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s4.s4.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, "
+      "%2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
 #else
-__device__ void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4],
-                       const uint32_t (&b)[2]);  // not on this architecture
+// Not on this architecture.
+__device__ void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+__device__ void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]);
 #endif
 
 SMOOTHROT_DEVICE void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -9,17 +9,55 @@
 namespace smoothrot::cuda {
 
 // Each nibble in the high half of an int8 lane is 16 times its value: even and odd inputs of a
-// packed word, no shift of the odd ones. Sums then carry 16 for each packed operand, which a right
-// shift takes out exactly.
+// packed word, no shift of the odd ones. Sums then carry 16 for each operand unpacked so, which a
+// right shift takes out exactly.
 SMOOTHROT_DEVICE uint32_t even_nibbles(uint32_t packed) { return packed << 4 & 0xF0F0F0F0u; }
 SMOOTHROT_DEVICE uint32_t odd_nibbles(uint32_t packed) { return packed & 0xF0F0F0F0u; }
 constexpr int kNibbleShift = 4;
-template <Codes Form, Codes Weight>
-constexpr int kOperandShift =
-    kNibbleShift * ((Form == Codes::packed_int4) + (Weight == Codes::packed_int4));
 
-// Eight inputs of one operand, a word or two, as the two words of int8 lanes that an MMA takes.
-// Against a packed operand int8 codes go by even and odd inputs too.
+// Both operands as they are, for the int4 MMA of sm_80 to sm_89.
+template <Codes Form, Codes Weight>
+constexpr bool kUsesInt4 =
+    kNativeInt4 && Form == Codes::packed_int4 && Weight == Codes::packed_int4;
+
+// What sums of int8 products carry. A weight with groups is unpacked to exact values.
+template <Codes Form, Codes Weight, bool Grouped>
+constexpr int kByteShift =
+    kNibbleShift * ((Form == Codes::packed_int4) + (Weight == Codes::packed_int4 && !Grouped));
+
+// What multiplies four codes at once by the scale of their group: with bytes b of code + 8, b *
+// scale + offset is code * scale + 128, from 8 to 233, so no byte carries into the next.
+struct GroupFactor {
+  uint32_t scale, offset;
+};
+
+constexpr int kWordGroups = int(kGroupsOfAWord);
+
+// Of a word of group scales.
+SMOOTHROT_DEVICE int32_t group_scale_of(uint32_t word, int group) {
+  return int32_t(word >> (4 * group) & 15);
+}
+
+SMOOTHROT_DEVICE GroupFactor group_factor(uint32_t word, int group) {
+  const auto scale = uint32_t(group_scale_of(word, group));
+  return {scale, 0x80808080u - scale * 0x08080808u};
+}
+
+// The low nibbles of each byte times their group's scale, as int8: one LOP3, one IMAD, one LOP3.
+SMOOTHROT_DEVICE uint32_t scaled_nibbles(uint32_t packed, const GroupFactor& factor) {
+  const uint32_t raised = and_xor(packed, 0x0F0F0F0Fu, 0x08080808u);
+  return (raised * factor.scale + factor.offset) ^ 0x80808080u;
+}
+
+// The inputs of a packed word, even and odd.
+SMOOTHROT_DEVICE void scaled_inputs(uint32_t packed, const GroupFactor& factor, uint32_t& even,
+                                    uint32_t& odd) {
+  even = scaled_nibbles(packed, factor);
+  odd = scaled_nibbles(packed >> 4, factor);
+}
+
+// Eight inputs of one operand without groups, a word or two, as the two words of int8 lanes that an
+// MMA takes. Against a packed operand int8 codes go by even and odd inputs too.
 template <Codes Form, Codes Other>
 SMOOTHROT_DEVICE void eight_inputs(const uint32_t* words, uint32_t& first, uint32_t& second) {
   if constexpr (Form == Codes::packed_int4) {
@@ -75,10 +113,16 @@ cudaError_t launch_forms(const GemmArgs& g, const Args& args, Width width, cudaS
                            : Launcher::template launch<kBytes, kBytes>(args, width, stream);
 }
 
+inline bool valid_groups(const GemmArgs& g) {
+  if (!g.group_scale) return g.group_size == kPerChannel;
+  return g.weight_form == Codes::packed_int4 && is_group_size(g.group_size) &&
+         g.inputs % g.group_size == 0;
+}
+
 inline bool valid(const GemmArgs& g) {
   return g.tokens >= 0 && g.tokens <= INT32_MAX && g.outputs > 0 && g.outputs <= INT32_MAX &&
          g.inputs > 0 && g.inputs <= kMostGemmInputs && g.inputs % kInputMultiple == 0 &&
-         g.group_size > 0 && g.group_size % kInputMultiple == 0 && g.inputs % g.group_size == 0;
+         valid_groups(g);
 }
 
 }  // namespace smoothrot::cuda

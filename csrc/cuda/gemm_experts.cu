@@ -8,34 +8,32 @@ namespace {
 
 static_assert(kExpertTileTokens == kTiledTokens);
 
-template <Codes Form, Codes Weight, bool Grouped, int Columns>
-cudaError_t launch_tiles(const ExpertsArgs& e, cudaStream_t stream) {
-  return launch_columns<Form, Weight, Columns>(gemm_experts_kernel<Form, Weight, Grouped, Columns>,
-                                               e, e.tile_count, e.gemm.outputs, stream);
-}
-
 struct TiledExperts {
-  template <Codes Form, Codes Weight>
+  static const GemmArgs& gemm(const ExpertsArgs& e) { return e.gemm; }
+
+  template <Codes Form, Codes Weight, int Group, int Columns>
+  static cudaError_t launch_tiles(const ExpertsArgs& e, cudaStream_t stream) {
+    return launch_columns<Form, Weight, Group, Columns>(
+        gemm_experts_kernel<Form, Weight, Group, Columns>, e, e.tile_count, e.gemm.outputs, stream);
+  }
+
+  template <Codes Form, Codes Weight, int Group>
   static cudaError_t launch(const ExpertsArgs& e, Width width, cudaStream_t stream) {
-    // With group scales a wide tile would take more registers than there are.
-    if (e.gemm.group_size != e.gemm.inputs)
-      return launch_tiles<Form, Weight, true, kNarrowColumns>(e, stream);
     return takes_wide_tiles(width, e.tile_count, e.gemm.outputs)
-               ? launch_tiles<Form, Weight, false, kWideColumns>(e, stream)
-               : launch_tiles<Form, Weight, false, kNarrowColumns>(e, stream);
+               ? launch_tiles<Form, Weight, Group, kWideColumns>(e, stream)
+               : launch_tiles<Form, Weight, Group, kNarrowColumns>(e, stream);
   }
 };
 
 }  // namespace
 
 cudaError_t gemm_experts(const ExpertsArgs& e, cudaStream_t stream, Width width) {
-  const bool tiled =
-      e.experts > 0 && e.experts <= INT32_MAX && e.tile_count >= 0 && e.tile_count <= INT32_MAX;
-  const bool has_width =
-      width != Width::medium && (width != Width::wide || e.gemm.group_size == e.gemm.inputs);
-  if (!valid(e.gemm) || !tiled || e.gemm.bias || !has_width) return cudaErrorInvalidValue;
+  const bool tiled = e.experts > 0 && e.experts <= INT32_MAX && e.tile_count >= 0 &&
+                     e.tile_count <= INT32_MAX && e.expert_bytes % 16 == 0;
+  if (!valid(e.gemm) || !tiled || e.gemm.bias || width == Width::medium)
+    return cudaErrorInvalidValue;
   if (e.gemm.tokens == 0 || e.tile_count == 0) return cudaSuccess;
-  return launch_forms<TiledExperts>(e.gemm, e, width, stream);
+  return launch_forms<ByGroups<TiledExperts>>(e.gemm, e, width, stream);
 }
 
 cudaError_t combine_experts(const CombineArgs& c, cudaStream_t stream) {

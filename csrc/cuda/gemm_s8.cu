@@ -5,25 +5,21 @@
 namespace smoothrot::cuda {
 namespace {
 
-template <Codes Form, Codes Weight, bool Grouped, int Columns>
-cudaError_t launch_tiles(const GemmArgs& g, int64_t token_tiles, cudaStream_t stream) {
-  return launch_columns<Form, Weight, Columns>(gemm_s8_kernel<Form, Weight, Grouped, Columns>, g,
-                                               token_tiles, g.outputs, stream);
-}
-
-template <Codes Form, Codes Weight, bool Grouped>
-cudaError_t launch_tiled(const GemmArgs& g, Width width, cudaStream_t stream) {
-  const int64_t token_tiles = (g.tokens + kTiledTokens - 1) / kTiledTokens;
-  return takes_wide_tiles(width, token_tiles, g.outputs)
-             ? launch_tiles<Form, Weight, Grouped, kWideColumns>(g, token_tiles, stream)
-             : launch_tiles<Form, Weight, Grouped, kNarrowColumns>(g, token_tiles, stream);
-}
-
 struct Tiled {
-  template <Codes Form, Codes Weight>
+  static const GemmArgs& gemm(const GemmArgs& g) { return g; }
+
+  template <Codes Form, Codes Weight, int Group, int Columns>
+  static cudaError_t launch_tiles(const GemmArgs& g, int64_t token_tiles, cudaStream_t stream) {
+    return launch_columns<Form, Weight, Group, Columns>(
+        gemm_s8_kernel<Form, Weight, Group, Columns>, g, token_tiles, g.outputs, stream);
+  }
+
+  template <Codes Form, Codes Weight, int Group>
   static cudaError_t launch(const GemmArgs& g, Width width, cudaStream_t stream) {
-    return g.group_size == g.inputs ? launch_tiled<Form, Weight, false>(g, width, stream)
-                                    : launch_tiled<Form, Weight, true>(g, width, stream);
+    const int64_t token_tiles = (g.tokens + kTiledTokens - 1) / kTiledTokens;
+    return takes_wide_tiles(width, token_tiles, g.outputs)
+               ? launch_tiles<Form, Weight, Group, kWideColumns>(g, token_tiles, stream)
+               : launch_tiles<Form, Weight, Group, kNarrowColumns>(g, token_tiles, stream);
   }
 };
 
@@ -32,7 +28,7 @@ struct Tiled {
 cudaError_t gemm_s8(const GemmArgs& g, cudaStream_t stream, Width width) {
   if (!valid(g) || width == Width::medium) return cudaErrorInvalidValue;
   if (g.tokens == 0) return cudaSuccess;
-  return launch_forms<Tiled>(g, g, width, stream);
+  return launch_forms<ByGroups<Tiled>>(g, g, width, stream);
 }
 
 }  // namespace smoothrot::cuda

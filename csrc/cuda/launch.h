@@ -28,10 +28,25 @@ enum class Codes : int { packed_int4, int8 };
 constexpr int64_t kInputMultiple = 32;
 constexpr int64_t kMostInputs = 32768;
 constexpr int64_t kMostBase = 252;
-// |code product| <= 2^14, the scaling of packed operands included, keeps int32 sums exact below
-// this.
+// |product| <= 2^14, the scaling of packed operands and group scales included, keeps int32 sums
+// exact below this.
 constexpr int64_t kMostGemmInputs = 131072 - kInputMultiple;
 constexpr int64_t kSmallGemmTokens = 16;
+
+// Group scales take a nibble each, and a row of them whole 32-bit words: group 8 w + i is in bits
+// 4 i .. 4 i + 3 of word w; smoothrot_vllm.fake_ops.GROUPS_OF_A_WORD.
+constexpr int64_t kGroupsOfAWord = 8;
+constexpr int64_t group_words(int64_t inputs, int64_t group_size) {
+  return (inputs / group_size + kGroupsOfAWord - 1) / kGroupsOfAWord;
+}
+constexpr bool is_group_size(int64_t size) { return size == 32 || size == 64 || size == 128; }
+
+// A packed weight with group scales: the codes as in the checkpoint, behind them the words of the
+// group scales, and zeros up to the next 16 bytes, so that the next expert is aligned.
+constexpr int64_t code_bytes(int64_t outputs, int64_t inputs) { return outputs * (inputs / 2); }
+constexpr int64_t grouped_bytes(int64_t outputs, int64_t inputs, int64_t group_size) {
+  return code_bytes(outputs, inputs) + (outputs * group_words(inputs, group_size) + 3) / 4 * 16;
+}
 
 // x (I (x) H_base (x) H_power) on each run of base * power values; power 0: no rotation.
 struct Rotation {
@@ -98,6 +113,19 @@ std::string quant_kernel_names();
 // launchers refuse; below 99 KiB (about 22000 inputs with a rotation) every architecture runs it.
 int64_t quant_shared_bytes(const QuantArgs& args);
 
+struct PrepackArgs {
+  const void* weight;          // [experts][outputs][inputs / 2] packed
+  const uint8_t* group_scale;  // [experts][outputs][inputs / group_size], each below 16
+  int64_t group_size;          // 32, 64 or 128 dividing inputs
+  void* packed;                // [experts][grouped_bytes]
+  int64_t experts, outputs, inputs;
+};
+
+// What the GEMMs read of a weight with group scales.
+cudaError_t prepack_groups(const PrepackArgs& args, cudaStream_t stream);
+
+constexpr int64_t kPerChannel = -1;
+
 struct GemmArgs {
   const void* codes;  // [tokens][inputs / 2] packed or [tokens][inputs] int8
   Codes form;
@@ -105,9 +133,10 @@ struct GemmArgs {
   const void*
       weight;  // [outputs][inputs / 2] packed or [outputs][inputs] int8, as in the checkpoint
   Codes weight_form;
-  const float* weight_scale;  // [outputs][inputs / group_size]
-  int64_t group_size;         // inputs: per channel; else a multiple of 32 that divides inputs
-  const void* bias;           // [outputs] or null
+  const float* weight_scale;    // [outputs]
+  const uint32_t* group_scale;  // [outputs][group_words] of a packed weight, or null
+  int64_t group_size;           // 32, 64 or 128 dividing inputs; kPerChannel without group_scale
+  const void* bias;             // [outputs] or null
   Float bias_dtype;
   void* out;  // [tokens][outputs]
   Float out_dtype;
@@ -116,25 +145,32 @@ struct GemmArgs {
   int64_t inputs;  // at most kMostGemmInputs
 };
 
-// Both are reference.gemm: exact int32 sums, then (sum * weight_scale) * scale + bias in float32.
+// All are reference.gemm: exact int32 sums over all inputs, group scales multiplied in as integers,
+// then (sum * weight_scale) * scale + bias in float32.
 
 // Outputs of a block of a hand-written GEMM. Wide blocks read the activations less often, narrow
 // ones keep more multiprocessors busy: `automatic` weighs these, the others are for tests.
 enum class Width { automatic, narrow, medium, wide };
 
-// At most kSmallGemmTokens tokens, per-channel scales: reads each weight once. Every architecture
-// from sm_80; packed codes and weights use the native int4 MMA on sm_80 to sm_89 and are expanded
-// to int8 elsewhere.
+// At most kSmallGemmTokens tokens: reads each weight once. Every architecture from sm_80; packed
+// codes and weights without groups use the native int4 MMA on sm_80 to sm_89, all else is expanded
+// to int8 in registers.
 cudaError_t gemm_small(const GemmArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
-// Any number of tokens, per-channel or group scales, packed or int8 operands, every architecture
-// from sm_80: packed ones are expanded to int8 in registers. No medium width.
+// Any number of tokens, every architecture from sm_80. Packed codes and weights use the native int4
+// MMA on sm_80 to sm_89, all else is expanded to int8 in registers. No medium width.
 cudaError_t gemm_s8(const GemmArgs& args, cudaStream_t stream, Width width = Width::automatic);
 
-// Not part of GemmArgs: three more parameters cost the kernels that do not read them registers
-// (nvcc 13.0).
+// int8 [outputs][inputs], code * group scale, of the packed weight of `args` and its outputs
+// [first, first + count): reads nothing else of `args`.
+cudaError_t expand_weight(const GemmArgs& args, int64_t first, int64_t count, void* expanded,
+                          cudaStream_t stream);
+
+// Not part of GemmArgs: more parameters cost the kernels that do not read them registers (nvcc
+// 13.0).
 struct ExpertsArgs {
-  GemmArgs gemm;         // weight and weight_scale are [experts][outputs][...]; no bias
+  GemmArgs gemm;         // of the first expert; no bias
+  int64_t expert_bytes;  // from one expert's weight to the next, and from its group scales
   const int32_t* tiles;  // [3][tile_count]: of each tile its expert, its first token and the end of
                          // its expert's tokens
   int64_t tile_count;
@@ -142,8 +178,8 @@ struct ExpertsArgs {
 };
 
 // gemm_s8 where each token has one of several weights: the tokens of an expert are neighbors, and
-// a tile computes up to kExpertTileTokens of them; with group scales narrow only. Tiles without
-// tokens, of an unknown expert or past the last token compute nothing.
+// a tile computes up to kExpertTileTokens of them. Tiles without tokens, of an unknown expert or
+// past the last token compute nothing. weight_scale is [experts][outputs].
 cudaError_t gemm_experts(const ExpertsArgs& args, cudaStream_t stream,
                          Width width = Width::automatic);
 

@@ -55,7 +55,10 @@ inline void store_global(T* address, const T& value) {
 }
 
 inline void copy_async16(void* target, const void* source, bool copied) {
-  emu::copy_async(target, source, copied ? 16 : 0);
+  emu::copy_async(target, source, copied ? 16 : 0, 16);
+}
+inline void copy_async4(void* target, const void* source, bool copied) {
+  emu::copy_async(target, source, copied ? 4 : 0, 4);
 }
 inline void commit_copies() { emu::commit_copies(); }
 template <int Pending>
@@ -103,6 +106,10 @@ inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return out;
 }
 
+inline uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t flip) {
+  return (value & mask) ^ flip;
+}
+
 // Lane i names row i % 8 of 8x8 16-bit matrix i / 8; register m receives the lane's word of matrix
 // m.
 inline void load_matrices(uint32_t (&out)[4], const void* row) {
@@ -116,19 +123,21 @@ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   emu::wait_for_warp();
 }
 
-template <int Bits>
-inline void multiply_fragments(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  constexpr int kPerWord = 32 / Bits, kDepth = 8 * kPerWord;
+// `Words` registers of B, one for each half of the largest depth, and twice as many of A.
+template <int Bits, int Words>
+inline void multiply_fragments(int32_t (&sums)[4], const uint32_t (&a)[2 * Words],
+                               const uint32_t (&b)[Words]) {
+  constexpr int kPerWord = 32 / Bits, kDepth = 4 * Words * kPerWord;
   emu::Exchange& x = emu::exchange();
   const int lane = emu::lane();
   const auto value = [](uint32_t word, int i) {
     return int8_t(int32_t(word << (32 - Bits - Bits * i)) >> (32 - Bits));
   };
-  for (int i = 0; i < 4 * kPerWord; ++i) {
+  for (int i = 0; i < 2 * Words * kPerWord; ++i) {
     const emu::Element e = emu::element_a(lane, i, kPerWord);
     x.left[e.row][e.column] = value(a[i / kPerWord], i % kPerWord);
   }
-  for (int i = 0; i < 2 * kPerWord; ++i) {
+  for (int i = 0; i < Words * kPerWord; ++i) {
     const emu::Element e = emu::element_b(lane, i, kPerWord);
     x.right[e.row][e.column] = value(b[i / kPerWord], i % kPerWord);
   }
@@ -143,11 +152,15 @@ inline void multiply_fragments(int32_t (&sums)[4], const uint32_t (&a)[4], const
 }
 
 inline void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_fragments<4>(sums, a, b);
+  multiply_fragments<4, 2>(sums, a, b);
+}
+
+inline void mma_s4(int32_t (&sums)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
+  multiply_fragments<4, 1>(sums, a, b);
 }
 
 inline void mma_s8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_fragments<8>(sums, a, b);
+  multiply_fragments<8, 2>(sums, a, b);
 }
 
 template <class Args>

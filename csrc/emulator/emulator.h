@@ -63,6 +63,7 @@ struct Barrier {
 
 struct Copy {
   void* target;
+  int bytes_written;
   unsigned char bytes[16];
 };
 
@@ -234,9 +235,10 @@ inline void count(const void* address, int bytes, bool store) {
 }
 
 // The copy's source is read at once and its target written when the copy is waited for: a wait that
-// is missing or too weak leaves the target as it was.
-inline void copy_async(void* target, const void* source, int bytes) {
-  Copy copy{target, {}};
+// is missing or too weak leaves the target as it was. Of the `written` bytes the first `bytes` are
+// copied, the others zero.
+inline void copy_async(void* target, const void* source, int bytes, int written) {
+  Copy copy{target, written, {}};
   if (bytes) {
     std::memcpy(copy.bytes, source, size_t(bytes));
     count(source, bytes, false);
@@ -249,7 +251,8 @@ inline void commit_copies() { self().pending.emplace_back(); }
 inline void wait_for_copies(int pending_groups) {
   auto& pending = self().pending;
   while (int(pending.size()) - 1 > pending_groups + options.wait_slack) {
-    for (const Copy& copy : pending.front()) std::memcpy(copy.target, copy.bytes, 16);
+    for (const Copy& copy : pending.front())
+      std::memcpy(copy.target, copy.bytes, size_t(copy.bytes_written));
     pending.erase(pending.begin());
   }
 }

@@ -10,6 +10,7 @@
 #include "../cuda/gemm_s8.cu"
 #include "../cuda/gemm_small.cu"
 #include "../cuda/quant.cu"
+#include "../cuda/weights.cu"
 
 extern "C" {
 
@@ -104,6 +105,15 @@ int smoothrot_quant(const char* producer, const smoothrot::cuda::QuantArgs* args
   const std::string name = producer;
   if (name == "rms_norm") return rms_norm_quant(q, nullptr);
   return name == "silu_mul" ? silu_mul_quant(q, nullptr) : quant(q, nullptr);
+}
+
+int smoothrot_prepack_groups(const smoothrot::cuda::PrepackArgs* args) {
+  return prepack_groups(*args, nullptr);
+}
+
+int smoothrot_expand_weight(const smoothrot::cuda::GemmArgs* args, int64_t first, int64_t count,
+                            void* expanded) {
+  return expand_weight(*args, first, count, expanded, nullptr);
 }
 
 int smoothrot_gemm_small(const smoothrot::cuda::GemmArgs* args) {

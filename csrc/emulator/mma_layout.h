@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which matrix element each lane of a warp holds in mma.sync.m16n8k64 (int4) and m16n8k32 (int8):
-// PTX ISA, "Matrix fragments for mma". tests/emulated compares it with CuTe's MMA_Traits.
+// PTX ISA, "Matrix fragments for mma". tests/emulated compares it with CuTe's MMA_Traits. The
+// m16n8k32 of int4 is the first half of m16n8k64, without a2, a3 and b1.
 //
 // int8, where a register of A or B holds four k (int4: eight, so all k below count double) and
 // one of C holds a sum; L7 is lane 7:

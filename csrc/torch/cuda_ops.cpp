@@ -8,13 +8,12 @@
 #include <mutex>
 #include <vector>
 
-#include "cuda_device.h"
+#include "cuda_checks.h"
 
 namespace smoothrot::cuda::ops {
 namespace {
 
 constexpr int64_t kMostDims = 8;
-constexpr uintptr_t kAlignment = 16;
 
 class Rotations {
  public:
@@ -53,21 +52,6 @@ Rotations& rotations() {
   return known;
 }
 
-void check_aligned(const char* op, const char* argument, const Tensor& t) {
-  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  if (address % kAlignment) {
-    refuse(op, argument, "expected data at a multiple of ", kAlignment, " bytes, got an address ",
-           address % kAlignment, " bytes past one. Pass a copy of the slice.");
-  }
-}
-
-void check_inputs(const char* op, const char* argument, int64_t inputs, int64_t most) {
-  if (inputs < kInputMultiple || inputs % kInputMultiple || inputs > most) {
-    refuse(op, argument, "expected inputs in multiples of ", kInputMultiple, ", at most ", most,
-           ", got ", inputs, ".");
-  }
-}
-
 // Checks the argument x, (..., factor * K), and fills in all but the results.
 QuantArgs quant_args(const char* op, const Device& device, const char* argument, const Tensor& x,
                      int64_t most_dims, int64_t factor, int64_t block, double clip, int64_t bits) {
@@ -100,19 +84,6 @@ QuantArgs quant_args(const char* op, const Device& device, const char* argument,
   return q;
 }
 
-void check_launched(const char* op, const char* problem) {
-  if (problem)
-    throw std::runtime_error(std::string("smoothrot::") + op + ": CUDA kernel: " + problem);
-}
-
-void check_launched(const char* op, cudaError_t error) {
-  check_launched(op, error == cudaSuccess ? nullptr : error_text(error));
-}
-
-Codes stored_form(int64_t bits) { return bits == 4 ? Codes::packed_int4 : Codes::int8; }
-ScalarType stored_dtype(int64_t bits) { return bits == 4 ? ScalarType::Byte : ScalarType::Char; }
-int64_t stored_width(int64_t inputs, int64_t bits) { return bits == 4 ? inputs / 2 : inputs; }
-
 using QuantLauncher = cudaError_t (*)(const QuantArgs&, cudaStream_t);
 
 Quantized quantize(const char* op, QuantArgs& q, Codes form, const Tensor& like,
@@ -128,28 +99,35 @@ Quantized quantize(const char* op, QuantArgs& q, Codes form, const Tensor& like,
   return {codes, scale};
 }
 
-// What gemm and linear share: the weight's side of the arguments.
-GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const char* weight_name,
-                   const Tensor& packed, const Tensor& weight_scale,
-                   const std::optional<Tensor>& bias, int64_t act_bits, int64_t weight_bits) {
-  check_bits(op, "act_bits", act_bits);
-  check_bits(op, "weight_bits", weight_bits);
-  check_inputs(op, weight_name, inputs, kMostGemmInputs);
-  check_weight_scale(op, weight_scale, inputs, weight_bits, act_bits, device.place);
+// How the weights of a linear are stored and scaled.
+struct Scheme {
+  int64_t act_bits, weight_bits, group_size;
+};
+
+// What the ops that multiply share: the weight's side of the arguments.
+GemmArgs gemm_args(const char* op, const Device& device, int64_t inputs, const Tensor& packed,
+                   const Tensor& weight_scale, const std::optional<Tensor>& bias,
+                   const Scheme& scheme) {
+  check_bits(op, "act_bits", scheme.act_bits);
+  check_bits(op, "weight_bits", scheme.weight_bits);
+  check_inputs(op, "packed", inputs, kMostGemmInputs);
   GemmArgs g{};
   g.inputs = inputs;
-  g.outputs = weight_scale.size(0);
-  g.group_size = inputs / weight_scale.size(1);
-  if (g.group_size % kInputMultiple) {
-    refuse(op, "weight_scale", "expected groups of a multiple of ", kInputMultiple, " inputs, got ",
-           g.group_size, ".");
+  g.outputs = check_weight_scale(op, weight_scale, device.place);
+  g.group_size = scheme.group_size;
+  if (check_groups(op, g.group_size, inputs, scheme.weight_bits, scheme.act_bits)) {
+    check_tensor(op, "packed", packed, ScalarType::Byte,
+                 {grouped_bytes(g.outputs, inputs, g.group_size)}, device.place);
+    const auto* bytes = static_cast<const unsigned char*>(packed.const_data_ptr());
+    g.group_scale = reinterpret_cast<const uint32_t*>(bytes + code_bytes(g.outputs, inputs));
+  } else {
+    check_tensor(op, "packed", packed, stored_dtype(scheme.weight_bits),
+                 {g.outputs, stored_width(inputs, scheme.weight_bits)}, device.place);
   }
-  check_tensor(op, weight_name, packed, stored_dtype(weight_bits),
-               {g.outputs, stored_width(inputs, weight_bits)}, device.place);
-  check_aligned(op, weight_name, packed);
+  check_aligned(op, "packed", packed);
   check_aligned(op, "weight_scale", weight_scale);
   g.weight = packed.const_data_ptr();
-  g.weight_form = stored_form(weight_bits);
+  g.weight_form = stored_form(scheme.weight_bits);
   g.weight_scale = static_cast<const float*>(weight_scale.const_data_ptr());
   if (bias) {
     g.bias_dtype = float_type(op, "bias", bias->scalar_type());
@@ -178,7 +156,11 @@ void multiply(const char* op, GemmArgs& g, const Tensor& codes, Codes form, cons
   const GemmKernel& kernel = choose_gemm(device.gpu, g);
   const std::string needed = kernel.obstacle(device.gpu, g);
   if (!needed.empty()) refuse(op, kernel.name, "this kernel was forced; it needs ", needed, ".");
-  check_launched(op, kernel.run(device.gpu, g, device.stream));
+  std::optional<Tensor> workspace;
+  if (const int64_t bytes = kernel.workspace_bytes(g))
+    workspace = torch::stable::new_empty(codes, {bytes}, ScalarType::Byte);
+  void* memory = workspace ? workspace->mutable_data_ptr() : nullptr;
+  check_launched(op, kernel.run(device.gpu, g, memory, device.stream));
 }
 
 // Codes that were quantized before; returns how many inputs they have.
@@ -236,39 +218,15 @@ Quantized rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double e
   return quantize(op, q, stored_form(bits), x, device, &cuda::rms_norm_quant);
 }
 
-Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits) {
-  constexpr const char* op = "prepack_weight";
-  check_bits(op, "bits", bits);
-  const Device device(op, "weight", weight);
-  const bool stacked = weight.dim() == 3 && weight.size(0) > 0;
-  if (stacked) {
-    check_tensor(op, "weight", weight, stored_dtype(bits), {kAnySize, kAnySize, kAnySize},
-                 device.place);
-    check_tensor(op, "weight_scale", weight_scale, ScalarType::Float,
-                 {weight.size(0), kAnySize, kAnySize}, device.place);
-  }
-  // All experts have the shapes of the first.
-  const Tensor own = stacked ? torch::stable::select(weight, 0, 0) : weight;
-  check_tensor(op, "weight", own, stored_dtype(bits), {kAnySize, kAnySize}, device.place);
-  gemm_args(op, device, own.size(1) * (bits == 4 ? 2 : 1), "weight", own,
-            stacked ? torch::stable::select(weight_scale, 0, 0) : weight_scale, std::nullopt, 4,
-            bits);
-  // The kernels read the checkpoint's layout; a copy, because an op's result must not alias its
-  // argument.
-  Tensor packed = torch::stable::empty_like(weight);
-  torch::stable::copy_(packed, weight);
-  return packed;
-}
-
 Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
             const Tensor& weight_scale, std::optional<Tensor> bias, ScalarType out_dtype,
-            int64_t act_bits, int64_t weight_bits) {
+            int64_t act_bits, int64_t weight_bits, int64_t group_size) {
   constexpr const char* op = "gemm";
   const Device device(op, "codes", codes);
   const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
   const Float dtype = float_type(op, "out_dtype", out_dtype);
-  GemmArgs g =
-      gemm_args(op, device, inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
+  GemmArgs g = gemm_args(op, device, inputs, packed, weight_scale, bias,
+                         {act_bits, weight_bits, group_size});
   Tensor out = torch::stable::new_empty(codes, {codes.size(0), g.outputs}, out_dtype);
   multiply(op, g, codes, stored_form(act_bits), scale, out, dtype, device);
   return out;
@@ -278,18 +236,17 @@ namespace {
 
 Tensor linear_impl(const char* op, const char* argument, bool gated, const Tensor& x,
                    const Tensor& packed, const Tensor& weight_scale,
-                   const std::optional<Tensor>& bias, int64_t block, double clip, int64_t act_bits,
-                   int64_t weight_bits) {
+                   const std::optional<Tensor>& bias, int64_t block, double clip,
+                   const Scheme& scheme) {
   const Device device(op, argument, x);
   QuantArgs q =
-      quant_args(op, device, argument, x, kMostDims, gated ? 2 : 1, block, clip, act_bits);
-  GemmArgs g =
-      gemm_args(op, device, q.inputs, "packed", packed, weight_scale, bias, act_bits, weight_bits);
+      quant_args(op, device, argument, x, kMostDims, gated ? 2 : 1, block, clip, scheme.act_bits);
+  GemmArgs g = gemm_args(op, device, q.inputs, packed, weight_scale, bias, scheme);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(g.outputs);
   Tensor out = torch::stable::new_empty(x, sizes, x.scalar_type());
-  const Codes form = activation_form(device.gpu, int(act_bits), q.tokens);
+  const Codes form = activation_form(device.gpu, int(scheme.act_bits), q.tokens);
   const auto [codes, scale] =
       quantize(op, q, form, x, device, gated ? &silu_mul_quant : &cuda::quant);
   multiply(op, g, codes, form, scale, out, q.dtype, device);
@@ -300,21 +257,21 @@ Tensor linear_impl(const char* op, const char* argument, bool gated, const Tenso
 
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
               std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
-              int64_t weight_bits) {
-  return linear_impl("linear", "x", false, x, packed, weight_scale, bias, block, clip, act_bits,
-                     weight_bits);
+              int64_t weight_bits, int64_t group_size) {
+  return linear_impl("linear", "x", false, x, packed, weight_scale, bias, block, clip,
+                     {act_bits, weight_bits, group_size});
 }
 
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
-                       int64_t weight_bits) {
+                       int64_t weight_bits, int64_t group_size) {
   return linear_impl("silu_mul_linear", "gate_up", true, gate_up, packed, weight_scale, bias, block,
-                     clip, act_bits, weight_bits);
+                     clip, {act_bits, weight_bits, group_size});
 }
 
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
                     const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
-                    int64_t act_bits, int64_t weight_bits) {
+                    int64_t act_bits, int64_t weight_bits, int64_t group_size) {
   constexpr const char* op = "gemm_experts";
   const Device device(op, "codes", codes);
   const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
@@ -322,28 +279,28 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   check_bits(op, "weight_bits", weight_bits);
   const int64_t experts = packed.dim() ? packed.size(0) : 0;
   if (experts < 1)
-    refuse(op, "packed", "expected (experts, outputs, inputs), got ",
-           describe(packed, device.place), ".");
-  check_tensor(op, "packed", packed, stored_dtype(weight_bits), {experts, kAnySize, kAnySize},
-               device.place);
-  check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, kAnySize},
+    refuse(op, "packed", "expected (experts, ...), got ", describe(packed, device.place), ".");
+  if (group_size == kPerChannel) {
+    check_tensor(op, "packed", packed, stored_dtype(weight_bits), {experts, kAnySize, kAnySize},
+                 device.place);
+  } else {
+    check_tensor(op, "packed", packed, ScalarType::Byte, {experts, kAnySize}, device.place);
+  }
+  check_tensor(op, "weight_scale", weight_scale, ScalarType::Float, {experts, kAnySize, 1},
                device.place);
   check_tensor(op, "tiles", tiles, ScalarType::Int, {3, kAnySize}, device.place);
   // All experts have the shapes of the first.
+  const Tensor own = torch::stable::select(packed, 0, 0);
   ExpertsArgs e{};
-  e.gemm =
-      gemm_args(op, device, inputs, "packed", torch::stable::select(packed, 0, 0),
-                torch::stable::select(weight_scale, 0, 0), std::nullopt, act_bits, weight_bits);
+  e.gemm = gemm_args(op, device, inputs, own, torch::stable::select(weight_scale, 0, 0),
+                     std::nullopt, {act_bits, weight_bits, group_size});
+  e.expert_bytes = own.numel();
   e.tiles = static_cast<const int32_t*>(tiles.const_data_ptr());
   e.tile_count = tiles.size(1);
   e.experts = experts;
-  const Width width = experts_width();
-  if (width == Width::wide && e.gemm.group_size != inputs) {
-    refuse(op, "experts_wide", "this kernel was forced; it needs a scale for each output channel.");
-  }
   Tensor out = torch::stable::new_empty(codes, {codes.size(0), e.gemm.outputs}, out_dtype);
   set_tokens(e.gemm, codes, stored_form(act_bits), scale, out, dtype);
-  check_launched(op, cuda::gemm_experts(e, device.stream, width));
+  check_launched(op, cuda::gemm_experts(e, device.stream, experts_width()));
   return out;
 }
 

@@ -21,22 +21,23 @@ Quantized hadamard_quant(const Tensor& x, int64_t block, double clip, int64_t bi
 Quantized silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block, double clip, int64_t bits);
 Quantized rms_norm_quant(const Tensor& x, std::optional<Tensor> weight, double epsilon, double clip,
                          int64_t bits, std::optional<Tensor> residual);
-Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale, int64_t bits);
+Tensor prepack_weight(const Tensor& weight, const Tensor& weight_scale,
+                      std::optional<Tensor> group_scale, int64_t bits);
 Tensor gemm(const Tensor& codes, const Tensor& scale, const Tensor& packed,
             const Tensor& weight_scale, std::optional<Tensor> bias, ScalarType out_dtype,
-            int64_t act_bits, int64_t weight_bits);
+            int64_t act_bits, int64_t weight_bits, int64_t group_size);
 Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& weight_scale,
               std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
-              int64_t weight_bits);
+              int64_t weight_bits, int64_t group_size);
 Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor& weight_scale,
                        std::optional<Tensor> bias, int64_t block, double clip, int64_t act_bits,
-                       int64_t weight_bits);
+                       int64_t weight_bits, int64_t group_size);
 // gemm where the tokens of an expert are neighbors: packed and weight_scale are stacked by expert,
 // tiles is int32 (3, any): of each tile its expert, its first token and the end of its expert's
 // tokens.
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
                     const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
-                    int64_t act_bits, int64_t weight_bits);
+                    int64_t act_bits, int64_t weight_bits, int64_t group_size);
 // Of each token the sum of rows[sources] * weights, (tokens, top_k) each, in the order of sources.
 Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights,
                        ScalarType out_dtype);

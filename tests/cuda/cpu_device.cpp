@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "../../csrc/torch/cuda_device.h"
 #include "../../csrc/torch/cuda_ops.h"
@@ -17,22 +18,29 @@ GpuFacts pretended{80, 108};
 int64_t pretended_shared = 99 * 1024;
 std::string cutlass_launched;
 
-const char* play_cutlass(const char* name, const CutlassArgs& a, Codes form) {
+const char* play_cutlass(const char* name, const CutlassArgs& a, Codes form, Codes weight_form) {
   cutlass_launched = name;
   GemmArgs g{};
   g.codes = a.codes;
   g.form = form;
   g.scale = a.token_scale;
   g.weight = a.weight;
-  g.weight_form = Codes::packed_int4;
+  g.weight_form = weight_form;
   g.weight_scale = a.channel_scale;
-  g.group_size = g.inputs = a.inputs;
+  g.group_size = kPerChannel;
+  g.inputs = a.inputs;
   g.bias = a.bias;
   g.bias_dtype = g.out_dtype = a.bfloat16 ? Float::bf16 : Float::f16;
-  g.out = a.out;
   g.tokens = a.tokens;
   g.outputs = a.outputs;
-  return gemm_s8(g, nullptr) == cudaSuccess ? nullptr : "the stand-in failed";
+  // The stand-in knows no pitch.
+  const size_t row = size_t(a.outputs) * 2, pitch = size_t(a.pitch) * 2;
+  std::vector<char> out(size_t(a.tokens) * row);
+  g.out = out.data();
+  if (gemm_s8(g, nullptr) != cudaSuccess) return "the stand-in failed";
+  for (size_t t = 0; t < size_t(a.tokens); ++t)
+    std::memcpy(static_cast<char*>(a.out) + t * pitch, out.data() + t * row, row);
+  return nullptr;
 }
 
 void pretend(int64_t capability, int64_t multiprocessors, int64_t shared_bytes) {
@@ -51,7 +59,9 @@ std::string choose(int64_t tokens, int64_t outputs, int64_t inputs, int64_t grou
   g.tokens = tokens;
   g.outputs = outputs;
   g.inputs = inputs;
+  static const uint32_t scales[1] = {};  // never read
   g.group_size = group_size;
+  g.group_scale = group_size == kPerChannel ? nullptr : scales;
   g.form = activation_form(pretended, int(act_bits), tokens);
   g.weight_form = weight_bits == 4 ? Codes::packed_int4 : Codes::int8;
   g.out_dtype = float_type("choose", "out_dtype", out_dtype);
@@ -68,15 +78,20 @@ bool runs_on(std::string architectures, int64_t capability) {
 
 }  // namespace
 
-#define PLAYED(name, form) \
-  const char* cutlass_##name(const CutlassArgs& args) { return play_cutlass(#name, args, form); }
-PLAYED(sm80_32x64, Codes::packed_int4)
-PLAYED(sm80_64x128, Codes::packed_int4)
-PLAYED(sm80_128x128, Codes::packed_int4)
-PLAYED(sm80_128x256, Codes::packed_int4)
-PLAYED(sm90_128x32, Codes::int8)
-PLAYED(sm90_128x64, Codes::int8)
-PLAYED(sm90_128x128, Codes::int8)
+#define PLAYED(name, form, weight_form)                  \
+  const char* cutlass_##name(const CutlassArgs& args) {  \
+    return play_cutlass(#name, args, form, weight_form); \
+  }
+PLAYED(sm80_32x64, Codes::packed_int4, Codes::packed_int4)
+PLAYED(sm80_64x128, Codes::packed_int4, Codes::packed_int4)
+PLAYED(sm80_128x128, Codes::packed_int4, Codes::packed_int4)
+PLAYED(sm80_128x256, Codes::packed_int4, Codes::packed_int4)
+PLAYED(sm90_128x32, Codes::int8, Codes::packed_int4)
+PLAYED(sm90_128x64, Codes::int8, Codes::packed_int4)
+PLAYED(sm90_128x128, Codes::int8, Codes::packed_int4)
+PLAYED(sm90_s8_128x64, Codes::int8, Codes::int8)
+PLAYED(sm90_s8_128x128, Codes::int8, Codes::int8)
+PLAYED(sm90_s8_128x256, Codes::int8, Codes::int8)
 #undef PLAYED
 
 struct Device::Guard {};

@@ -108,7 +108,10 @@ def kernel(
     all_counts = dict.fromkeys(check_sass.INSTRUCTIONS, 0) | {
         named[key]: n for key, n in counts.items()
     }
-    return check_sass.Kernel(source, architecture, "k", registers, stack, all_counts)
+    return check_sass.Kernel(source, architecture, "k", registers, stack, all_counts, loops=1)
+
+
+PACKED = "_ZN9smoothrot4cuda14gemm_s8_kernelILNS0_5CodesE0ELS2_0ELi32ELi64EEEvNS0_8GemmArgsE"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,13 @@ def kernel(
         (kernel("cutlass_sm90_a.cu", "90a"), "no wgmma"),
         (kernel("gemm_s8.cu", "100", s8_MMA=8, calls=2), "2 calls, expected none"),
         (kernel("gemm_experts.cu", "80"), "no s8 MMA"),
+        (replace(kernel("gemm_s8.cu", "80", s8_MMA=8), name=PACKED), "no s4 MMA"),
+        (replace(kernel("gemm_s8.cu", "90a"), name=PACKED), "no s8 MMA"),
+        (replace(kernel("gemm_small.cu", "80"), loops=0), "no main loop"),
+        (
+            replace(kernel("cutlass_sm80_a.cu", "80", s4_MMA=64), loop_floats=3),
+            "3 instructions on floats in main loops",
+        ),
         (kernel("gemm_small.cu", "120", s4_MMA=1), "an s4 MMA, which is emulated here"),
         (kernel("quant.cu", "80", spills=3), "3 spills"),
         (kernel("quant.cu", "80", stack=16), "16 bytes of stack"),
@@ -142,12 +152,15 @@ def test_gemm_s8_compiles_without_spills_or_calls(tmp_path: Path) -> None:
         [nvcc.Unit(nvcc.FOLDER / "gemm_s8.cu", ("90a",))], found, tmp_path
     )
     assert not problems
-    assert len(kernels) == 16  # two forms of each operand, per channel or in groups, narrow or wide
-    assert all(kernel.counts["s8 MMA"] for kernel in kernels)
+    # Narrow or wide: two forms of codes by packed weights per channel or in one of three groups,
+    # or by weights of 8 bits.
+    assert len(kernels) == 2 * 2 * (1 + 3 + 1)
+    assert all(kernel.counts["s8 MMA"] and kernel.loops for kernel in kernels)
 
 
 def test_right_machine_code_is_accepted() -> None:
     assert not kernel("cutlass_sm80_a.cu", "80", s4_MMA=64).problems()
     assert not kernel("cutlass_sm90_a.cu", "90a", wgmma=12).problems()
     assert not kernel("quant.cu", "120", calls=1).problems()
-    assert not replace(kernel("gemm_experts.cu", "120"), name="combine_rows").problems()
+    assert not replace(kernel("gemm_experts.cu", "120"), name="combine_rows", loops=0).problems()
+    assert not replace(kernel("gemm_s8.cu", "80", s4_MMA=8), name=PACKED).problems()

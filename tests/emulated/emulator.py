@@ -27,6 +27,7 @@ FLAGS = [
 ]
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PACKED, INT8 = 0, 1
+GROUPS_OF_A_WORD = 8
 
 
 def build_emulator(out: Path, *, native_int4: bool) -> Path:
@@ -70,6 +71,7 @@ class _GemmArgs(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("weight_form", ctypes.c_int),
         ("weight_scale", ctypes.c_void_p),
+        ("group_scale", ctypes.c_void_p),
         ("group_size", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
         ("bias_dtype", ctypes.c_int),
@@ -84,9 +86,22 @@ class _GemmArgs(ctypes.Structure):
 class _ExpertsArgs(ctypes.Structure):
     _fields_ = [
         ("gemm", _GemmArgs),
+        ("expert_bytes", ctypes.c_int64),
         ("tiles", ctypes.c_void_p),
         ("tile_count", ctypes.c_int64),
         ("experts", ctypes.c_int64),
+    ]
+
+
+class _PrepackArgs(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("group_scale", ctypes.c_void_p),
+        ("group_size", ctypes.c_int64),
+        ("packed", ctypes.c_void_p),
+        ("experts", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("inputs", ctypes.c_int64),
     ]
 
 
@@ -113,6 +128,16 @@ class _Options(ctypes.Structure):
 
 class _Counters(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("loaded", "stored", "launches", "barriers")]
+
+
+def packed_groups(weight: torch.Tensor, group_scale: torch.Tensor) -> torch.Tensor:
+    """What csrc/cuda/launch.h says of a packed weight ``(..., N, K/2)`` with group scales
+    ``(..., N, G)``: the codes, the scales in nibbles and whole words, zeros up to 16 bytes."""
+    padded = torch.nn.functional.pad(group_scale, (0, -group_scale.shape[-1] % GROUPS_OF_A_WORD))
+    scales = reference.pack_group_scale(padded).flatten(-2)
+    return torch.cat(
+        (weight.flatten(-2), torch.nn.functional.pad(scales, (0, -scales.shape[-1] % 16))), dim=-1
+    )
 
 
 @dataclass(frozen=True)
@@ -233,36 +258,61 @@ class Emulator:
         out_dtype: torch.dtype,
         bias: torch.Tensor | None = None,
         tiles: torch.Tensor | None = None,
+        group_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``(T, N)`` from one launch of ``kernel``, "small", "s8" or "experts"; int8 codes are
         unpacked ones.
 
-        For "experts", weights and their scales are stacked, and ``tiles`` is the kernel's int32
+        For "experts", weights and all their scales are stacked, and ``tiles`` is the kernel's int32
         table.
         """
-        outputs = weight.shape[-2]
-        inputs = weight.shape[-1] * (1 if weight.dtype == torch.int8 else 2)
-        out = torch.full((codes.shape[0], outputs), 777.0, dtype=out_dtype)
-        args = _GemmArgs(
-            codes=codes.data_ptr(),
-            form=INT8 if codes.dtype == torch.int8 else PACKED,
-            scale=scale.data_ptr(),
-            weight=weight.data_ptr(),
-            weight_form=INT8 if weight.dtype == torch.int8 else PACKED,
-            weight_scale=weight_scale.data_ptr(),
-            group_size=inputs // weight_scale.shape[-1],
-            bias=None if bias is None else bias.data_ptr(),
-            bias_dtype=0 if bias is None else FLOATS[bias.dtype],
-            out=out.data_ptr(),
-            out_dtype=FLOATS[out_dtype],
-            tokens=codes.shape[0],
-            outputs=outputs,
-            inputs=inputs,
-        )
+        out = torch.full((codes.shape[0], weight.shape[-2]), 777.0, dtype=out_dtype)
+        packed = weight if group_scale is None else packed_groups(weight, group_scale)
+        args = _weight_args(weight, packed, group_scale)
+        args.codes = codes.data_ptr()
+        args.form = INT8 if codes.dtype == torch.int8 else PACKED
+        args.scale = scale.data_ptr()
+        args.weight_scale = weight_scale.data_ptr()
+        args.bias = None if bias is None else bias.data_ptr()
+        args.bias_dtype = 0 if bias is None else FLOATS[bias.dtype]
+        args.out = out.data_ptr()
+        args.out_dtype = FLOATS[out_dtype]
+        args.tokens = codes.shape[0]
         # All that the kernels of one weight read is at the beginning.
         table = (None, 0) if tiles is None else (tiles.data_ptr(), tiles.shape[1])
-        with_tiles = _ExpertsArgs(args, *table, len(weight))
+        with_tiles = _ExpertsArgs(args, packed[0].nbytes, *table, len(weight))
         self._check(getattr(self._library, f"smoothrot_gemm_{kernel}")(ctypes.byref(with_tiles)))
+        return out
+
+    def prepack_groups(self, weight: torch.Tensor, group_scale: torch.Tensor) -> torch.Tensor:
+        """Codes ``(E, N, K/2)`` and group scales ``(E, N, G)`` as one tensor of bytes an expert."""
+        experts, outputs, columns = weight.shape
+        packed = torch.full_like(packed_groups(weight, group_scale), 0xAA)
+        args = _PrepackArgs(
+            weight.data_ptr(),
+            group_scale.data_ptr(),
+            2 * columns // group_scale.shape[2],
+            packed.data_ptr(),
+            *(experts, outputs, 2 * columns),
+        )
+        self._check(self._library.smoothrot_prepack_groups(ctypes.byref(args)))
+        return packed
+
+    def expand_weight(
+        self, weight: torch.Tensor, group_scale: torch.Tensor, first: int, count: int
+    ) -> torch.Tensor:
+        """Codes times group scales of ``count`` outputs, int8, and a row of 99 after them."""
+        packed = packed_groups(weight, group_scale)
+        args = _weight_args(weight, packed, group_scale)
+        out = torch.full((count + 1, args.inputs), 99, dtype=torch.int8)
+        self._check(
+            self._library.smoothrot_expand_weight(
+                ctypes.byref(args),
+                ctypes.c_int64(first),
+                ctypes.c_int64(count),
+                ctypes.c_void_p(out.data_ptr()),
+            )
+        )
         return out
 
     def combine(
@@ -293,3 +343,21 @@ class Emulator:
     def _check(error: int) -> None:
         if error:
             raise RuntimeError(f"launch: cudaError {error}")
+
+
+def _weight_args(
+    weight: torch.Tensor, packed: torch.Tensor, group_scale: torch.Tensor | None
+) -> _GemmArgs:
+    """The weight's side of a launch, of the first expert if there are several."""
+    outputs, columns = weight.shape[-2:]
+    args = _GemmArgs(
+        weight=packed.data_ptr(),
+        weight_form=INT8 if weight.dtype == torch.int8 else PACKED,
+        group_size=-1,
+        outputs=outputs,
+        inputs=columns * (1 if weight.dtype == torch.int8 else 2),
+    )
+    if group_scale is not None:
+        args.group_scale = packed.data_ptr() + outputs * columns
+        args.group_size = args.inputs // group_scale.shape[-1]
+    return args

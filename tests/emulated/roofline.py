@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from emulator import INT8, PACKED, Emulator, build_emulator
+from emulator import GROUPS_OF_A_WORD, INT8, PACKED, Emulator, build_emulator
 
 from smoothrot_vllm.grouped_experts import Route
 from smoothrot_vllm.hadamard import factorize
@@ -56,13 +56,18 @@ What is requested beyond the floor is read again: by GEMMs the activations, once
 outputs, and by `gemm_s8` the weights, once for each 64 tokens. `gemm_experts` reads the weights of
 an expert once for each 64 of its tokens and those of unchosen experts never; each thread asks for
 the 12 bytes that say which expert its block is of, surplus blocks included. The experts are those
-of Qwen3-30B-A3B, 8 of 128 for each token.
+of Qwen3-30B-A3B, 8 of 128 for each token. Group scales are counted for each lane that asks for its
+word, which `gemm_small` has up to four lanes do at once and the others do again at each step of 128
+inputs: the first-level cache, which is not modeled, serves all but the first. With groups of 32
+`gemm_small` seems to take a fifth more than the floor from DRAM: the emulator runs the eight warps
+of a block one after the other, and each finds that the modeled cache has lost the group scales that
+it shares with the one before. On a GPU they run side by side.
 
-For `gemm_small` the surplus over the weights' bytes is `tokens / outputs a block * activation bits
-/ weight bits`, whatever the layer. At 16 tokens of int4 codes 64 outputs a block ask for 25 % more
-and 128 for 12.5 %, and int8 codes for twice that, as the table shows. To stay within 10 % a block
-would have to hold 160 outputs, 320 with int8 codes. On Llama-3-8B that leaves so few blocks that
-most of {multiprocessors} multiprocessors have none:
+For `gemm_small` without groups the surplus over the weights' bytes is `tokens / outputs a block *
+activation bits / weight bits`, whatever the layer. At 16 tokens of int4 codes 64 outputs a block
+ask for 25 % more and 128 for 12.5 %, and int8 codes for twice that, as the table shows. To stay
+within 10 % a block would have to hold 160 outputs, 320 with int8 codes. On Llama-3-8B that leaves
+so few blocks that most of {multiprocessors} multiprocessors have none:
 
 | blocks at 16 tokens | qkv | o | gate_up | down |
 |---|---:|---:|---:|---:|
@@ -141,8 +146,29 @@ def quantize(emulator: Emulator, producer: str, inputs: int, block: int) -> Row:
     return Row(name, shape, floor, *traffic(emulator), additions)
 
 
+def group_scales(group: int | None, *sizes: int) -> torch.Tensor | None:
+    """Random ones of outputs by inputs, the last of the sizes."""
+    if group is None:
+        return None
+    return torch.randint(1, 16, (*sizes[:-1], sizes[-1] // group), dtype=torch.uint8)
+
+
+def scale_bytes(group_scale: torch.Tensor | None) -> int:
+    """What group scales take: a nibble each, a row whole words."""
+    if group_scale is None:
+        return 0
+    groups = group_scale.shape[-1]
+    return group_scale.numel() // groups * -(-groups // GROUPS_OF_A_WORD) * 4
+
+
 def multiply(
-    emulator: Emulator, kernel: str, name: str, tokens: int, form: int, weight_bits: int = 4
+    emulator: Emulator,
+    kernel: str,
+    name: str,
+    tokens: int,
+    form: int,
+    weight_bits: int = 4,
+    group: int | None = None,
 ) -> Row:
     """A GEMM with bfloat16 results."""
     outputs, inputs = LINEARS[name]
@@ -153,17 +179,23 @@ def multiply(
     if weight_bits == 8:
         weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
     scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
+    group_scale = group_scales(group, outputs, inputs)
     emulator.reset()
-    out = emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.bfloat16)
+    out = emulator.gemm(
+        kernel, codes, scale, weight, weight_scale, torch.bfloat16, group_scale=group_scale
+    )
     floor = sum(t.nbytes for t in (codes, weight, scale, weight_scale, out))
+    floor += scale_bytes(group_scale)
     operands = f"{'int8' if form == INT8 else 'int4'} x int{weight_bits}"
+    if group is not None:
+        operands += f" in groups of {group}"
     shape = f"{name}, {tokens} x {outputs} x {inputs}"
     return Row(
         f"gemm_{kernel}, {operands}", shape, floor, *traffic(emulator), tokens * outputs * inputs
     )
 
 
-def multiply_experts(emulator: Emulator, name: str, tokens: int) -> Row:
+def multiply_experts(emulator: Emulator, name: str, tokens: int, group: int | None = None) -> Row:
     """The GEMM of all experts that ``tokens`` tokens chose at random, W4A4 with bfloat16
     results."""
     outputs, inputs = EXPERT_LINEARS[name]
@@ -176,15 +208,17 @@ def multiply_experts(emulator: Emulator, name: str, tokens: int) -> Row:
     codes = torch.randint(0, 256, (tokens * TOP_K, inputs // 2), dtype=torch.uint8)
     weight = torch.randint(0, 256, (EXPERTS, outputs, inputs // 2), dtype=torch.uint8)
     scale, weight_scale = torch.rand(len(codes)), torch.rand(EXPERTS, outputs, 1)
+    group_scale = group_scales(group, EXPERTS, outputs, inputs)
     tiles = Route.of(chosen, EXPERTS).tiles
     emulator.reset()
-    out = emulator.gemm("experts", codes, scale, weight, weight_scale, torch.bfloat16, tiles=tiles)
-    read = sum(t.nbytes for t in (codes, scale, tiles, out)) + used * (
-        weight[0].nbytes + weight_scale[0].nbytes
-    )
+    arguments = (codes, scale, weight, weight_scale, torch.bfloat16)
+    out = emulator.gemm("experts", *arguments, tiles=tiles, group_scale=group_scale)
+    own = weight[0].nbytes + weight_scale[0].nbytes + scale_bytes(group_scale) // EXPERTS
+    read = sum(t.nbytes for t in (codes, scale, tiles, out)) + used * own
+    operands = "int4 x int4" + ("" if group is None else f" in groups of {group}")
     shape = f"{name} of {used} experts, {len(codes)} rows x {outputs} x {inputs}"
     return Row(
-        "gemm_experts, int4 x int4", shape, read, *traffic(emulator), len(codes) * outputs * inputs
+        f"gemm_experts, {operands}", shape, read, *traffic(emulator), len(codes) * outputs * inputs
     )
 
 
@@ -202,9 +236,15 @@ def rows(emulator: Emulator) -> Iterator[Row]:
                 yield multiply(emulator, "small", name, tokens, form, weight_bits)
     for form, weight_bits in operands:
         yield multiply(emulator, "s8", "o", 128, form, weight_bits)
+    for group in (32, 128):
+        for form in (PACKED, INT8):
+            for tokens in (1, 16):
+                yield multiply(emulator, "small", "down", tokens, form, group=group)
+            yield multiply(emulator, "s8", "o", 128, form, group=group)
     for tokens in (1, 4):
         for name in EXPERT_LINEARS:
             yield multiply_experts(emulator, name, tokens)
+            yield multiply_experts(emulator, name, tokens, 32)
 
 
 def main() -> None:

@@ -28,15 +28,22 @@ def quantize(tokens: int, inputs: int, **options: Any) -> tuple[Run, torch.Tenso
     return lambda emulator: emulator.quant(x, 1.0, 4, **options)[0], expected
 
 
-def multiply(kernel: str, tokens: int, outputs: int, inputs: int) -> tuple[Run, torch.Tensor]:
+def group_scales(*shape: int) -> torch.Tensor:
+    return torch.randint(1, 16, shape, dtype=torch.uint8)
+
+
+def multiply(
+    kernel: str, tokens: int, outputs: int, inputs: int, group: int | None = None
+) -> tuple[Run, torch.Tensor]:
     codes = reference.pack_int4(torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8))
     weight = reference.pack_int4(torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8))
     scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
-    expected = reference.gemm(codes, scale, weight, weight_scale, None, torch.float32, 4, 4)
-    return (
-        lambda emulator: emulator.gemm(kernel, codes, scale, weight, weight_scale, torch.float32),
-        expected,
+    group_scale = None if group is None else group_scales(outputs, inputs // group)
+    expected = reference.gemm(
+        codes, scale, weight, weight_scale, group_scale, None, torch.float32, 4, 4
     )
+    arguments = (codes, scale, weight, weight_scale, torch.float32)
+    return lambda emulator: emulator.gemm(kernel, *arguments, group_scale=group_scale), expected
 
 
 def multiply_experts(counts: list[int], outputs: int, inputs: int) -> tuple[Run, torch.Tensor]:
@@ -46,13 +53,15 @@ def multiply_experts(counts: list[int], outputs: int, inputs: int) -> tuple[Run,
         torch.randint(-8, 8, (len(counts), outputs, inputs), dtype=torch.int8)
     )
     scale, weight_scale = torch.rand(len(chosen)), torch.rand(len(counts), outputs, 1)
-    parts = zip(codes.split(counts), scale.split(counts), weight, weight_scale, strict=True)
+    group_scale = group_scales(len(counts), outputs, inputs // 32)
+    parts = zip(
+        *(codes.split(counts), scale.split(counts), weight, weight_scale, group_scale), strict=True
+    )
     expected = torch.cat([reference.gemm(*part, None, torch.float32, 4, 4) for part in parts])
     tiles = Route.of(chosen[:, None], len(counts)).tiles
+    arguments = (codes, scale, weight, weight_scale, torch.float32)
     return (
-        lambda emulator: emulator.gemm(
-            "experts", codes, scale, weight, weight_scale, torch.float32, tiles=tiles
-        ),
+        lambda emulator: emulator.gemm("experts", *arguments, tiles=tiles, group_scale=group_scale),
         expected,
     )
 
@@ -63,7 +72,9 @@ CASES: dict[str, Callable[[], tuple[Run, torch.Tensor]]] = {
     "hadamard_quant, power of two": lambda: quantize(1, 2048, block=2048),
     "hadamard_quant, base, several rows a block": lambda: quantize(17, 768, block=768),
     "gemm_small": lambda: multiply("small", 3, 64, 1024),
+    "gemm_small, groups": lambda: multiply("small", 3, 64, 1024, 64),
     "gemm_s8": lambda: multiply("s8", 20, 70, 640),
+    "gemm_s8, groups": lambda: multiply("s8", 20, 70, 640, 32),
     "gemm_experts": lambda: multiply_experts([20, 0, 3], 70, 640),
 }
 
@@ -91,7 +102,7 @@ def test_every_barrier_is_missed_when_it_is_gone(emulator_int4: Emulator, case: 
     assert needless == []
 
 
-@pytest.mark.parametrize("case", ["gemm_s8", "gemm_experts"])
+@pytest.mark.parametrize("case", ["gemm_s8", "gemm_s8, groups", "gemm_experts"])
 def test_a_wait_that_lets_one_more_copy_stay_pending_is_seen(
     emulator_int4: Emulator, case: str
 ) -> None:

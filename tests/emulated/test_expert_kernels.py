@@ -17,10 +17,17 @@ COUNTS = [[1], [0, 3, 0, 1], [64, 65, 0, 1, 17], [130, 2]]
 UNTOUCHED = 777.0
 
 
-@pytest.fixture(params=[0, 1], ids=["forward", "reverse"])
-def emulator(request: pytest.FixtureRequest, emulator_int8: Emulator) -> Iterator[Emulator]:
-    with emulator_int8.options(reverse_order=request.param):
-        yield emulator_int8
+@pytest.fixture(
+    params=[(0, True), (1, True), (0, False), (1, False)],
+    ids=["int4", "int4-reverse", "int8", "int8-reverse"],
+)
+def emulator(
+    request: pytest.FixtureRequest, emulator_int4: Emulator, emulator_int8: Emulator
+) -> Iterator[Emulator]:
+    reverse, native_int4 = request.param
+    chosen = emulator_int4 if native_int4 else emulator_int8
+    with chosen.options(reverse_order=reverse):
+        yield chosen
 
 
 class Experts:
@@ -33,7 +40,7 @@ class Experts:
         inputs: int,
         act_bits: int,
         weight_bits: int,
-        groups: int = 1,
+        group: int | None = None,
     ):
         top, weight_top = reference.quant_max(act_bits), reference.quant_max(weight_bits)
         self.counts, self.bits = counts, (8, weight_bits)
@@ -44,14 +51,13 @@ class Experts:
             -weight_top - 1, weight_top + 1, (len(counts), outputs, inputs), dtype=torch.int8
         )
         self.weight = reference.encode(weight, weight_bits)
-        # Powers of two: with groups, every float step is exact then, whatever the order.
-        self.scale = (
-            2.0 ** torch.randint(-3, 3, (len(self.chosen),))
-            if groups > 1
-            else torch.rand(len(self.chosen))
+        self.scale = torch.rand(len(self.chosen))
+        self.weight_scale = torch.rand(len(counts), outputs, 1)
+        self.group_scale = (
+            None
+            if group is None
+            else torch.randint(1, 16, (len(counts), outputs, inputs // group), dtype=torch.uint8)
         )
-        shape = (len(counts), outputs, groups)
-        self.weight_scale = 2.0 ** torch.randint(-3, 3, shape) if groups > 1 else torch.rand(shape)
         self.forms = (
             [self.codes] if act_bits == 8 else [self.codes, reference.pack_int4(self.codes)]
         )
@@ -62,6 +68,7 @@ class Experts:
             self.scale.split(self.counts),
             self.weight,
             self.weight_scale,
+            [None] * len(self.weight) if self.group_scale is None else self.group_scale,
             strict=True,
         )
         return torch.cat([reference.gemm(*part, None, dtype, *self.bits) for part in parts])
@@ -74,21 +81,32 @@ class Experts:
         tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         table = self.tiles if tiles is None else tiles
-        return emulator.gemm(
-            "experts", stored, self.scale, self.weight, self.weight_scale, dtype, tiles=table
-        )
+        arguments = (stored, self.scale, self.weight, self.weight_scale, dtype)
+        return emulator.gemm("experts", *arguments, tiles=table, group_scale=self.group_scale)
 
 
-@pytest.mark.parametrize("weight_bits", [4, 8])
+SHAPES = [
+    *((70, 160, bits, None) for bits in (4, 8)),
+    *((130, 96, bits, None) for bits in (4, 8)),
+    (65, 192, 4, 32),
+    (130, 320, 4, 64),
+    (33, 128, 4, 128),
+]
+"""Outputs, inputs, bits of weights, inputs of a group."""
+
+
 @pytest.mark.parametrize("act_bits", [4, 8])
-@pytest.mark.parametrize(
-    ("outputs", "inputs", "groups"), [(70, 160, 1), (130, 96, 1), (65, 192, 3)]
-)
+@pytest.mark.parametrize(("outputs", "inputs", "weight_bits", "group"), SHAPES)
 def test_gemm_experts_equals_the_reference(
-    emulator: Emulator, outputs: int, inputs: int, groups: int, act_bits: int, weight_bits: int
+    emulator: Emulator,
+    outputs: int,
+    inputs: int,
+    weight_bits: int,
+    group: int | None,
+    act_bits: int,
 ) -> None:
     for counts, dtype in zip(COUNTS, [*DTYPES, torch.float32], strict=True):
-        experts = Experts(counts, outputs, inputs, act_bits, weight_bits, groups)
+        experts = Experts(counts, outputs, inputs, act_bits, weight_bits, group)
         for multiprocessors in (1, 100):  # wide tiles, narrow ones
             with emulator.options(multiprocessors=multiprocessors):
                 for stored in experts.forms:

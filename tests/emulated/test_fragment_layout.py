@@ -11,5 +11,5 @@ def test_fragments_lie_as_cute_says() -> None:
     program = cutlass_program("fragment_layout.cpp")
     assert (
         subprocess.run([program], capture_output=True, text=True, check=True).stdout
-        == "int4 0 int8 0\n"
+        == "int4 0 0 int8 0\n"
     )

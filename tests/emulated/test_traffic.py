@@ -4,7 +4,7 @@ allow."""
 
 import pytest
 import torch
-from emulator import INT8, PACKED, Emulator
+from emulator import INT8, PACKED, Emulator, packed_groups
 
 from smoothrot_vllm import reference
 from smoothrot_vllm.hadamard import factorize
@@ -41,6 +41,31 @@ def test_rms_norm_quant_moves_its_rows_once(emulator_int4: Emulator, with_residu
     floor = x.nbytes + codes.nbytes + scale.nbytes + (2 * x.nbytes if with_residual else 0)
     assert counters.launches == 1
     assert counters.loaded + counters.stored == floor
+
+
+@pytest.mark.parametrize("form", [PACKED, INT8])
+@pytest.mark.parametrize("group", [32, 128])
+def test_gemm_small_takes_weights_and_group_scales_from_dram_once(
+    emulator_int4: Emulator, group: int, form: int
+) -> None:
+    """Lanes of a row ask for the same word of group scales, and other warps for its neighbors: the
+    cache serves nearly all of them, though the emulator runs one warp after the other."""
+    tokens, outputs, inputs = 3, 256, 2048
+    codes = torch.randint(-8, 8, (tokens, inputs), dtype=torch.int8)
+    stored = reference.pack_int4(codes) if form == PACKED else codes
+    weight = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
+    group_scale = torch.randint(1, 16, (outputs, inputs // group), dtype=torch.uint8)
+    scale, weight_scale = torch.rand(tokens), torch.rand(outputs, 1)
+    with emulator_int4.options(multiprocessors=1, trace=1):
+        out = emulator_int4.gemm(
+            *("small", stored, scale, weight, weight_scale, torch.bfloat16),
+            group_scale=group_scale,
+        )
+        stored_bytes = emulator_int4.counters().stored
+        dram = emulator_int4.dram_loaded(weight.nbytes // 2 + 2 * stored.nbytes, 1) + stored_bytes
+    floor = sum(t.nbytes for t in (stored, scale, weight, weight_scale, out))
+    floor += packed_groups(weight, group_scale).nbytes - weight.nbytes
+    assert floor <= dram <= 1.03 * floor
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ class TestKernels(KernelContract):
 
     tokens = (1, 8, 9, 16, 17, 63, 129, 1025)
     shapes = ((4096, 4096), (1000, 14336))
+    groups = ((4096, 4096, 32), (1000, 14336, 128))
     row_count = 300
 
 
@@ -34,7 +35,7 @@ def test_a_gemm_gives_the_same_bits_each_time(target: Target, capability: int, g
         pytest.skip(f"{gemm.name} is for other architectures, which test_a_forced_gemm asserts")
     torch.manual_seed(0)
     weight_bits, act_bits = gemm.schemes[0]
-    layer = target.layer(4096, 4096, 1, weight_bits, act_bits, torch.bfloat16)
+    layer = target.layer(4096, 4096, -1, weight_bits, act_bits, torch.bfloat16)
     x = target.randn(min(300, gemm.most_tokens), 4096, dtype=torch.bfloat16)
     target.ops.force_cuda_gemm(gemm.name)
     try:
@@ -51,7 +52,8 @@ def test_experts_give_the_same_bits_each_time(target: Target, name: str) -> None
     given, gate_up, down = target.experts(300, 2, 8, 512, 1024, 4, torch.bfloat16)
     target.ops.force_cuda_gemm(name)
     try:
-        arguments: list[Any] = [*given, *gate_up, *down, target.prepare(32), CLIP, 8, 4]
+        packed = target.packed_experts((gate_up, down), 4)
+        arguments: list[Any] = [*given, *packed, target.prepare(32), CLIP, 8, 4, -1]
         results = [grouped_experts(target.ops, *arguments) for _ in range(REPEATS)]
     finally:
         target.ops.force_cuda_gemm("")
@@ -80,7 +82,7 @@ def test_the_reference_gives_the_same_bits_on_the_gpu_as_on_the_cpu(target: Targ
             ),
         ]:
             assert_same_codes((got[0].cpu(), got[1].cpu()), expected)
-        layer = target.layer(1000, 11008, 1, bits, bits, torch.float16)
+        layer = target.layer(1000, 11008, -1, bits, bits, torch.float16)
         assert layer.bias is not None
-        on_cpu = Layer(layer.stored.cpu(), layer.scale.cpu(), layer.bias.cpu(), bits, bits)
+        on_cpu = Layer(layer.stored.cpu(), layer.scale.cpu(), None, layer.bias.cpu(), bits, bits)
         assert_same(layer.expected(target.put(x)).cpu(), on_cpu.expected(x))

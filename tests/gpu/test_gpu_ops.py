@@ -65,7 +65,13 @@ class TestOps(OpsContract):
         (300, 2, 8, 512, 1024),
         (33, 8, 16, 2048, 768),
     )
-    groups = ((1, 4096, 4096, 32), (16, 4096, 4096, 128), (130, 1000, 4096, 32))
+    groups = (
+        (1, 4096, 4096, 32),
+        (16, 4096, 14336, 128),
+        (130, 1000, 4096, 32),
+        (300, 1000, 4096, 64),
+        (2047, 14336, 4096, 128),
+    )
 
     @pytest.mark.parametrize("inputs", WIDE)
     def test_a_wide_rotated_row_is_right_or_refused_by_its_bytes(
