@@ -111,7 +111,7 @@ def test_integer_group_scales_lose_little_over_those_of_groups_alone(
     assert errors[1] < 0.96 * errors[2]
 
 
-def test_group_scales_use_their_range_and_are_one_where_nothing_is_to_scale() -> None:
+def test_group_scales_use_their_range_and_are_one_where_all_is_zero() -> None:
     weight = heavy_tailed(64, 256)
     weight[:, 32:64] = 0
     weight[:, 64:96] *= 1e-3

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What benchmarks.serving compares: peers of the same weights, floors, medians, whole answers."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer
 
-from benchmarks.serving import contender, models, serve
+from benchmarks.kernels.schemes import preset_schema
+from benchmarks.serving import contender, headline, llama_cpp, models, serve
 from benchmarks.serving.contender import Cell, Contender
 from benchmarks.serving.devices import TOGETHER, CudaServing
 from benchmarks.support.compressed_tensors_models import group_size, write_peer
 from benchmarks.support.timing import Floors
+from smoothrot_offline.source.resolve import resolve
+from smoothrot_vllm.format import WEIGHT_GROUP_SCALE, WEIGHT_PACKED, parse_schema
 
 TINY = {
     "hidden_size": 64,
@@ -79,20 +84,49 @@ def test_parameters_are_those_of_the_written_linears(source: Path) -> None:
     assert found == sum(tensor.numel() for tensor in projections)
 
 
-def test_floors_read_all_weights_once_or_multiply_once_a_token() -> None:
-    config = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
-    config |= {"num_key_value_heads": 1, "num_hidden_layers": 1, "vocab_size": 100}
-    linears, head = 8 * (2 * 8 + 2 * 4) + 3 * 8 * 16, 800
-    slow = serve.floor("w4a8", config, Cell(1, 10), Floors(1e3, 1e9))
-    assert slow["tpot_floor_ms"] == slow["ttft_floor_ms"] == pytest.approx(linears / 2 + head)
-    busy = serve.floor("w4a8", config, Cell(2, 10), Floors(1e9, 1e3))
+def test_floors_read_all_weights_once_or_multiply_once_a_token(source: Path) -> None:
+    linears = models.linear_parameters(models.read_config(source))
+    whole = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    slow = serve.floor("best_w4a8", source, Cell(1, 10), Floors(1e3, 1e12))
+    assert slow["tpot_floor_ms"] == slow["ttft_floor_ms"] == pytest.approx(whole)
+    busy = serve.floor("best_w4a8", source, Cell(2, 10), Floors(1e12, 1e3))
     assert list(busy.values()) == [pytest.approx(2 * linears), pytest.approx(20 * linears)]
     # The rate of int8 products says nothing about 16-bit activations.
-    w4a16 = serve.floor("w4a16", config, Cell(2, 10), Floors(1e3, 1e3))
-    assert w4a16["ttft_floor_ms"] == pytest.approx(linears / 2 + 2 * head)
+    w4a16 = serve.floor("w4a16", source, Cell(2, 10), Floors(1e3, 1e3))
+    assert w4a16["ttft_floor_ms"] == pytest.approx(whole)
     # Four-bit activations are multiplied as int4 where the device can.
-    w4a4 = serve.floor("w4a4", config, Cell(2, 10), Floors(1e9, 1e3, 4e3))
+    w4a4 = serve.floor("best_w4a4", source, Cell(2, 10), Floors(1e12, 1e3, 4e3))
     assert w4a4["ttft_floor_ms"] == pytest.approx(20 * linears / 4)
+
+
+def test_an_embedding_beside_a_head_is_not_read(source: Path, tmp_path: Path) -> None:
+    models.write_random_preset(source, tmp_path / "ours", "best", 8)
+    found = tensors(tmp_path / "ours")
+    embedding = found.pop("model.embed_tokens.weight")
+    headers = models.read_bytes(tmp_path / "ours") - sum(t.nbytes for t in found.values())
+    assert 0 < headers < embedding.nbytes
+
+
+def test_a_random_model_has_the_schemes_of_its_preset(source: Path, tmp_path: Path) -> None:
+    models.write_random_preset(source, tmp_path / "ours", "best", 4)
+    config = models.read_config(tmp_path / "ours")
+    schema = parse_schema(config["quantization_config"])
+    assert schema == preset_schema(resolve(models.read_config(source)), "best", 4)
+    assert {scheme.weights.bits for scheme in schema.overrides.values()} == {8}
+    found = tensors(tmp_path / "ours")
+    for name in [name for name in found if name.endswith(f".{WEIGHT_PACKED}")]:
+        linear = name.removesuffix(f".{WEIGHT_PACKED}")
+        scheme = schema.scheme(linear)
+        assert scheme is not None
+        grouped = f"{linear}.{WEIGHT_GROUP_SCALE}" in found
+        assert grouped == (scheme.weights.group_size == 32)
+        assert found[name].dtype == (torch.uint8 if scheme.weights.bits == 4 else torch.int8)
+
+
+def test_the_order_of_q_and_k_is_the_one_of_neighboring_pairs() -> None:
+    rows = torch.arange(16).float()[:, None].expand(16, 2)
+    first = llama_cpp.pairs_of_neighbors(rows, heads=2)[:8, 0]
+    assert first.tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_a_batch_with_a_short_answer_is_no_measurement() -> None:
@@ -116,3 +150,23 @@ def test_servers_on_a_gpu_get_shares_that_fit_together() -> None:
         parsed = parser.parse_args(device.options(3 << 30, servers))
         assert parsed.kv_cache_memory_bytes == 3 << 30
         assert 0 < parsed.gpu_memory_utilization * servers <= TOGETHER
+
+
+def test_the_headline_has_a_row_and_a_dot_for_each_contender(tmp_path: Path) -> None:
+    def rows(scheme: str, speed: float) -> list[dict[str, Any]]:
+        figures = {"tpot_ms": 9.0, "tokens_per_s": speed, "ttft_ms": 400.0, "peak_rss_bytes": 2e9}
+        return [{"scheme": scheme, **asdict(cell), **figures} for cell in serve.QUICK_CELLS]
+
+    judged = {"bf16": 20.0, "w8a8": 20.5, "best_w4a8": 21.0}
+    report = {
+        "results": [*rows("bf16", 100.0), *rows("w8a8", 150.0), *rows("best_w4a8", 300.0)],
+        "judged": {scheme: {"perplexity": found, "bytes": 1e8} for scheme, found in judged.items()},
+    }
+    assert headline.markdown(report).splitlines()[-1] == (
+        "| **ours, W4A8 best** | 1.05x | 100 | 9.0 | 300 | 400 | 2.0 |"
+    )
+    for name in ("one.svg", "two.svg"):
+        headline.draw(report, tmp_path / name)
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn == (tmp_path / "two.svg").read_text()
+    assert all(name in drawn for name in ("16-bit", "vLLM W8A8", "ours, W4A8 best"))

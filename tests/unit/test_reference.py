@@ -89,7 +89,7 @@ def test_hadamard_quant_is_quant_of_the_rotated_row() -> None:
     assert (error.abs() <= scale.double()[:, None] * 0.501)[~clipped].all()
 
 
-def test_pack_group_scale_puts_the_even_group_in_the_low_nibble_and_zero_past_the_last() -> None:
+def test_the_even_group_is_in_the_low_nibble_and_zero_past_the_last() -> None:
     packed = reference.pack_group_scale(torch.tensor([[1, 15, 7]], dtype=torch.uint8))
     assert packed.tolist() == [[0xF1, 0x07]]
 
