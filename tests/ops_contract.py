@@ -160,7 +160,7 @@ class Layer:
             else reference.quant(x, CLIP, bits)
         )
         arguments: list[Any] = [*quantized, *self.weight, self.bias, x.dtype]
-        return reference.gemm(*arguments, bits, self.weight_bits)
+        return reference.gemm(*[*arguments, bits, self.weight_bits])
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
