@@ -159,8 +159,8 @@ class Layer:
             if block
             else reference.quant(x, CLIP, bits)
         )
-        arguments: list[Any] = [*quantized, *self.weight, self.bias, x.dtype]
-        return reference.gemm(*[*arguments, bits, self.weight_bits])
+        arguments: list[Any] = [*quantized, *self.weight, self.bias, x.dtype, bits]
+        return reference.gemm(*[*arguments, self.weight_bits])
 
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T: a block computes 64 tokens by 32 * Warp columns, its four warps 32 tokens each, with
-// copies to shared memory running kStages - 1 steps ahead.
+// y = x W^T: a block computes 64 tokens by 64 or 128 columns, its four warps 32 tokens by half of
+// them each, with copies to shared memory running kStages - 1 steps ahead.
 //
 // 32 inputs at a time (a granule) enter one int8 MMA, whose lanes emulator/mma_layout.h draws. Lane
 // t of the four of a row holds inputs 8t .. 8t + 7, even ones in the first half of the MMA's depth

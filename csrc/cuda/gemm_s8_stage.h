@@ -119,8 +119,8 @@ SMOOTHROT_DEVICE uint32_t step_scales(uint32_t word, int step) {
   return word >> 4 * (step * kStepGroups<Group> % kWordGroups);
 }
 
-// Four 8 x 8 matrices of 16-bit pairs, that is of eight rows and 16 bytes each; lanes 8 m to 8 m +
-// 7 name the rows of matrix m and their chunk.
+// Four matrices of eight rows by one chunk: lanes 8 m to 8 m + 7 name the rows of matrix m and
+// their chunk, and each lane receives four bytes of row lane / 4 of each.
 template <Codes Form>
 SMOOTHROT_DEVICE void load_chunks(const unsigned char* rows, int row, int chunk,
                                   uint32_t (&words)[4]) {
