@@ -46,8 +46,8 @@ enum class Sums {
   whole,   // int32 over all inputs: one start a row
   groups,  // int32 over a group of 4-bit weights, times its scale: a start a group
   spans,   // int16 over kSpanInputs of 4-bit weights, see S::fold_pairs: a start a span, in which
-          // the first two inputs of each step are the low half of the word and the last two the
-          // high one
+           // the first two inputs of each step are the low half of the word and the last two the
+           // high one
 };
 static constexpr int kSpanInputs = 32;
 static constexpr int kSpanSteps = kSpanInputs / kStepInputs;

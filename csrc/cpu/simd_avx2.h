@@ -123,15 +123,15 @@ struct Avx2 {
   static void store_words(int32_t* p, I32 v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
   }
-  // Of the eight columns at p in low nibbles and of those sixteen further in high ones, in both halves
-  // of a lane.
+  // Of the eight columns at p in low nibbles and of those sixteen further in high ones, in both
+  // halves of a lane.
   static void split_scales(const uint8_t* p, I32& low, I32& high) {
     int64_t bytes;
     std::memcpy(&bytes, p, sizeof(bytes));
     const auto lane = [](int c) { return int(0x80008000u | uint32_t(c) << 16 | uint32_t(c)); };
     const I32 both = _mm256_shuffle_epi8(
-        _mm256_set1_epi64x(bytes), _mm256_setr_epi32(lane(0), lane(1), lane(2), lane(3), lane(4),
-                                                     lane(5), lane(6), lane(7)));
+        _mm256_set1_epi64x(bytes),
+        _mm256_setr_epi32(lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)));
     low = _mm256_and_si256(both, _mm256_set1_epi16(0x0F));
     high = _mm256_srli_epi16(both, 4);
   }
