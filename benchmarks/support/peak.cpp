@@ -46,13 +46,16 @@ extern "C" void dot_products(int64_t turns) {
                          : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",
                            "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
 #elif defined(__AVX2__)
-  #define PAIRS(sum, product)                                \
-    "vpmaddubsw %%ymm14, %%ymm15, %%ymm" #product "\n"       \
+  #define PAIRS(sum, product)                     \
+    "vpmaddubsw %%ymm14, %%ymm15, %%ymm" #product \
+    "\n"                                          \
     "vpaddw %%ymm" #product ", %%ymm" #sum ", %%ymm" #sum "\n"
   #define STEP PAIRS(0, 8) PAIRS(1, 9) PAIRS(2, 10) PAIRS(3, 11)
-  #define FOLD(sum, total)                                    \
-    "vpmaddwd %%ymm15, %%ymm" #sum ", %%ymm" #sum "\n"        \
-    "vpaddd %%ymm" #sum ", %%ymm" #total ", %%ymm" #total "\n" \
+  #define FOLD(sum, total)                                \
+    "vpmaddwd %%ymm15, %%ymm" #sum ", %%ymm" #sum         \
+    "\n"                                                  \
+    "vpaddd %%ymm" #sum ", %%ymm" #total ", %%ymm" #total \
+    "\n"                                                  \
     "vpxor %%ymm" #sum ", %%ymm" #sum ", %%ymm" #sum "\n"
     asm volatile(STEP STEP STEP STEP STEP STEP STEP STEP FOLD(0, 4) FOLD(1, 5) FOLD(2, 6)
                      FOLD(3, 7)::
