@@ -597,6 +597,8 @@ def test_structured_output_takes_the_likelier_choice(
 def test_coarser_arithmetic_stays_near_the_reference(
     results: dict[str, dict[str, Any]], reference: Reference, prompts: list[list[int]], name: str
 ) -> None:
+    if "requires x86 with AVX-512" in (error := results[name].get("error", "")):
+        pytest.skip(f"vLLM on this CPU: {error}")
     for prompt, step in zip(prompts, found(results, name), strict=True):
         wanted = logprobs_of(reference, [*prompt, step["first"]])[-1]
         # In probability, of 1: half and bfloat16 give 0.02, an 8-bit cache 0.06.
