@@ -147,12 +147,15 @@ def bench_linear(
         schemes = list(layers)
         packed = {scheme: [weight[0] for weight in layers[scheme].listed] for scheme in schemes}
         readers = {scheme: read for scheme in schemes if (read := device.reader(packed[scheme]))}
+        # A peer may be called what one of our schemes is.
+        layers = {f"our {scheme}": layer for scheme, layer in layers.items()}
         layers |= device.peers.build(columns, inputs, device.cache_bytes)
         for tokens in waiting:
             if not schedule.allows(f"linear {columns} x {inputs}, {tokens} tokens"):
                 continue
             x = torch.randn(tokens, inputs, dtype=torch.bfloat16)
-            running = [*schemes, *sorted(device.peers.call_once(layers, x))]
+            ours_first = [f"our {scheme}" for scheme in schemes]
+            running = [*ours_first, *sorted(device.peers.call_once(layers, x))]
             chosen = {name: layers[name] for name in running}
             calls: Calls = {
                 name: (partial(layer, layer.prepare(x)), layer.copies)
@@ -173,11 +176,11 @@ def bench_linear(
                     "model": model,
                     "shape": [columns, inputs],
                     "M": tokens,
-                    **of_floor(times[scheme], floor),
+                    **of_floor(times[f"our {scheme}"], floor),
                     "read_gb_per_s": round(found.read_bytes / 1e9, 1),
                 }
                 for peer in device.peers.makers:
-                    row |= of_peer(peer, times.get(peer), times[scheme])
+                    row |= of_peer(peer, times.get(peer), times[f"our {scheme}"])
                 yield row
 
 
