@@ -58,9 +58,9 @@ def test_ratios_are_of_medians_and_what_fails_is_named(monkeypatch: pytest.Monke
     linear = [r for r in report["results"] if r["op"].startswith("linear")]
     assert {r["op"] for r in linear} == {"linear_w4a8"}
     for r in linear:
-        assert (r["ours_us"], r["bf16_us"], r["bf16_ratio"], r["broken_us"]) == (4, 4, 1, None)
+        assert (r["ours_us"], r["bf16_us"], r["bf16_ratio"], r["broken_us"]) == (8, 4, 0.5, None)
         assert r["floor_us"] == max(r["bytes_floor_us"], r["compute_floor_us"])
-        assert r["share_of_floor"] == pytest.approx(r["floor_us"] / 4, abs=1e-3)
+        assert r["share_of_floor"] == pytest.approx(r["floor_us"] / 8, abs=1e-3)
     assert report["failed"]["w4a4, 192 x 128"] == "RuntimeError: no such kernel"
     assert report["missing"]["broken, 192 x 128"] == "no kernel for this shape"
     assert layers.of_peer("peer", Timing(3.0, 1.0), Timing(2.0, 1.0))["peer_ratio"] == 1.5
