@@ -199,13 +199,13 @@ class KernelContract:
             target.linear(layer, target.randn(c["tokens"], 96, dtype=c["dtype"]))
 
     @pytest.mark.parametrize("name", EXPERTS)
-    @pytest.mark.parametrize(("weight_bits", "act_bits"), SCHEMES)
-    @pytest.mark.parametrize("group_size", [-1, 32])
+    @pytest.mark.parametrize(
+        ("weight_bits", "act_bits", "group_size"),
+        [*((*scheme, -1) for scheme in SCHEMES), (4, 4, 32), (4, 8, 32)],
+    )
     def test_forced_experts(
         self, target: Target, name: str, group_size: int, weight_bits: int, act_bits: int
     ) -> None:
-        if group_size != -1 and weight_bits == 8:
-            pytest.skip("8-bit weights have no groups")
         for dtype in FLOATS:
             given, gate_up, down = target.experts(70, 2, 3, 64, 96, weight_bits, dtype, group_size)
             packed: list[Any] = target.packed_experts((gate_up, down), weight_bits)

@@ -151,7 +151,8 @@ def measure_model(
     cells = QUICK_CELLS if args.quick else ALL_CELLS
 
     def miss(scheme: str, error: Exception) -> None:
-        report["missing"][f"{model} {scheme}"] = str(error)
+        # Its last line: those before are a log with this machine's paths.
+        report["missing"][f"{model} {scheme}"] = str(error).strip().splitlines()[-1]
         console.print(f"{model} {scheme}: takes no part any more: {error}", markup=False)
 
     with ExitStack() as stack:

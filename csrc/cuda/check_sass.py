@@ -164,11 +164,8 @@ def page(kernels: list[Kernel]) -> str:
         [
             "# Machine code of the CUDA kernels",
             "",
-            (
-                "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0"
-                " compiled. Counts are of instructions; a main loop is an innermost one that"
-                " multiplies matrices."
-            ),
+            "Written by `make sass`, compared by `make check-cuda`, from what nvcc 13.0 compiled.",
+            "Counts are of instructions; a main loop is an innermost one that multiplies matrices.",
             "",
             *table,
             "",
