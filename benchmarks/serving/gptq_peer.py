@@ -19,7 +19,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     args = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     tokens = tokenizer(args.calib.read_text())["input_ids"]
     length = args.seqlen
     starts = range(0, min(len(tokens) // length, args.samples) * length, length)
@@ -31,7 +31,9 @@ def main() -> None:
         "strategy": "group",
         "group_size": args.group_size,
     }
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype="auto", trust_remote_code=False
+    )
     oneshot(
         model=model,
         dataset=Dataset.from_dict(

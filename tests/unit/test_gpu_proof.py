@@ -225,6 +225,6 @@ def test_the_steps_come_in_order_of_worth_within_limits(tmp_path: Path) -> None:
 
 
 def test_the_sanitizer_looks_at_every_kernel_of_the_sources() -> None:
-    sources = (ROOT / "csrc" / "cuda").glob("*_kernel*.h")
+    sources = (path for path in (ROOT / "csrc" / "cuda").iterdir() if path.is_file())
     uses = sum(path.read_text().count("\nSMOOTHROT_KERNEL(") for path in sources)
     assert len(sanitizer.kernel_names()) == uses > 5
