@@ -25,7 +25,8 @@ struct Task {
   const uint8_t* group_scale;  // of the first step on; null: none
   int64_t steps;
   int64_t group_steps;
-  int32_t* sums;  // [rows][32]
+  int32_t* sums;   // [rows][32]
+  uint8_t* bytes;  // where Keep leaves the weights as bytes
 };
 
 // Where the results of a panel go.
@@ -71,13 +72,41 @@ inline void store_vector(const Target& t, int64_t row, int64_t column, typename 
   }
 }
 
-template <bool Packed>
-constexpr int64_t kStepBytes = kPanelColumns * kStepInputs / (Packed ? 2 : 1);
+// How a kernel finds its weights.
+enum class Codes {
+  packed,  // nibbles
+  scaled,  // nibbles, multiplied by their groups' scales as they are read
+  bytes,
+};
+
+template <Codes C>
+constexpr int64_t kStepBytes = kPanelColumns * kStepInputs / (C == Codes::bytes ? 1 : 2);
+
+// What Codes::scaled multiplies by, in two vectors of columns.
+template <class S, Codes C>
+struct Factors {
+  SMOOTHROT_INLINE void load(const uint8_t*) {}
+  SMOOTHROT_INLINE void apply(typename S::I32&, typename S::I32&) const {}
+};
+template <class S>
+struct Factors<S, Codes::scaled> {
+  typename S::ByteFactor low, high;
+  SMOOTHROT_INLINE void load(const uint8_t* scales) {
+    typename S::I32 scale[2];
+    S::split_scales(scales, scale[0], scale[1]);
+    low = S::byte_factor(scale[0]);
+    high = S::byte_factor(scale[1]);
+  }
+  SMOOTHROT_INLINE void apply(typename S::I32& a, typename S::I32& b) const {
+    a = S::scale_bytes(a, low);
+    b = S::scale_bytes(b, high);
+  }
+};
 
 // Columns of one step, those from `codes` on and those sixteen further, as unsigned bytes.
-template <class S, bool Packed>
+template <class S, Codes C>
 SMOOTHROT_INLINE void load_step(const uint8_t* codes, typename S::I32& low, typename S::I32& high) {
-  if constexpr (Packed) {
+  if constexpr (C != Codes::bytes) {
     __builtin_prefetch(codes + kPrefetchBytes);
     S::split_nibbles(S::load_bytes(codes), low, high);
   } else {
@@ -85,6 +114,13 @@ SMOOTHROT_INLINE void load_step(const uint8_t* codes, typename S::I32& low, type
     low = S::load_bytes(codes);
     high = S::load_bytes(codes + kHalfStepBytes);
   }
+}
+
+// Columns of one step to where Codes::bytes reads them.
+template <class S>
+SMOOTHROT_INLINE void keep_step(typename S::I32 low, typename S::I32 high, uint8_t* bytes) {
+  S::store_words(reinterpret_cast<int32_t*>(bytes), low);
+  S::store_words(reinterpret_cast<int32_t*>(bytes) + kHalfColumns, high);
 }
 
 // Sums of Rows tokens by two vectors of columns.
@@ -100,14 +136,17 @@ struct Accumulators {
   }
 };
 
-template <class S, int Rows, bool Packed, int Bits>
+template <class S, int Rows, Codes C, bool Keep, int Bits>
 SMOOTHROT_INLINE void dot_step(const int32_t* words, const uint8_t* codes,
+                               const Factors<S, C>& factors, uint8_t* bytes,
                                Accumulators<S, Rows>& sums) {
   typename S::I32 low, high;
-  load_step<S, Packed>(codes, low, high);
-  if constexpr (!Packed) {
+  load_step<S, C>(codes, low, high);
+  factors.apply(low, high);
+  if constexpr (Keep) keep_step<S>(low, high, bytes);
+  if constexpr (C == Codes::bytes) {
     __builtin_prefetch(codes + kPrefetchBytes);
-    __builtin_prefetch(codes + kPrefetchBytes + kStepBytes<true>);
+    __builtin_prefetch(codes + kPrefetchBytes + kStepBytes<C> / 2);
   }
   unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
     const typename S::I32 a = S::set1(words[r]);
@@ -117,29 +156,48 @@ SMOOTHROT_INLINE void dot_step(const int32_t* words, const uint8_t* codes,
 }
 
 // Sums::whole.
-template <class S, int Rows, bool Packed, int Bits>
-SMOOTHROT_INLINE void add_whole(const Task& t, const uint8_t* codes, Accumulators<S, Rows>& total) {
+template <class S, int Rows, Codes C, bool Keep, int Bits>
+SMOOTHROT_INLINE void add_whole(const Task& t, const uint8_t* codes, int first,
+                                Accumulators<S, Rows>& total) {
   // Few rows give few chains: split the inputs over several sets of sums so that latency stays
   // hidden.
   constexpr int kSets = Rows == 1 ? 4 : Rows <= 3 ? 2 : 1;
-  constexpr int64_t kBytes = kStepBytes<Packed>;
-  Accumulators<S, Rows> sets[kSets] = {total};
+  Accumulators<S, Rows> others[kSets > 1 ? kSets - 1 : 1];
   unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
-    sets[set + 1].each([](auto& sum, int, int) { sum = S::zero(); });
+    others[set].each([](auto& sum, int, int) { sum = S::zero(); });
   });
   const int32_t* words = t.words;
-  for (int64_t turns = t.steps / kSets; turns > 0; --turns) {
-    unroll<kSets>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
-      dot_step<S, Rows, Packed, Bits>(words + set * Rows, codes + set * kBytes, sets[set]);
-    });
-    words += kSets * Rows;
-    codes += kSets * kBytes;
-  }
-  for (int64_t left = t.steps % kSets; left > 0; --left, words += Rows, codes += kBytes)
-    dot_step<S, Rows, Packed, Bits>(words, codes, sets[0]);
-  total = sets[0];
+  const uint8_t* scales = t.group_scale + first;
+  uint8_t* bytes = Keep ? t.bytes + first * kStepInputs : nullptr;
+  Factors<S, C> factors;
+  const auto step = [&](Accumulators<S, Rows>& sums) SMOOTHROT_INLINE_LAMBDA {
+    dot_step<S, Rows, C, Keep, Bits>(words, codes, factors, bytes, sums);
+    words += Rows;
+    codes += kStepBytes<C>;
+    if constexpr (Keep) bytes += kStepBytes<Codes::bytes>;
+  };
+  // There is at least one step in a run and one run; loops that test at their end keep the sums in
+  // place in registers.
+  const int64_t run = C == Codes::scaled ? t.group_steps : t.steps;
+  int64_t left = t.steps;
+  do {
+    factors.load(scales);
+    scales += kGroupScaleBytes;
+    int64_t steps = run;
+    if constexpr (kSets > 1) {
+      for (; steps >= kSets; steps -= kSets) {
+        step(total);
+        unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA { step(others[set]); });
+      }
+      for (; steps > 0; --steps) step(total);
+    } else {
+      do step(total);
+      while (--steps > 0);
+    }
+    left -= run;
+  } while (left > 0);
   unroll<kSets - 1>([&](auto set) SMOOTHROT_INLINE_LAMBDA {
-    total.each([&](auto& sum, int r, int h) { sum = S::add(sum, sets[set + 1].at[r][h]); });
+    total.each([&](auto& sum, int r, int h) { sum = S::add(sum, others[set].at[r][h]); });
   });
 }
 
@@ -152,8 +210,8 @@ SMOOTHROT_INLINE void add_groups(const Task& t, const uint8_t* codes, int first,
   for (int64_t left = t.steps; left > 0; left -= t.group_steps) {
     Accumulators<S, Rows> sums;
     sums.each([&](auto& sum, int r, int) { sum = S::set1(start[r]); });
-    for (int64_t s = t.group_steps; s > 0; --s, words += Rows, codes += kStepBytes<true>)
-      dot_step<S, Rows, true, 4>(words, codes, sums);
+    for (int64_t s = t.group_steps; s > 0; --s, words += Rows, codes += kStepBytes<Codes::packed>)
+      dot_step<S, Rows, Codes::packed, false, 4>(words, codes, {}, nullptr, sums);
     typename S::I32 scale[2];
     S::split_scales(scales, scale[0], scale[1]);
     total.each(
@@ -164,11 +222,12 @@ SMOOTHROT_INLINE void add_groups(const Task& t, const uint8_t* codes, int first,
 }
 
 // Sums::spans, of whole and of partial ones.
-template <class S, int Rows, bool Packed>
+template <class S, int Rows, Codes C, bool Keep>
 SMOOTHROT_INLINE void add_spans(const Task& t, const uint8_t* codes, int first,
                                 Accumulators<S, Rows>& total) {
   using I32 = typename S::I32;
   const int32_t *words = t.words, *start = t.start;
+  uint8_t* bytes = Keep ? t.bytes + first * kStepInputs : nullptr;
   constexpr int32_t kOnes = 0x00010001;
   I32 scale[2] = {S::set1(kOnes), S::set1(kOnes)};
   int64_t group_left = 0;
@@ -176,14 +235,18 @@ SMOOTHROT_INLINE void add_spans(const Task& t, const uint8_t* codes, int first,
   Accumulators<S, Rows> sums;
   const auto step = [&]() SMOOTHROT_INLINE_LAMBDA {
     I32 low, high;
-    load_step<S, Packed>(codes, low, high);
+    load_step<S, C>(codes, low, high);
+    if constexpr (Keep) {
+      keep_step<S>(low, high, bytes);
+      bytes += kStepBytes<Codes::bytes>;
+    }
     unroll<Rows>([&](auto r) SMOOTHROT_INLINE_LAMBDA {
       const I32 a = S::set1(words[r]);
       sums.at[r][0] = S::dot_pairs(sums.at[r][0], low, a);
       sums.at[r][1] = S::dot_pairs(sums.at[r][1], high, a);
     });
     words += Rows;
-    codes += kStepBytes<Packed>;
+    codes += kStepBytes<C>;
   };
   const auto span = [&](const auto& steps) SMOOTHROT_INLINE_LAMBDA {
     sums.each([&](auto& sum, int r, int) { sum = S::set1(start[r]); });
@@ -210,23 +273,22 @@ SMOOTHROT_INLINE void add_spans(const Task& t, const uint8_t* codes, int first,
 }
 
 // Adds the products of a task's steps to its sums.
-template <class S, int Rows, Sums How, bool Packed, int Bits>
+template <class S, int Rows, Sums How, Codes C, bool Keep, int Bits>
 void multiply(const Task& t) {
   // A vector of codes narrower than a step's half is a part of its columns: go over the parts one
   // by one.
   for (int first = 0; first < kHalfColumns; first += S::kLanes) {
-    const auto at = [&](int r, int h) {
-      return t.sums + r * kPanelColumns + h * kHalfColumns + first;
-    };
+    int32_t* const sums = t.sums + first;
+    const auto at = [&](int r, int h) { return sums + r * kPanelColumns + h * kHalfColumns; };
     const uint8_t* codes = t.codes + first * kStepInputs;
     Accumulators<S, Rows> total;
     total.each([&](auto& sum, int r, int h) { sum = S::load_bytes(at(r, h)); });
     if constexpr (How == Sums::whole) {
-      add_whole<S, Rows, Packed, Bits>(t, codes, total);
+      add_whole<S, Rows, C, Keep, Bits>(t, codes, first, total);
     } else if constexpr (How == Sums::groups) {
       add_groups<S, Rows>(t, codes, first, total);
     } else {
-      add_spans<S, Rows, Packed>(t, codes, first, total);
+      add_spans<S, Rows, C, Keep>(t, codes, first, total);
     }
     total.each([&](auto& sum, int r, int h) { S::store_words(at(r, h), sum); });
   }
@@ -234,29 +296,45 @@ void multiply(const Task& t) {
 
 using Multiply = void (*)(const Task&);
 
-template <class S, Sums How, bool Packed, int Bits, std::size_t... Row>
+template <class S, Sums How, Codes C, bool Keep, int Bits, std::size_t... Row>
 Multiply multiply_of_height(int64_t rows, std::index_sequence<Row...>) {
-  static constexpr Multiply kTable[] = {&multiply<S, int(Row) + 1, How, Packed, Bits>...};
+  static constexpr Multiply kTable[] = {&multiply<S, int(Row) + 1, How, C, Keep, Bits>...};
   return kTable[rows - 1];
 }
 
-template <class S>
-Multiply choose_multiply(int64_t rows, const GemmArgs& g) {
+// Where the weights of a tile come from.
+enum class From {
+  panel,
+  panel_kept,  // the first tile of a block that expands, which leaves bytes to
+  bytes,       // the others
+};
+
+template <class S, Sums How, Codes C, int Bits>
+Multiply choose_from(int64_t rows, From from) {
   constexpr auto kHeights = std::make_index_sequence<S::kMaxRows>{};
-  if constexpr (S::kSumsSpans) {
-    if (g.act.sums == Sums::spans) {
-      return g.expand ? multiply_of_height<S, Sums::spans, false, 4>(rows, kHeights)
-                      : multiply_of_height<S, Sums::spans, true, 4>(rows, kHeights);
-    }
-  } else {
-    if (g.act.sums == Sums::groups) {
-      return multiply_of_height<S, Sums::groups, true, 4>(
-          rows, std::make_index_sequence<S::kMostRowsByGroups>{});
-    }
-    if (g.act.weight.bits == 4 && !g.expand)
-      return multiply_of_height<S, Sums::whole, true, 4>(rows, kHeights);
+  if constexpr (S::kExpandFromTiles > 0) {
+    if (from == From::panel_kept)
+      return multiply_of_height<S, How, C, true, Bits>(rows, kHeights);
+    // What is left to do with bytes is the same whether or not their groups' scales are in them.
+    if (from == From::bytes)
+      return multiply_of_height<S, How, Codes::bytes, false, How == Sums::whole ? 8 : Bits>(
+          rows, kHeights);
   }
-  return multiply_of_height<S, Sums::whole, false, 8>(rows, kHeights);
+  return multiply_of_height<S, How, C, false, Bits>(rows, kHeights);
+}
+
+template <class S>
+Multiply choose_multiply(int64_t rows, const GemmArgs& g, From from) {
+  if (g.act.weight.bits == 8) return choose_from<S, Sums::whole, Codes::bytes, 8>(rows, From::panel);
+  if constexpr (S::kSumsSpans) {
+    return choose_from<S, Sums::spans, Codes::packed, 4>(rows, from);
+  } else {
+    if (!g.act.weight.groups) return choose_from<S, Sums::whole, Codes::packed, 4>(rows, from);
+    if constexpr (S::kScalesBytes)
+      return choose_from<S, Sums::whole, Codes::scaled, 8>(rows, from);
+    else
+      return choose_from<S, Sums::groups, Codes::packed, 4>(rows, from);
+  }
 }
 
 template <class S>
@@ -269,42 +347,10 @@ void plan(GemmArgs& g) {
   if constexpr (S::kSumsSpans) {
     if (packed) act.sums = Sums::spans;
   } else if (act.weight.groups) {
-    if (S::kExpandFromTiles == 0 || act.tiles.tokens <= S::kMostRowsByGroups) {
-      act.sums = Sums::groups;
-    } else {
+    if (S::kScalesBytes)
       act.offset = 128;
-      g.expand = true;
-    }
-  }
-}
-
-// Packed steps to bytes; where sums are of the whole, times their groups' scales.
-template <class S>
-void expand(const Task& t, bool scaled, uint8_t* bytes) {
-  const uint8_t *codes = t.codes, *scales = t.group_scale;
-  for (int64_t left = t.steps; left > 0;
-       left -= t.group_steps, scales += scaled * kGroupScaleBytes) {
-    const int64_t steps = left < t.group_steps ? left : t.group_steps;
-    for (int first = 0; first < kHalfColumns; first += S::kLanes) {
-      [[maybe_unused]] typename S::I32 scale[2];
-      if constexpr (!S::kSumsSpans)
-        if (scaled) S::split_scales(scales + first, scale[0], scale[1]);
-      for (int64_t s = 0; s < steps; ++s) {
-        typename S::I32 low, high;
-        load_step<S, true>(codes + s * kStepBytes<true> + first * kStepInputs, low, high);
-        if constexpr (!S::kSumsSpans) {
-          if (scaled) {
-            low = S::scale_bytes(low, scale[0]);
-            high = S::scale_bytes(high, scale[1]);
-          }
-        }
-        auto* out = reinterpret_cast<int32_t*>(bytes + s * kStepBytes<false>) + first;
-        S::store_words(out, low);
-        S::store_words(out + kHalfColumns, high);
-      }
-    }
-    codes += steps * kStepBytes<true>;
-    bytes += steps * kStepBytes<false>;
+    else
+      act.sums = Sums::groups;
   }
 }
 
@@ -344,19 +390,19 @@ void multiply_panel(const GemmArgs& g, int64_t panel, int64_t first_tile, int64_
     t.group_steps = w.group_steps;
     t.codes = data + w.codes_at + s * w.step_bytes;
     if (w.groups) t.group_scale = data + kScaleBytes + s / w.group_steps * kGroupScaleBytes;
-    if constexpr (S::kExpandFromTiles > 0) {
-      if (g.expand) {
-        expand<S>(t, w.groups && act.sums == Sums::whole, bytes);
-        t.codes = bytes;
-      }
-    }
+    t.bytes = bytes;
+    From from = g.expand ? From::panel_kept : From::panel;
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       const int64_t first = tile_begin(act.tiles, tile),
                     height = tile_begin(act.tiles, tile + 1) - first;
       t.words = act.words + first * w.steps + s * height;
       t.start = act.start + first * act.starts() + s / kSpanSteps * height;
       t.sums = sums + (first - first_row) * kPanelColumns;
-      choose_multiply<S>(height, g)(t);
+      choose_multiply<S>(height, g, from)(t);
+      if (g.expand) {
+        t.codes = bytes;
+        from = From::bytes;
+      }
     }
   }
   Target target{};

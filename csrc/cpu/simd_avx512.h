@@ -14,8 +14,7 @@ struct Avx512 {
   static constexpr int kMaxRows = 14;  // 28 sums, 2 weights, 1 activation
   static constexpr bool kSumsSpans = false;
   static constexpr int kExpandFromTiles = 3;
-  // From more rows on, to multiply a weight by its group's scale costs less than to multiply sums.
-  static constexpr int kMostRowsByGroups = 4;
+  static constexpr bool kScalesBytes = true;
   using F32 = __m512;
   // Not __m512i, whose lanes are 64-bit to the compiler: it would keep each sum twice, once as
   // either type.
@@ -161,14 +160,19 @@ struct Avx512 {
     low = both & 0x0F;
     high = both >> 4;
   }
+  // A group's scale in each 16-bit half of a lane, and 128 - 8 * scale in each of its bytes.
+  struct ByteFactor {
+    I32 scale, rest;
+  };
+  static ByteFactor byte_factor(I32 scales) {
+    const I32 twice = scales | scales << 16, bytes = twice | twice << 8;
+    return {twice, (I32)_mm512_sub_epi8(_mm512_set1_epi8(-128), (__m512i)(bytes << 3))};
+  }
   // Bytes (code + 8) of each lane to code * scale + 128: in 16-bit lanes neither the product, at
   // most 225, nor what is added to it carries from a byte to the next.
-  static I32 scale_bytes(I32 codes, I32 scales) {
-    const I32 twice = scales | scales << 16, bytes = twice | twice << 8;
-    const __m512i product = _mm512_mullo_epi16((__m512i)codes, (__m512i)twice);
-    const __m512i rest =
-        _mm512_sub_epi8(_mm512_set1_epi8(-128), _mm512_slli_epi16((__m512i)bytes, 3));
-    return (I32)_mm512_add_epi8(product, rest);
+  static I32 scale_bytes(I32 codes, const ByteFactor& by) {
+    const __m512i product = _mm512_mullo_epi16((__m512i)codes, (__m512i)by.scale);
+    return (I32)_mm512_add_epi8(product, (__m512i)by.rest);
   }
   // sum + four products a lane: unsigned bytes of w (at most 15 for Bits == 4) times signed bytes
   // of a.

@@ -9,8 +9,8 @@ namespace smoothrot {
 
 // Activation tiles that the panels are multiplied with while they stay in the second-level cache;
 // and how many at least share the work of expanding a panel.
-constexpr int64_t kActivationBlockBytes = 256 * 1024;
-constexpr int64_t kTilesOfExpanded = 32;
+constexpr int64_t kActivationBlockBytes = 512 * 1024;
+constexpr int64_t kTilesOfExpanded = 4;
 
 // Activations of `tokens` tokens in tiles, and one weight; pointers and bias are the caller's to
 // set.
