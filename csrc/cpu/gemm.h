@@ -15,7 +15,7 @@ namespace {
 
 // Bytes ahead of the weights in use that are asked for: far enough to hide DRAM latency at full
 // bandwidth.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 8192;
 
 // Some steps of a panel, for one tile.
 struct Task {
