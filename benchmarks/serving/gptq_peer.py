@@ -31,9 +31,7 @@ def main() -> None:
         "strategy": "group",
         "group_size": args.group_size,
     }
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype="auto", trust_remote_code=False
-    )
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", trust_remote_code=False)
     oneshot(
         model=model,
         dataset=Dataset.from_dict(

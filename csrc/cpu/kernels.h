@@ -70,7 +70,7 @@ struct TileArgs {
 };
 
 // Inputs of a panel that are expanded to bytes at a time: what all tiles of a block then read stays
-// in the first-level cache. Whole groups.
+// in the second-level cache. Whole groups.
 static constexpr int64_t kChunkInputs = 2048;
 
 struct GemmArgs {

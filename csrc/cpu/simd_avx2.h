@@ -15,7 +15,6 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kMaxRows = 6;  // 12 sums, 2 weights, activation, product
   static constexpr bool kSumsSpans = true;
-  static constexpr bool kScalesBytes = false;
   static constexpr int kExpandFromTiles = 4;
   using F32 = __m256;
   using I32 = __m256i;

@@ -17,7 +17,7 @@ struct Portable {
   static constexpr int kMaxRows = 4;
   static constexpr bool kSumsSpans = false;
   static constexpr int kExpandFromTiles = 0;  // never
-  static constexpr bool kScalesBytes = false;
+  static constexpr int kMostRowsByGroups = kMaxRows;
   using F32 = float __attribute__((vector_size(16)));
   using I32 = int32_t __attribute__((vector_size(16)));
   using I16 = int16_t __attribute__((vector_size(16)));

@@ -8,7 +8,7 @@
 namespace smoothrot {
 
 // Activation tiles that the panels are multiplied with while they stay in the second-level cache;
-// and how many at least share the work of expanding a panel.
+// and how many at least share the work of expanding it.
 constexpr int64_t kActivationBlockBytes = 512 * 1024;
 constexpr int64_t kTilesOfExpanded = 4;
 
