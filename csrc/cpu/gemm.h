@@ -111,7 +111,7 @@ void plan(GemmArgs& g) {
   if constexpr (S::kSumsSpans) {
     if (packed) act.sums = Sums::spans;
   } else if (act.weight.groups) {
-    if (act.tiles.rows <= S::kMostRowsByGroups)
+    if (act.tiles.rows <= S::kMostRowsByGroups && act.weight.steps >= S::kFewestStepsByGroups)
       act.sums = Sums::groups;
     else
       act.offset = 128;

@@ -14,8 +14,10 @@ struct Avx512 {
   static constexpr int kMaxRows = 14;  // 28 sums, 2 weights, 1 activation
   static constexpr bool kSumsSpans = false;
   static constexpr int kExpandFromTiles = 3;
-  // From more rows on, to multiply a weight by its group's scale costs less than to multiply sums.
+  // Where there are more rows or fewer steps, to multiply a weight by its group's scale costs less
+  // than to multiply sums.
   static constexpr int kMostRowsByGroups = 2;
+  static constexpr int kFewestStepsByGroups = 512;
   using F32 = __m512;
   // Not __m512i, whose lanes are 64-bit to the compiler: it would keep each sum twice, once as
   // either type.

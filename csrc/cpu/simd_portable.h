@@ -18,6 +18,7 @@ struct Portable {
   static constexpr bool kSumsSpans = false;
   static constexpr int kExpandFromTiles = 0;  // never
   static constexpr int kMostRowsByGroups = kMaxRows;
+  static constexpr int kFewestStepsByGroups = 0;
   using F32 = float __attribute__((vector_size(16)));
   using I32 = int32_t __attribute__((vector_size(16)));
   using I16 = int16_t __attribute__((vector_size(16)));
