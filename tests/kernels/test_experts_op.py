@@ -55,8 +55,8 @@ def random_experts(
 def test_experts_equal_the_reference(
     tokens: int, act_bits: int, weight_bits: int, group_size: int, block: int, dtype: torch.dtype
 ) -> None:
-    """Bit for bit: with 96 channels an odd number of groups, and tiles on both sides of the
-    height up to which AVX-512 sums by groups."""
+    """Bit for bit: with 96 channels an odd number of groups, and experts of one tile and of so many
+    that their weights are expanded."""
     defined, given = random_experts(tokens, act_bits, weight_bits, group_size, block, dtype)
     expected, got = reference.experts(*defined), ops.experts(*given)
     assert got.dtype == dtype

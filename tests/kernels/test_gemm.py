@@ -27,10 +27,10 @@ SHAPES = [
     # Every height of a tile, with the fewest and with more steps after the last whole vector of
     # them.
     *((tokens, 3, inputs) for tokens in range(2, 15) for inputs in (80, 148)),
-    # As many tiles as from which 4-bit panels are expanded to bytes (4 on AVX2, 3 on AVX-512), 512
+    # As many tiles as from which 4-bit panels are expanded to bytes (4 on AVX2, 3 on AVX-512), 2048
     # inputs at a time: whole chunks, and after them no whole span of 32 inputs, no whole step of 4.
-    *((tokens, 35, inputs) for tokens in (18, 19, 28, 29, 43) for inputs in (30, 512, 1056, 1066)),
-    (470, 35, 1198),  # several blocks on every path
+    *((tokens, 35, inputs) for tokens in (18, 19, 28, 29, 43) for inputs in (30, 2048, 4128, 4138)),
+    (470, 35, 4270),  # several blocks on every path
 ]
 # Tokens, columns, groups; odd groups leave half of a stored byte and a part of a chunk.
 GROUPED = [
@@ -38,10 +38,12 @@ GROUPED = [
     (1, 257, 8),
     (2, 64, 1),
     (3, 31, 17),
+    # As many inputs as from which AVX-512 sums one or two rows by groups.
+    *((tokens, 33, groups) for tokens in (1, 2, 3) for groups in (64, 65)),
     (19, 35, 5),
     (29, 48, 33),
-    (43, 17, 16),
-    (470, 35, 37),
+    (43, 17, 65),
+    (470, 35, 133),
 ]
 
 

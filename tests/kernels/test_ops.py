@@ -41,7 +41,8 @@ WIDTHS = [
     (1536, 1536, -1),
     (1536, 768, 128),
     (576, 0, 64),  # an odd number of groups
-    (608, 0, 32),  # another, and a part of the 512 inputs that are expanded at a time
+    (608, 0, 32),  # another
+    (2144, 0, 32),  # another, and a part of the 2048 inputs that are expanded at a time
     (26, 0, -1),
     (24, 12, -1),
 ]
