@@ -145,6 +145,14 @@ class ConvertConfig(_Calibration):
         description="learned rotations: optimizer steps, the budget of learning.",
     )
 
+    distill_steps: int = Field(
+        0,
+        ge=0,
+        le=MOST,
+        description="After rounding: optimizer steps that train scales, norms and biases together"
+        " towards the original's predictions, both models in memory.",
+    )
+
     def described(self) -> str:
         """The recipe in a line of the field's own terms."""
         groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
@@ -161,13 +169,19 @@ class ConvertConfig(_Calibration):
             "no rotation"
         ] * (not self.rotate)
         parts += [f"rotations learned in {self.rotation_steps} steps"] * self.learns_rotations
+        parts += [f"distilled in {self.distill_steps} steps"] * (self.distill_steps > 0)
         parts.append(f"{self.lm_head_bits}-bit head")
         return ", ".join(parts)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        measured = self.needs_probe or self.sign_seeds > 1 or self.learns_rotations
+        measured = (
+            self.needs_probe
+            or self.sign_seeds > 1
+            or self.learns_rotations
+            or self.distill_steps > 0
+        )
         return self.scales != "none" or self.rounding != "rtn" or measured
 
     @property

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from smoothrot_offline.config import ConvertConfig, stays_tied
 from smoothrot_offline.console import ProgressCallback, no_progress
 from smoothrot_offline.decide.stages import Decisions, count_steps, decide
 from smoothrot_offline.device import CPU, computing_on
+from smoothrot_offline.distill.cost import distillation_steps
+from smoothrot_offline.distill.distillation import distill
 from smoothrot_offline.output.directory import ResumableDirectory
 from smoothrot_offline.output.journal import Journal, conversion_identity
 from smoothrot_offline.output.manifest import Manifest, read_manifest
@@ -92,7 +95,7 @@ def convert(
     checkpoint = open_checkpoint(source).on(device)
     admitted = admit(checkpoint, config, workers, device)
     spec, beside = admitted.spec, admitted.side_files.copied
-    steps = count_steps(spec, config) + spec.layers + 3
+    steps = count_steps(spec, config) + spec.layers + 3 + distillation_steps(config)
     begun = count()
 
     def step(message: str) -> None:
@@ -120,7 +123,8 @@ def convert(
             step("head and files")
             head, head_error = converter.head()
             tensors = journal.tensors | journal.write_part(head)
-            describe_model(
+            describe = partial(
+                describe_model,
                 directory,
                 config,
                 converter,
@@ -128,9 +132,17 @@ def convert(
                 side_files=beside,
                 source_digests=identity["source"],
                 layers=journal.layers,
-                tensors=tensors,
                 head_error=head_error,
             )
+            describe(tensors=tensors)
+            if config.distill_steps:
+                if not journal.distilled:
+                    with directory.openable() as rounded:
+                        journal.finish_distillation(
+                            *distill(rounded, source, config, tensors, device, step)
+                        )
+                distillation, tensors = journal.apply_distillation(tensors)
+                describe(tensors=tensors, distillation=distillation)
             directory.flush()
             journal.finish()
         journal.clear_work()

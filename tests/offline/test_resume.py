@@ -93,8 +93,12 @@ def content(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("options", "stride", "least"),
-    [(PLAIN, 2, 18), (CALIBRATION | {"rounding": "gptaq", "clip_search": True}, 9, 4)],
-    ids=["rtn", "gptaq"],
+    [
+        (PLAIN, 2, 18),
+        (CALIBRATION | {"rounding": "gptaq", "clip_search": True}, 9, 4),
+        (PLAIN | {"calib_seqlen": 16, "distill_steps": 1}, 9, 4),
+    ],
+    ids=["rtn", "gptaq", "distilled"],
 )
 def test_kill_9_anywhere_and_the_same_command_finishes_with_the_same_bytes(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object], stride: int, least: int

@@ -18,6 +18,7 @@ from smoothrot_offline.decide.policies import SAMPLE_TOKENS
 from smoothrot_offline.decide.rotations import learning_bytes
 from smoothrot_offline.decide.stages import STAGES, Cost
 from smoothrot_offline.device import CPU, device_name
+from smoothrot_offline.distill.cost import distillation_bytes, distillation_flop
 from smoothrot_offline.rounding.rtn import HEAD_ROWS, quantize_rtn, store
 from smoothrot_offline.rounding.sequential import rounding_flop
 from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
@@ -97,7 +98,7 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     # What the allocator cannot use again, measured: up to 0.6 of it without calibration on layers
     # of 17 to 63 million weights, up to 0.72 in 14 conversions with calibration on layers of 2
     # million.
-    return resident_now + max(converting, generating) * 2
+    return resident_now + max(2 * max(converting, generating), distillation_bytes(spec, config))
 
 
 def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> float:
@@ -110,6 +111,7 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         costs.append(
             Cost(1, rounding_flop(spec, tokens, asymmetric), 1.5 * (2 if asymmetric else 1))
         )
+    costs.append(Cost(flop=distillation_flop(spec, config)))
     folds = 1 + sum(cost.folds for cost in costs)
     per_token = spec.token_flop(config.calib_seqlen)
     flop = sum(cost.flop + cost.passes * tokens * per_token for cost in costs)

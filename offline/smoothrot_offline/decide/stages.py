@@ -26,7 +26,7 @@ from smoothrot_offline.decide.study import PROBE_SAMPLES, LayerStudy, Study, all
 from smoothrot_offline.output.manifest import LearnedRecord
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import SourceModel
-from smoothrot_offline.source.text import GENERATED, load_calibration
+from smoothrot_offline.source.text import GENERATED, GENERATING_PASSES, load_calibration
 from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.format import QuantizationSchema
 
@@ -99,9 +99,9 @@ class CalibrationText:
         return 1
 
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
-        """A token at a time, the weights are read from memory for each."""
+        """What generating takes."""
         generated = config.needs_calibration and config.calib == GENERATED
-        return Cost(passes=4 if generated else 0)
+        return Cost(passes=GENERATING_PASSES if generated else 0)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
         """Load them, and keep some back for the choice of the signs."""

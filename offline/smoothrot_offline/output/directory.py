@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,6 +268,15 @@ class ResumableDirectory(OutputDirectory):
             str(file.relative_to(self.path)).removesuffix(_INCOMPLETE): file_digest(file)
             for file in files
         }
+
+    @contextmanager
+    def openable(self) -> Iterator[Path]:
+        """A folder of links to what is written, with the name for the configuration that makes it
+        a model, while the context lasts."""
+        with tempfile.TemporaryDirectory(prefix="smoothrot-") as folder:
+            for file in self._entries():
+                (Path(folder) / file.name.removesuffix(_INCOMPLETE)).symlink_to(file)
+            yield Path(folder)
 
     def flush(self) -> None:
         """Flush every file to disk."""

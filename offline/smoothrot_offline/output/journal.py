@@ -32,6 +32,7 @@ from smoothrot_offline.output.directory import (
     writing,
 )
 from smoothrot_offline.output.manifest import (
+    DistillationRecord,
     LayerRecord,
     LearnedRecord,
     SmoothingRecord,
@@ -104,6 +105,7 @@ class Journal:
         self._finished = 0
         self._decisions: dict[str, Any] | None = None
         self._hidden: dict[str, str] | None = None
+        self._distillation: dict[str, Any] | None = None
         self.layers: list[LayerRecord] = []
         self.tensors: dict[str, TensorRecord] = {}
         self.done = False
@@ -114,6 +116,7 @@ class Journal:
             return
         self._check(entries[0].get("identity"), identity)
         self.done = "done" in entries[-1]
+        self._replaced = any("distillation" in entry for entry in entries)
         try:
             for entry in entries[1:]:
                 self._replay(entry)
@@ -187,6 +190,47 @@ class Journal:
     def load_hidden(self) -> dict[str, torch.Tensor]:
         """Hidden states after the last finished layer; none if there are none."""
         return {} if self._hidden is None else self._load(self._hidden)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it holds what distillation led to."""
+        return self._distillation is not None
+
+    def finish_distillation(
+        self, record: DistillationRecord, changed: dict[str, torch.Tensor]
+    ) -> None:
+        """Keep what distillation led to."""
+        kept = self._keep("distillation", changed)
+        self._distillation = {"distillation": record.model_dump(), **kept}
+        self._append(self._distillation)
+
+    def apply_distillation(
+        self, tensors: Mapping[str, TensorRecord]
+    ) -> tuple[DistillationRecord, dict[str, TensorRecord]]:
+        """Replace tensors of the parts, ``tensors``, by those that :meth:`finish_distillation`
+        kept; done again, it changes nothing.
+
+        Raises:
+            ResumeError: a part is not the one that was written.
+        """
+        assert self._distillation is not None
+        changed = self._load(self._distillation)
+        found: dict[str, TensorRecord] = {}
+        for file in dict.fromkeys(record.file for record in tensors.values()):
+            expected = {name: record for name, record in tensors.items() if record.file == file}
+            part = self._read_work(file)
+            same = {name: tensor for name, tensor in part.items() if name not in changed}
+            if part.keys() != expected.keys() or any(
+                record != expected[name] for name, record in describe(same, file).items()
+            ):
+                raise self._other_file(file)
+            whole = {name: changed.get(name, part[name]) for name in expected}
+            with writing(self.folder / file):
+                work = self.folder / f"{WORK_PREFIX}{file}"
+                write_tensors(work, whole)
+                work.rename(self.folder / file)
+            found |= describe(whole, file)
+        return DistillationRecord.model_validate(self._distillation["distillation"]), found
 
     def finish(self) -> None:
         """Everything is written: only the directory's name, and that of its configuration, are
@@ -264,9 +308,11 @@ class Journal:
                 for name, record in entry["tensors"].items()
             }
             self._hidden = None if entry["hidden"] is None else _kept(entry["hidden"])
-            if not self.done:
+            if not self.done and not self._replaced:
                 self._check_part(records)
             self._add(records, _or_none(LayerRecord, entry["layer"]))
+        elif "distillation" in entry:
+            self._distillation = _kept(entry)
         elif "done" not in entry:
             raise ValueError(f"unknown piece of work {', '.join(entry)}")
 

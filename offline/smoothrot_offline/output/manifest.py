@@ -73,6 +73,17 @@ class RotationRecord(_Record):
     learned: LearnedRecord | None = None
 
 
+class DistillationRecord(_Record):
+    """Distillation: optimizer steps, sequences that were trained on, and ``KL(original ||
+    converted)`` of held-out text, in nats, as rounding left the model and after. Where that is no
+    less, the model is as rounding left it."""
+
+    steps: int
+    sequences: int
+    before: float
+    after: float
+
+
 class SmoothingRecord(_Record):
     """What a scale policy chose for one layer: the statistic of the input, its exponent alpha, the
     quantile if it is one.
@@ -144,6 +155,7 @@ class Manifest(_Record):
     packages: dict[str, str]
     calibration: CalibrationRecord | None
     rotations: RotationRecord | None
+    distillation: DistillationRecord | None = None
     device: str = "cpu"
     layers: list[LayerRecord]
     lm_head_weight_error: float | None

@@ -22,6 +22,7 @@ from smoothrot_offline.device import device_kind
 from smoothrot_offline.output.directory import ResumableDirectory, write_index, write_part
 from smoothrot_offline.output.manifest import (
     CalibrationRecord,
+    DistillationRecord,
     LayerRecord,
     Manifest,
     RotationRecord,
@@ -267,6 +268,7 @@ def describe_model(
     layers: Sequence[LayerRecord],
     tensors: Mapping[str, TensorRecord],
     head_error: float | None,
+    distillation: DistillationRecord | None = None,
 ) -> None:
     """Write everything that is no weight; the configuration makes the directory a model, the
     manifest comes last.
@@ -277,6 +279,7 @@ def describe_model(
         side_files: what is copied from the source, relative to it.
         source_digests: SHA-256 of the source's files by name.
         layers, tensors, head_error: of the parts.
+        distillation: what came of it, if it is done.
 
     Raises:
         OutputError: the file system refuses.
@@ -311,6 +314,7 @@ def describe_model(
         packages=package_versions(),
         calibration=_calibration(decisions),
         rotations=_rotations(decisions),
+        distillation=distillation,
         device=device_kind(checkpoint.device),
         layers=list(layers),
         lm_head_weight_error=head_error,

@@ -97,12 +97,17 @@ class _RoundThrough(torch.autograd.Function):
         return gradient
 
 
+def round_through(x: torch.Tensor) -> torch.Tensor:
+    """``x`` rounded to nearest, ties to even; the gradient is that of ``x``."""
+    rounded: torch.Tensor = _RoundThrough.apply(x)
+    return rounded
+
+
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """``scale * clamp(round(x / scale))``, differentiable in both; ``scale`` broadcasts against
     ``x``."""
     top = quant_max(bits)
-    rounded: torch.Tensor = _RoundThrough.apply(x / scale)
-    return rounded.clamp(-top - 1, top) * scale
+    return round_through(x / scale).clamp(-top - 1, top) * scale
 
 
 def fake_quantize_tokens(
@@ -149,8 +154,7 @@ def fake_quantize_shrunk(weight: torch.Tensor, shrink: Shrink, bits: int) -> tor
     steps = (_largest_magnitude(weight, 1) * shrink.channel).clamp_min(QUANT_MIN_SCALE)
     if shrink.group is not None:
         wanted = _largest_magnitude(weight, shrink.group.shape[1]) * shrink.group
-        whole: torch.Tensor = _RoundThrough.apply(wanted / steps)
-        steps = steps * whole.clamp(1, GROUP_SCALE_MAX)
+        steps = steps * round_through(wanted / steps).clamp(1, GROUP_SCALE_MAX)
     grouped = weight.unflatten(1, (steps.shape[1], -1))
     return fake_quantize(grouped, steps[:, :, None], bits).flatten(1)
 

@@ -113,6 +113,9 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
 
 
 GENERATED = "generated"
+GENERATING_PASSES = 4.0
+"""What generating a text takes, in passes of it: a token at a time, the weights are read from
+memory for each."""
 _GENERATION_BATCH = 32
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Families trained with <bos> before every text that fall apart without it; exported tokenizers do

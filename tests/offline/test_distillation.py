@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation begins with the checkpoint that rounding wrote, changes only what may change, and
+keeps only what predicts held-out text better."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoothrot_offline.check.verify import verify
+from smoothrot_offline.config import ConvertConfig, make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.distill import training
+from smoothrot_offline.distill.student import Student
+from smoothrot_offline.output.manifest import Manifest, read_manifest
+from smoothrot_offline.report.model import QuantizedLinear, load_model
+
+MakeModel = Callable[..., Path]
+SMALL = {"calib_samples": 64, "calib_seqlen": 24, "scales": "l2", "rounding": "rtn"}
+SCHEMES: list[dict[str, Any]] = [
+    {"activation_bits": 8, "lm_head_bits": 8, "keep_8bit": 0.3},
+    {"activation_bits": 4, "clip_search": True},
+]
+
+
+def options(**others: Any) -> ConvertConfig:
+    return make_config(**SMALL | others)
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    files = sorted(directory.glob("model-*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def student_of(directory: Path) -> Student:
+    dtypes = {name: tensor.dtype for name, tensor in stored(directory).items()}
+    return Student(load_model(directory, torch.float32, "reference"), dtypes)
+
+
+def converted(source: Path, out: Path, config: ConvertConfig) -> Manifest:
+    convert(source, out, config)
+    return read_manifest(out)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mixtral"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=["w4a8", "w4a4"])
+def test_an_untrained_student_is_the_checkpoint(
+    make_model: MakeModel, tmp_path: Path, family: str, scheme: dict[str, Any]
+) -> None:
+    head = {} if family != "gemma3" else {"lm_head_bits": 16}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    sizes |= {"num_key_value_heads": 4} if family != "mixtral" else {"num_key_value_heads": 2}
+    source, out = make_model(family, **sizes), tmp_path / "out"
+    convert(source, out, options(group_size=32, **scheme | head))
+    student = student_of(out)
+    before = stored(out)
+    for name, tensor in student.stored():
+        assert torch.equal(tensor, before[name]), name
+    reference = load_model(out, torch.float32, "reference")
+    linears = [name for name, one in reference.named_modules() if isinstance(one, QuantizedLinear)]
+    assert linears
+    for name in linears:
+        defined, trained = reference.get_submodule(name), student.model.get_submodule(name)
+        inputs = trained._units.shape[1]
+        x = torch.randn(256, inputs, generator=torch.Generator().manual_seed(0))
+        expected = defined(x)
+        errors = (trained(x) - expected).norm(dim=1) / expected.norm(dim=1)
+        # A value half-way between two codes may go to either: of few tokens, and by one step.
+        assert errors.median() <= 1e-6, name
+        assert (errors > 1e-5).float().mean() <= 0.05, name
+
+
+def test_training_lowers_the_held_out_loss_and_touches_nothing_else(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = make_model()
+    recipe = {"activation_bits": 8, "lm_head_bits": 8, "keep_8bit": 0.3}
+    convert(source, tmp_path / "rounded", options(**recipe))
+    manifest = converted(source, tmp_path / "out", options(**recipe, distill_steps=40))
+    assert manifest.distillation is not None
+    assert manifest.distillation.steps == 40
+    assert manifest.distillation.after < 0.9 * manifest.distillation.before
+    verify(tmp_path / "out")
+
+    before, after = stored(tmp_path / "rounded"), stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("weight_scale", "norm.weight"))}
+
+    again = converted(source, tmp_path / "again", options(**recipe, distill_steps=40))
+    assert again == manifest
+
+
+def test_the_loss_of_the_output_is_the_one_recorded(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = make_model(), tmp_path / "out"
+    seen: list[torch.Tensor] = []
+    measured = training.held_out_divergence
+
+    def watching(original: Any, student: Any, tokens: torch.Tensor) -> float:
+        seen.append(tokens)
+        return measured(original, student, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smoothrot_offline.distill.distillation.held_out_divergence", watching)
+        manifest = converted(source, out, options(activation_bits=8, distill_steps=10))
+    assert manifest.distillation is not None
+    original = load_model(source, torch.float32)
+    served = measured(original, load_model(out, torch.float32), seen[-1])
+    # A value half-way between two codes may go to either.
+    assert served == pytest.approx(manifest.distillation.after, rel=0.01)
+    assert manifest.distillation.after < 0.95 * manifest.distillation.before
+
+
+def test_what_is_no_better_is_not_kept(
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(training, "SCALE_RATE", 3.0)
+    source = make_model()
+    convert(source, tmp_path / "rounded", options(activation_bits=8))
+    manifest = converted(source, tmp_path / "out", options(activation_bits=8, distill_steps=6))
+    assert manifest.distillation is not None
+    assert manifest.distillation.after >= manifest.distillation.before
+    assert "the model stays as rounding left it" in caplog.text
+    before, after = stored(tmp_path / "rounded"), stored(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_loss_is_that_of_the_definition(make_model: MakeModel) -> None:
+    one, other = (
+        load_model(make_model(name=name, num_hidden_layers=1 + i))
+        for i, name in enumerate(("one", "other"))
+    )
+    one, other = one.float(), other.float().requires_grad_(False)
+    tokens = torch.arange(60).reshape(2, 30)
+    p, q = (model(tokens).logits.double().softmax(-1) for model in (one, other))
+    expected = (p * (p.log() - q.log())).sum(-1).mean()
+    assert float(training.divergence(one, other, tokens)) == pytest.approx(float(expected), rel=1e-5)
