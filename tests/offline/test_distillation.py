@@ -82,7 +82,7 @@ def test_training_lowers_the_held_out_loss_and_touches_nothing_else(
     manifest = converted(source, tmp_path / "out", options(**recipe, distill_steps=40))
     assert manifest.distillation is not None
     assert manifest.distillation.steps == 40
-    assert manifest.distillation.after < 0.9 * manifest.distillation.before
+    assert manifest.distillation.after < 0.95 * manifest.distillation.before
     verify(tmp_path / "out")
 
     before, after = stored(tmp_path / "rounded"), stored(tmp_path / "out")
