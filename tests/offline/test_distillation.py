@@ -140,4 +140,6 @@ def test_the_loss_is_that_of_the_definition(make_model: MakeModel) -> None:
     tokens = torch.arange(60).reshape(2, 30)
     p, q = (model(tokens).logits.double().softmax(-1) for model in (one, other))
     expected = (p * (p.log() - q.log())).sum(-1).mean()
-    assert float(training.divergence(one, other, tokens)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(training.divergence(one, other, tokens)) == pytest.approx(
+        float(expected), rel=1e-5
+    )
