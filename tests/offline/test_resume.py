@@ -29,7 +29,7 @@ FAMILY = {"vocab_size": 4096}
 # flush, rename or unlink: what a crash can interrupt lies between these. Prints a line for each
 # kill, with what was left to see.
 DRIVER = """
-import json, os, signal, sys
+import json, os, signal, sys, traceback
 from pathlib import Path
 import torch
 from smoothrot_offline.config import make_config
@@ -59,6 +59,8 @@ def run(out, kill_at):
         try:
             convert(source, out, make_config(**options))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
