@@ -83,7 +83,7 @@ def test_training_lowers_the_held_out_loss_and_touches_nothing_else(
     assert manifest.distillation is not None
     assert manifest.distillation.steps == 40
     assert manifest.distillation.after < 0.95 * manifest.distillation.before
-    verify(tmp_path / "out")
+    assert verify(tmp_path / "out").ok
 
     before, after = stored(tmp_path / "rounded"), stored(tmp_path / "out")
     assert before.keys() == after.keys()

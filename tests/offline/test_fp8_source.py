@@ -131,6 +131,14 @@ def test_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_is_not_distilled(make_model: MakeModel, tmp_path: Path) -> None:
+    source, out = make_model(), tmp_path / "out"
+    as_fp8(source)
+    with pytest.raises(ConfigError, match=r"--distill-steps 3: expected 16-bit weights"):
+        convert(source, out, make_config(scales="none", distill_steps=3))
+    assert not out.exists()
+
+
 def test_does_not_generate_its_own_calibration_text(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model()
     as_fp8(source)

@@ -110,6 +110,11 @@ def admit_options(
             f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy."
             " Leave the option out, or use --device cpu."
         )
+    if config.distill_steps and checkpoint.scales:
+        raise ConfigError(
+            f"--distill-steps {config.distill_steps}: expected 16-bit weights, as the original runs"
+            f" as a whole, got FP8 ones such as {min(checkpoint.scales)}. Leave the option out."
+        )
     if config.needs_calibration:
         admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
     beside = side_files(checkpoint.path)

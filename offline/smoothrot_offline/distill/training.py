@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what a plan needs of this file is quick to import
 BATCH = 4
 """Sequences of a step."""
 HELD_OUT = 8
-"""Sequences that decide whether the result is kept."""
+"""Sequences that decide whether the result is kept; of a text they may overlap the others."""
 MOST_SEQUENCES = 512
 """Of a text."""
 SCALE_RATE = 2e-3

@@ -75,8 +75,8 @@ class RotationRecord(_Record):
 
 class DistillationRecord(_Record):
     """Distillation: optimizer steps, sequences that were trained on, and ``KL(original ||
-    converted)`` of held-out text, in nats, as rounding left the model and after. Where that is no
-    less, the model is as rounding left it."""
+    converted)`` of sequences that were not trained on but may overlap those, in nats, as rounding
+    left the model and after. Where that is no less, the model is as rounding left it."""
 
     steps: int
     sequences: int
