@@ -2,6 +2,7 @@
 """Distillation begins with the checkpoint that rounding wrote, changes only what may change, and
 keeps only what predicts held-out text better."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import ConvertConfig, make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.distill import training
+from smoothrot_offline.distill.cost import distillation_bytes, distillation_flop
 from smoothrot_offline.distill.student import Student
 from smoothrot_offline.output.manifest import Manifest, read_manifest
 from smoothrot_offline.report.model import QuantizedLinear, load_model
+from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.resolve import resolve
 
 MakeModel = Callable[..., Path]
 SMALL = {"calib_samples": 64, "calib_seqlen": 24, "scales": "l2", "rounding": "rtn"}
@@ -129,6 +133,16 @@ def test_what_is_no_better_is_not_kept(
     assert "the model stays as rounding left it" in caplog.text
     before, after = stored(tmp_path / "rounded"), stored(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_plan_counts_both_models_and_every_step(make_model: MakeModel) -> None:
+    checkpoint = open_checkpoint(make_model())
+    spec = resolve(checkpoint.config)
+    assert distillation_bytes(spec, options()) == distillation_flop(spec, options()) == 0
+    few, many = options(distill_steps=2), options(distill_steps=200)
+    weights = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    assert distillation_bytes(spec, few) > 2 * 4 * weights
+    assert distillation_flop(spec, many) > 10 * distillation_flop(spec, few)
 
 
 def test_the_loss_is_that_of_the_definition(make_model: MakeModel) -> None:
