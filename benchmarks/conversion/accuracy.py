@@ -2,11 +2,12 @@
 """Perplexity, size, time and peak memory of each recipe on one model, as a user's commands produce
 them.
 
-    python -m benchmarks.conversion.accuracy MODEL_DIR --text TEST.raw --calib VALID.raw --json FILE
+    python -m benchmarks.conversion.accuracy MODEL_DIR --text TEST.raw C4.jsonl --calib VALID.raw \\
+        --json FILE
 
-Every row runs ``smoothrot-convert run`` and ``eval`` in processes of their own. Rows already in the
-output file are kept, so an interrupted run goes on where it stopped; a file made with other inputs
-is refused.
+Every row runs ``smoothrot-convert run`` and ``report`` in processes of their own. Rows already in
+the output file are kept, so an interrupted run goes on where it stopped; a file made with other
+inputs is refused.
 """
 
 import argparse
@@ -85,15 +86,6 @@ def _blocks() -> tuple[Recipe, ...]:
     )
 
 
-def _other_norms(activations: str, bits: tuple[str, ...]) -> Recipe:
-    """What the preset does not do about the norms: it smooths them for 4-bit activations only."""
-    if activations == "W4A8":
-        return Recipe("W4A8 preset best, norms smoothed", ("--preset", "best", *bits, *NORMS))
-    return Recipe(
-        "W4A4 preset best, norms not smoothed", ("--preset", "best", *bits, "--no-smooth-norms")
-    )
-
-
 def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
     """From the best per-channel recipe to the best preset, one option after the other."""
     base = ("--preset", "none", *bits, "--scales", "l2", *NORMS, "--rounding", "gptaq")
@@ -106,6 +98,8 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         ("QuaRot in place of SmoothRot", QUAROT),
         other,
         ("learned rotations", ("--rotations", "learned")),
+        ("not distilled", ("--distill-steps", "0")),
+        ("per channel, no 8-bit layers", ("--group-size", "-1", "--keep-8bit", "auto:0")),
     )
     return (
         *(
@@ -172,11 +166,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", type=Path, help="directory of the 16-bit model")
-    add("--text", type=Path, required=True, help="text to evaluate on")
+    add("--text", type=Path, required=True, nargs="+", help="texts to evaluate on")
+    add("--tasks", help="lm-eval tasks, by commas")
+    add("--include-path", type=Path, help="folder of further lm-eval task files")
+    add("--limit", type=int, help="only the first documents of each task")
     add("--calib", required=True, help="calibration text: a file, or 'generated'")
     add("--json", type=Path, required=True, help="file to make or to go on with")
     add("--seqlen", type=int, default=2048)
-    add("--limit-chunks", type=int, help="only the first windows of the text")
+    add("--limit-chunks", type=int, help="only the first windows of each text")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     names = [recipe.name for recipe in RECIPES]
     add("--only", nargs="+", choices=names, help="only these recipes")
@@ -190,7 +187,9 @@ def problem_of(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "model": digest(sorted(arguments.model.glob("*.safetensors"))),
-        "text": digest([arguments.text]),
+        "texts": {text.name: digest([text]) for text in arguments.text},
+        "tasks": arguments.tasks,
+        "limit": arguments.limit,
         "calibration": calibration,
         "seqlen": arguments.seqlen,
         "limit_chunks": arguments.limit_chunks,
@@ -241,38 +240,47 @@ class Results:
         """Append a row to the file."""
         self.rows.append(row)
         save(self.content, self.path)
-        print(
-            f"{row['recipe']}, seed {row['seed']}: perplexity {row['perplexity']:.2f}",
-            file=sys.stderr,
-        )
+        found = ", ".join(f"{text} {value:.2f}" for text, value in row["perplexity"].items())
+        print(f"{row['recipe']}, seed {row['seed']}: {found}", file=sys.stderr)
 
     def table(self) -> str:
-        """Markdown: one line a recipe; the perplexity is the mean over its seeds, with the
-        smallest and the largest."""
+        """Markdown: one line a recipe; a value is the mean over its seeds, with the smallest and
+        the largest."""
+        texts = self.content["problem"]["texts"]
+        tasks = [f"{score['task']} {score['metric']}" for score in self.rows[0]["tasks"]]
+        names = [word for text in texts for word in (text, "to 16-bit")] + tasks
         lines = [
-            "| recipe | perplexity | to 16-bit | MB | convert s | CPU s | peak GB |",
-            "|---|---|---|---|---|---|---|",
+            f"| recipe | {' | '.join(names)} | MB | convert s | CPU s | peak GB |",
+            "|---" * (len(names) + 5) + "|",
         ]
         base = next(row["perplexity"] for row in self.rows if row["recipe"] == SIXTEEN_BIT)
         for name in dict.fromkeys(row["recipe"] for row in self.rows):
             rows = [row for row in self.rows if row["recipe"] == name]
-            perplexities = [row["perplexity"] for row in rows]
-            mean = statistics.mean(perplexities)
-            spread = (
-                f" ({min(perplexities):.2f} to {max(perplexities):.2f})" if len(rows) > 1 else ""
-            )
-            cost = " | | |"
+            cells = [name]
+            for text in texts:
+                values = [row["perplexity"][text] for row in rows]
+                cells += [_spread(values), f"{statistics.mean(values) / base[text]:.3f}x"]
+            for number in range(len(tasks)):
+                scores = [row["tasks"][number] for row in rows]
+                mean = statistics.mean(score["value"] for score in scores)
+                cells.append(f"{100 * mean:.1f} ± {100 * scores[0]['standard_error']:.1f}")
+            cells.append(f"{rows[0]['bytes'] / 1e6:.0f}")
             if "convert_seconds" in rows[0]:
                 seconds, cpu_seconds, memory = (
                     statistics.mean(row[f"convert_{what}"] for row in rows)
                     for what in ("seconds", "cpu_seconds", "peak_bytes")
                 )
-                cost = f" {seconds:.0f} | {cpu_seconds:.0f} | {memory / 1e9:.2f} |"
-            lines.append(
-                f"| {name} | {mean:.2f}{spread} | {mean / base:.3f}x | {rows[0]['bytes'] / 1e6:.0f}"
-                f" |{cost}"
-            )
+                cells += [f"{seconds:.0f}", f"{cpu_seconds:.0f}", f"{memory / 1e9:.2f}"]
+            else:
+                cells += [""] * 3
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean, and the range of several."""
+    several = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{several}"
 
 
 def measured(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -289,12 +297,18 @@ def measured(recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[s
 
 
 def evaluated(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity of a directory and what measuring it took."""
-    names = ("text", "seqlen", "limit_chunks")
+    """Perplexities and scores of a directory, and what measuring them took."""
+    names = ("seqlen", "limit_chunks", "tasks", "include_path", "limit")
     words = options(**{name: getattr(arguments, name) for name in names})
-    found, cost = smoothrot_convert("eval", str(directory), *words)
-    kept = {name: found[name] for name in ("perplexity", "tokens")}
-    return kept | {"eval_seconds": cost["seconds"]}
+    for text in arguments.text:
+        words += ["--text", str(text)]
+    found, cost = smoothrot_convert("report", str(directory), *words, "--no-speed")
+    (record,) = found["directories"]
+    return {
+        "perplexity": {name: text["perplexity"] for name, text in record["perplexity"].items()},
+        "tasks": record["tasks"],
+        "eval_seconds": cost["seconds"],
+    }
 
 
 if __name__ == "__main__":

@@ -176,13 +176,13 @@ class ConvertConfig(_Calibration):
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        measured = (
-            self.needs_probe
-            or self.sign_seeds > 1
-            or self.learns_rotations
-            or self.distill_steps > 0
-        )
+        measured = self.needs_probe or self.learns_rotations or self.holds_out_text
         return self.scales != "none" or self.rounding != "rtn" or measured
+
+    @property
+    def holds_out_text(self) -> bool:
+        """Whether something is judged by text that nothing was fitted to."""
+        return self.sign_seeds > 1 or self.distill_steps > 0
 
     @property
     def smooths_norms(self) -> bool:

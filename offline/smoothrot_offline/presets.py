@@ -18,6 +18,11 @@ REASONABLE_SECONDS = 3600.0
 """How long ``auto`` may let a conversion take, by the plan's estimate on this machine."""
 
 
+MOST_DISTILLED = 2_000_000_000
+"""Weights of the largest model that a preset distills: the original and the rounded one are then in
+memory as a whole, where a conversion otherwise holds a layer."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """Options of a recipe; ``group_sizes`` are tried in order until one fits every linear of the
@@ -47,6 +52,8 @@ PRESETS = {
             "clip_search": True,
             "keep_8bit": 0.05,
             "lm_head_bits": 8,
+            "calib_samples": 32,
+            "distill_steps": 16,
         },
     ),
     "best": Preset(
@@ -58,6 +65,7 @@ PRESETS = {
             "clip_search": True,
             "keep_8bit": 0.1,
             "lm_head_bits": 8,
+            "distill_steps": 64,
         },
     ),
 }
@@ -100,11 +108,12 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
     except SmoothRotError:
         # What is wrong with the model is for the conversion to say, or for the plan.
         return Choice(make_config(**explicit), "no preset: the model cannot be converted")
+    fp8 = bool(checkpoint.scales)
     if name != "auto":
-        config, notes = configure(name, explicit, spec)
+        config, notes = configure(name, explicit, spec, fp8)
         return Choice(config, f"preset {name}, as asked for", notes)
     for candidate in reversed(PRESETS):
-        config, notes = configure(candidate, explicit, spec)
+        config, notes = configure(candidate, explicit, spec, fp8)
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
@@ -117,15 +126,16 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
 
 
 def configure(
-    name: str, explicit: dict[str, Any], spec: ModelSpec
+    name: str, explicit: dict[str, Any], spec: ModelSpec, fp8: bool = False
 ) -> tuple[ConvertConfig, tuple[str, ...]]:
     """A preset's configuration, with the first of its group sizes that fits the model, the last one
-    if none does; and a note if it is not the first.
+    if none does; and what in it is not the preset's first choice.
 
     Args:
         name: one of :data:`PRESETS`, or ``paper-compat``.
         explicit: options that win over the preset's.
         spec: of the model.
+        fp8: whether the source's weights are FP8.
 
     Raises:
         ConfigError: an option is out of range.
@@ -135,23 +145,42 @@ def configure(
     # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it
     # would only harm those.
     norms = {} if explicit.get("activation_bits", 4) == 4 else {"smooth_norms": False}
-    options = preset.options | head | norms | {"preset": name} | explicit
+    options = preset.options | head | norms | {"preset": name}
+    notes = []
+    obstacle = _obstacle_to_distilling(spec, fp8)
+    if obstacle and options.get("distill_steps") and "distill_steps" not in explicit:
+        options["distill_steps"] = 0
+        notes.append(f"preset {name}: the rounded model is not distilled: {obstacle}")
     sizes = (explicit["group_size"],) if "group_size" in explicit else preset.group_sizes
-    configs = [make_config(**options | {"group_size": size}) for size in sizes]
+    configs = [make_config(**options | explicit | {"group_size": size}) for size in sizes]
     problems = [_misfit(spec, config) for config in configs]
     chosen = next(
         (config for config, problem in zip(configs, problems, strict=True) if problem is None),
         configs[-1],
     )
-    if problems[0] is None or chosen is configs[0]:
-        return chosen, ()
-    fallen = (
-        "to one scale for each output channel"
-        if chosen.group_size == -1
-        else f"to groups of {chosen.group_size}"
-    )
-    return chosen, (
-        f"preset {name}: weights fall from groups of {sizes[0]} {fallen}: {problems[0]}",
+    if problems[0] is not None and chosen is not configs[0]:
+        fallen = (
+            "to one scale for each output channel"
+            if chosen.group_size == -1
+            else f"to groups of {chosen.group_size}"
+        )
+        notes.append(
+            f"preset {name}: weights fall from groups of {sizes[0]} {fallen}: {problems[0]}"
+        )
+    return chosen, tuple(notes)
+
+
+def _obstacle_to_distilling(spec: ModelSpec, fp8: bool) -> str | None:
+    """Why a preset does not, or None."""
+    if fp8:
+        return "the original cannot run as a whole with FP8 weights"
+    weights = spec.layers * sum(spec.layer_weights()) + spec.vocab * spec.hidden
+    if weights <= MOST_DISTILLED:
+        return None
+    return (
+        f"{weights / 1e9:.1f} billion weights, and presets do it up to"
+        f" {MOST_DISTILLED / 1e9:.0f} billion, as it takes the whole model in memory twice;"
+        " --distill-steps asks for it"
     )
 
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from smoothrot_offline.device import CPU
 from smoothrot_offline.report.evaluate import evaluate_perplexity, windows
 from smoothrot_offline.source.text import load_calibration, read_text
 from smoothrot_vllm.errors import CheckpointError, ConfigError
@@ -180,6 +181,23 @@ def test_text_shorter_than_a_window_is_refused_but_one_window_is_enough(
     assert load_calibration(str(text_file), model_dir, 2, 101, seed=0).shape == (2, 101)
     with pytest.raises(ConfigError, match="at least 102 tokens for one window, got 101"):
         load_calibration(str(text_file), model_dir, 2, 102, seed=0)
+
+
+def test_held_out_windows_are_of_the_end_that_no_other_touches(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    words = torch.randint(3, 63, (101,), generator=torch.Generator().manual_seed(0)).tolist()
+    text_file = tmp_path / "text.txt"
+    text_file.write_text(" ".join(WORDS[word - 3] for word in words))
+    drawn = load_calibration(str(text_file), model_dir, 60, 10, 3, CPU, 20)
+    begins = [i for row in drawn.tolist() for i in range(92) if words[i : i + 10] == row]
+    assert len(begins) == len(drawn) == 80
+    assert max(begins[:60]) + 10 <= min(begins[60:])
+    assert len(set(begins[60:])) > 1
+    assert load_calibration(str(text_file), model_dir, 1, 50, 0, CPU, 1).shape == (2, 50)
+    wanted = "at least 102 tokens for one window and another that is held out, got 101"
+    with pytest.raises(ConfigError, match=wanted):
+        load_calibration(str(text_file), model_dir, 1, 51, 0, CPU, 1)
 
 
 def test_generated_text_starts_at_bos_fills_windows_and_repeats_for_a_seed(model_dir: Path) -> None:

@@ -14,6 +14,7 @@ from smoothrot_offline.check.plan import plan_conversion
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.presets import choose_preset
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_vllm.errors import (
     CheckpointError,
@@ -137,6 +138,9 @@ def test_is_not_distilled(make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--distill-steps 3: expected 16-bit weights"):
         convert(source, out, make_config(scales="none", distill_steps=3))
     assert not out.exists()
+    choice = choose_preset("best", {}, open_checkpoint(source))
+    assert choice.config.distill_steps == 0
+    assert any("not distilled: the original cannot run" in note for note in choice.notes)
 
 
 def test_does_not_generate_its_own_calibration_text(make_model: MakeModel, tmp_path: Path) -> None:

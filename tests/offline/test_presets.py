@@ -78,6 +78,25 @@ def test_norms_are_smoothed_for_four_bit_inputs_only(make_model: MakeModel, name
     assert not choose_preset("paper-compat", {}, model).config.smooth_norms
 
 
+def test_presets_distill_what_fits_into_memory_twice(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_checkpoint(make_model())
+    for name in ("balanced", "best"):
+        wanted = PRESETS[name].options["distill_steps"]
+        choice = choose_preset(name, {}, model)
+        assert choice.config.distill_steps == wanted > 0
+        assert not any("distilled" in note for note in choice.notes)
+    assert choose_preset("fast", {}, model).config.distill_steps == 0
+
+    monkeypatch.setattr(smoothrot_offline.presets, "MOST_DISTILLED", 1000)
+    choice = choose_preset("best", {}, model)
+    assert choice.config.distill_steps == 0
+    assert any("best: the rounded model is not distilled: 0.0 billion" in n for n in choice.notes)
+    assert choose_preset("best", {"distill_steps": 7}, model).config.distill_steps == 7
+    assert not any("distilled" in note for note in choose_preset("fast", {}, model).notes)
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"), [((1.0,), "best"), ((9e9, 1.0), "balanced"), ((9e9, 9e9, 9e9), "fast")]
 )

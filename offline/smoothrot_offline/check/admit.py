@@ -65,7 +65,9 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
     return spec
 
 
-def admit_calibration(checkpoint: Checkpoint, spec: ModelSpec, calib: str, seqlen: int) -> None:
+def admit_calibration(
+    checkpoint: Checkpoint, spec: ModelSpec, calib: str, seqlen: int, held_out: bool = False
+) -> None:
     """Check that the calibration text can be had.
 
     Raises:
@@ -74,7 +76,7 @@ def admit_calibration(checkpoint: Checkpoint, spec: ModelSpec, calib: str, seqle
             long.
     """
     check_seqlen(spec, seqlen)
-    check_calibration(checkpoint, spec.config, calib, seqlen)
+    check_calibration(checkpoint, spec.config, calib, seqlen, held_out)
 
 
 def admit(
@@ -116,7 +118,9 @@ def admit_options(
             f" as a whole, got FP8 ones such as {min(checkpoint.scales)}. Leave the option out."
         )
     if config.needs_calibration:
-        admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
+        admit_calibration(
+            checkpoint, spec, config.calib, config.calib_seqlen, config.holds_out_text
+        )
     beside = side_files(checkpoint.path)
     notes = [checkpoint.renamed] if checkpoint.renamed else []
     if config.rotate:

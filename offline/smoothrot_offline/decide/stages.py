@@ -112,10 +112,11 @@ class CalibrationText:
         tokens = load_calibration(
             config.calib,
             source.checkpoint.path,
-            config.calib_samples + held_out,
+            config.calib_samples,
             config.calib_seqlen,
             config.seed,
             source.device,
+            held_out,
         )
         found.tokens, found.held_out = tokens.tensor_split([config.calib_samples])
 

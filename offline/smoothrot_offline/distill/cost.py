@@ -2,15 +2,20 @@
 """What distillation will take, from sizes alone."""
 
 from smoothrot_offline.config import ConvertConfig
-from smoothrot_offline.distill.training import BATCH, HELD_OUT, MOST_SEQUENCES
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.text import GENERATED, GENERATING_PASSES
 
+BATCH = 4
+"""Sequences of a step."""
+HELD_OUT = 8
+"""Sequences that decide whether the result is kept; no step sees them."""
+MOST_SEQUENCES = 512
+"""Of a text."""
 _BYTES_PER_WEIGHT = 8
 """The original and the scaled codes, in float32."""
-_OVERHEAD = 2.2
-"""Time of a step by that of its matrix products, as measured on SmolLM2-135M alone; quantizers and
-the loss take the rest."""
+_OVERHEAD = 1.1
+"""Time of a step by that of its matrix products in float32, as measured on SmolLM2-135M alone;
+where the hardware multiplies bfloat16 it takes 0.6 of that."""
 
 
 def distillation_sequences(config: ConvertConfig) -> int:
@@ -41,7 +46,7 @@ def distillation_bytes(spec: ModelSpec, config: ConvertConfig) -> int:
     if not config.distill_steps:
         return 0
     weights = spec.layers * sum(spec.layer_weights()) + 2 * spec.vocab * spec.hidden
-    # Numbers that a token leaves for the way back: each linear quantizes its input by itself. With
-    # them 14 GB are estimated of SmolLM2-135M, which takes 14.4.
-    kept = spec.layers * (40 * spec.hidden + 12 * spec.intermediate) + 6 * spec.vocab
-    return _BYTES_PER_WEIGHT * weights + 4 * BATCH * config.calib_seqlen * kept
+    # Numbers that a token leaves for the way back, of one sequence at a time. With them 3.5 GB are
+    # estimated of SmolLM2-135M, which takes 3.2.
+    kept = spec.layers * (24 * spec.hidden + 8 * spec.intermediate) + 6 * spec.vocab
+    return _BYTES_PER_WEIGHT * weights + 4 * config.calib_seqlen * kept

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from smoothrot_offline.config import ConvertConfig
-from smoothrot_offline.distill.cost import distillation_sequences
+from smoothrot_offline.distill.cost import HELD_OUT, distillation_sequences
+from smoothrot_offline.distill.products import product_dtype
 from smoothrot_offline.distill.student import Student
-from smoothrot_offline.distill.training import HELD_OUT, held_out_divergence, train
+from smoothrot_offline.distill.training import held_out_divergence, train
 from smoothrot_offline.output.manifest import DistillationRecord, TensorRecord
 from smoothrot_offline.report.model import load_model
 from smoothrot_offline.source.checkpoint import DTYPES
@@ -47,17 +48,18 @@ def distill(
     """
     wanted = distillation_sequences(config)
     tokens = load_calibration(
-        config.calib, source, wanted + HELD_OUT, config.calib_seqlen, config.seed + 1, device
+        config.calib, source, wanted, config.calib_seqlen, config.seed + 1, device, HELD_OUT
     ).to(device)
     trained, held_out = tokens.tensor_split([wanted])
     dtypes = {name: DTYPES[record.dtype] for name, record in tensors.items()}
     original = load_model(source, torch.float32, device=device)
-    student = Student(load_model(directory, torch.float32, "reference", device), dtypes)
+    rounded = load_model(directory, torch.float32, "reference", device)
+    student = Student(rounded, dtypes, product_dtype(device))
     step("held-out loss before distillation")
-    before = held_out_divergence(original, student.model, held_out)
+    before = held_out_divergence(original, student, held_out)
     train(original, student, trained, config.distill_steps, config.seed, step)
     step("held-out loss after distillation")
-    after = held_out_divergence(original, student.model, held_out)
+    after = held_out_divergence(original, student, held_out)
     record = DistillationRecord(
         steps=config.distill_steps, sequences=wanted, before=before, after=after
     )

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from smoothrot_offline.distill.products import QuantizedInputs, quantized_product
 from smoothrot_offline.report.model import QuantizedLinear
-from smoothrot_offline.rounding.rtn import fake_quantize_tokens
-from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm.format import WEIGHT_SCALE
 from smoothrot_vllm.reference import scaled_codes
 
@@ -23,22 +22,23 @@ class StudentLinear(nn.Module):
     product gives out, so no gradient of a whole weight is ever formed.
     """
 
-    def __init__(self, stored: QuantizedLinear) -> None:
+    def __init__(self, stored: QuantizedLinear, inputs: QuantizedInputs) -> None:
         super().__init__()
         self._activations = stored.scheme.activations
         self._block = stored.block
+        self._inputs = inputs
         self._scale = stored.weight_scale.flatten()
         bits = stored.scheme.weights.bits
-        self._units = scaled_codes(stored.weight_packed, stored.weight_group_scale, bits).float()
+        units = scaled_codes(stored.weight_packed, stored.weight_group_scale, bits)
+        self._units = units.to(inputs.dtype)
         self.log_scale = nn.Parameter(torch.zeros_like(self._scale))
         self.bias = stored.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x (..., K)`` to ``(..., N)``, float32."""
-        if self._block:
-            x = hadamard(x, self._block)
-        x = fake_quantize_tokens(x, self._activations)
-        y = nn.functional.linear(x, self._units) * self.scale()
+        quantized = self._inputs(x, self._activations, self._block)
+        y = quantized_product(quantized, self._units, self.scale())
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def scale(self) -> torch.Tensor:
@@ -53,16 +53,24 @@ class Student:
         model: float32, of kernels ``reference``.
         dtypes: of the vectors (norms, biases) in the checkpoint, by name: they are trained as
             numbers of those.
+        products: dtype of the products of codes.
     """
 
-    def __init__(self, model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtypes: Mapping[str, torch.dtype],
+        products: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model
         model.requires_grad_(False)
+        self.products = products
+        self._inputs = QuantizedInputs(products)
         self._linears = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 parent, _, child = name.rpartition(".")
-                self._linears[name] = StudentLinear(module)
+                self._linears[name] = StudentLinear(module, self._inputs)
                 setattr(model.get_submodule(parent), child, self._linears[name])
         self._dtypes = {
             name: dtypes[name]
@@ -71,6 +79,12 @@ class Student:
         }
         for name in self._dtypes:
             model.get_parameter(name).requires_grad_(True)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of every token of ``tokens (samples, seqlen)``, ``(samples * seqlen, vocabulary)``."""
+        found = logits(self.model, tokens, self.products)
+        self._inputs.forget()
+        return found
 
     def log_scales(self) -> list[nn.Parameter]:
         """Of every quantized linear."""
@@ -93,3 +107,16 @@ class Student:
             yield f"{name}.{WEIGHT_SCALE}", linear.scale().detach()[:, None]
         for name, dtype in self._dtypes.items():
             yield name, self.model.get_parameter(name).detach().to(dtype)
+
+
+def logits(model: PreTrainedModel, tokens: torch.Tensor, products: torch.dtype) -> torch.Tensor:
+    """Of every token of ``tokens (samples, seqlen)``, ``(samples * seqlen, vocabulary)``.
+
+    Args:
+        model: float32.
+        tokens: int64.
+        products: dtype of its matrix products; what is between them stays float32.
+    """
+    with torch.autocast(tokens.device.type, products, enabled=products != torch.float32):
+        found: torch.Tensor = model(tokens, use_cache=False).logits
+    return found.flatten(0, 1)

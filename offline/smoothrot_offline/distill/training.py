@@ -16,23 +16,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:  # what a plan needs of this file is quick to import
+from smoothrot_offline.distill.cost import BATCH
+from smoothrot_offline.distill.divergence import divergence
+from smoothrot_offline.distill.student import Student, logits
+
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from smoothrot_offline.distill.student import Student
-
-BATCH = 4
-"""Sequences of a step."""
-HELD_OUT = 8
-"""Sequences that decide whether the result is kept; of a text they may overlap the others."""
-MOST_SEQUENCES = 512
-"""Of a text."""
 SCALE_RATE = 2e-3
 """Of Adam, for the logarithm of a scale."""
 VECTOR_RATE = 3e-3
 WARM_UP = 5
 _BETAS = (0.9, 0.95)
-_LOSS_ROWS = 512
 
 
 def train(
@@ -70,31 +65,25 @@ def train(
         step(f"distilling, step {number + 1} of {steps}")
         chosen = order[torch.arange(number * BATCH, (number + 1) * BATCH) % len(order)]
         optimizer.zero_grad()
-        divergence(original, student.model, tokens[chosen]).backward()
+        # One by one: what a sequence leaves for the way back is most of the memory.
+        for one in tokens[chosen].split(1):
+            (student_divergence(original, student, one) / BATCH).backward()
         optimizer.step()
         schedule.step()
     student.round_vectors()
 
 
-def divergence(
-    original: PreTrainedModel, student: PreTrainedModel, tokens: torch.Tensor
+def student_divergence(
+    original: PreTrainedModel, student: Student, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Mean ``KL(original || student)`` of the next token, in nats; ``tokens (samples, seqlen)``."""
     with torch.no_grad():
-        wanted = original(tokens, use_cache=False).logits.flatten(0, 1)
-    found = student(tokens, use_cache=False).logits.flatten(0, 1)
-    parts = [
-        torch.nn.functional.kl_div(
-            given.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
-        )
-        for given, target in zip(found.split(_LOSS_ROWS), wanted.split(_LOSS_ROWS), strict=True)
-    ]
-    return torch.stack(parts).sum() / len(found)
+        wanted = logits(original, tokens, student.products)
+    return divergence(student.logits(tokens), wanted)
 
 
 @torch.no_grad()
-def held_out_divergence(
-    original: PreTrainedModel, student: PreTrainedModel, tokens: torch.Tensor
-) -> float:
-    """:func:`divergence` a sequence at a time."""
-    return sum(float(divergence(original, student, one[None])) for one in tokens) / len(tokens)
+def held_out_divergence(original: PreTrainedModel, student: Student, tokens: torch.Tensor) -> float:
+    """:func:`student_divergence` of all sequences."""
+    parts = [float(student_divergence(original, student, one)) for one in tokens.split(1)]
+    return sum(parts) / len(parts)

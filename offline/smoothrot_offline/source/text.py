@@ -117,6 +117,8 @@ GENERATING_PASSES = 4.0
 """What generating a text takes, in passes of it: a token at a time, the weights are read from
 memory for each."""
 _GENERATION_BATCH = 32
+_HELD_OUT_PART = 8
+"""One in so many tokens of a text may be held out."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 # Families trained with <bos> before every text that fall apart without it; exported tokenizers do
 # not always add it.
@@ -124,7 +126,11 @@ _BOS_FAMILIES = ("gemma",)
 
 
 def check_calibration(
-    checkpoint: Checkpoint, config: PreTrainedConfig, calib: str, seqlen: int
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    calib: str,
+    seqlen: int,
+    held_out: bool = False,
 ) -> None:
     """Refuse what :func:`load_calibration` would refuse, without running the model.
 
@@ -150,9 +156,12 @@ def check_calibration(
             tokenizer = load_tokenizer(checkpoint.path)
             text = read_text(calib, tokenizer)
             # The beginning nearly always has enough tokens.
-            beginning = tokenize(tokenizer, text[: 64 * seqlen])
-            tokens = beginning if len(beginning) >= seqlen else tokenize(tokenizer, text)
-            _check_window(tokens, calib, seqlen - (_bos(tokenizer, checkpoint.path) is not None))
+            windows = 2 if held_out else 1
+            beginning = tokenize(tokenizer, text[: 64 * windows * seqlen])
+            enough = len(beginning) >= windows * seqlen
+            tokens = beginning if enough else tokenize(tokenizer, text)
+            width = seqlen - (_bos(tokenizer, checkpoint.path) is not None)
+            _check_windows(tokens, calib, width, windows)
             if int(tokens.max()) >= config.vocab_size:
                 raise ConfigError(
                     f"--calib {calib}: expected tokens of a vocabulary of {config.vocab_size}, got"
@@ -174,11 +183,14 @@ def load_calibration(
     seqlen: int,
     seed: int,
     device: torch.device = CPU,
+    held_out: int = 0,
 ) -> torch.Tensor:
-    """Calibration windows as int64 tokens ``(samples, seqlen)``, the same for the same arguments.
+    """Calibration windows as int64 tokens ``(samples + held_out, seqlen)``, the same for the same
+    arguments.
 
     Windows of a text start at seeded random offsets, and with ``<bos>`` for models whose tokenizer
-    or family puts it before every text. ``generated`` samples from the model's own distribution
+    or family puts it before every text; those held out are of the text's end, which the others
+    leave alone. ``generated`` samples from the model's own distribution
     (temperature 1), going on with a new document after each end-of-text as in its training data.
 
     Args:
@@ -191,10 +203,11 @@ def load_calibration(
         seqlen: tokens in each.
         seed: of the offsets or of the sampling.
         device: where the model runs, as a whole, for ``generated``; the tokens are on the CPU.
+        held_out: number of windows after those, to judge by.
 
     Raises:
-        ConfigError: no such file or data set, fewer tokens than one window, or ``samples`` or
-            ``seqlen`` out of range.
+        ConfigError: no such file or data set, fewer tokens than one window, or than one more that
+            is held out, or ``samples`` or ``seqlen`` out of range.
         CheckpointError: the model directory has no usable tokenizer or weights.
     """
     if samples < 1 or seqlen < 2:
@@ -203,18 +216,18 @@ def load_calibration(
             f" {seqlen}."
         )
     if spec == GENERATED:
-        return _generate(model_dir, samples, seqlen, seed, device)
+        return _generate(model_dir, samples + held_out, seqlen, seed, device)
     tokenizer = load_tokenizer(model_dir)
     if Path(spec).is_file():
         tokens = tokenize(tokenizer, read_text(spec, tokenizer))
     elif _HUB_ID.fullmatch(spec):
-        tokens = _tokenize_dataset(tokenizer, spec, 2 * samples * seqlen)
+        tokens = _tokenize_dataset(tokenizer, spec, 2 * (samples + held_out) * seqlen)
     else:
         raise ConfigError(
             f"--calib {spec}: expected a text file, a hub data set id or {GENERATED!r}; there is no"
             " such file."
         )
-    return _draw_windows(tokens, spec, samples, seqlen, seed, _bos(tokenizer, model_dir))
+    return _draw_windows(tokens, spec, samples, held_out, seqlen, seed, _bos(tokenizer, model_dir))
 
 
 def tokenize(
@@ -290,23 +303,37 @@ def _bos(tokenizer: PreTrainedTokenizerBase, model_dir: str | Path) -> int | Non
     return tokenizer.bos_token_id if adds_bos(tokenizer) or family_needs_bos(model_dir) else None
 
 
-def _check_window(tokens: torch.Tensor, spec: str, width: int) -> None:
-    if len(tokens) < width:
+def _check_windows(tokens: torch.Tensor, spec: str, width: int, windows: int) -> None:
+    if len(tokens) < windows * width:
+        purpose = "one window" if windows == 1 else "one window and another that is held out"
         raise ConfigError(
-            f"--calib {spec}: expected at least {width} tokens for one window, got {len(tokens)}. "
-            "Give a longer text or a smaller --calib-seqlen."
+            f"--calib {spec}: expected at least {windows * width} tokens for {purpose}, got"
+            f" {len(tokens)}. Give a longer text or a smaller --calib-seqlen."
         )
 
 
 def _draw_windows(
-    tokens: torch.Tensor, spec: str, samples: int, seqlen: int, seed: int, bos: int | None
+    tokens: torch.Tensor,
+    spec: str,
+    samples: int,
+    held_out: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None,
 ) -> torch.Tensor:
     width = seqlen if bos is None else seqlen - 1
-    _check_window(tokens, spec, width)
+    _check_windows(tokens, spec, width, 2 if held_out else 1)
+    end = len(tokens) - (max(width, len(tokens) // _HELD_OUT_PART) if held_out else 0)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(tokens) - width + 1, (samples, 1), generator=generator)
+    starts = torch.cat(
+        [
+            first + torch.randint(last - first - width + 1, (count, 1), generator=generator)
+            for first, last, count in ((0, end, samples), (end, len(tokens), held_out))
+            if count
+        ]
+    )
     drawn = tokens[starts + torch.arange(width)]
-    return drawn if bos is None else torch.cat((torch.full((samples, 1), bos), drawn), dim=1)
+    return drawn if bos is None else torch.cat((torch.full((len(drawn), 1), bos), drawn), dim=1)
 
 
 def _without_datasets(spec: str) -> str:
