@@ -468,4 +468,4 @@ def test_calibration_tokens_are_asked_for_as_configured(
     monkeypatch.setattr(smoothrot_offline.decide.stages, "load_calibration", recording)
     source = make_model()
     convert(source, tmp_path / "out", config(seed=9))
-    assert asked == [("generated", source, 2, 16, 9, torch.device("cpu"))]
+    assert asked == [("generated", source, 2, 16, 9, torch.device("cpu"), 0)]
