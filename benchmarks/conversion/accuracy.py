@@ -263,7 +263,8 @@ class Results:
             for number in range(len(tasks)):
                 scores = [row["tasks"][number] for row in rows]
                 mean = statistics.mean(score["value"] for score in scores)
-                cells.append(f"{100 * mean:.1f} ± {100 * scores[0]['standard_error']:.1f}")
+                error = scores[0]["standard_error"]
+                cells.append(f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if error else ""))
             cells.append(f"{rows[0]['bytes'] / 1e6:.0f}")
             if "convert_seconds" in rows[0]:
                 seconds, cpu_seconds, memory = (

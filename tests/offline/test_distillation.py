@@ -17,7 +17,7 @@ from smoothrot_offline.convert import convert
 from smoothrot_offline.distill import training
 from smoothrot_offline.distill.cost import distillation_bytes, distillation_flop
 from smoothrot_offline.distill.divergence import divergence
-from smoothrot_offline.distill.products import QuantizedInputs, quantized_product
+from smoothrot_offline.distill.products import QuantizedInputs, product_dtype, quantized_product
 from smoothrot_offline.distill.student import Student
 from smoothrot_offline.output.manifest import Manifest, read_manifest
 from smoothrot_offline.report.model import QuantizedLinear, load_model
@@ -98,6 +98,8 @@ def test_training_lowers_the_held_out_loss_and_touches_nothing_else(
     manifest = converted(source, tmp_path / "out", options(**recipe, distill_steps=40))
     assert manifest.distillation is not None
     assert manifest.distillation.steps == 40
+    used = product_dtype(torch.device("cpu"))
+    assert manifest.distillation.products == str(used).removeprefix("torch.")
     assert manifest.distillation.after < 0.95 * manifest.distillation.before
     assert verify(tmp_path / "out").ok
 

@@ -54,14 +54,19 @@ def distill(
     dtypes = {name: DTYPES[record.dtype] for name, record in tensors.items()}
     original = load_model(source, torch.float32, device=device)
     rounded = load_model(directory, torch.float32, "reference", device)
-    student = Student(rounded, dtypes, product_dtype(device))
+    products = product_dtype(device)
+    student = Student(rounded, dtypes, products)
     step("held-out loss before distillation")
     before = held_out_divergence(original, student, held_out)
     train(original, student, trained, config.distill_steps, config.seed, step)
     step("held-out loss after distillation")
     after = held_out_divergence(original, student, held_out)
     record = DistillationRecord(
-        steps=config.distill_steps, sequences=wanted, before=before, after=after
+        steps=config.distill_steps,
+        sequences=wanted,
+        before=before,
+        after=after,
+        products="bfloat16" if products == torch.bfloat16 else "float32",
     )
     if not after < before:
         _log.warning(

@@ -75,13 +75,14 @@ class RotationRecord(_Record):
 
 class DistillationRecord(_Record):
     """Distillation: optimizer steps, sequences that were trained on, and ``KL(original ||
-    converted)`` of sequences that were not trained on but may overlap those, in nats, as rounding
-    left the model and after. Where that is no less, the model is as rounding left it."""
+    converted)`` of others, in nats, as rounding left the model and after; and the dtype of the
+    products. Where the loss is no less, the model is as rounding left it."""
 
     steps: int
     sequences: int
     before: float
     after: float
+    products: Literal["float32", "bfloat16"] = "float32"
 
 
 class SmoothingRecord(_Record):
