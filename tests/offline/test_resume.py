@@ -45,6 +45,9 @@ options, stride = json.loads(sys.argv[3]), int(sys.argv[4])
 def run(out, kill_at):
     child = os.fork()
     if child == 0:
+        # Makes torch's pool anew after the fork, before threads of transformers race for it: one
+        # of them could find none ("Invalid thread pool!").
+        torch.set_num_threads(1)
         def counting(call):
             def counted(*arguments, **keywords):
                 calls[0] += 1
