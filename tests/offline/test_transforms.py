@@ -4,22 +4,18 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from family_models import MODELS
 from moe_models import with_separate_experts
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
-from transformers.masking_utils import eager_mask
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from smoothrot_offline.check.miniature import InFloat64
 from smoothrot_offline.config import make_config, online_rotations
 from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import separate_experts
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.transform.rotation import (
     DenseRotation,
@@ -44,94 +40,6 @@ from smoothrot_vllm.reference import hadamard_transform
 
 Tensors = dict[str, torch.Tensor]
 
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"family": "llama"},
-    "llama, all biases, tied": {
-        "family": "llama",
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-    },
-    "llama, one key-value head": {"family": "llama", "num_key_value_heads": 1},
-    "llama, widths with blocks of 2 only": {
-        "family": "llama",
-        "hidden_size": 70,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 5,
-        "intermediate_size": 140,
-    },
-    "mistral, window, wide heads": {"family": "mistral", "head_dim": 12, "sliding_window": 5},
-    "qwen2": {"family": "qwen2"},
-    "qwen2, tied, windows": {
-        "family": "qwen2",
-        "tie_word_embeddings": True,
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 0,
-    },
-    "qwen3": {"family": "qwen3"},
-    "phi3": {"family": "phi3"},
-    "phi3, one key-value head, half of each rotary, tied": {
-        "family": "phi3",
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
-        "tie_word_embeddings": True,
-    },
-    "smollm3, all biases": {"family": "smollm3", "attention_bias": True, "mlp_bias": True},
-    "gemma2": {"family": "gemma2"},
-    "gemma2, biases": {"family": "gemma2", "attention_bias": True},
-    "gemma3": {"family": "gemma3"},
-    "gemma3, biases, tied, one key-value head": {
-        "family": "gemma3",
-        "attention_bias": True,
-        "tie_word_embeddings": True,
-        "num_key_value_heads": 1,
-    },
-    "mixtral": {"family": "mixtral"},
-    "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
-}
-
-
-class Float64Norm(nn.Module):
-    """RMSNorm without transformers' detour through float32, which alone costs 1e-7."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(norm.get_parameter("weight"))
-        # Gemma's norms multiply by one more than their weight, and have their own name for epsilon.
-        self.offset = 1 if hasattr(norm, "eps") else 0
-        self.eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # type: ignore[assignment]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (
-            (self.offset + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        )
-
-
-def float64_attention(
-    _module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention without transformers' softmax in float32, and with the cap that its float64
-    attention leaves out."""
-    groups = query.shape[1] // key.shape[1]
-    logits = query @ key.repeat_interleave(groups, 1).mT * scaling
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    weights = (logits + mask).softmax(-1)
-    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("float64", float64_attention)
-AttentionMaskInterface.register("float64", eager_mask)
-
 
 class Subject:
     """A float64 model, what it computes, and a copy of its tensors to transform."""
@@ -139,9 +47,8 @@ class Subject:
     def __init__(self, model: PreTrainedModel) -> None:
         self.spec = resolve(model.config.to_dict())
         self.tokens = torch.arange(40).reshape(2, 20) * 31 % self.spec.vocab
-        model.set_attn_implementation("float64")
-        # transformers computes what a router makes of its logits in float32.
-        self._original = _with_float64_norms(with_separate_experts(model, self.spec))
+        weights = with_separate_experts(model, self.spec).state_dict()
+        self._original = self._model(model.config, weights)
         self.tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         # Whatever was tied is two tensors from here on.
         self.tensors["lm_head.weight"] = self.tensors["lm_head.weight"].clone()
@@ -162,30 +69,28 @@ class Subject:
         online by linear and block."""
         config = copy.deepcopy(self._original.config)
         config.tie_word_embeddings = False
-        # Not made in float32 and widened: Gemma's scale of the embedding would be rounded.
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="float64", dtype=torch.float64
-        )
-        model = _with_float64_norms(with_separate_experts(model.eval(), self.spec))
-        model.load_state_dict(self.tensors)
+        model = self._model(config, self.tensors)
         for linear, block in (online or {}).items():
             for layer in model.model.layers:
                 layer.get_submodule(linear).register_forward_pre_hook(_rotating(block))
-        with torch.no_grad():
+        with InFloat64(), torch.no_grad():
             expected, got = self._original(self.tokens).logits, model(self.tokens).logits
         assert expected.dtype == got.dtype == torch.float64
         return float((got - expected).norm() / expected.norm())
 
+    def _model(self, config: PreTrainedConfig, weights: Tensors) -> PreTrainedModel:
+        table = self.spec.architecture
+        with InFloat64():
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=table.attention, dtype=torch.float64
+            )
+            separate_experts(model.model.layers, table, config)
+            model.load_state_dict(weights)
+        return model.eval()
+
 
 def _rotating(block: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], torch.Tensor]:
     return lambda _module, inputs: hadamard_transform(inputs[0], block) / block**0.5
-
-
-def _with_float64_norms(model: PreTrainedModel) -> PreTrainedModel:
-    for name, module in list(model.named_modules()):
-        if name.endswith("norm"):
-            model.set_submodule(name, Float64Norm(module))
-    return model
 
 
 @pytest.fixture(params=MODELS, ids=lambda name: name.replace(", ", "-").replace(" ", "_"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import ConvertConfig, make_schema
 from smoothrot_offline.device import CPU
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
@@ -35,10 +36,10 @@ class Admitted:
 
 
 def admit_model(checkpoint: Checkpoint) -> ModelSpec:
-    """Check a source from its configuration and headers, and that a head stored beside the
-    embedding it is tied to equals it.
+    """Check a source from its configuration and headers, that its family's table is right for it,
+    and that a head stored beside the embedding it is tied to equals it.
 
-    The latter, in a directory, is the one thing for which weights are read.
+    The last, in a directory, is the one thing for which weights are read.
 
     Raises:
         UnsupportedModelError: the architecture or one of its sizes cannot be converted.
@@ -46,6 +47,7 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
             differs.
     """
     spec = resolve(checkpoint.config)
+    prove(spec)
     head, embedding = (
         f"{name}.weight" for name in (spec.architecture.lm_head, spec.architecture.embedding)
     )

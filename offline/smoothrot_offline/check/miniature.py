@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small model of a large one's very configuration: the same flags, a layer of each kind."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.layers import separate_experts
+from smoothrot_offline.source.resolve import resolve
+
+HEAD_DIM = 16
+GROUPS = 2
+"""Query heads of a key-value head, where the model has several."""
+KV_HEADS = 2
+# No two widths alike, so that one taken for the other is seen, and each with a Hadamard transform.
+HIDDEN, INTERMEDIATE, VOCAB, EXPERTS, WINDOW = 80, 56, 48, 3, 5
+_FACTORS = ("short_factor", "long_factor")
+
+
+def miniature(spec: ModelSpec) -> ModelSpec:
+    """The specification of the small model: every width and count is small, every other key of the
+    configuration is the large one's.
+
+    Raises:
+        UnsupportedModelError: the configuration does not allow it.
+    """
+    config = spec.config.to_dict()
+    kv_heads = min(spec.kv_heads, KV_HEADS)
+    heads = kv_heads * min(spec.heads // spec.kv_heads, GROUPS)
+    own_width = getattr(spec.config, "head_dim", None) is not None
+    narrow = spec.architecture.head_dim_from_hidden or not own_width
+    sizes = {
+        "hidden_size": heads * HEAD_DIM if narrow else HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": VOCAB,
+    }
+    if own_width:
+        sizes["head_dim"] = HEAD_DIM
+    if (experts := spec.architecture.experts) is not None:
+        sizes |= {experts.count: EXPERTS, experts.intermediate: INTERMEDIATE}
+        sizes["num_experts_per_tok"] = min(spec.config.num_experts_per_tok, EXPERTS - 1)
+    if config.get("sliding_window"):
+        sizes["sliding_window"] = min(config["sliding_window"], WINDOW)
+    by_layer = {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, list) and len(value) == spec.layers and key != "architectures"
+    }
+    tokens = {key: None for key in config if key.endswith("_token_id")}
+    left = {
+        key: value
+        for key, value in config.items()
+        if key not in ("auto_map", "quantization_config", "pad_token_id")
+    }
+    chosen = _one_of_each_kind(by_layer, spec.layers)
+    layers = {key: [value[index] for index in chosen] for key, value in by_layer.items()}
+    rope = {"rope_parameters": _with_fewer_factors(config.get("rope_parameters"))}
+    counts = {"num_hidden_layers": len(chosen)}
+    return resolve(left | sizes | tokens | layers | rope | counts)
+
+
+def _one_of_each_kind(by_layer: dict[str, list[Any]], layers: int) -> list[int]:
+    """The first layer of each kind, and a second layer if all are alike."""
+    kinds = [str([values[index] for values in by_layer.values()]) for index in range(layers)]
+    chosen = sorted({kind: index for index, kind in reversed(list(enumerate(kinds)))}.values())
+    return chosen if len(chosen) > 1 or layers == 1 else [0, 1]
+
+
+def _with_fewer_factors(rope: Any) -> Any:
+    """Rotary parameters with as many factors as the small heads have frequencies."""
+    if not isinstance(rope, dict):
+        return rope
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {kind: _with_fewer_factors(value) for kind, value in rope.items()}
+    frequencies = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
+    return {
+        key: value[:frequencies] if key in _FACTORS and isinstance(value, list) else value
+        for key, value in rope.items()
+    }
+
+
+class InFloat64(TorchFunctionMode):
+    """What transformers computes in float32 whatever the model's dtype (norms, softmax, rotary
+    angles, routers) is computed in float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call ``func`` with float64 for float32."""
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        given = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **given)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def random_model(spec: ModelSpec, tied: bool) -> PreTrainedModel:
+    """A float64 model of a specification, whose every number is random: norms far from one and
+    biases far from zero. To be run within :class:`InFloat64`."""
+    table = spec.architecture
+    config = type(spec.config).from_dict(spec.config.to_dict())
+    config.tie_word_embeddings = tied
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation=table.attention,
+            dtype=torch.float64,
+            trust_remote_code=False,
+        )
+        separate_experts(model.get_submodule(table.layers).children(), table, config)
+        for name, parameter in model.named_parameters():
+            _randomize(name, parameter, table.norm_offset)
+    return model.eval()
+
+
+@torch.no_grad()
+def _randomize(name: str, parameter: nn.Parameter, norm_offset: float) -> None:
+    if parameter.dim() > 1:
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    elif name.endswith("bias"):
+        parameter.normal_(std=0.5)
+    else:
+        parameter.uniform_(0.5, 2.0).sub_(norm_offset)

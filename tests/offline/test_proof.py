@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A family's table is proven for a configuration before use: right ones pass, wrong ones are
+refused by name."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import MODELS
+from transformers import PreTrainedModel
+
+from smoothrot_offline.check.proof import prove
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.source.resolve import SUPPORTED, resolve
+from smoothrot_vllm.errors import UnsupportedModelError
+
+LLAMA, GEMMA3, QWEN2, QWEN3, PHI3 = (
+    SUPPORTED[name] for name in ("llama", "gemma3_text", "qwen2", "qwen3", "phi3")
+)
+LEAST: dict[str, Any] = {"scales": "none", "rounding": "rtn"}
+MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a reader left out": (
+        "llama",
+        {"readers": LLAMA.readers | {"input_layernorm": ("self_attn.q_proj", "self_attn.v_proj")}},
+        "layers.0.self_attn.k_proj",
+    ),
+    "a writer left out": ("llama", {"writers": ("mlp.down_proj",)}, "layers.0.mlp.gate_proj"),
+    "the other writer left out": (
+        "llama",
+        {"writers": ("self_attn.o_proj",)},
+        "layers.1.self_attn.q_proj",
+    ),
+    "readers of another norm": (
+        "llama",
+        {"readers": dict(zip(LLAMA.readers, reversed(LLAMA.readers.values()), strict=True))},
+        "layers.0.self_attn.q_proj",
+    ),
+    "keys taken for values": ("llama", {"value": "self_attn.k_proj"}, "layers.0.self_attn.o_proj"),
+    "gate taken for up": (
+        "llama",
+        {"up": "mlp.gate_proj"},
+        "layers.0.mlp.down_proj",
+    ),
+    "post-norms forgotten": ("gemma3", {"post_norms": ()}, "tensor model.layers.0.post_"),
+    "a post-norm taken for a pre-norm": (
+        "gemma3",
+        {
+            "readers": {
+                "input_layernorm": GEMMA3.readers["input_layernorm"],
+                "post_attention_layernorm": GEMMA3.readers["pre_feedforward_layernorm"],
+            },
+            "post_norms": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        },
+        "layers.0.mlp.gate_proj",
+    ),
+    "the norm's offset forgotten": ("gemma3", {"norm_offset": 0.0}, "layers.0.self_attn.q_proj"),
+    "the embedding's scale forgotten": ("gemma3", {"scaled_embedding": False}, "embed_tokens"),
+    "biases forgotten": ("qwen2", {"biases": {}}, "tensor model.layers.0.self_attn.k_proj.bias"),
+    "head norms forgotten": ("qwen3", {"head_norms": ()}, "self_attn.k_norm.weight"),
+    "values not last": ("phi3", {"value": "mlp.gate_up_proj"}, "layers.0.self_attn.o_proj"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_each_family_is_proven(
+    name: str, build_model: Callable[..., PreTrainedModel]
+) -> None:
+    spec = resolve(build_model(**MODELS[name]).config.to_dict())
+    state = torch.get_rng_state()
+    prove(spec)
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_table_is_refused_before_anything_is_written(
+    mistake: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, wrong, named = MISTAKES[mistake]
+    source = make_model(family)
+    table = SUPPORTED[model_type := "gemma3_text" if family == "gemma3" else family]
+    monkeypatch.setitem(SUPPORTED, model_type, replace(table, **wrong))
+    with pytest.raises(UnsupportedModelError) as refusal:
+        convert(source, tmp_path / "out", make_config(**LEAST))
+    assert named in str(refusal.value)
+    assert not (tmp_path / "out").exists()
