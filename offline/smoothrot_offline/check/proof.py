@@ -158,6 +158,6 @@ def _refused(small: ModelSpec, what: str) -> UnsupportedModelError:
     table = small.architecture
     return UnsupportedModelError(
         f"a small random {table.class_name} of this configuration: {what}. The table of"
-        f" {table.model_type} does not describe such a model, so it is not converted: report it with"
-        " its config.json."
+        f" {table.model_type} does not describe such a model, so it is not converted: report it"
+        " with its config.json."
     )
