@@ -92,17 +92,19 @@ class ConvertConfig(_Calibration):
     quantile: float = Field(
         0.999, gt=0.0, le=1.0, description="quantile: of the input's magnitudes in each channel."
     )
-    rounding: Literal["rtn", "gptq", "gptaq"] = Field(
+    rounding: Literal["rtn", "gptq", "gptaq", "qronos"] = Field(
         "rtn",
         description="Weight rounding: to nearest, error-compensated, or towards the full-precision"
-        " model as well.",
+        " model as well, by a share of the error (gptaq) or all of it (qronos).",
     )
-    act_order: bool = Field(True, description="gptq, gptaq: channels of large inputs first.")
+    act_order: bool = Field(
+        True, description="gptq, gptaq, qronos: channels of large inputs first."
+    )
     damping: float = Field(
         0.01,
         gt=0.0,
         allow_inf_nan=False,
-        description="gptq, gptaq: added to the Hessian's diagonal, as a fraction of its mean.",
+        description="gptq, gptaq, qronos: added to the Hessian's diagonal, as a fraction of its mean.",
     )
     propagation: float = Field(
         0.5,
@@ -172,6 +174,11 @@ class ConvertConfig(_Calibration):
         parts += [f"distilled in {self.distill_steps} steps"] * (self.distill_steps > 0)
         parts.append(f"{self.lm_head_bits}-bit head")
         return ", ".join(parts)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether rounding aims at the full-precision model's outputs."""
+        return self.rounding in ("gptaq", "qronos")
 
     @property
     def needs_calibration(self) -> bool:

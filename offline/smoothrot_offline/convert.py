@@ -210,8 +210,9 @@ def _layers(
             source,
             converter.schema,
             converter.embedded(tokens),
-            asymmetric=config.rounding == "gptaq",
-            propagation=config.propagation,
+            asymmetric=config.asymmetric,
+            propagation=config.propagation if config.rounding == "gptaq" else 1.0,
+            qronos=config.rounding == "qronos",
             act_order=config.act_order,
             damping=config.damping,
         )

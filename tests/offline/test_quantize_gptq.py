@@ -211,6 +211,38 @@ def test_asymmetric_calibration_comes_closer_to_the_full_precision_output(
     )
 
 
+def test_qronos_is_its_definition(
+    weight: torch.Tensor, inputs: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Each channel is rounded, then the rest solved anew for the full-precision output; the first
+    one for the rest as it was (arXiv 2505.11695, section 3)."""
+    channels = 24
+    weight, x = weight[:, :channels], inputs[:, :channels].double()
+    served = x + 0.3 * x.std() * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    accumulator = HessianAccumulator(channels, asymmetric=True)
+    accumulator.add(served, x)
+    found = quantize_gptq(
+        weight,
+        accumulator.hessian,
+        PER_CHANNEL,
+        act_order=False,
+        damping=1e-12,
+        cross=accumulator.cross,
+        qronos=True,
+    )
+    wanted, left = x @ weight.double().T, weight.double().clone()
+    step = found.scale.double().flatten()
+    for t in range(channels):
+        value = left[:, t]
+        if t == 0:
+            others = served[:, 1:] @ left[:, 1:].T
+            value = served[:, 0] @ (wanted - others) / served[:, 0].square().sum()
+        code = (value / step).round().clamp(-8, 7)
+        assert torch.equal(found.codes[:, t].double(), code)
+        wanted = wanted - served[:, t, None] * (code * step)
+        left[:, t + 1 :] = torch.linalg.lstsq(served[:, t + 1 :], wanted).solution.T
+
+
 def test_asymmetric_calibration_of_unperturbed_inputs_is_gptq(
     weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:

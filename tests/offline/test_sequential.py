@@ -27,7 +27,7 @@ def logit_errors(
     with torch.inference_mode():
         expected = load_model(source, torch.float32)(tokens).logits
         errors = {}
-        for rounding in ("rtn", "gptq", "gptaq"):
+        for rounding in ("rtn", "gptq", "gptaq", "qronos"):
             options = {
                 "activation_bits": 8,
                 "calib": str(SHORT_TEXT),
@@ -44,7 +44,8 @@ def test_gptq_at_least_halves_the_logit_error_of_rtn(logit_errors: dict[str, flo
     assert logit_errors["gptq"] < 0.5 * logit_errors["rtn"]
 
 
-def test_gptaq_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(
-    logit_errors: dict[str, float],
+@pytest.mark.parametrize("rounding", ["gptaq", "qronos"])
+def test_asymmetric_rounding_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(
+    logit_errors: dict[str, float], rounding: str
 ) -> None:
-    assert logit_errors["gptaq"] < 0.95 * logit_errors["gptq"]
+    assert logit_errors[rounding] < 0.95 * logit_errors["gptq"]

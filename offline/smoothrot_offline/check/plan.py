@@ -80,12 +80,12 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)
     if config.rounding != "rtn":
-        copies = 2 if config.rounding == "gptaq" else 1
+        copies = 2 if config.asymmetric else 1
         # The second hidden states; H and what factorizing it takes, in float64, and C and its
         # solution.
         hidden *= 1 + copies
         # Of a layer with experts, an H (and a C) of each, and what those of a token read.
-        matrices = (9 if config.rounding == "gptaq" else 6) + copies * (experts - 1)
+        matrices = (9 if config.asymmetric else 6) + copies * (experts - 1)
         read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
         widest = max(spec.intermediate, spec.hidden)
         running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
@@ -106,7 +106,7 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     costs = [stage.cost(spec, config) for stage in STAGES if stage.steps(spec, config)]
     if config.rounding != "rtn":
-        asymmetric = config.rounding == "gptaq"
+        asymmetric = config.asymmetric
         # A layer runs once, its gate and up once more; asymmetric calibration has two of each.
         costs.append(
             Cost(1, rounding_flop(spec, tokens, asymmetric), 1.5 * (2 if asymmetric else 1))

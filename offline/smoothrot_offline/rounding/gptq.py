@@ -83,6 +83,7 @@ def quantize_gptq(
     act_order: bool = True,
     damping: float = 0.01,
     cross: torch.Tensor | None = None,
+    qronos: bool = False,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Round one input channel after the other, each rounding error made up for by the channels
@@ -95,7 +96,9 @@ def quantize_gptq(
     With ``cross`` the target is the full-precision model's output, ``|W x~ - Q x|^2`` (asymmetric
     calibration: GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Before rounding it is least at
     ``W* = W + W C (H + dI)^-1``, and for d = 0 any Q adds exactly ``tr((W* - Q) H (W* - Q)^T)`` to
-    that; so W* is rounded in place of W.
+    that; so W* is rounded in place of W. Qronos does the same but for its first step, which rounds
+    the first channel for the others as they are in W: ``w_1 + (W C)_1 / H_11`` (section 3, equation
+    of q_1).
 
     Args:
         weight: ``(N, K)``, any float dtype, in the basis of the run-time input.
@@ -107,6 +110,7 @@ def quantize_gptq(
             warning, until H factorizes.
         cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration
             text (GPTAQ takes a quarter). None for plain GPTQ.
+        qronos: take the first step of Qronos; needs ``cross``.
         name: the tensor's name, for messages.
 
     Raises:
@@ -127,13 +131,22 @@ def quantize_gptq(
         else torch.arange(len(diagonal), device=weight.device)
     )
     damped, inverse_root = _factorize(hessian[order][:, order], damping, name)
+    first = None
     if cross is not None:
+        if qronos:
+            channel = order[0]
+            moment = weight.to(cross.dtype) @ cross[:, channel]
+            first = (weight[:, channel] + moment / damped[0, 0]).float()
         weight = _corrected(weight, cross, damped, order)
         check_weight(weight, scheme, name)
     scales = search_scales(weight, scheme)
     steps = scales.steps.repeat_interleave(weight.shape[1] // scales.steps.shape[1], dim=1)
     codes = _round_in_order(
-        weight.float()[:, order], steps[:, order], inverse_root.float(), quant_max(scheme.bits)
+        weight.float()[:, order],
+        steps[:, order],
+        inverse_root.float(),
+        quant_max(scheme.bits),
+        first,
     )
     return QuantizedWeight(codes[:, order.argsort()], *scales)
 
@@ -196,9 +209,14 @@ def _corrected(
 
 
 def _round_in_order(
-    weight: torch.Tensor, steps: torch.Tensor, inverse_root: torch.Tensor, top: int
+    weight: torch.Tensor,
+    steps: torch.Tensor,
+    inverse_root: torch.Tensor,
+    top: int,
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """int8 codes ``(N, K)`` of ``weight (N, K)``, both in rounding order.
+    """int8 codes ``(N, K)`` of ``weight (N, K)``, both in rounding order; ``first (N,)`` is rounded
+    in place of the first channel, if given.
 
     Errors reach the rest of a block of channels at once and later blocks together, as one matrix
     product (GPTQ, section 3.3).
@@ -209,7 +227,8 @@ def _round_in_order(
         block = slice(start, min(start + _BLOCK, len(work)))
         errors = torch.empty_like(work[block])
         for i in range(block.start, block.stop):
-            code = (work[i] / steps[i]).round_().clamp_(-top - 1, top)
+            wanted = work[i] if first is None or i else first
+            code = (wanted / steps[i]).round_().clamp_(-top - 1, top)
             codes[i] = code
             error = (work[i] - code * steps[i]) / inverse_root[i, i]
             errors[i - start] = error

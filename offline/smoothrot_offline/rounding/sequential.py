@@ -32,11 +32,13 @@ class SequentialRounding:
         schema: how each linear is quantized.
         hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
             tokens; it is changed.
-        asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692) rather than
-            at those of the rounded model's own inputs (GPTQ, arXiv 2210.17323).
+        asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos, arXiv
+            2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
+            2210.17323).
         propagation: share of the earlier layers' error that asymmetric calibration makes up for;
             all of it follows the noise of the calibration text.
-        act_order, damping: see :func:`~smoothrot_offline.rounding.gptq.quantize_gptq`.
+        qronos, act_order, damping: see
+            :func:`~smoothrot_offline.rounding.gptq.quantize_gptq`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SequentialRounding:
         *,
         asymmetric: bool,
         propagation: float,
+        qronos: bool,
         act_order: bool,
         damping: float,
     ) -> None:
@@ -56,6 +59,7 @@ class SequentialRounding:
         self._hidden = hidden
         self._asymmetric = asymmetric
         self._propagation = propagation
+        self._qronos = qronos
         self._exact = hidden.clone() if asymmetric else hidden
         self._act_order = act_order
         self._damping = damping
@@ -193,6 +197,7 @@ class SequentialRounding:
             act_order=self._act_order,
             damping=self._damping * max(1.0, shortage),
             cross=None if cross is None else cross * self._propagation,
+            qronos=self._qronos,
             name=f"{name}.weight",
         )
 
