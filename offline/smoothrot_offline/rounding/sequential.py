@@ -32,8 +32,8 @@ class SequentialRounding:
         schema: how each linear is quantized.
         hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
             tokens; it is changed.
-        asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos, arXiv
-            2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
+        asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos,
+            arXiv 2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
             2210.17323).
         propagation: share of the earlier layers' error that asymmetric calibration makes up for;
             all of it follows the noise of the calibration text.
