@@ -104,7 +104,8 @@ class ConvertConfig(_Calibration):
         0.01,
         gt=0.0,
         allow_inf_nan=False,
-        description="gptq, gptaq, qronos: added to the Hessian's diagonal, as a fraction of its mean.",
+        description="gptq, gptaq, qronos: added to the Hessian's diagonal, as a fraction of its"
+        " mean.",
     )
     propagation: float = Field(
         0.5,
