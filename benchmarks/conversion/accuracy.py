@@ -5,9 +5,10 @@ them.
     python -m benchmarks.conversion.accuracy MODEL_DIR --text TEST.raw C4.jsonl --calib VALID.raw \\
         --json FILE
 
-Every row runs ``smoothrot-convert run`` and ``report`` in processes of their own. Rows already in
-the output file are kept, so an interrupted run goes on where it stopped; a file made with other
-inputs is refused.
+Every row runs ``smoothrot-convert run`` and ``report`` in processes of their own. ``--peer`` adds a
+row of a model that another tool has quantized, such as the one of
+``benchmarks/serving/gptq_peer.py``. Rows already in the output file are kept, so an interrupted run
+goes on where it stopped; a file made with other inputs is refused.
 """
 
 import argparse
@@ -150,6 +151,10 @@ def main() -> None:
     if not results.has(SIXTEEN_BIT, None):
         row = {"recipe": SIXTEEN_BIT, "seed": None, "bytes": weight_bytes(arguments.model)}
         results.add(row | evaluated(arguments.model, arguments))
+    for name, directory in arguments.peer:
+        if not results.has(name, None):
+            row = {"recipe": name, "seed": None, "bytes": weight_bytes(Path(directory))}
+            results.add(row | evaluated(Path(directory), arguments))
     for recipe in RECIPES:
         if arguments.only and recipe.name not in arguments.only:
             continue
@@ -175,6 +180,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seqlen", type=int, default=2048)
     add("--limit-chunks", type=int, help="only the first windows of each text")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--peer", nargs=2, metavar=("NAME", "DIR"), action="append", default=[])
     names = [recipe.name for recipe in RECIPES]
     add("--only", nargs="+", choices=names, help="only these recipes")
     return parser.parse_args()

@@ -53,15 +53,15 @@ PRESETS = {
             "keep_8bit": 0.05,
             "lm_head_bits": 8,
             "calib_samples": 32,
-            "distill_steps": 16,
+            "distill_steps": 10,
         },
     ),
     "best": Preset(
         (32, -1),
         {
-            "scales": "search",
+            "scales": "l2",
             "smooth_norms": True,
-            "rounding": "gptaq",
+            "rounding": "gptq",
             "clip_search": True,
             "keep_8bit": 0.1,
             "lm_head_bits": 8,
