@@ -63,7 +63,7 @@ def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:
         "rtn",
         -1,
         2,
-        "search",
+        "l2",
     )
 
 
