@@ -239,7 +239,7 @@ class _Run:
             if self.spec.architecture.rotates_residual
             else None
         )
-        norms = NormStatistics(self.spec, residual, layer)
+        norms = NormStatistics(self.spec, self.spec.layer_table(index), residual, layer)
         self.source.run(
             index, folded, self._choosing, {down: statistics.update, **norms.observers()}
         )
