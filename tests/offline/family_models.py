@@ -38,10 +38,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 3,
         "tie_word_embeddings": True,
     },
-    "qwen3_5, linear attention alone": {
-        "family": "qwen3_5",
-        "layer_types": ["linear_attention"] * 3,
-    },
     "phi3": {"family": "phi3"},
     "phi3, one key-value head, half of each rotary, tied": {
         "family": "phi3",

@@ -61,9 +61,9 @@ class LearnedRecord(_Record):
 
 class RotationRecord(_Record):
     """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or
-    else online in the readers' input; R2 is None if no layer has a place for it. ``sign_losses`` are the held-out losses, in nats, of the
-    seeds that were tried; empty if only one was. ``learned`` is None if the rotations are
-    Hadamard transforms."""
+    else online in the readers' input; R2 is None if no layer has a place for it. ``sign_losses``
+    are the held-out losses, in nats, of the seeds that were tried; empty if only one was.
+    ``learned`` is None if the rotations are Hadamard transforms."""
 
     r1: int
     r2: int | None

@@ -97,6 +97,12 @@ def analyze(
             " only. Convert the model as it is: the manifest records what the calibration found of"
             " each expert."
         )
+    if spec.architecture.kinds:
+        raise UnsupportedModelError(
+            f"{source}: {spec.architecture.class_name} has layers of several kinds; analyze"
+            " measures models whose layers are alike only. Convert the model as it is: the manifest"
+            " records what the calibration found of each layer."
+        )
     admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
     chosen = _chosen_layers(spec, config)
     with OutputDirectory(out) as directory, computing_on(device):

@@ -382,6 +382,14 @@ class ModelSpec:
             for linear in self.layer_table(index).unquantized
         ]
 
+    def parameters(self) -> set[str]:
+        """Full names of the tensors of layers that no transform concerns."""
+        return {
+            self.layer_prefix(index) + name
+            for index in range(self.layers)
+            for name in self.layer_table(index).parameters
+        }
+
     def layer_prefix(self, index: int) -> str:
         """Prefix of the tensors of decoder layer ``index``, with its final dot."""
         return f"{self.architecture.layers}.{index}."
@@ -439,10 +447,8 @@ class ModelSpec:
         from smoothrot_vllm.format import weight_tensors
 
         tensors = {name: (shape, dtype) for name, shape in self.source_tensors().items()}
-        for index in range(self.layers):
-            prefix, table = self.layer_prefix(index), self.layer_table(index)
-            for name in (prefix + parameter for parameter in table.parameters):
-                tensors[name] = (tensors[name][0], torch.float32)
+        for name in self.parameters():
+            tensors[name] = (tensors[name][0], torch.float32)
         for name, out, inputs in self.output_linears(tied):
             scheme = schema.scheme(name)
             if scheme is None:

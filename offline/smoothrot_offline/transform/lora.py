@@ -191,9 +191,10 @@ def _place(module: str, recorded: RecordedTransform) -> tuple[int, str]:
         linear = module.removeprefix(spec.layer_prefix(index))
         if linear != module and linear in spec.layer_table(index).linears:
             return index, linear
+    linears = {linear: None for table in spec.tables for linear in table.linears}
     raise UnsupportedModelError(
         f"adapter of {module}: expected a linear of one of the {spec.layers} decoder layers:"
-        f" {', '.join({name: None for table in spec.tables for name in table.linears})}. Train the adapter on those, or give the base it"
+        f" {', '.join(linears)}. Train the adapter on those, or give the base it"
         " belongs to."
     )
 
