@@ -18,10 +18,13 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
 )
+
+from smoothrot_offline.source.resolve import SUPPORTED
 
 REPOSITORY = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -35,6 +38,7 @@ FAMILIES = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_5": Qwen3_5TextConfig,
     "phi3": Phi3Config,
     "smollm3": SmolLM3Config,
     "gemma2": Gemma2Config,
@@ -57,6 +61,15 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 10.0},
     "qwen3": {"head_dim": 64},
+    # vLLM's kernels for CPUs take heads of 64 and 128 in linear attention.
+    "qwen3_5": {
+        "head_dim": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
     "phi3": {
         "pad_token_id": 0,
         "original_max_position_embeddings": 256,
@@ -127,8 +140,9 @@ def save_tiny_model(directory: Path, family: str) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                # Gemma's norms multiply by one more than their weight.
-                parameter.uniform_(0.5, 1.5).sub_(int(family.startswith("gemma")))
+                # Some multiply by one more than their weight.
+                offset = SUPPORTED[config.model_type].norm_offset
+                parameter.uniform_(0.5, 1.5).sub_(0.0 if "linear_attn" in name else offset)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
     model.bfloat16().save_pretrained(directory)

@@ -327,7 +327,7 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
         activations=ActivationScheme(bits=config.activation_bits, clip=clip),
         online=online_rotations(spec, config),
-        ignore=spec.routers(),
+        ignore=spec.unquantized(),
         lm_head=head if config.lm_head_bits < 16 else None,
         max_tensor_parallel=config.max_tp,
     )
@@ -344,12 +344,16 @@ def check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> No
             shards.
     """
     unit = max(2, schema.weights.group_size)
-    for linear in spec.architecture.linears:
+    split = {
+        linear: shards if linear in table.writers else 1
+        for table in spec.tables
+        for linear in table.linears
+    }
+    for linear, ranks in split.items():
         inputs = spec.linear_shape(linear)[1]
-        split = shards if linear in spec.architecture.writers else 1
-        if inputs % (unit * split):
+        if inputs % (unit * ranks):
             raise ConfigError(
-                f"{linear}: {inputs} inputs over {split} shard(s): expected a whole number of runs"
+                f"{linear}: {inputs} inputs over {ranks} shard(s): expected a whole number of runs"
                 f" of {unit} inputs on each (group size {schema.weights.group_size}). Choose"
                 " another --group-size or a lower --max-tp."
             )

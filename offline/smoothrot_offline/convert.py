@@ -136,10 +136,12 @@ def convert(
             )
             describe(tensors=tensors)
             if config.distill_steps:
+                kept = spec.parameters()
+                trained = {name: record for name, record in tensors.items() if name not in kept}
                 if not journal.distilled:
                     with directory.openable() as rounded:
                         journal.finish_distillation(
-                            *distill(rounded, source, config, tensors, device, step)
+                            *distill(rounded, source, config, trained, device, step)
                         )
                 distillation, tensors = journal.apply_distillation(tensors)
                 describe(tensors=tensors, distillation=distillation)

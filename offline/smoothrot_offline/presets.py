@@ -174,7 +174,7 @@ def _obstacle_to_distilling(spec: ModelSpec, fp8: bool) -> str | None:
     """Why a preset does not, or None."""
     if fp8:
         return "the original cannot run as a whole with FP8 weights"
-    weights = spec.layers * sum(spec.layer_weights()) + spec.vocab * spec.hidden
+    weights = spec.decoder_weights() + spec.vocab * spec.hidden
     if weights <= MOST_DISTILLED:
         return None
     return (

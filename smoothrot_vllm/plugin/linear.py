@@ -59,6 +59,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         scheme: bits, group size and activation clip.
         rotation: the online Hadamard of the layer's whole input, or None.
         parts: names of the stored linears whose rows this layer stacks; one name unless vLLM fuses.
+            The first may hold several of vLLM's shards (``in_proj_qkv`` three), the others one.
         stored_fused: the checkpoint stores what vLLM fuses as the one linear that ``parts`` names.
     """
 
@@ -76,6 +77,7 @@ class SmoothRotLinearMethod(LinearMethodBase):
         self.weights = scheme.weights
         self.stored = StoredTensors(prefix, scheme, rotation)
         self.names: tuple[str, ...] = ()
+        self._shards_of_first = 1
 
     def create_weights(
         self,
@@ -95,12 +97,14 @@ class SmoothRotLinearMethod(LinearMethodBase):
                 block or the group size.
             UnsupportedModelError: vLLM fuses linears here without telling which.
         """
-        if len(self.parts) != len(output_partition_sizes) and not self.stored_fused:
+        shards, parts = len(output_partition_sizes), len(self.parts)
+        if not self.stored_fused and (parts > shards or parts == 1 < shards):
             raise UnsupportedModelError(
-                f"{self.prefix}: vLLM fuses {len(output_partition_sizes)} linears here, but the"
-                f" model's packed_modules_mapping names {len(self.parts)}"
+                f"{self.prefix}: vLLM fuses {shards} linears here, but the"
+                f" model's packed_modules_mapping names {parts}"
                 f" ({', '.join(self.parts)}). This model class cannot be served quantized."
             )
+        self._shards_of_first = 1 if self.stored_fused else shards - parts + 1
         self.stored.begin(input_size, input_size_per_partition)
         weights = self.weights
         tensors = loaded_tensors(sum(output_partition_sizes), input_size_per_partition, weights)
@@ -214,9 +218,20 @@ class SmoothRotLinearMethod(LinearMethodBase):
 
     def _parts_of(self, shard: str | int | tuple[int, ...] | None = None) -> list[str]:
         """The parts that vLLM's shard id stands for; without one the tensor holds the whole
-        layer."""
+        layer.
+
+        Raises:
+            UnsupportedModelError: it stands for a piece of a part.
+        """
         if shard is None:
             return self.parts
         if isinstance(shard, str):
             return [self.parts[_QKV_PARTS[shard]]]
-        return [self.parts[i] for i in (shard if isinstance(shard, tuple) else (shard,))]
+        shards = shard if isinstance(shard, tuple) else (shard,)
+        first = self._shards_of_first
+        if any(i < first for i in shards) and not set(range(first)) <= set(shards):
+            raise UnsupportedModelError(
+                f"{self.prefix}: expected {self.parts[0]} as the first {first} shards of what vLLM"
+                f" fuses here, got shards {shards}. This model class cannot be served quantized."
+            )
+        return [self.parts[max(0, i - first + 1)] for i in shards if i == 0 or i >= first]

@@ -44,6 +44,14 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         }
     ),
     "qwen3": {"head_dim": 12},
+    "qwen3_5": {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 10,
+        "linear_value_head_dim": 12,
+    },
     "phi3": {"pad_token_id": 0},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {

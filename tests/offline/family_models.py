@@ -29,6 +29,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_window_layers": 0,
     },
     "qwen3": {"family": "qwen3"},
+    "qwen3_5": {"family": "qwen3_5"},
+    "qwen3_5, tied, one key-value head, as many key as value heads": {
+        "family": "qwen3_5",
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_conv_kernel_dim": 3,
+        "tie_word_embeddings": True,
+    },
     "phi3": {"family": "phi3"},
     "phi3, one key-value head, half of each rotary, tied": {
         "family": "phi3",

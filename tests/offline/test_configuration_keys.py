@@ -24,6 +24,7 @@ SERVERS = {
     "phi3": ["phi3", "llama"],
     "qwen2": ["qwen2"],
     "qwen3": ["qwen3", "qwen2"],
+    "qwen3_5_text": ["qwen3_5", "qwen3_next"],
     "qwen3_moe": ["qwen3_moe"],
     "mixtral": ["mixtral"],
     "gemma2": ["gemma2"],
@@ -56,6 +57,12 @@ STRAY: list[tuple[str, str, Any]] = [
     ("qwen3", "attention_bias", True),
     ("qwen3", "dual_chunk_attention_config", {"chunk_size": 8}),
     ("qwen3_moe", "dual_chunk_attention_config", {"chunk_size": 8}),
+    ("qwen3_5", "attention_bias", True),
+    ("qwen3_5", "qkv_bias", True),
+    ("qwen3_5", "attn_output_gate", False),
+    ("qwen3_5", "output_gate_type", "sigmoid"),
+    ("qwen3_5", "layer_scale", True),
+    ("qwen3_5", "dual_chunk_attention_config", {"chunk_size": 8}),
     ("gemma3", "is_causal", False),
 ]
 

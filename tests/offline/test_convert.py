@@ -61,6 +61,7 @@ def logits(directory: Path) -> torch.Tensor:
         {"family": "mistral", "sliding_window": 6},
         {"family": "qwen2", "tie_word_embeddings": True},
         {"family": "qwen3"},
+        {"family": "qwen3_5"},
         {"family": "smollm3", "attention_bias": True},
         {"family": "gemma2"},
         {"family": "gemma3", "attention_bias": True},
@@ -385,6 +386,7 @@ def test_no_calibration_pass_without_scales(
             "max_window_layers": 0,
         },
         {"family": "qwen3"},
+        {"family": "qwen3_5"},
         {"family": "phi3", "sliding_window": 5},
         {"family": "smollm3"},
         {"family": "gemma2"},
@@ -412,7 +414,8 @@ def test_layers_run_one_by_one_see_what_the_whole_model_sees(
     for index, expected in enumerate(seen):
         prefix = spec.layer_prefix(index)
         weights = {
-            name: checkpoint.load([prefix + name])[prefix + name] for name in spec.layer_tensors()
+            name: checkpoint.load([prefix + name])[prefix + name]
+            for name in spec.layer_tensors(index)
         }
         got: list[torch.Tensor] = []
         runner.run(index, weights, hidden, {"mlp.down_proj": got.append})

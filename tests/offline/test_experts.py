@@ -80,7 +80,7 @@ def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
     for index in range(spec.layers):
         runner.run(
             index,
-            checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors()),
+            checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors(index)),
             hidden,
             {},
         )
@@ -93,7 +93,7 @@ def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
 def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, family: str) -> None:
     checkpoint = open_checkpoint(make_model(family, dtype=torch.float32))
     spec, config = resolve(checkpoint.config), make_config(scales="max", rotate=False)
-    layer = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors())
+    layer = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors(0))
     hidden = embed(
         TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
     )
@@ -131,7 +131,7 @@ def test_a_conversion_is_whole_and_runs_as_defined(
     scales = read_transform(out).scales[1].down
     assert scales is not None
     assert scales.shape == (spec.experts, spec.intermediate)
-    assert inspect(out).quantization.ignore == spec.routers()
+    assert inspect(out).quantization.ignore == spec.unquantized()
     with torch.no_grad():
         compiled, defined = (
             load_model(out, torch.float32, kernels)(TOKENS).logits

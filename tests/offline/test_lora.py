@@ -56,9 +56,9 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
             orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim) for _ in range(spec.layers)
         ]
         transform = replace(transform, residual=residual, heads=heads)
-    prefix, table = spec.layer_prefix(1), spec.architecture
+    prefix, table = spec.layer_prefix(1), spec.layer_table(1)
     state = model.state_dict()
-    layer = {name: state[prefix + name] for name in spec.layer_tensors()}
+    layer = {name: state[prefix + name] for name in spec.layer_tensors(1)}
     norms = {prefix + norm: layer[f"{norm}.weight"] for norm in table.readers}
     scales = LayerScales()
     if smoothed:
@@ -170,9 +170,9 @@ def test_the_recorded_transform_is_the_one_that_was_folded(
     )
     original = load_file(source / "model.safetensors")
     prefix = spec.layer_prefix(1)
-    layer = {name: original[prefix + name].double() for name in spec.layer_tensors()}
+    layer = {name: original[prefix + name].double() for name in spec.layer_tensors(1)}
     recorded.transform.layer(1, layer, recorded.scales[1])
-    for linear in spec.architecture.linears:
+    for linear in spec.layer_table(1).linears:
         codes, scale = (
             stored[f"{prefix}{linear}.weight_packed"],
             stored[f"{prefix}{linear}.weight_scale"],

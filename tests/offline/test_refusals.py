@@ -134,6 +134,23 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window: expected one of False.*True"),
         ("phi3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         (
+            "qwen3_5",
+            {"layer_types": ["linear_attention", "full_attention", "sliding_attention"]},
+            "layer_types: expected one of full_attention, linear_attention for each layer of"
+            " Qwen3_5ForCausalLM, got 'sliding_attention' for layer 2",
+        ),
+        (
+            "qwen3_5",
+            {"linear_num_value_heads": 5},
+            "linear_num_value_heads, 5, to be a multiple of linear_num_key_heads, 2",
+        ),
+        (
+            "qwen3_5",
+            {"linear_conv_kernel_dim": 0},
+            "linear_conv_kernel_dim: expected a whole number from 1",
+        ),
+        ("qwen3_5", {"attn_output_gate": False}, "attn_output_gate: expected one of True.*False"),
+        (
             "phi3",
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
             "transformers refuses",
@@ -398,3 +415,9 @@ def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> N
     ) == (3, 72, 152, 9, 3, 8)
     assert spec.tied
     assert spec.biased() == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+
+
+def test_tensors_of_multi_token_prediction_are_refused_by_name(make_model: MakeModel) -> None:
+    source = make_model("qwen3_5")
+    edit_weights(source, lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(72)}))
+    assert re.search(r"mtp\.norm\.weight .*no place in this architecture", str(refusal(source)))

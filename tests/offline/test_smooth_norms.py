@@ -29,7 +29,7 @@ def first_layer(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, torch.Tens
     return {
         name: tensor.double()
         for name, tensor in checkpoint.load_relative(
-            spec.layer_prefix(0), spec.layer_tensors()
+            spec.layer_prefix(0), spec.layer_tensors(0)
         ).items()
     }
 
@@ -42,7 +42,7 @@ def test_scales_even_out_inputs_against_weights(
     spec = resolve(checkpoint.config)
     layer = first_layer(checkpoint, spec)
     residual = random_rotation(spec.hidden, 3) if folded else None
-    statistics = NormStatistics(spec, residual, layer)
+    statistics = NormStatistics(spec, spec.architecture, residual, layer)
     x = torch.randn(50, spec.hidden) + 3 * torch.randn(
         spec.hidden
     )  # what all tokens share is what a rotation leaves uneven
@@ -73,12 +73,12 @@ def test_a_channel_that_is_never_used_is_left_alone(make_model: Callable[..., Pa
     spec = resolve(checkpoint.config)
     layer = first_layer(checkpoint, spec)
     layer[f"{NORM}.weight"][5] = 0.0
-    statistics = NormStatistics(spec, None, layer)
+    statistics = NormStatistics(spec, spec.architecture, None, layer)
     statistics.observers()[NORM](torch.randn(8, spec.hidden))
     scales = statistics.scales(layer, torch.bfloat16)[NORM]
     assert scales[5] == 1.0
     assert scales.isfinite().all()
-    unseen = NormStatistics(spec, None, layer).scales(layer, torch.bfloat16)
+    unseen = NormStatistics(spec, spec.architecture, None, layer).scales(layer, torch.bfloat16)
     assert all(torch.equal(own, torch.ones_like(own)) for own in unseen.values())
 
 

@@ -71,8 +71,9 @@ class Subject:
         config.tie_word_embeddings = False
         model = self._model(config, self.tensors)
         for linear, block in (online or {}).items():
-            for layer in model.model.layers:
-                layer.get_submodule(linear).register_forward_pre_hook(_rotating(block))
+            for index, layer in enumerate(model.model.layers):
+                if linear in self.spec.layer_table(index).linears:
+                    layer.get_submodule(linear).register_forward_pre_hook(_rotating(block))
         with InFloat64(), torch.no_grad():
             expected, got = self._original(self.tokens).logits, model(self.tokens).logits
         assert expected.dtype == got.dtype == torch.float64
@@ -165,25 +166,28 @@ def test_r1_keeps_the_logits(subject: Subject) -> None:
 
 
 def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
-    table, block = subject.spec.architecture, choose_block(subject.spec.hidden).size
+    spec, block = subject.spec, choose_block(subject.spec.hidden).size
     before = dict(subject.tensors)
-    sides = online_residual_rotation(subject.spec, block)
-    subject.each_layer(lambda layer, _: fold(layer, sides))
-    readers = [reader for group in table.readers.values() for reader in group]
+    subject.each_layer(
+        lambda layer, i: fold(layer, online_residual_rotation(spec.layer_table(i), block))
+    )
+    readers = [
+        reader for table in spec.tables for group in table.readers.values() for reader in group
+    ]
     changed = {
         name for name, tensor in subject.tensors.items() if not torch.equal(tensor, before[name])
     }
-    layers = range(subject.spec.layers)
     assert changed == {
-        f"{subject.spec.layer_prefix(i)}{reader}.weight" for i in layers for reader in readers
+        f"{linear}.weight"
+        for linear, _, _ in spec.output_linears(tied=True)
+        if linear.split(".", 3)[-1] in readers
     }
     assert subject.error(dict.fromkeys(readers, block)) <= 1e-10
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
 
 def test_r2_keeps_the_logits(subject: Subject) -> None:
-    sides = head_rotation(subject.spec)
-    subject.each_layer(lambda layer, _: fold(layer, sides))
+    subject.each_layer(lambda layer, index: fold(layer, head_rotation(subject.spec, index)))
     assert subject.error() <= 1e-10
 
 
@@ -191,27 +195,29 @@ def test_r2_keeps_the_logits(subject: Subject) -> None:
     "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
 )
 def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
-    hidden = subject.spec.hidden
+    hidden, offset = subject.spec.hidden, subject.spec.architecture.norm_offset
     rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
     transform = ModelTransform(subject.spec, 0, rotation, Online())
     subject.each_layer(lambda layer, index: transform.layer(index, layer, LayerScales()))
     tensors = subject.tensors
     tensors["model.embed_tokens.weight"] = rotation.rotate(tensors["model.embed_tokens.weight"])
     tensors["lm_head.weight"] = rotation.rotate(
-        tensors["lm_head.weight"] * tensors["model.norm.weight"]
+        tensors["lm_head.weight"] * (tensors["model.norm.weight"] + offset)
     )
-    tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"])
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1 - offset)
     assert subject.error() <= 1e-10
 
 
 def test_any_orthogonal_matrix_of_each_value_head_will_do_for_r2(subject: Subject) -> None:
     spec = subject.spec
     matrices = random_orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim)
-    sides = head_rotation(spec, matrices)
-    subject.each_layer(lambda layer, _: fold(layer, sides))
+    subject.each_layer(lambda layer, index: fold(layer, head_rotation(spec, index, matrices)))
     assert subject.error() <= 1e-10
 
 
+@pytest.mark.parametrize(
+    "subject", [name for name in MODELS if not name.startswith("qwen3_5")], indirect=True
+)
 def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
     table, spec = subject.spec.architecture, subject.spec
     layer = {
@@ -219,20 +225,19 @@ def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
         for n in (table.value, table.output)
     }
     dense = dict(layer)
-    fold(layer, head_rotation(spec))
-    fold(dense, head_rotation(spec, head_matrices(spec.kv_heads, spec.head_dim)))
+    fold(layer, head_rotation(spec, 0))
+    fold(dense, head_rotation(spec, 0, head_matrices(spec.kv_heads, spec.head_dim)))
     torch.testing.assert_close(dense, layer)
 
 
 def test_smoothing_keeps_the_logits(subject: Subject) -> None:
     subject.each_layer(
-        lambda layer, i: fold(layer, smoothing(subject.spec, random_scales(subject.spec, i)))
+        lambda layer, i: fold(layer, smoothing(subject.spec, i, random_scales(subject.spec, i)))
     )
     assert subject.error() <= 1e-10
 
 
 def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
-    table = subject.spec.architecture
     before = dict(subject.tensors)
     transform = ModelTransform(subject.spec, 0, None, Online())
     subject.each_layer(
@@ -246,8 +251,10 @@ def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
         if not before[name].equal(subject.tensors[name])
     }
     assert changed == {
-        *table.readers,
-        *(reader for readers in table.readers.values() for reader in readers),
+        name
+        for table in subject.spec.tables
+        for norm, readers in table.readers.items()
+        for name in (norm, *readers)
     }
     assert subject.error() <= 1e-10
 
@@ -258,7 +265,7 @@ def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int)
 
     def rotate_down(layer: Tensors, index: int) -> None:
         signs = random_signs(subject.spec.intermediate, 7, f"R4/{index}")
-        fold(layer, down_rotation(subject.spec, signs, block))
+        fold(layer, down_rotation(subject.spec, index, signs, block))
 
     subject.each_layer(rotate_down)
     assert subject.error({down: block for _, down in subject.spec.architecture.products}) <= 1e-10
@@ -286,7 +293,9 @@ def test_all_transforms_together_keep_the_logits(
     online = online_rotations(subject.spec, config)
     assert online.down_proj is not None
     assert online.down_proj.block == choose_block(subject.spec.intermediate, shards).size
-    rotations = {linear: online.rotation(linear) for linear in subject.spec.architecture.linears}
+    rotations = {
+        linear: online.rotation(linear) for table in subject.spec.tables for linear in table.linears
+    }
     assert (
         subject.error({linear: r.block for linear, r in rotations.items() if r is not None})
         <= 1e-10

@@ -60,7 +60,7 @@ class Stored:
             tensors[WEIGHT_GROUP_SCALE] = reference.pack_group_scale(self.group_scale)
         return tensors
 
-    def load_into(self, layer: torch.nn.Module, *shard: int | str) -> None:
+    def load_into(self, layer: torch.nn.Module, *shard: int | str | tuple[int, ...]) -> None:
         for name, tensor in self.tensors().items():
             load(layer, name, tensor, *shard)
 
@@ -74,7 +74,9 @@ class Stored:
         )
 
 
-def load(layer: torch.nn.Module, name: str, tensor: torch.Tensor, *shard: int | str) -> None:
+def load(
+    layer: torch.nn.Module, name: str, tensor: torch.Tensor, *shard: int | str | tuple[int, ...]
+) -> None:
     """As vLLM's model classes do with a tensor of the checkpoint."""
     parameter: Any = getattr(layer, name)
     parameter.weight_loader(parameter, tensor, *shard)
@@ -114,6 +116,17 @@ def gate_up(config: SmoothRotConfig) -> MergedColumnParallelLinear:
     sizes = [INTERMEDIATE, INTERMEDIATE]
     return MergedColumnParallelLinear(
         HIDDEN, sizes, bias=False, quant_config=config, prefix=GATE_UP, return_bias=False
+    )
+
+
+def in_proj_qkvz(config: SmoothRotConfig) -> MergedColumnParallelLinear:
+    return MergedColumnParallelLinear(
+        HIDDEN,
+        [64, 64, 96, 96],
+        bias=False,
+        quant_config=config,
+        prefix="model.layers.0.linear_attn.in_proj_qkvz",
+        return_bias=False,
     )
 
 

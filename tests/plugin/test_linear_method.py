@@ -18,6 +18,7 @@ from linears import (
     down,
     finish,
     gate_up,
+    in_proj_qkvz,
     linear_reference,
     load,
     qkv,
@@ -84,6 +85,26 @@ def test_gate_up_computes_the_reference_on_every_rank(
         expected = [
             linear_reference(x, linear, config).chunk(size, dim=1)[rank] for linear in stored
         ]
+        assert torch.equal(layer(x), torch.cat(expected, dim=1))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_part_of_several_shards_computes_the_reference_on_every_rank(
+    config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int
+) -> None:
+    """The first linear of Qwen3.5's linear attention: queries, keys and values are stored as one,
+    the gate by itself."""
+    weights = config.schema.weights.model_dump()
+    stored = [Stored.random(rows, HIDDEN, weights, i) for i, rows in enumerate((224, 96))]
+    x = tokens(HIDDEN)
+    for rank in range(size):
+        tensor_parallel(rank, size)
+        layer = in_proj_qkvz(config)
+        stored[0].load_into(layer, (0, 1, 2))
+        stored[1].load_into(layer, 3)
+        finish(layer)
+        y = torch.cat([linear_reference(x, linear, config) for linear in stored], dim=1)
+        expected = [part.chunk(size, dim=1)[rank] for part in y.split([64, 64, 96, 96], dim=1)]
         assert torch.equal(layer(x), torch.cat(expected, dim=1))
 
 

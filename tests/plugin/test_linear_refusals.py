@@ -17,6 +17,7 @@ from linears import (
     down,
     finish,
     gate_up,
+    in_proj_qkvz,
     load,
 )
 from vllm.config import VllmConfig
@@ -149,6 +150,15 @@ def test_a_fusion_of_unknown_parts_is_refused(vllm_config: VllmConfig) -> None:
         match=r"gate_up_proj: vLLM fuses 2 linears here, .* names 1 \(gate_up_proj\)",
     ):
         gate_up(config)
+
+
+def test_a_piece_of_a_part_is_refused(vllm_config: VllmConfig) -> None:
+    layer = in_proj_qkvz(make_config())
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"in_proj_qkvz: expected in_proj_qkv as the first 3 shards .* got shards \(1,\)",
+    ):
+        load(layer, WEIGHT_PACKED, torch.zeros(64, HIDDEN // 2, dtype=torch.uint8), 1)
 
 
 def test_surplus_rows_of_a_fusion_that_is_stored_as_one_are_refused(

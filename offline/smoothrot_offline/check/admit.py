@@ -144,9 +144,8 @@ def rotation_blocks(
 ) -> dict[str, tuple[int, HadamardFactors]]:
     """Width and block of each rotation, by its name in the rotation papers."""
     r1 = "R1" if spec.architecture.rotates_residual else "R1 online"
-    widths = {
-        r1: (spec.hidden, 1),
-        "R2": (spec.head_dim, 1),
-        "R4": (spec.intermediate, config.max_tp),
-    }
+    widths = {r1: (spec.hidden, 1)}
+    if any(map(spec.rotates_heads, range(spec.layers))):
+        widths["R2"] = (spec.head_dim, 1)
+    widths["R4"] = (spec.intermediate, config.max_tp)
     return {name: (size, choose_block(size, shards)) for name, (size, shards) in widths.items()}

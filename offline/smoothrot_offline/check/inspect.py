@@ -47,6 +47,7 @@ class Sizes(BaseModel):
 def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
     """Sizes of the tensors of a checkpoint of this model, source or output."""
     table = spec.architecture
+    linears = {name for name, _, _ in spec.output_linears(tied=True)}
     bytes_of = dict.fromkeys(Sizes.model_fields, 0)
     for name, (shape, dtype) in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -54,11 +55,7 @@ def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
             kind = "embedding"
         elif module == table.lm_head:
             kind = "lm_head"
-        elif (
-            suffix != "bias"
-            and module.startswith(table.layers)
-            and module.split(".", 3)[-1] in table.linears
-        ):
+        elif suffix != "bias" and module in linears:
             kind = "linears"
         else:
             kind = "other"

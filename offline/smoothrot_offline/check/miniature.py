@@ -8,7 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.family import LinearAttention, ModelSpec
 from smoothrot_offline.source.layers import separate_experts
 from smoothrot_offline.source.resolve import resolve
 
@@ -18,6 +18,8 @@ GROUPS = 2
 KV_HEADS = 2
 # No two widths alike, so that one taken for the other is seen, and each with a Hadamard transform.
 HIDDEN, INTERMEDIATE, VOCAB, EXPERTS, WINDOW = 80, 56, 48, 3, 5
+DELTA_KEY, DELTA_VALUE = 6, 10
+"""Widths of heads of linear attention."""
 _FACTORS = ("short_factor", "long_factor")
 
 
@@ -45,6 +47,9 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     if (experts := spec.architecture.experts) is not None:
         sizes |= {experts.count: EXPERTS, experts.intermediate: INTERMEDIATE}
         sizes["num_experts_per_tok"] = min(spec.config.num_experts_per_tok, EXPERTS - 1)
+    for table in spec.tables:
+        if (keys := table.linear_attention) is not None:
+            sizes |= _small_linear_attention(keys, config)
     if config.get("sliding_window"):
         sizes["sliding_window"] = min(config["sliding_window"], WINDOW)
     by_layer = {
@@ -63,6 +68,17 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     rope = {"rope_parameters": _with_fewer_factors(config.get("rope_parameters"))}
     counts = {"num_hidden_layers": len(chosen)}
     return resolve(left | sizes | tokens | layers | rope | counts)
+
+
+def _small_linear_attention(keys: LinearAttention, config: dict[str, Any]) -> dict[str, int]:
+    key_heads = min(config[keys.key_heads], KV_HEADS)
+    group = config[keys.value_heads] // config[keys.key_heads]
+    return {
+        keys.key_heads: key_heads,
+        keys.value_heads: key_heads * min(group, GROUPS),
+        keys.key_head_dim: DELTA_KEY,
+        keys.value_head_dim: DELTA_VALUE,
+    }
 
 
 def _one_of_each_kind(by_layer: dict[str, list[Any]], layers: int) -> list[int]:

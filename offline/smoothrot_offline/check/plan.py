@@ -115,7 +115,7 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
     folds = 1 + sum(cost.folds for cost in costs)
     per_token = spec.token_flop(config.calib_seqlen)
     flop = sum(cost.flop + cost.passes * tokens * per_token for cost in costs)
-    weights = spec.layers * sum(spec.layer_weights()) + spec.vocab * spec.hidden
+    weights = spec.decoder_weights() + spec.vocab * spec.hidden
     total = folds * weights / _weights_per_second() + flop / _flop_per_second()
     hashed = before.total + after.total
     return round(total + hashed / _hashed_bytes_per_second(), 1)
@@ -265,6 +265,11 @@ def _tp_refusal(spec: ModelSpec, schema: QuantizationSchema, size: int) -> str |
         return str(error)
     if spec.heads % size:
         return f"vLLM splits {spec.heads} attention heads only over a divisor of {spec.heads}"
+    for table in spec.tables:
+        if (keys := table.linear_attention) is not None:
+            for key in (keys.key_heads, keys.value_heads):
+                if (heads := getattr(spec.config, key)) % size:
+                    return f"vLLM splits {key} {heads} only over a divisor of {heads}"
     if spec.kv_heads % size and size % spec.kv_heads:
         return f"vLLM neither splits nor repeats {spec.kv_heads} key-value heads over {size}"
     return None

@@ -73,8 +73,9 @@ def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) 
     sides = []
     for index in range(small.layers):
         prefix = small.layer_prefix(index)
-        layer = {name: tensors[prefix + name] for name in small.layer_tensors()}
-        gammas = {norm: layer[f"{norm}.weight"] + table.norm_offset for norm in table.readers}
+        layer = {name: tensors[prefix + name] for name in small.layer_tensors(index)}
+        readers = small.layer_table(index).readers
+        gammas = {norm: layer[f"{norm}.weight"] + table.norm_offset for norm in readers}
         scales = _random_scales(small, index)
         sides.append(transform.sides(index, gammas, scales))
         transform.layer(index, layer, scales)
@@ -84,11 +85,10 @@ def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) 
     tensors[norm] = transform.final_norm(tensors[norm])
     tensors[embedding] = transform.embedding(tensors[embedding])
     folded.load_state_dict(tensors)
-    for linear in table.linears:
+    for linear, _, _ in small.output_linears(tied=True):
         if (rotation := transform.online.rotation(linear)) is not None:
-            for index in range(small.layers):
-                module = folded.get_submodule(small.layer_prefix(index) + linear)
-                module.register_forward_pre_hook(_rotating(rotation.block))
+            module = folded.get_submodule(linear)
+            module.register_forward_pre_hook(_rotating(rotation.block))
     return sides
 
 
@@ -98,7 +98,7 @@ def _random_scales(small: ModelSpec, index: int) -> LayerScales:
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64) * 4 + 0.25
 
-    norms = {norm: draw(small.hidden) for norm in small.architecture.readers}
+    norms = {norm: draw(small.hidden) for norm in small.layer_table(index).readers}
     return LayerScales(draw(*small.smoothed), norms)
 
 
@@ -109,12 +109,10 @@ def _run(
     in which they are run."""
     table = small.architecture
     outputs: Outputs = {}
+    linears = [linear for linear, _, _ in small.output_linears(tied=True)]
     hooks = [
-        model.get_submodule(small.layer_prefix(index) + linear).register_forward_hook(
-            _recording(outputs, small.layer_prefix(index) + linear)
-        )
-        for index in range(small.layers)
-        for linear in table.linears
+        model.get_submodule(linear).register_forward_hook(_recording(outputs, linear))
+        for linear in linears
     ]
     read: list[torch.Tensor] = []
     first = model.get_submodule(f"{table.layers}.0")
@@ -124,11 +122,9 @@ def _run(
         hook.remove()
     rows = model.get_submodule(table.embedding).get_parameter("weight")
     _check(small, table.embedding, embed(tokens, rows, small.embedding_scale), read[0])
-    for hooked in (
-        small.layer_prefix(i) + name for i in range(small.layers) for name in table.linears
-    ):
-        if hooked not in outputs:
-            raise _refused(small, f"{hooked}: {type(model).__name__} never runs it")
+    for linear in linears:
+        if linear not in outputs:
+            raise _refused(small, f"{linear}: {type(model).__name__} never runs it")
     return logits, outputs
 
 

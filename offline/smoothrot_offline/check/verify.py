@@ -153,10 +153,10 @@ def compare_with_source(directory: Path, source: Path) -> SourceComparison:
     exact = manifest.config.rounding == "rtn"
     compared = 0
     for index in layers:
-        tensors = original.load_relative(spec.layer_prefix(index), spec.layer_tensors())
+        tensors = original.load_relative(spec.layer_prefix(index), spec.layer_tensors(index))
         tensors = {name: tensor.double() for name, tensor in tensors.items()}
         recorded.transform.layer(index, tensors, recorded.scales[index])
-        for linear in spec.architecture.linears:
+        for linear in spec.layer_table(index).linears:
             scheme = schema.scheme(spec.layer_prefix(index) + linear)
             if scheme is None:
                 continue

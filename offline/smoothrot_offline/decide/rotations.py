@@ -53,17 +53,17 @@ def trial_loss(
     spec = source.spec
     hidden = transform.embedding(source.embed(tokens).double()).float()
     for index, loaded in source.layers():
-        prefix = spec.layer_prefix(index)
+        prefix, table = spec.layer_prefix(index), spec.layer_table(index)
         layer = {name: tensor.double() for name, tensor in loaded.items()}
         transform.layer(index, layer, studies[index].scales)
-        schemes = {linear: schema.scheme(prefix + linear) for linear in spec.architecture.linears}
+        schemes = {linear: schema.scheme(prefix + linear) for linear in table.linears}
         for linear, scheme in schemes.items():
             if scheme is not None:
                 name = f"{linear}.weight"
                 layer[name] = quantize_rtn(layer[name], scheme.weights, prefix + name).dequantize()
         model, module = source.build(index, layer)
         with inputs_through(
-            module, rotations(spec, schema.online) | quantizers(schemes, schema.online)
+            module, rotations(table, schema.online) | quantizers(schemes, schema.online)
         ):
             hidden = torch.cat([output_of(model, part) for part in hidden.split(1)])
     return _loss(source, transform, hidden, tokens)
@@ -100,15 +100,15 @@ SAMPLE_ROWS = 256
 @dataclass(frozen=True)
 class LayerSample:
     """Of one decoder layer of the original model: ``readers`` behind each norm, and what o_proj
-    reads, float32."""
+    reads, float32, or None in a layer without a place for R2."""
 
     readers: list[ReaderSample]
-    output_input: torch.Tensor
+    output_input: torch.Tensor | None
 
 
 def learning_steps(spec: ModelSpec) -> int:
     """How often :func:`learn_rotations` reports progress."""
-    return 2 * spec.layers + int(spec.architecture.rotates_residual)
+    return spec.layers + len(_rotated_heads(spec)) + int(spec.architecture.rotates_residual)
 
 
 def learning_samples(samples: int) -> int:
@@ -122,7 +122,9 @@ def learning_flop(spec: ModelSpec, steps: int) -> float:
     rows, query, order = SAMPLE_TOKENS + SAMPLE_ROWS, spec.heads * spec.head_dim, spec.hidden
     values = spec.kv_heads * spec.head_dim * spec.hidden
     product = 2 * SAMPLE_TOKENS * SAMPLE_ROWS
-    heads = spec.layers * (2 * (rows * query + values) * spec.head_dim + product * query)
+    heads = len(_rotated_heads(spec)) * (
+        2 * (rows * query + values) * spec.head_dim + product * query
+    )
     residual = (
         BATCH * (2 * rows * order**2 + product * order) + 3 * order**3
         if spec.architecture.rotates_residual
@@ -180,19 +182,32 @@ def learn_rotations(
             seed=config.seed,
         )
         transform = replace(transform, residual=DenseRotation(residual.matrices[None]))
-    heads = []
+    heads: dict[int, Learned] = {}
     for index, sample in enumerate(samples):
-        step(f"learning R2 of layer {index + 1} of {spec.layers}")
-        heads.append(_learn_heads(source, config, schema, transform, index, sample.output_input))
-    mean = HeldOutError(
-        hadamard=sum(learned.before for learned in heads) / len(heads),
-        learned=sum(learned.after for learned in heads) / len(heads),
-    )
+        if sample.output_input is not None:
+            step(f"learning R2 of layer {index + 1} of {spec.layers}")
+            heads[index] = _learn_heads(
+                source, config, schema, transform, index, sample.output_input
+            )
     r1 = (
         None if residual is None else HeldOutError(hadamard=residual.before, learned=residual.after)
     )
-    transform = replace(transform, heads=[learned.matrices for learned in heads])
-    return transform, LearnedRecord(steps=config.rotation_steps, r1=r1, r2=mean)
+    if not heads:
+        return transform, LearnedRecord(steps=config.rotation_steps, r1=r1, r2=None)
+    mean = HeldOutError(
+        hadamard=sum(learned.before for learned in heads.values()) / len(heads),
+        learned=sum(learned.after for learned in heads.values()) / len(heads),
+    )
+    matrices = [heads[i].matrices if i in heads else None for i in range(spec.layers)]
+    return (
+        replace(transform, heads=matrices),
+        LearnedRecord(steps=config.rotation_steps, r1=r1, r2=mean),
+    )
+
+
+def _rotated_heads(spec: ModelSpec) -> list[int]:
+    """The layers with a place for R2."""
+    return [index for index in range(spec.layers) if spec.rotates_heads(index)]
 
 
 def _samples(
@@ -200,15 +215,17 @@ def _samples(
 ) -> list[LayerSample]:
     """Run the original model on ``tokens``, layer by layer, and keep some of what the rotated
     linears read."""
-    spec, table = source.spec, source.spec.architecture
+    spec = source.spec
     hidden, generator = source.embed(tokens), torch.Generator().manual_seed(seed)
-    norms = table.readers if table.rotates_residual else {}
     # Odd, so that it does not keep to one position of the sequences.
     stride = max(1, tokens.numel() // SAMPLE_TOKENS) | 1
     found = []
     for index, layer in source.layers():
         step(f"sampling layer {index + 1} of {spec.layers}")
-        seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, table.output)}
+        table = spec.layer_table(index)
+        norms = table.readers if table.rotates_residual else {}
+        output = [table.output] if table.value else []
+        seen: dict[str, list[torch.Tensor]] = {module: [] for module in (*norms, *output)}
         source.run(
             index,
             layer,
@@ -226,7 +243,7 @@ def _samples(
             readers.append(
                 ReaderSample(inputs[norm] * (variance + spec.config.rms_norm_eps).rsqrt(), rows)
             )
-        found.append(LayerSample(readers, inputs[table.output]))
+        found.append(LayerSample(readers, inputs.get(table.output)))
     return found
 
 
@@ -239,7 +256,7 @@ def _learn_heads(
     output_input: torch.Tensor,
 ) -> Learned:
     """R2 of decoder layer ``index``, from what its o_proj reads before R2."""
-    spec, table = source.spec, source.spec.architecture
+    spec, table = source.spec, source.spec.layer_table(index)
     layer = {name: tensor.double() for name, tensor in source.layer(index).items()}
     # All but R2 and R4: the weights that R2 will be folded into.
     replace(transform, online=Online(readers=transform.online.readers)).layer(

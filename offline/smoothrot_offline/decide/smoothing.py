@@ -19,7 +19,7 @@ from smoothrot_offline.decide.policies import (
     choose_scales,
 )
 from smoothrot_offline.output.manifest import SmoothingRecord
-from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.family import Architecture, ModelSpec
 from smoothrot_offline.source.layers import LayerRunner, Observer, SourceModel
 from smoothrot_offline.transform.rotation import Orthogonal
 from smoothrot_vllm.format import QuantizationSchema
@@ -65,7 +65,7 @@ def smooth_layer(
         tokens = tokens * spec.config.num_experts_per_tok // spec.experts
     statistics = {
         down: InputStatistics(spec.intermediate, tokens, hidden.device)
-        for _, down in spec.architecture.products
+        for _, down in spec.layer_table(index).products
     }
     runner.run(
         index,
@@ -133,18 +133,23 @@ class NormStatistics:
 
     Args:
         spec: the model.
+        table: of the layer.
         residual: R1, or None if it is not folded.
         layer: the layer's tensors in the original model, by names relative to it.
     """
 
     def __init__(
-        self, spec: ModelSpec, residual: Orthogonal | None, layer: Mapping[str, torch.Tensor]
+        self,
+        spec: ModelSpec,
+        table: Architecture,
+        residual: Orthogonal | None,
+        layer: Mapping[str, torch.Tensor],
     ) -> None:
         self._spec = spec
+        self._table = table
         self._residual = residual
-        offset = spec.architecture.norm_offset
         self._gammas = {
-            norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.readers
+            norm: layer[f"{norm}.weight"].double() + table.norm_offset for norm in table.readers
         }
         self._squares = {norm: torch.zeros_like(gamma) for norm, gamma in self._gammas.items()}
 
@@ -185,7 +190,7 @@ class NormStatistics:
     def _scales_of(
         self, norm: str, layer: Mapping[str, torch.Tensor], dtype: torch.dtype
     ) -> torch.Tensor:
-        table, gamma = self._spec.architecture, self._gammas[norm]
+        table, gamma = self._table, self._gammas[norm]
         weight = torch.cat([layer[f"{reader}.weight"].double() for reader in table.readers[norm]])
         if self._residual is not None:
             weight, gamma = self._residual.rotate(weight * gamma), torch.ones_like(gamma)
@@ -223,7 +228,7 @@ def smooth_norms(
     hidden, found = source.embed(tokens[: norm_samples(len(tokens))]), []
     for index, layer in source.layers():
         step(f"smoothing the norms of layer {index + 1} of {source.spec.layers}")
-        statistics = NormStatistics(source.spec, residual, layer)
+        statistics = NormStatistics(source.spec, source.spec.layer_table(index), residual, layer)
         source.run(index, layer, hidden, statistics.observers())
         found.append(statistics.scales(layer, source.dtype))
     return found

@@ -20,7 +20,7 @@ from smoothrot_offline.rounding.served import (
     quantizers,
     rotations,
 )
-from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.family import Architecture, ModelSpec
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.format import (
@@ -84,7 +84,6 @@ class Study:
         self._schema = schema
         self._transform = transform
         self._hidden = hidden = source.embed(tokens)
-        self._rotations = rotations(source.spec, schema.online)
         self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
 
     def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> LayerStudy:
@@ -120,7 +119,12 @@ class Study:
         self, index: int, tensors: dict[str, torch.Tensor]
     ) -> tuple[LayerScales, list[SmoothingRecord | None]]:
         norms = (
-            NormStatistics(self._source.spec, self._transform.residual, tensors)
+            NormStatistics(
+                self._source.spec,
+                self._source.spec.layer_table(index),
+                self._transform.residual,
+                tensors,
+            )
             if self._config.smooths_norms
             else None
         )
@@ -141,10 +145,12 @@ class Study:
     ) -> LayerStudy:
         """The study with what is measured on the transformed layer; moves the probe past it."""
         prefix = self._source.spec.layer_prefix(index)
+        table = self._source.spec.layer_table(index)
         model, layer = self._source.build(index, tensors)
         clips, sensitivity = {}, {}
-        exact, inputs = self._exact(model, layer)
-        for groups in self._source.spec.architecture.scheme_groups():
+        turned = rotations(table, self._schema.online)
+        exact, inputs = self._exact(model, layer, table, turned)
+        for groups in table.scheme_groups():
             first = groups[0][0]
             scheme = self._schema.scheme(prefix + first)
             if scheme is None:
@@ -158,21 +164,25 @@ class Study:
             if self._config.keep_8bit:
                 scheme = with_clip(scheme, clips.get(first))
                 linears = [linear for group in groups for linear in group]
-                sensitivity[first] = self._cost(model, layer, dict.fromkeys(linears, scheme), exact)
+                schemes = dict.fromkeys(linears, scheme)
+                maps = turned | quantizers(schemes, self._schema.online)
+                sensitivity[first] = self._cost(model, layer, schemes, maps, exact)
         self._probe = exact
         return replace(study, clips=clips, sensitivity=sensitivity)
 
     def _exact(
-        self, model: nn.Module, layer: nn.Module
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        table: Architecture,
+        turned: Mapping[str, InputMap],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What the layer makes of the probe, and a sample of what each group of linears reads:
         rotated, not quantized.
 
         Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
         """
-        groups = [
-            group for groups in self._source.spec.architecture.scheme_groups() for group in groups
-        ]
+        groups = [group for groups in table.scheme_groups() for group in groups]
         seen = {
             group[0]: [self._probe.new_empty(0, self._source.spec.linear_shape(group[0])[1])]
             for group in groups
@@ -181,13 +191,13 @@ class Study:
 
         def watching(linear: str) -> InputMap:
             def watch(x: torch.Tensor) -> torch.Tensor:
-                y = self._rotations[linear](x) if linear in self._rotations else x
+                y = turned[linear](x) if linear in turned else x
                 seen[linear].append(y.flatten(0, -2)[::stride])
                 return y
 
             return watch
 
-        with inputs_through(layer, self._rotations | {linear: watching(linear) for linear in seen}):
+        with inputs_through(layer, {**turned, **{linear: watching(linear) for linear in seen}}):
             exact = self._run(model)
         return exact, {linear: torch.cat(parts) for linear, parts in seen.items()}
 
@@ -196,17 +206,18 @@ class Study:
         model: nn.Module,
         layer: nn.Module,
         schemes: Mapping[str, LinearScheme],
+        maps: Mapping[str, InputMap],
         exact: torch.Tensor,
     ) -> float:
         """Relative error of the layer's output with only the given linears quantized,
-        round-to-nearest."""
+        round-to-nearest, and inputs read through ``maps``."""
         modules = {linear: layer.get_submodule(linear) for linear in schemes}
         originals = {linear: module.weight.data for linear, module in modules.items()}
         for linear, module in modules.items():
             module.weight.data = quantize_rtn(
                 originals[linear], schemes[linear].weights
             ).dequantize()
-        with inputs_through(layer, self._rotations | quantizers(schemes, self._schema.online)):
+        with inputs_through(layer, maps):
             found = self._run(model)
         for linear, module in modules.items():
             module.weight.data = originals[linear]
@@ -262,11 +273,10 @@ def allocate(
     all experts of a layer. They are taken by measured cost for each weight, dearest first, until
     ``config.keep_8bit`` of the decoder's weights are spent.
     """
-    groups = _scheme_groups(spec)
     kept = _dearest(spec, config.keep_8bit, studies)
     overrides = dict(schema.overrides)
     for index, found in enumerate(studies):
-        for group in groups:
+        for group in _scheme_groups(spec.layer_table(index)):
             for linear in group:
                 name = spec.layer_prefix(index) + linear
                 scheme = schema.scheme(name)
@@ -288,9 +298,14 @@ def _dearest(
     """``(layer, first linear of the group)`` of each group that keeps 8 bits."""
     weights = {
         group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group))
-        for group in _scheme_groups(spec)
+        for table in spec.tables
+        for group in _scheme_groups(table)
     }
-    left = fraction * spec.layers * sum(weights.values())
+    left = fraction * sum(
+        weights[group[0]]
+        for index in range(spec.layers)
+        for group in _scheme_groups(spec.layer_table(index))
+    )
     measured = (
         (index, group, cost)
         for index, found in enumerate(studies)
@@ -306,5 +321,5 @@ def _dearest(
     return kept
 
 
-def _scheme_groups(spec: ModelSpec) -> list[tuple[str, ...]]:
-    return [tuple(chain.from_iterable(groups)) for groups in spec.architecture.scheme_groups()]
+def _scheme_groups(table: Architecture) -> list[tuple[str, ...]]:
+    return [tuple(chain.from_iterable(groups)) for groups in table.scheme_groups()]

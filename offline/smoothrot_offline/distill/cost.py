@@ -45,7 +45,7 @@ def distillation_bytes(spec: ModelSpec, config: ConvertConfig) -> int:
     """Peak memory of distillation; 0 without."""
     if not config.distill_steps:
         return 0
-    weights = spec.layers * sum(spec.layer_weights()) + 2 * spec.vocab * spec.hidden
+    weights = spec.decoder_weights() + 2 * spec.vocab * spec.hidden
     # Numbers that a token leaves for the way back, of one sequence at a time. With the process
     # itself 4.1 GB are estimated of SmolLM2-135M, which takes 3.7.
     kept = spec.layers * (24 * spec.hidden + 8 * spec.intermediate) + 6 * spec.vocab

@@ -34,7 +34,7 @@ def distill(
         directory: the converted model, rounded.
         source: the original model.
         config: of the conversion; ``distill_steps`` is not 0.
-        tensors: what the directory stores, by name.
+        tensors: what the directory stores, by name; vectors that are not among them are left.
         device: where both models run, as a whole.
         step: told what begins, ``distillation_steps`` times.
 

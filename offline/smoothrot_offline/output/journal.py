@@ -376,7 +376,9 @@ def _packed(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if isinstance(found.transform.residual, DenseRotation):
         tensors["residual"] = found.transform.residual.blocks
     tensors |= {
-        f"heads.{index}": matrices for index, matrices in enumerate(found.transform.heads or [])
+        f"heads.{index}": matrices
+        for index, matrices in enumerate(found.transform.heads or [])
+        if matrices is not None
     }
     facts = {
         "schema": found.schema.model_dump(mode="json"),
@@ -402,10 +404,9 @@ def _unpacked(
     transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
     if "residual" in tensors:
         transform = replace(transform, residual=DenseRotation(tensors["residual"]))
-    if "heads.0" in tensors:
-        transform = replace(
-            transform, heads=[tensors[f"heads.{index}"] for index in range(spec.layers)]
-        )
+    heads = [tensors.get(f"heads.{index}") for index in range(spec.layers)]
+    if any(matrices is not None for matrices in heads):
+        transform = replace(transform, heads=heads)
     studies = [
         LayerStudy(
             _unpacked_scales(tensors, index, spec),
@@ -424,7 +425,7 @@ def _unpacked(
 
 
 def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:
-    names = {norm: f"scales.{index}.{norm}" for norm in spec.architecture.readers}
+    names = {norm: f"scales.{index}.{norm}" for norm in spec.layer_table(index).readers}
     smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
     return LayerScales(tensors.get(f"scales.{index}"), smoothed)
 

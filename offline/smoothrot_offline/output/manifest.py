@@ -52,21 +52,21 @@ class HeldOutError(_Record):
 
 class LearnedRecord(_Record):
     """Learned rotations: optimizer steps, and the errors of R1, None where it is not folded, and
-    of R2, a mean over layers."""
+    of R2, a mean over layers, None where none has a place for it."""
 
     steps: int
     r1: HeldOutError | None
-    r2: HeldOutError
+    r2: HeldOutError | None
 
 
 class RotationRecord(_Record):
     """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or
-    else online in the readers' input. ``sign_losses`` are the held-out losses, in nats, of the
-    seeds that were tried; empty if only one was. ``learned`` is None if the rotations are
-    Hadamard transforms."""
+    else online in the readers' input; R2 is None if no layer has a place for it. ``sign_losses``
+    are the held-out losses, in nats, of the seeds that were tried; empty if only one was.
+    ``learned`` is None if the rotations are Hadamard transforms."""
 
     r1: int
-    r2: int
+    r2: int | None
     r4: int
     seed: int
     sign_losses: dict[int, float] = {}

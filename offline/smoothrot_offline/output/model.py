@@ -122,13 +122,13 @@ class Converter:
             CheckpointError: a tensor exceeds the range of ``dtype``.
         """
         spec, dtype, study = self.source.spec, self.source.dtype, self.studies[index]
-        prefix = spec.layer_prefix(index)
+        prefix, table = spec.layer_prefix(index), spec.layer_table(index)
         layer = {name: tensor.double() for name, tensor in loaded.items()}
         self.transform.layer(index, layer, study.scales)
         rounded = {} if round_layer is None else round_layer(index, layer)
         errors: dict[str, float] = {}
         output: dict[str, torch.Tensor] = {}
-        for linear in spec.architecture.linears:
+        for linear in table.linears:
             scheme = self.schema.scheme(prefix + linear)
             if scheme is not None:
                 weight = layer.pop(f"{linear}.weight")
@@ -142,7 +142,10 @@ class Converter:
                 stored, errors[linear] = store(parts, weight.shape, scheme.weights, prefix + linear)
                 output |= stored
         output |= {
-            prefix + name: cast(tensor, dtype, prefix + name) for name, tensor in layer.items()
+            prefix + name: cast(
+                tensor, torch.float32 if name in table.parameters else dtype, prefix + name
+            )
+            for name, tensor in layer.items()
         }
         record = LayerRecord(
             weight_error=errors,
@@ -346,7 +349,11 @@ def _rotations(decisions: Decisions) -> RotationRecord | None:
         return None
     return RotationRecord(
         r1=choose_block(transform.spec.hidden).size,
-        r2=choose_block(transform.spec.head_dim).size,
+        r2=(
+            choose_block(transform.spec.head_dim).size
+            if any(map(transform.spec.rotates_heads, range(transform.spec.layers)))
+            else None
+        ),
         r4=transform.online.down_proj.block,
         seed=transform.seed,
         sign_losses=decisions.sign_losses,

@@ -97,6 +97,12 @@ def analyze(
             " only. Convert the model as it is: the manifest records what the calibration found of"
             " each expert."
         )
+    if spec.architecture.kinds:
+        raise UnsupportedModelError(
+            f"{source}: {spec.architecture.class_name} has layers of several kinds; analyze"
+            " measures models whose layers are alike only. Convert the model as it is: the manifest"
+            " records what the calibration found of each layer."
+        )
     admit_calibration(checkpoint, spec, config.calib, config.calib_seqlen)
     chosen = _chosen_layers(spec, config)
     with OutputDirectory(out) as directory, computing_on(device):
@@ -239,7 +245,7 @@ class _Run:
             if self.spec.architecture.rotates_residual
             else None
         )
-        norms = NormStatistics(self.spec, residual, layer)
+        norms = NormStatistics(self.spec, self.spec.layer_table(index), residual, layer)
         self.source.run(
             index, folded, self._choosing, {down: statistics.update, **norms.observers()}
         )

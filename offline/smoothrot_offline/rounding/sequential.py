@@ -84,10 +84,10 @@ class SequentialRounding:
         Returns:
             The codes and scales of each quantized linear, named relative to the layer.
         """
-        prefix, table = self._spec.layer_prefix(index), self._spec.architecture
+        prefix, table = self._spec.layer_prefix(index), self._spec.layer_table(index)
         online = self._schema.online
         schemes = {linear: self._schema.scheme(prefix + linear) for linear in table.linears}
-        turned = rotations(self._spec, online)
+        turned = rotations(table, online)
         copies = [
             BuiltLayer(
                 *self._runner.build(index, tensors), table, turned | quantizers(schemes, online)
@@ -157,7 +157,7 @@ class SequentialRounding:
         """
         served = copies[0]
         few: dict[int, int] = {}
-        for groups in self._spec.architecture.expert_groups():
+        for groups in self._spec.layer_table(index).expert_groups():
             channels = tensors[f"{groups[0][0]}.weight"].shape[1]
             statistics = {
                 group[0]: HessianAccumulator(channels, self._asymmetric, self._hidden.device)
@@ -212,9 +212,9 @@ class SequentialRounding:
 def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool) -> float:
     """Floating-point operations of error-compensated rounding beside the passes of the tokens: an
     H, or two, of each input, and of each expert one that is factorized and inverted."""
-    inputs = sum(
-        shape[1] ** 2
-        for shape in {spec.linear_shape(linear) for linear in spec.architecture.linears}
+    inputs = max(
+        sum(shape[1] ** 2 for shape in {spec.linear_shape(linear) for linear in table.linears})
+        for table in spec.tables
     )
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
     gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen

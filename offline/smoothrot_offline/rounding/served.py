@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.family import Architecture
 from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online
@@ -25,10 +25,10 @@ def ops_on(device: torch.device) -> Any:
     return ops if device.type == "cpu" else reference
 
 
-def rotations(spec: ModelSpec, online: Online) -> dict[str, InputMap]:
-    """What the server does to the input of each rotated linear before it quantizes, by name
-    relative to the layer."""
-    found = {linear: online.rotation(linear) for linear in spec.architecture.linears}
+def rotations(table: Architecture, online: Online) -> dict[str, InputMap]:
+    """What the server does to the input of each rotated linear of a layer before it quantizes, by
+    name relative to the layer, whose table is given."""
+    found = {linear: online.rotation(linear) for linear in table.linears}
     return {
         linear: _rotator(rotation.block)
         for linear, rotation in found.items()
@@ -84,7 +84,7 @@ class BuiltLayer:
 
     Args:
         model, layer: from :meth:`~smoothrot_offline.source.layers.LayerRunner.build`.
-        table: the family.
+        table: of the layer.
         maps: run-time inputs by linear, see :func:`rotations` and :func:`quantizers`.
     """
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -41,15 +42,31 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """Configuration keys of the sizes of layers whose attention is a recurrence over a state, the
+    gated delta rule: how many key and value heads, their widths, and how many tokens the
+    convolution before it sees."""
+
+    key_heads: str
+    value_heads: str
+    key_head_dim: str
+    value_head_dim: str
+    kernel: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the rotations and scales of one model family are folded. Names are relative to a
-    decoder layer; those that hold ``{e}`` are of each expert, see :meth:`with_experts`."""
+    decoder layer; those that hold ``{e}`` are of each expert, see :meth:`with_experts`.
+
+    Of a family with layers of several ``kinds`` each kind has a table of its own, for what is named
+    relative to a layer: see :meth:`ModelSpec.layer_table`.
+    """
 
     model_type: str
     class_name: str
     linears: Mapping[str, tuple[str, str]]
-    """(Output, input) dimension of each linear: hidden, intermediate, query, value, or of those
-    that the family stores as one, query_key_value and gate_up."""
+    """(Output, input) dimension of each linear: a name of :meth:`ModelSpec.dimensions`."""
     biases: Mapping[str, tuple[str, ...]]
     """Linears with a bias, by the configuration flag that says so ("" = always)."""
     readers: Mapping[str, tuple[str, ...]]
@@ -57,7 +74,8 @@ class Architecture:
     writers: tuple[str, ...]
     """Linears that add to the residual stream, of a family with ``post_norms`` through one."""
     value: str
-    """Produces, in its last rows, the heads that ``output`` consumes."""
+    """Produces, in its last rows, the heads that ``output`` consumes; "" where something other than
+    a sum over tokens is between the two, which leaves no place for R2."""
     output: str
     up: str
     """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x."""
@@ -90,6 +108,18 @@ class Architecture:
     """Classes by which ``auto_map`` names Python code that transformers has its own version of."""
     head_is_embedding: bool = False
     """The server has no head beside the embedding."""
+    sixteen_bit: tuple[str, ...] = ()
+    """Linears beside a router that are too small to quantize."""
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Dimensions of the tensors of a layer that are neither linears nor norms of ``readers``,
+    ``post_norms`` and ``head_norms``. No transform concerns them, and they are kept in float32."""
+    linear_attention: LinearAttention | None = None
+    kinds: Mapping[str, Architecture] = field(default_factory=dict)
+    """The table of each kind of layer, by its name in ``layer_types``; empty where all layers have
+    the tensors that this one says."""
+    axes_of_positions: bool = False
+    """Both give all axes of a position in rotary parameters with ``mrope_section`` the number of
+    the token, so that it changes nothing."""
     experts: Experts | None = None
     products: tuple[tuple[str, str], ...] = ()
     """Each ``up`` and its ``down`` in a layer: one pair, or that of each expert."""
@@ -134,6 +164,7 @@ class Architecture:
             },
             writers=tuple(expert for name in self.writers for expert in each(name)),
             products=tuple(zip(each(self.up), each(self.down), strict=True)),
+            kinds={kind: table.with_experts(count) for kind, table in self.kinds.items()},
         )
 
     def with_sparse_feed_forward(self, experts: Experts, *, up: str, down: str, **own: Any) -> Self:
@@ -181,9 +212,18 @@ class Architecture:
         """Linears that have one scheme, each as groups of those that read the same tensor. A
         layer's experts all have one."""
         if self.experts is None:
-            return [[group] for group in self.input_groups()]
+            return [[self._quantized(group)] for group in self.input_groups()]
         gated, down = self.expert_groups()
-        return [[self.readers[self.attention_norm]], [(self.output,)], gated + down]
+        attention = self._quantized(self.readers[self.attention_norm])
+        return [[attention], [(self.output,)], gated + down]
+
+    def _quantized(self, group: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(linear for linear in group if linear not in self.sixteen_bit)
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Linears that stay 16-bit: the router and those of ``sixteen_bit``."""
+        return self.sixteen_bit + (() if self.experts is None else (self.experts.router,))
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first,
@@ -229,12 +269,54 @@ class ModelSpec:
         ``seqlen``: it meets only the experts it is routed to."""
         chosen = self.config.num_experts_per_tok if self.experts else 0
         idle = 3 * (self.experts - chosen) * self.intermediate * self.hidden
-        attention = 4 * seqlen * self.heads * self.head_dim
-        return self.layers * (2 * (sum(self.layer_weights()) - idle) + attention)
+        total = 2 * (self.decoder_weights() - self.layers * idle)
+        for table, count in self._tables():
+            if table.linear_attention is None:
+                attention = 4 * seqlen * self.heads * self.head_dim
+            else:  # the state of each head decays, is read twice and written once
+                sizes = self.dimensions(table)
+                attention = 7 * sizes["delta_value"] * sizes["delta_key_head"]
+            total += count * attention
+        return total
+
+    @property
+    def tables(self) -> list[Architecture]:
+        """The table of each kind of layer that the model has."""
+        return [table for table, _ in self._tables()]
+
+    def _tables(self) -> list[tuple[Architecture, int]]:
+        """The table of each kind of layer, and how many layers are of that kind."""
+        if not self.architecture.kinds:
+            return [(self.architecture, self.layers)]
+        counts = Counter(self.config.layer_types)
+        return [(self.architecture.kinds[kind], count) for kind, count in counts.items()]
+
+    def layer_table(self, index: int) -> Architecture:
+        """The table of decoder layer ``index``: the family's, or that of the layer's kind."""
+        kinds = self.architecture.kinds
+        return kinds[self.config.layer_types[index]] if kinds else self.architecture
 
     def layer_weights(self) -> list[int]:
-        """Weights of each linear of a decoder layer."""
-        return [math.prod(self.linear_shape(linear)) for linear in self.architecture.linears]
+        """Weights of each linear of the decoder layer that has the most."""
+        return max(
+            (
+                [math.prod(self.linear_shape(linear)) for linear in table.linears]
+                for table in self.tables
+            ),
+            key=sum,
+        )
+
+    def decoder_weights(self) -> int:
+        """Weights of all linears of all decoder layers."""
+        return sum(
+            count * math.prod(self.linear_shape(linear))
+            for table, count in self._tables()
+            for linear in table.linears
+        )
+
+    def rotates_heads(self, index: int) -> bool:
+        """Whether R2 can be folded into decoder layer ``index``."""
+        return bool(self.layer_table(index).value)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)``
@@ -244,57 +326,88 @@ class ModelSpec:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """``(out_features, in_features)`` of a decoder linear, named relative to its layer."""
+    def dimensions(self, table: Architecture) -> dict[str, int]:
+        """What the names of dimensions in a table of this model stand for."""
+        query = self.heads * self.head_dim
         sizes = {
             "hidden": self.hidden,
             "intermediate": self.intermediate,
-            "query": self.heads * self.head_dim,
+            "query": query,
+            "gated_query": 2 * query,
             "value": self.values,
-            "query_key_value": self.heads * self.head_dim + 2 * self.values,
+            "query_key_value": query + 2 * self.values,
             "gate_up": 2 * self.intermediate,
             "experts": self.experts,
+            "one": 1,
         }
-        out, inputs = self.architecture.linears[linear]
+        if (keys := table.linear_attention) is not None:
+            heads, width = (
+                getattr(self.config, key) for key in (keys.value_heads, keys.value_head_dim)
+            )
+            key_width = getattr(self.config, keys.key_head_dim)
+            sizes |= {
+                "delta_heads": heads,
+                "delta_key_head": key_width,
+                "delta_value_head": width,
+                "delta_value": heads * width,
+                "delta_query_key_value": 2 * getattr(self.config, keys.key_heads) * key_width
+                + heads * width,
+                "delta_kernel": getattr(self.config, keys.kernel),
+            }
+        return sizes
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a decoder linear, named relative to its layer, the
+        same in each layer that has it."""
+        table = next(table for table in self.tables if linear in table.linears)
+        sizes = self.dimensions(table)
+        out, inputs = table.linears[linear]
         return sizes[out], sizes[inputs]
 
     def biased(self) -> set[str]:
         """Decoder linears that have a bias, named relative to their layer."""
-        flags = self.architecture.biases.items()
         return {
             linear
-            for flag, linears in flags
+            for table in self.tables
+            for flag, linears in table.biases.items()
             if not flag or getattr(self.config, flag)
             for linear in linears
         }
 
-    def routers(self) -> list[str]:
-        """Full names of the linears that choose among experts, which stay 16-bit."""
-        experts = self.architecture.experts
-        return (
-            []
-            if experts is None
-            else [self.layer_prefix(index) + experts.router for index in range(self.layers)]
-        )
+    def unquantized(self) -> list[str]:
+        """Full names of the decoder linears that stay 16-bit."""
+        return [
+            self.layer_prefix(index) + linear
+            for index in range(self.layers)
+            for linear in self.layer_table(index).unquantized
+        ]
+
+    def parameters(self) -> set[str]:
+        """Full names of the tensors of layers that no transform concerns."""
+        return {
+            self.layer_prefix(index) + name
+            for index in range(self.layers)
+            for name in self.layer_table(index).parameters
+        }
 
     def layer_prefix(self, index: int) -> str:
         """Prefix of the tensors of decoder layer ``index``, with its final dot."""
         return f"{self.architecture.layers}.{index}."
 
-    def layer_tensors(self) -> dict[str, Shape]:
-        """Shape of each tensor of any decoder layer in the source, named relative to the layer."""
-        shapes: dict[str, Shape] = {}
-        for linear in self.architecture.linears:
-            shape = self.linear_shape(linear)
-            shapes[f"{linear}.weight"] = shape
-            if linear in self.biased():
-                shapes[f"{linear}.bias"] = shape[:1]
-        shapes |= {
-            f"{norm}.weight": (self.hidden,)
-            for norm in (*self.architecture.readers, *self.architecture.post_norms)
-        }
+    def layer_tensors(self, index: int) -> dict[str, Shape]:
+        """Shape of each tensor of decoder layer ``index`` in the source, named relative to the
+        layer."""
+        table, sizes = self.layer_table(index), self.dimensions(self.layer_table(index))
+        biased, shapes = self.biased(), dict[str, Shape]()
+        for linear, (out, inputs) in table.linears.items():
+            shapes[f"{linear}.weight"] = (sizes[out], sizes[inputs])
+            if linear in biased:
+                shapes[f"{linear}.bias"] = (sizes[out],)
+        shapes |= {f"{norm}.weight": (self.hidden,) for norm in (*table.readers, *table.post_norms)}
+        shapes |= {f"{norm}.weight": (self.head_dim,) for norm in table.head_norms}
         return shapes | {
-            f"{norm}.weight": (self.head_dim,) for norm in self.architecture.head_norms
+            name: tuple(sizes[dimension] for dimension in dimensions)
+            for name, dimensions in table.parameters.items()
         }
 
     def source_tensors(self) -> dict[str, Shape]:
@@ -304,7 +417,7 @@ class ModelSpec:
         for index in range(self.layers):
             shapes |= {
                 self.layer_prefix(index) + name: shape
-                for name, shape in self.layer_tensors().items()
+                for name, shape in self.layer_tensors(index).items()
             }
         shapes[f"{table.final_norm}.weight"] = (self.hidden,)
         if not self.tied:
@@ -315,7 +428,7 @@ class ModelSpec:
         """``(full name, out_features, in_features)`` of each linear of the output; the head
         unless it stays ``tied``."""
         for index in range(self.layers):
-            for linear in self.architecture.linears:
+            for linear in self.layer_table(index).linears:
                 yield self.layer_prefix(index) + linear, *self.linear_shape(linear)
         if not tied:
             yield self.architecture.lm_head, self.vocab, self.hidden
@@ -329,9 +442,13 @@ class ModelSpec:
         Raises:
             ConfigError: a linear does not fit its scheme.
         """
+        import torch
+
         from smoothrot_vllm.format import weight_tensors
 
         tensors = {name: (shape, dtype) for name, shape in self.source_tensors().items()}
+        for name in self.parameters():
+            tensors[name] = (tensors[name][0], torch.float32)
         for name, out, inputs in self.output_linears(tied):
             scheme = schema.scheme(name)
             if scheme is None:

@@ -193,7 +193,7 @@ class SourceModel(LayerRunner):
 
 
 def _load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerTensors:
-    return checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors())
+    return checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors(index))
 
 
 def embed(tokens: torch.Tensor, embedding: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

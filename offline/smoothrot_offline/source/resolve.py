@@ -13,10 +13,11 @@ from smoothrot_offline.source.families import (
     PHI3,
     QWEN2,
     QWEN3,
+    QWEN3_5,
     QWEN3_MOE,
     SMOLLM3,
 )
-from smoothrot_offline.source.family import Architecture, Experts, ModelSpec
+from smoothrot_offline.source.family import Architecture, Experts, LinearAttention, ModelSpec
 from smoothrot_offline.source.headers import is_fp8
 from smoothrot_vllm.errors import UnsupportedModelError
 
@@ -56,7 +57,7 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
     """
     parsed, table = spec.config, spec.architecture
     for rope in _rope_parameters(parsed.rope_parameters or {}):
-        _check_rope(rope, table.partial_rotary)
+        _check_rope(rope, table)
     # What is no setting of transformers' class may still be in the file, where the server finds it.
     found = {key: config.get(key, values[0]) for key, values in SERVER_WIDE.items()}
     found |= {
@@ -85,7 +86,7 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         _check_one_window(spec)
 
 
-def _check_rope(parameters: dict[str, Any], partial: bool) -> None:
+def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = parameters.get("rope_type", "default")
@@ -95,8 +96,10 @@ def _check_rope(parameters: dict[str, Any], partial: bool) -> None:
             f" got {kind!r}."
         )
     neutral: dict[str, Any] = dict.fromkeys(_ROPE_KEYS) | (
-        {} if partial else {"partial_rotary_factor": 1.0}
+        {} if table.partial_rotary else {"partial_rotary_factor": 1.0}
     )
+    if table.axes_of_positions:
+        del neutral["mrope_section"]
     for key, value in neutral.items():
         if parameters.get(key) not in (None, False, value):
             raise UnsupportedModelError(
@@ -138,7 +141,19 @@ def _refused(spec: ModelSpec, key: str, expected: str, found: Any) -> Unsupporte
     )
 
 
-_TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+_TABLES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_5,
+    PHI3,
+    SMOLLM3,
+    GEMMA2,
+    GEMMA3,
+    MIXTRAL,
+    QWEN3_MOE,
+)
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
@@ -172,6 +187,8 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         getattr(parsed, "head_dim", 0) is None
     ):  # which some of transformers' classes take for a number
         parsed.head_dim = hidden // heads
+    if table.kinds:
+        _check_kinds(table, parsed)
     experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
     spec = ModelSpec(
         architecture=table.with_experts(experts),
@@ -193,6 +210,9 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
     )
+    for kind_of_layer in spec.tables:
+        if kind_of_layer.linear_attention is not None:
+            _check_linear_attention(kind_of_layer.linear_attention, parsed)
     if spec.heads % spec.kv_heads:
         raise UnsupportedModelError(
             f"config.json: expected {spec.heads} attention heads to be a multiple of"
@@ -210,6 +230,26 @@ def _size(parsed: "PreTrainedConfig", key: str, most: int = MAX_SIZE) -> int:
             " config.json again."
         )
     return found
+
+
+def _check_kinds(table: Architecture, parsed: "PreTrainedConfig") -> None:
+    for index, kind in enumerate(parsed.layer_types):
+        if kind not in table.kinds:
+            raise UnsupportedModelError(
+                f"config.json: layer_types: expected one of {', '.join(table.kinds)} for each layer"
+                f" of {table.class_name}, got {kind!r} for layer {index}."
+            )
+
+
+def _check_linear_attention(keys: LinearAttention, parsed: "PreTrainedConfig") -> None:
+    for key in (keys.key_head_dim, keys.value_head_dim, keys.kernel):
+        _size(parsed, key)
+    heads, groups = (_size(parsed, key) for key in (keys.value_heads, keys.key_heads))
+    if heads % groups:
+        raise UnsupportedModelError(
+            f"config.json: expected {keys.value_heads}, {heads}, to be a multiple of"
+            f" {keys.key_heads}, {groups}."
+        )
 
 
 def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) -> int:

@@ -111,7 +111,7 @@ def transform_factors(
             product is added to the weight.
     """
     transform = recorded.transform
-    table, prefix = transform.spec.architecture, transform.spec.layer_prefix(index)
+    table, prefix = transform.spec.layer_table(index), transform.spec.layer_prefix(index)
     gammas = {}
     if transform.residual is not None:
         gammas = {
@@ -189,11 +189,12 @@ def _place(module: str, recorded: RecordedTransform) -> tuple[int, str]:
     spec = recorded.transform.spec
     for index in range(spec.layers):
         linear = module.removeprefix(spec.layer_prefix(index))
-        if linear != module and linear in spec.architecture.linears:
+        if linear != module and linear in spec.layer_table(index).linears:
             return index, linear
+    linears = {linear: None for table in spec.tables for linear in table.linears}
     raise UnsupportedModelError(
         f"adapter of {module}: expected a linear of one of the {spec.layers} decoder layers:"
-        f" {', '.join(spec.architecture.linears)}. Train the adapter on those, or give the base it"
+        f" {', '.join(linears)}. Train the adapter on those, or give the base it"
         " belongs to."
     )
 

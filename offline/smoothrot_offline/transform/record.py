@@ -54,11 +54,11 @@ def transform_tensors(
         found |= {
             f"{prefix}{norm}.smoothing": scales for norm, scales in study.scales.norms.items()
         }
-        if transform.heads is not None:
-            found[f"{prefix}heads"] = transform.heads[index].contiguous()
+        if transform.heads is not None and (heads := transform.heads[index]) is not None:
+            found[f"{prefix}heads"] = heads.contiguous()
         if transform.residual is not None:
             found |= checkpoint.load(
-                [f"{prefix}{norm}.weight" for norm in spec.architecture.readers]
+                [f"{prefix}{norm}.weight" for norm in spec.layer_table(index).readers]
             )
     return found
 
@@ -95,35 +95,36 @@ def read_transform(directory: Path) -> RecordedTransform:
         config = config.model_copy(update={"seed": manifest.rotations.seed})
     _check_shapes(path, spec, tensors)
     transform = ModelTransform.of(spec, config)
-    prefixes = [spec.layer_prefix(index) for index in range(spec.layers)]
+    readers = {spec.layer_prefix(i): spec.layer_table(i).readers for i in range(spec.layers)}
     if RESIDUAL in tensors:
         transform = replace(transform, residual=DenseRotation(tensors[RESIDUAL]))
-    if f"{prefixes[0]}heads" in tensors:
-        _refuse_missing(path, tensors, [f"{prefix}heads" for prefix in prefixes])
-        transform = replace(transform, heads=[tensors[f"{prefix}heads"] for prefix in prefixes])
+    rotated = [f"{p}heads" for i, p in enumerate(readers) if spec.rotates_heads(i)]
+    if any(name in tensors for name in rotated):
+        _refuse_missing(path, tensors, rotated)
+        transform = replace(transform, heads=[tensors.get(f"{prefix}heads") for prefix in readers])
     norms = {}
     if transform.residual is not None:
-        names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.readers]
+        names = [f"{prefix}{norm}" for prefix, own in readers.items() for norm in own]
         _refuse_missing(path, tensors, [f"{name}.weight" for name in names])
         norms = {name: tensors[f"{name}.weight"] for name in names}
     return RecordedTransform(
         transform,
         norms,
-        [_scales(tensors, prefix, spec.architecture.readers) for prefix in prefixes],
+        [_scales(tensors, prefix, own) for prefix, own in readers.items()],
     )
 
 
 def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that are no part of this model's transform, or of other shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for prefix in (spec.layer_prefix(index) for index in range(spec.layers)):
-        shapes |= {
-            f"{prefix}smoothing": spec.smoothed,
-            f"{prefix}heads": (spec.kv_heads, spec.head_dim, spec.head_dim),
-        }
+    for index in range(spec.layers):
+        prefix = spec.layer_prefix(index)
+        shapes[f"{prefix}smoothing"] = spec.smoothed
+        if spec.rotates_heads(index):
+            shapes[f"{prefix}heads"] = (spec.kv_heads, spec.head_dim, spec.head_dim)
         shapes |= {
             f"{prefix}{norm}.{of}": (spec.hidden,)
-            for norm in spec.architecture.readers
+            for norm in spec.layer_table(index).readers
             for of in ("smoothing", "weight")
         }
     for name, tensor in tensors.items():

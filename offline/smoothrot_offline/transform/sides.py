@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from smoothrot_offline.config import ConvertConfig, online_rotations
-from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.family import Architecture, ModelSpec
 from smoothrot_offline.transform.rotation import (
     IDENTITY,
     Orthogonal,
@@ -93,10 +93,10 @@ class LayerScales:
                 )
 
 
-def smoothing(spec: ModelSpec, scales: torch.Tensor) -> Sides:
+def smoothing(spec: ModelSpec, index: int, scales: torch.Tensor) -> Sides:
     """S: down_proj's input is divided by ``scales`` in what up_proj gives out."""
     sides: Sides = {}
-    products = spec.architecture.products
+    products = spec.layer_table(index).products
     for (up, down), own in zip(products, scales.view(len(products), -1), strict=True):
         sides[up] = [Factor(_scaled(1 / own), output=True, last=spec.intermediate)]
         sides[down] = [Factor(_scaled(own))]
@@ -104,40 +104,41 @@ def smoothing(spec: ModelSpec, scales: torch.Tensor) -> Sides:
 
 
 def residual_rotation(
-    spec: ModelSpec, gammas: Mapping[str, torch.Tensor], rotation: Orthogonal
+    table: Architecture, gammas: Mapping[str, torch.Tensor], rotation: Orthogonal
 ) -> Sides:
     """R1: the residual stream becomes ``x Q``. What each norm multiplies by, ``gammas (hidden,)``,
     moves into its readers first: only a unit norm commutes with Q."""
     sides: Sides = {}
-    for norm, readers in spec.architecture.readers.items():
+    for norm, readers in table.readers.items():
         for reader in readers:
             sides[reader] = [Factor(_scaled(gammas[norm])), Factor(rotation.rotate)]
-    for writer in spec.architecture.writers:
+    for writer in table.writers:
         sides[writer] = [Factor(rotation.rotate, output=True)]
     return sides
 
 
-def norm_smoothing(spec: ModelSpec, scales: Mapping[str, torch.Tensor]) -> Sides:
+def norm_smoothing(table: Architecture, scales: Mapping[str, torch.Tensor]) -> Sides:
     """S behind norms: the norm's weight is divided by ``scales``, see
     :meth:`ModelTransform.norms`."""
     return {
         reader: [Factor(_scaled(divisor))]
         for norm, divisor in scales.items()
-        for reader in spec.architecture.readers[norm]
+        for reader in table.readers[norm]
     }
 
 
-def online_residual_rotation(spec: ModelSpec, block: int) -> Sides:
+def online_residual_rotation(table: Architecture, block: int) -> Sides:
     """R1 where it cannot be folded: the server rotates what the norms give out as it stands."""
     return {
         reader: [Factor(lambda rows: hadamard(rows, block), online=True)]
-        for readers in spec.architecture.readers.values()
+        for readers in table.readers.values()
         for reader in readers
     }
 
 
-def head_rotation(spec: ModelSpec, matrices: torch.Tensor | None = None) -> Sides:
-    """R2: each head of the value projection is rotated, and undone in the output projection.
+def head_rotation(spec: ModelSpec, index: int, matrices: torch.Tensor | None = None) -> Sides:
+    """R2: each head of the value projection is rotated, and undone in the output projection;
+    nothing in a layer without a place for it.
 
     Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
     rotates like a value. Every query head of a group reads the same rotated value head.
@@ -146,7 +147,9 @@ def head_rotation(spec: ModelSpec, matrices: torch.Tensor | None = None) -> Side
         matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by
             its Hadamard transform.
     """
-    table = spec.architecture
+    if not spec.rotates_heads(index):
+        return {}
+    table = spec.layer_table(index)
     values, outputs = head_rotations(
         spec.values, spec.heads * spec.head_dim, spec.head_dim, matrices
     )
@@ -156,7 +159,7 @@ def head_rotation(spec: ModelSpec, matrices: torch.Tensor | None = None) -> Side
     }
 
 
-def down_rotation(spec: ModelSpec, signs: torch.Tensor, block: int) -> Sides:
+def down_rotation(spec: ModelSpec, index: int, signs: torch.Tensor, block: int) -> Sides:
     """R4: the signs go into the rows of up_proj, ``D (I (x) H)`` into the inputs of down_proj.
 
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is
@@ -164,7 +167,7 @@ def down_rotation(spec: ModelSpec, signs: torch.Tensor, block: int) -> Sides:
     signs.
     """
     sides: Sides = {}
-    for up, down in spec.architecture.products:
+    for up, down in spec.layer_table(index).products:
         sides[up] = [Factor(_scaled(signs), output=True, last=spec.intermediate)]
         sides[down] = [
             Factor(_scaled(signs)),
@@ -188,7 +191,7 @@ def fold(layer: Tensors, sides: Sides) -> None:
 class ModelTransform:
     """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream
     is not rotated; ``heads`` (R2) are the matrices of each layer, float64 ``(kv_heads, head_dim,
-    head_dim)``, or None for Hadamard transforms.
+    head_dim)``, None for a layer without a place for R2, or None for Hadamard transforms.
 
     The transformed model computes the original's logits, if the server applies the ``online``
     rotations.
@@ -198,7 +201,7 @@ class ModelTransform:
     seed: int
     residual: Orthogonal | None
     online: Online
-    heads: Sequence[torch.Tensor] | None = None
+    heads: Sequence[torch.Tensor | None] | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, config: ConvertConfig) -> Self:
@@ -224,26 +227,27 @@ class ModelTransform:
             gammas: what each norm multiplies by, float64 ``(hidden,)``, where R1 is folded.
             scales: S.
         """
-        spec, found = self.spec, list[Sides]()
+        spec, table, found = self.spec, self.spec.layer_table(index), list[Sides]()
         if scales.down is not None:
-            found.append(smoothing(spec, scales.down))
+            found.append(smoothing(spec, index, scales.down))
         if self.residual is not None:
-            found.append(residual_rotation(spec, gammas, self.residual))
-        found.append(norm_smoothing(spec, scales.norms))
+            found.append(residual_rotation(table, gammas, self.residual))
+        found.append(norm_smoothing(table, scales.norms))
         if self.online.readers is not None:
-            found.append(online_residual_rotation(spec, self.online.readers.block))
+            found.append(online_residual_rotation(table, self.online.readers.block))
         if self.online.down_proj is not None:
-            found.append(head_rotation(spec, None if self.heads is None else self.heads[index]))
+            heads = None if self.heads is None else self.heads[index]
+            found.append(head_rotation(spec, index, heads))
             signs = random_signs(spec.intermediate, self.seed, f"R4/{index}")
-            found.append(down_rotation(spec, signs, self.online.down_proj.block))
+            found.append(down_rotation(spec, index, signs, self.online.down_proj.block))
         return {
             linear: [factor for part in found for factor in part.get(linear, [])]
-            for linear in spec.architecture.linears
+            for linear in table.linears
         }
 
     def layer(self, index: int, tensors: Tensors, scales: LayerScales) -> None:
         """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S."""
-        table = self.spec.architecture
+        table = self.spec.layer_table(index)
         gammas = {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.readers}
         fold(tensors, self.sides(index, gammas, scales))
         for norm, gamma in self.norms(gammas, scales).items():
