@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -41,6 +42,7 @@ FAMILIES = {
     "gemma3": Gemma3TextConfig,
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
+    "granite": GraniteConfig,
 }
 # A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is
 # shorter than most prompts.
@@ -80,6 +82,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 96,
         "norm_topk_prob": True,
+    },
+    "granite": {
+        "attention_bias": True,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 1.5,
     },
 }
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -27,13 +27,14 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     "gemma3": (),
     # vLLM runs transformers' own model code.
     "smollm3": ("--activation-bits", "8"),
+    "granite": ("--activation-bits", "8", "--lm-head-bits", "8"),
     # Experts: four per channel, and eight in groups.
     "mixtral": ("--activation-bits", "8"),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
 }
 # Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, mixtures have an op
 # of their own.
-FUSED = {"qwen3", "phi3", "smollm3"}
+FUSED = {"qwen3", "phi3", "smollm3", "granite"}
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")
 ENVIRONMENT = {

@@ -52,6 +52,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 76,
     },
+    # None of them the one of a model without it.
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
     "smollm3": {
         "pad_token_id": 0,
         "no_rope_layers": [1, 0, 1],

@@ -47,5 +47,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
     "mixtral": {"family": "mixtral"},
+    "granite": {"family": "granite"},
+    "granite, all biases, tied": {
+        "family": "granite",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
     "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }

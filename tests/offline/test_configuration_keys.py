@@ -26,14 +26,16 @@ SERVERS = {
     "qwen3": ["qwen3", "qwen2"],
     "qwen3_moe": ["qwen3_moe"],
     "mixtral": ["mixtral"],
+    "granite": ["granite"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
 }
 # Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods
 # of the configuration.
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
-# vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
-HARMLESS = {"qwen3": {"qk_norm"}}
+# vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose;
+# granite.py has a window in layers of a kind only.
+HARMLESS = {"qwen3": {"qk_norm"}, "granite": {"sliding_window"}}
 STRAY: list[tuple[str, str, Any]] = [
     ("llama", "bias", True),
     ("llama", "qkv_bias", True),
@@ -56,6 +58,11 @@ STRAY: list[tuple[str, str, Any]] = [
     ("qwen3", "attention_bias", True),
     ("qwen3", "dual_chunk_attention_config", {"chunk_size": 8}),
     ("qwen3_moe", "dual_chunk_attention_config", {"chunk_size": 8}),
+    ("granite", "bias", True),
+    ("granite", "logit_scale", 0.5),
+    ("granite", "attention_sinks", True),
+    ("granite", "layer_rope_theta", [10000.0, 0, 10000.0]),
+    ("granite", "layer_types", ["full_attention"] * 3),
     ("gemma3", "is_causal", False),
 ]
 

@@ -150,6 +150,7 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(
             "partial_rotary_factor: expected a number",
         ),
         ("smollm3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
+        ("granite", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         (
             "gemma2",
             {"hidden_activation": "silu"},

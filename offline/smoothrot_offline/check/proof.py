@@ -119,9 +119,12 @@ def _run(
     read: list[torch.Tensor] = []
     first = model.get_submodule(f"{table.layers}.0")
     hooks.append(first.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])))
-    logits = model(tokens, use_cache=False).logits
+    head = model.get_submodule(table.lm_head)
+    hooks.append(head.register_forward_hook(_recording(outputs, table.lm_head)))
+    logits = model(tokens, use_cache=False).logits.flatten(0, -2)
     for hook in hooks:
         hook.remove()
+    _check(small, "logits", small.capped(outputs.pop(table.lm_head)), logits)
     rows = model.get_submodule(table.embedding).get_parameter("weight")
     _check(small, table.embedding, embed(tokens, rows, small.embedding_scale), read[0])
     for hooked in (

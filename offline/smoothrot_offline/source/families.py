@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from smoothrot_offline.source.family import Architecture, Experts
+from smoothrot_offline.source.family import Architecture, Experts, Multipliers
 
 LLAMA = Architecture(
     model_type="llama",
@@ -43,6 +43,25 @@ LLAMA = Architecture(
         "sliding_window": (None, 0),
     },
     same={"qkv_bias": "attention_bias"},
+)
+
+
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    class_name="GraniteForCausalLM",
+    multipliers=Multipliers(
+        embedding="embedding_multiplier", residual="residual_multiplier", logits="logits_scaling"
+    ),
+    settings={
+        "hidden_act": ("silu",),
+        "bias": (False, None),
+        "logit_scale": (1.0,),
+        # Of the same class of vLLM's for models with windows, sinks and layers without RoPE.
+        "attention_sinks": (False,),
+        "layer_rope_theta": (None,),
+    },
+    same={},
 )
 
 

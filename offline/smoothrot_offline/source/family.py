@@ -41,6 +41,21 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Multipliers:
+    """Configuration keys of single numbers that a model computes with, "" where it has none. They
+    commute with every fold.
+
+    ``embedding`` multiplies what the first layer reads, embeddings given from outside too;
+    ``residual`` what a writer adds to the residual stream; ``logits`` divides what the head gives
+    out.
+    """
+
+    embedding: str = ""
+    residual: str = ""
+    logits: str = ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the rotations and scales of one model family are folded. Names are relative to a
     decoder layer; those that hold ``{e}`` are of each expert, see :meth:`with_experts`."""
@@ -82,6 +97,7 @@ class Architecture:
     """A norm multiplies by this plus its stored weight."""
     scaled_embedding: bool = False
     """The embedding is multiplied by the square root of the hidden size."""
+    multipliers: Multipliers = Multipliers()
     layer_types: bool = False
     """The configuration chooses each layer's kind of attention."""
     attention: str = "sdpa"
@@ -217,7 +233,17 @@ class ModelSpec:
     @property
     def embedding_scale(self) -> float:
         """What the model multiplies the rows of its embedding by."""
-        return self.hidden**0.5 if self.architecture.scaled_embedding else 1.0
+        if self.architecture.scaled_embedding:
+            return self.hidden**0.5
+        return self._multiplier(self.architecture.multipliers.embedding)
+
+    @property
+    def residual_scale(self) -> float:
+        """What the model multiplies by before it adds to the residual stream."""
+        return self._multiplier(self.architecture.multipliers.residual)
+
+    def _multiplier(self, key: str) -> float:
+        return float(getattr(self.config, key)) if key else 1.0
 
     @property
     def values(self) -> int:
@@ -237,10 +263,11 @@ class ModelSpec:
         return [math.prod(self.linear_shape(linear)) for linear in self.architecture.linears]
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)``
-        if it caps them."""
+        """What the model makes of the head's outputs, of any shape: divided by its divisor, and
+        ``cap * tanh(logits / cap)`` if it caps them."""
         import torch
 
+        logits = logits / self._multiplier(self.architecture.multipliers.logits)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from smoothrot_offline.source.families import (
     GEMMA2,
     GEMMA3,
+    GRANITE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
@@ -138,7 +139,19 @@ def _refused(spec: ModelSpec, key: str, expected: str, found: Any) -> Unsupporte
     )
 
 
-_TABLES = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, SMOLLM3, GEMMA2, GEMMA3, MIXTRAL, QWEN3_MOE)
+_TABLES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    PHI3,
+    SMOLLM3,
+    GEMMA2,
+    GEMMA3,
+    MIXTRAL,
+    QWEN3_MOE,
+    GRANITE,
+)
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
