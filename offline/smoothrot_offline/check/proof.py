@@ -74,7 +74,7 @@ def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) 
     for index in range(small.layers):
         prefix = small.layer_prefix(index)
         layer = {name: tensors[prefix + name] for name in small.layer_tensors()}
-        gammas = {norm: layer[f"{norm}.weight"] + table.norm_offset for norm in table.readers}
+        gammas = {norm: layer[f"{norm}.weight"] + table.norm_offset for norm in table.norms}
         scales = _random_scales(small, index)
         sides.append(transform.sides(index, gammas, scales))
         transform.layer(index, layer, scales)
@@ -98,7 +98,7 @@ def _random_scales(small: ModelSpec, index: int) -> LayerScales:
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64) * 4 + 0.25
 
-    norms = {norm: draw(small.hidden) for norm in small.architecture.readers}
+    norms = {norm: draw(small.hidden) for norm in small.architecture.norms}
     return LayerScales(draw(*small.smoothed), norms)
 
 

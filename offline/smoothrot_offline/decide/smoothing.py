@@ -144,7 +144,7 @@ class NormStatistics:
         self._residual = residual
         offset = spec.architecture.norm_offset
         self._gammas = {
-            norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.readers
+            norm: layer[f"{norm}.weight"].double() + offset for norm in spec.architecture.norms
         }
         self._squares = {norm: torch.zeros_like(gamma) for norm, gamma in self._gammas.items()}
 

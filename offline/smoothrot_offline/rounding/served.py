@@ -101,7 +101,7 @@ class BuiltLayer:
             nn.Identity(),
         ]
         self._after_attention, self._after_feed_forward = posts
-        self._norm = layer.get_submodule(table.mlp_norm)
+        self._norm = layer.get_submodule(table.mlp_norm) if table.norms else nn.Identity()
         self._feed_forward = layer.get_submodule(table.feed_forward)
 
     def set_weight(self, linear: str, weight: torch.Tensor) -> None:

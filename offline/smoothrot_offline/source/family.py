@@ -68,7 +68,8 @@ class Architecture:
     biases: Mapping[str, tuple[str, ...]]
     """Linears with a bias, by the configuration flag that says so ("" = always)."""
     readers: Mapping[str, tuple[str, ...]]
-    """Linears that read each norm's output: attention's norm first, then the feed-forward's."""
+    """Linears that read each norm's output: attention's norm first, then the feed-forward's.
+    Without ``pre_norms`` they read the residual stream itself, and are named by their module."""
     writers: tuple[str, ...]
     """Linears that add to the residual stream, of a family with ``post_norms`` through one."""
     value: str
@@ -85,14 +86,24 @@ class Architecture:
     """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
     """Both rotate a part of each head if told so."""
+    scaled_queries: bool = False
+    """Queries grow with their position by ``llama_4_scaling_beta`` of the rotary parameters, which
+    the server knows as a key of its own."""
+    rope_in_windows: bool = False
+    """Where some layers have a window, only they have RoPE. transformers takes ``sliding_window``
+    for a sign of it, the server such a layer."""
     one_window: bool = False
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
     """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
+    pre_norms: bool = True
+    """There is a norm between the residual stream and its readers."""
     post_norms: tuple[str, ...] = ()
     """Norms between a writer and the residual stream."""
     head_norms: tuple[str, ...] = ()
     """Norms of single heads of queries and keys."""
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
+    """Norms over all heads of queries or of keys, and the dimension of each."""
     norm_offset: float = 0.0
     """A norm multiplies by this plus its stored weight."""
     scaled_embedding: bool = False
@@ -115,13 +126,19 @@ class Architecture:
     lm_head: str = "lm_head"
 
     @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of ``readers``."""
+        return tuple(self.readers) if self.pre_norms else ()
+
+    @property
     def attention_norm(self) -> str:
-        """The norm that q, k and v read: the first of ``readers``."""
+        """The norm that q, k and v read, or what they are named by: the first of ``readers``."""
         return next(iter(self.readers))
 
     @property
     def mlp_norm(self) -> str:
-        """The norm that gate and up, or the router and the experts, read: the second."""
+        """The norm that gate and up, or the router and the experts, read, or what they are named
+        by: the second."""
         return list(self.readers)[1]
 
     @property
@@ -273,6 +290,10 @@ class ModelSpec:
 
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """``(out_features, in_features)`` of a decoder linear, named relative to its layer."""
+        out, inputs = self.architecture.linears[linear]
+        return self._size(out), self._size(inputs)
+
+    def _size(self, dimension: str) -> int:
         sizes = {
             "hidden": self.hidden,
             "intermediate": self.intermediate,
@@ -282,8 +303,7 @@ class ModelSpec:
             "gate_up": 2 * self.intermediate,
             "experts": self.experts,
         }
-        out, inputs = self.architecture.linears[linear]
-        return sizes[out], sizes[inputs]
+        return sizes[dimension]
 
     def biased(self) -> set[str]:
         """Decoder linears that have a bias, named relative to their layer."""
@@ -318,7 +338,11 @@ class ModelSpec:
                 shapes[f"{linear}.bias"] = shape[:1]
         shapes |= {
             f"{norm}.weight": (self.hidden,)
-            for norm in (*self.architecture.readers, *self.architecture.post_norms)
+            for norm in (*self.architecture.norms, *self.architecture.post_norms)
+        }
+        shapes |= {
+            f"{norm}.weight": (self._size(dimension),)
+            for norm, dimension in self.architecture.wide_norms.items()
         }
         return shapes | {
             f"{norm}.weight": (self.head_dim,) for norm in self.architecture.head_norms

@@ -57,9 +57,7 @@ def transform_tensors(
         if transform.heads is not None:
             found[f"{prefix}heads"] = transform.heads[index].contiguous()
         if transform.residual is not None:
-            found |= checkpoint.load(
-                [f"{prefix}{norm}.weight" for norm in spec.architecture.readers]
-            )
+            found |= checkpoint.load([f"{prefix}{norm}.weight" for norm in spec.architecture.norms])
     return found
 
 
@@ -103,13 +101,13 @@ def read_transform(directory: Path) -> RecordedTransform:
         transform = replace(transform, heads=[tensors[f"{prefix}heads"] for prefix in prefixes])
     norms = {}
     if transform.residual is not None:
-        names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.readers]
+        names = [f"{prefix}{norm}" for prefix in prefixes for norm in spec.architecture.norms]
         _refuse_missing(path, tensors, [f"{name}.weight" for name in names])
         norms = {name: tensors[f"{name}.weight"] for name in names}
     return RecordedTransform(
         transform,
         norms,
-        [_scales(tensors, prefix, spec.architecture.readers) for prefix in prefixes],
+        [_scales(tensors, prefix, spec.architecture.norms) for prefix in prefixes],
     )
 
 
@@ -123,7 +121,7 @@ def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tenso
         }
         shapes |= {
             f"{prefix}{norm}.{of}": (spec.hidden,)
-            for norm in spec.architecture.readers
+            for norm in spec.architecture.norms
             for of in ("smoothing", "weight")
         }
     for name, tensor in tensors.items():
