@@ -105,8 +105,8 @@ class OnlineHadamard(_Model):
 class Online(_Model):
     """The rotations a server applies to what linears read.
 
-    ``readers`` are the linears that read the residual stream through a norm, whose rotation could
-    not be folded.
+    ``readers`` are the linears that read the residual stream, through a norm or as it is, whose
+    rotation could not be folded.
     """
 
     down_proj: OnlineHadamard | None = None

@@ -10,17 +10,28 @@ from forked import COMMAND, run_forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -45,7 +56,35 @@ FAMILIES = {
     "gemma3": Gemma3TextConfig,
     "mixtral": MixtralConfig,
     "qwen3_moe": Qwen3MoeConfig,
+    "granite": GraniteConfig,
+    "seed_oss": SeedOssConfig,
+    "hunyuan_v1_dense": HunYuanDenseV1Config,
+    "ernie4_5": Ernie4_5Config,
+    "glm": GlmConfig,
+    "glm4": Glm4Config,
+    "ministral3": Ministral3Config,
+    "olmo2": Olmo2Config,
+    "olmo3": Olmo3Config,
+    "exaone4": Exaone4Config,
+    "olmoe": OlmoeConfig,
 }
+
+
+def scaled_queries(context: int, factor: float) -> dict[str, Any]:
+    """Settings of a model whose queries grow beyond ``context`` tokens, as transformers and as vLLM
+    read them."""
+    return {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": factor,
+            "original_max_position_embeddings": context,
+            "llama_4_scaling_beta": 0.5,
+        },
+        "llama_4_scaling": {"beta": 0.5, "original_max_position_embeddings": context},
+    }
+
+
 # A hidden size of 160 = 20 * 8 needs a Hadamard base where it is rotated online; the window is
 # shorter than most prompts.
 GEMMA_SIZES: dict[str, Any] = {
@@ -93,6 +132,46 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 96,
         "norm_topk_prob": True,
+    },
+    "granite": {
+        "attention_bias": True,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 1.5,
+    },
+    "seed_oss": {"head_dim": 64, "attention_out_bias": True, "mlp_bias": True},
+    "hunyuan_v1_dense": {
+        "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": 10000.0,
+            "factor": 1.0,
+            "alpha": 50.0,
+        },
+    },
+    "ernie4_5": {"head_dim": 64},
+    "glm": {"head_dim": 64, "pad_token_id": 0},
+    "glm4": {"head_dim": 64, "pad_token_id": 0},
+    "ministral3": {"head_dim": 64, **scaled_queries(8, 64.0)},
+    "olmoe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
+        "tie_word_embeddings": False,
+    },
+    "olmo2": {"hidden_size": 160, "head_dim": 64},
+    "olmo3": {
+        "hidden_size": 160,
+        "head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+    },
+    "exaone4": {
+        "hidden_size": 160,
+        "head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
     },
 }
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]

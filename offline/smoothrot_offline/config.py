@@ -294,7 +294,7 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
 
     Raises:
         ConfigError: a linear of the model does not fit the group size or ``max_tp``, 8-bit weights
-            are to have groups, or there is no head to quantize.
+            are to have groups, or there is no head to quantize or no norm to smooth.
         UnsupportedModelError: a size has no Hadamard block.
     """
     from smoothrot_vllm.format import (
@@ -308,6 +308,11 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         raise ConfigError(
             f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits"
             f" of {spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
+        )
+    if config.smooth_norms and not spec.architecture.norms:
+        raise ConfigError(
+            f"--smooth-norms: expected norms in front of the linears, which"
+            f" {spec.architecture.class_name} does not have. Leave the option out."
         )
     if config.weight_bits == 8 and config.group_size != -1:
         raise ConfigError(

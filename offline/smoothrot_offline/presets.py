@@ -144,7 +144,8 @@ def configure(
     head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
     # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it
     # would only harm those.
-    norms = {} if explicit.get("activation_bits", 4) == 4 else {"smooth_norms": False}
+    smooths = explicit.get("activation_bits", 4) == 4 and spec.architecture.norms
+    norms = {} if smooths else {"smooth_norms": False}
     options = preset.options | head | norms | {"preset": name}
     notes = []
     obstacle = _obstacle_to_distilling(spec, fp8)

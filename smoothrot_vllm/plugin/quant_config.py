@@ -140,10 +140,10 @@ class SmoothRotConfig(QuantizationConfig):
         Raises:
             ConfigError: the parts differ, so that one fused linear cannot compute them.
         """
-        parent, _, leaf = prefix.rpartition(".")
+        parent = prefix.rpartition(".")[0]
         parts = {
             part: self.schema.scheme(f"{parent}.{part}".lstrip("."))
-            for part in self.part_names(leaf)
+            for part in self.part_names(prefix)
         }
         first, *others = parts.values()
         if any(other != first for other in others):
@@ -155,8 +155,12 @@ class SmoothRotConfig(QuantizationConfig):
             )
         return first
 
-    def part_names(self, leaf: str) -> list[str]:
-        """The stored linears that vLLM fuses into ``leaf``, in the order of its rows."""
+    def part_names(self, prefix: str) -> list[str]:
+        """Last parts of the names of the stored linears that vLLM fuses into ``prefix``, in the
+        order of its rows. One that the schema itself names is stored as it is."""
+        leaf = prefix.rpartition(".")[2]
+        if prefix in self.schema.overrides or prefix in self.schema.ignore:
+            return [leaf]
         return self.packed_modules_mapping.get(leaf, [leaf])
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -192,7 +196,7 @@ class SmoothRotConfig(QuantizationConfig):
             if scheme is None:
                 return UnquantizedLinearMethod()
             leaf = prefix.rpartition(".")[2]
-            parts = self.part_names(leaf)
+            parts = self.part_names(prefix)
             stored_fused = leaf in self.packed_modules_mapping and parts == [leaf]
             return SmoothRotLinearMethod(
                 prefix, scheme, self.schema.online.rotation(leaf), parts, stored_fused

@@ -27,13 +27,39 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     "gemma3": (),
     # vLLM runs transformers' own model code.
     "smollm3": ("--activation-bits", "8"),
+    "granite": ("--activation-bits", "8", "--lm-head-bits", "8"),
+    "ernie4_5": ("--activation-bits", "8"),
+    "ministral3": ("--activation-bits", "8"),
+    # A linear that is stored fused, in a class that lists its parts; some layers of 8 bits.
+    "glm4": ("--activation-bits", "8", "--keep-8bit", "auto:0.4"),
+    "glm": ("--activation-bits", "8"),
+    "seed_oss": ("--activation-bits", "8"),
+    # Linears that read the residual stream itself.
+    "olmo2": ("--activation-bits", "8"),
+    "olmo3": ("--activation-bits", "8"),
+    "exaone4": ("--activation-bits", "8"),
+    "hunyuan_v1_dense": ("--activation-bits", "8"),
     # Experts: four per channel, and eight in groups.
     "mixtral": ("--activation-bits", "8"),
+    "olmoe": ("--activation-bits", "8"),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
 }
 # Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, mixtures have an op
 # of their own.
-FUSED = {"qwen3", "phi3", "smollm3"}
+FUSED = {
+    "qwen3",
+    "phi3",
+    "smollm3",
+    "granite",
+    "ernie4_5",
+    "ministral3",
+    "glm4",
+    "seed_oss",
+    "hunyuan_v1_dense",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+}
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")
 ENVIRONMENT = {

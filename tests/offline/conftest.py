@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, scaled_queries
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothrot_offline.source.resolve import SUPPORTED
@@ -32,6 +32,9 @@ GEMMA_SIZES: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "query_pre_attn_scalar": 20,
 }
+WINDOWS: dict[str, Any] = {
+    name: value for name, value in GEMMA_SIZES.items() if name != "query_pre_attn_scalar"
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     # Caps low enough to matter; a model of this family has no head of its own.
@@ -53,6 +56,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 12,
     },
     "phi3": {"pad_token_id": 0},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 76},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {
         "head_dim": 12,
@@ -60,6 +64,22 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 76,
     },
+    # None of them the one of a model without it.
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
+    "seed_oss": {"head_dim": 12},
+    "hunyuan_v1_dense": {"head_dim": 12},
+    "ernie4_5": {"head_dim": 12},
+    "glm": {"head_dim": 12, "pad_token_id": 0},
+    "glm4": {"head_dim": 12, "pad_token_id": 0},
+    "ministral3": {"head_dim": 12, **scaled_queries(8, 8.0)},
+    "olmo2": {"head_dim": 12},
+    "olmo3": WINDOWS,
+    "exaone4": WINDOWS,
     "smollm3": {
         "pad_token_id": 0,
         "no_rope_layers": [1, 0, 1],

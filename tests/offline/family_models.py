@@ -3,6 +3,10 @@
 
 from typing import Any
 
+from tiny_models import FAMILIES
+
+from smoothrot_offline.source.resolve import SUPPORTED
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama, all biases, tied": {
@@ -56,5 +60,68 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
     "mixtral": {"family": "mixtral"},
+    "granite": {"family": "granite"},
+    "granite, all biases, tied": {
+        "family": "granite",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "seed_oss": {"family": "seed_oss"},
+    "seed_oss, all biases, tied": {
+        "family": "seed_oss",
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_dense": {"family": "hunyuan_v1_dense"},
+    "hunyuan_v1_dense, biases, tied, dynamic": {
+        "family": "hunyuan_v1_dense",
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 50.0},
+    },
+    "ernie4_5": {"family": "ernie4_5"},
+    "ernie4_5, tied": {"family": "ernie4_5", "tie_word_embeddings": True},
+    "glm": {"family": "glm"},
+    "glm, no biases, one key-value head, tied": {
+        "family": "glm",
+        "attention_bias": False,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "glm4": {"family": "glm4"},
+    "glm4, no biases, tied": {
+        "family": "glm4",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
+    "ministral3": {"family": "ministral3"},
+    "ministral3, window, tied": {
+        "family": "ministral3",
+        "sliding_window": 5,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {"family": "olmo2"},
+    "olmo2, biases, tied": {
+        "family": "olmo2",
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "olmo3": {"family": "olmo3"},
+    "exaone4": {"family": "exaone4"},
+    "exaone4, one window for none, tied": {
+        "family": "exaone4",
+        "sliding_window": None,
+        "layer_types": ["full_attention"] * 3,
+        "tie_word_embeddings": True,
+    },
+    "olmoe": {"family": "olmoe"},
     "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }
+
+TABLES = {name: SUPPORTED[FAMILIES[model["family"]].model_type] for name, model in MODELS.items()}
+FOLDED = [name for name, table in TABLES.items() if table.rotates_residual]
+"""Those whose residual stream R1 is folded into."""
+NORMED = [name for name, table in TABLES.items() if table.norms]
+"""Those whose linears read norms."""

@@ -27,6 +27,12 @@ SERVERS = {
     "qwen3_5_text": ["qwen3_5", "qwen3_next"],
     "qwen3_moe": ["qwen3_moe"],
     "mixtral": ["mixtral"],
+    "granite": ["granite"],
+    "ernie4_5": ["ernie45", "llama"],
+    "glm4": ["glm4"],
+    "ministral3": ["mistral", "llama"],
+    "exaone4": ["exaone4"],
+    "olmoe": ["olmoe"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
 }
@@ -35,6 +41,8 @@ SERVERS = {
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
 # vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
 HARMLESS = {"qwen3": {"qk_norm"}}
+# Which vLLM serves with transformers' own class.
+SERVED_BY_TRANSFORMERS = {"smollm3", "seed_oss", "hunyuan_v1_dense", "glm", "olmo2", "olmo3"}
 STRAY: list[tuple[str, str, Any]] = [
     ("llama", "bias", True),
     ("llama", "qkv_bias", True),
@@ -63,6 +71,42 @@ STRAY: list[tuple[str, str, Any]] = [
     ("qwen3_5", "output_gate_type", "sigmoid"),
     ("qwen3_5", "layer_scale", True),
     ("qwen3_5", "dual_chunk_attention_config", {"chunk_size": 8}),
+    ("granite", "bias", True),
+    ("granite", "logit_scale", 0.5),
+    ("granite", "attention_sinks", True),
+    ("granite", "layer_rope_theta", [10000.0, 0, 10000.0]),
+    ("granite", "layer_types", ["full_attention"] * 3),
+    ("granite", "sliding_window", 8),
+    ("seed_oss", "logit_scale", 0.5),
+    ("seed_oss", "sliding_window", 8),
+    ("hunyuan_v1_dense", "final_logit_softcapping", 30.0),
+    ("smollm3", "attn_logit_softcapping", 30.0),
+    ("glm", "sliding_window", 8),
+    ("glm4", "num_nextn_predict_layers", 1),
+    ("glm4", "sliding_window", 8),
+    ("ernie4_5", "use_bias", True),
+    ("ernie4_5", "attention_bias", True),
+    ("ernie4_5", "mlp_bias", True),
+    ("ernie4_5", "qkv_bias", True),
+    ("ernie4_5", "bias", True),
+    ("ernie4_5", "sliding_window", 8),
+    ("ministral3", "llama_4_scaling", None),
+    ("ministral3", "llama_4_scaling", {"beta": 0.1, "original_max_position_embeddings": 8}),
+    ("ministral3", "attention_bias", True),
+    ("olmo2", "sliding_window", 8),
+    ("olmo3", "logit_scale", 0.5),
+    ("olmoe", "attention_bias", True),
+    ("olmoe", "clip_qkv", 8.0),
+    ("olmoe", "norm_topk_prob", True),
+    ("olmoe", "rms_norm_eps", 1e-6),
+    ("olmoe", "tie_word_embeddings", True),
+    ("olmoe", "head_dim", 16),
+    ("exaone4", "attention_bias", True),
+    ("exaone4", "bias", True),
+    ("exaone4", "mlp_bias", True),
+    ("exaone4", "logit_scale", 0.5),
+    ("exaone4", "sliding_window", None),
+    ("exaone4", "layer_types", ["full_attention"] * 3),
     ("gemma3", "is_causal", False),
 ]
 
@@ -126,6 +170,7 @@ def test_each_key_that_only_the_server_reads_has_a_rule(model_type: str) -> None
     table = SUPPORTED[model_type]
     ruled = {*table.settings, *table.same, *SERVER_WIDE}
     ruled |= {"head_dim"} if table.head_dim_from_hidden else set()
+    ruled |= {"llama_4_scaling"} if table.scaled_queries else set()
     # Refused where transformers has no kinds of layers.
     ruled |= set() if table.layer_types else {"layer_types"}
     unruled = (
@@ -144,7 +189,16 @@ def test_what_the_rules_are_held_against_is_read_at_all() -> None:
 
 
 def test_every_family_is_compared_or_served_by_transformers_own_class() -> None:
-    assert set(SUPPORTED) - set(SERVERS) == {"smollm3"}
+    assert set(SUPPORTED) - set(SERVERS) == SERVED_BY_TRANSFORMERS
+
+
+@pytest.mark.parametrize("model_type", sorted(SERVED_BY_TRANSFORMERS))
+def test_each_key_that_vllm_gives_meaning_to_for_any_class_has_a_rule(model_type: str) -> None:
+    table = SUPPORTED[model_type]
+    assert {"logit_scale", "final_logit_softcapping", "attn_logit_softcapping"} < set(
+        table.settings
+    )
+    assert table.layer_types or "sliding_window" in table.settings
 
 
 @pytest.mark.parametrize(("family", "key", "value"), STRAY)
@@ -191,6 +245,35 @@ def test_rotary_settings_that_transformers_does_not_compute_are_refused(
     config = build_model("llama").config.to_dict() | {"architectures": None}
     with pytest.raises(UnsupportedModelError, match=next(iter(rope))):
         resolve(config | {"rope_parameters": config["rope_parameters"] | rope})
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [({"llama_4_scaling_beta": 0.0}, 64), ({}, 8)],
+    ids=["without growth", "within the original context"],
+)
+def test_queries_that_never_grow_need_no_key_of_the_servers(
+    build_model: Callable[..., PreTrainedModel], rope: dict[str, Any], context: int
+) -> None:
+    config = build_model("ministral3").config.to_dict() | {"architectures": None}
+    config["rope_parameters"] |= rope
+    resolve(config | {"llama_4_scaling": None, "max_position_embeddings": context})
+
+
+@pytest.mark.parametrize(
+    ("missing", "rope"),
+    [
+        ("llama_4_scaling_beta", {}),
+        ("original_max_position_embeddings", {"llama_4_scaling_beta": 0.1}),
+    ],
+)
+def test_what_queries_grow_by_must_be_numbers(
+    build_model: Callable[..., PreTrainedModel], missing: str, rope: dict[str, Any]
+) -> None:
+    config = build_model("ministral3").config.to_dict() | {"architectures": None}
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    with pytest.raises(UnsupportedModelError, match=f"{missing}: expected a number"):
+        resolve(config | {"rope_parameters": plain | rope})
 
 
 def test_flags_that_change_nothing_are_let_pass(

@@ -63,6 +63,14 @@ def logits(directory: Path) -> torch.Tensor:
         {"family": "qwen3"},
         {"family": "qwen3_5"},
         {"family": "smollm3", "attention_bias": True},
+        {"family": "granite", "mlp_bias": True},
+        {"family": "seed_oss", "mlp_bias": True},
+        {"family": "hunyuan_v1_dense"},
+        {"family": "ernie4_5", "tie_word_embeddings": True},
+        {"family": "ministral3"},
+        {"family": "olmo2", "attention_bias": True},
+        {"family": "olmo3"},
+        {"family": "exaone4", "tie_word_embeddings": True},
         {"family": "gemma2"},
         {"family": "gemma3", "attention_bias": True},
         {"family": "gemma3", "tie_word_embeddings": True},
@@ -83,16 +91,17 @@ def test_eight_bit_output_computes_what_the_source_does(
     assert error_at_eight_bits(directory, tmp_path / "out", **options) < 0.05
 
 
+@pytest.mark.parametrize("family", ["phi3", "glm", "glm4"])
 @pytest.mark.parametrize(
     "options", [{}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "tp2-head8"]
 )
 def test_eight_bit_output_of_fused_linears_computes_what_the_source_does(
-    make_model: MakeModel, tmp_path: Path, options: dict[str, object]
+    make_model: MakeModel, tmp_path: Path, options: dict[str, object], family: str
 ) -> None:
     """Rotated only: without rotation these random weights lose 5.2 %, stored as Phi-3's or,
     split, as Llama's."""
     assert (
-        error_at_eight_bits(make_model("phi3", dtype=torch.float16), tmp_path / "out", **options)
+        error_at_eight_bits(make_model(family, dtype=torch.float16), tmp_path / "out", **options)
         < 0.05
     )
 
@@ -389,6 +398,16 @@ def test_no_calibration_pass_without_scales(
         {"family": "qwen3_5"},
         {"family": "phi3", "sliding_window": 5},
         {"family": "smollm3"},
+        {"family": "granite", "attention_bias": True},
+        {"family": "seed_oss"},
+        {"family": "hunyuan_v1_dense"},
+        {"family": "ernie4_5"},
+        {"family": "glm"},
+        {"family": "glm4"},
+        {"family": "ministral3"},
+        {"family": "olmo2"},
+        {"family": "olmo3"},
+        {"family": "exaone4"},
         {"family": "gemma2"},
         {"family": "gemma3", "attention_bias": True},
     ],

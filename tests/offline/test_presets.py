@@ -53,6 +53,15 @@ def test_a_family_without_a_head_keeps_its_embedding_for_it(make_model: MakeMode
         make_schema(resolve(model.config), config)
 
 
+def test_a_family_without_norms_to_smooth_gets_none_smoothed(make_model: MakeModel) -> None:
+    model = open_checkpoint(make_model("olmo2"))
+    assert not choose_preset("best", {}, model).config.smooth_norms
+    with pytest.raises(ConfigError, match=r"--smooth-norms: .*Olmo2ForCausalLM"):
+        make_schema(
+            resolve(model.config), choose_preset("best", {"smooth_norms": True}, model).config
+        )
+
+
 def test_options_given_win_over_the_presets(make_model: MakeModel) -> None:
     config = choose_preset(
         "best",

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.source.family import Multipliers
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_vllm.errors import UnsupportedModelError
 
@@ -59,6 +60,20 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "the norm's offset forgotten": ("gemma3", {"norm_offset": 0.0}, "layers.0.self_attn.q_proj"),
     "the embedding's scale forgotten": ("gemma3", {"scaled_embedding": False}, "embed_tokens"),
+    "the embedding's multiplier forgotten": (
+        "granite",
+        {"multipliers": Multipliers(residual="residual_multiplier", logits="logits_scaling")},
+        "embed_tokens",
+    ),
+    "the logits' divisor forgotten": (
+        "granite",
+        {
+            "multipliers": Multipliers(
+                embedding="embedding_multiplier", residual="residual_multiplier"
+            )
+        },
+        "logits",
+    ),
     "biases forgotten": ("qwen2", {"biases": {}}, "tensor model.layers.0.self_attn.k_proj.bias"),
     "head norms forgotten": ("qwen3", {"head_norms": ()}, "self_attn.k_norm.weight"),
     "values not last": ("phi3", {"value": "mlp.gate_up_proj"}, "layers.0.self_attn.o_proj"),

@@ -63,7 +63,11 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
         ({"model_type": None}, "not supported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected LlamaForCausalLM"),
         (
-            {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "num_experts": 8},
+            {
+                "model_type": "phimoe",
+                "architectures": ["PhimoeForCausalLM"],
+                "num_local_experts": 8,
+            },
             "mixture of experts",
         ),
         (
@@ -167,6 +171,32 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(
             "partial_rotary_factor: expected a number",
         ),
         ("smollm3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
+        *(
+            (family, {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu")
+            for family in (
+                "granite",
+                "seed_oss",
+                "hunyuan_v1_dense",
+                "ernie4_5",
+                "glm",
+                "glm4",
+                "ministral3",
+                "olmo2",
+                "olmo3",
+                "exaone4",
+                "olmoe",
+            )
+        ),
+        (
+            "ministral3",
+            {"llama_4_scaling": None},
+            "llama_4_scaling: expected .*beta.*0.5.*Add it to config.json.*got None",
+        ),
+        (
+            "exaone4",
+            {"sliding_window": None},
+            "sliding_window and layer_types: expected a window and layers of sliding_attention",
+        ),
         (
             "gemma2",
             {"hidden_activation": "silu"},
@@ -324,6 +354,12 @@ def test_options_that_do_not_fit_the_model_are_refused(
 ) -> None:
     message = str(refusal(make_model(), **options))
     assert [word for word in words if word not in message] == [], message
+
+
+def test_norms_to_smooth_are_asked_of_families_that_have_them(make_model: MakeModel) -> None:
+    error = refusal(make_model("olmo2"), smooth_norms=True)
+    assert isinstance(error, ConfigError)
+    assert re.search("--smooth-norms: expected norms .*Olmo2ForCausalLM", str(error))
 
 
 @pytest.mark.parametrize(

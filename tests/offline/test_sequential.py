@@ -2,16 +2,37 @@
 """Error-compensated rounding within a conversion: the converted model comes closer to the
 original."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from family_models import MODELS
+from moe_models import with_separate_experts
 from tiny_models import SHORT_TEXT, save_tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
 from smoothrot_offline.report.model import load_model
+from smoothrot_offline.rounding.served import BuiltLayer, output_of
+from smoothrot_offline.source.layers import LayerRunner
+from smoothrot_offline.source.resolve import resolve
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_halves_of_a_layer_make_the_whole(
+    name: str, build_model: Callable[..., PreTrainedModel]
+) -> None:
+    model = build_model(**MODELS[name])
+    spec = resolve(model.config.to_dict())
+    weights = with_separate_experts(model, spec).model.layers[1].state_dict()
+    built, layer = LayerRunner(spec).build(1, weights)
+    halves = BuiltLayer(built, layer, spec, {})
+    hidden = torch.randn(2, 12, spec.hidden, generator=torch.Generator().manual_seed(0))
+    middle = halves.middle(hidden, halves.output_input(hidden))
+    torch.testing.assert_close(halves.finish(middle), output_of(built, hidden))
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_models import MODELS
+from family_models import FOLDED, MODELS, NORMED
 from moe_models import with_separate_experts
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -113,7 +113,7 @@ def random_layer_scales(spec: ModelSpec, seed: int) -> LayerScales:
     generator = torch.Generator().manual_seed(100 + seed)
     norms = {
         norm: torch.rand(spec.hidden, dtype=torch.float64, generator=generator) + 0.5
-        for norm in spec.architecture.readers
+        for norm in spec.architecture.norms
     }
     return LayerScales(random_scales(spec, seed), norms)
 
@@ -135,6 +135,7 @@ def with_random_rotations(transform: ModelTransform) -> ModelTransform:
     )
 
 
+@pytest.mark.parametrize("subject", NORMED, indirect=True)
 def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     table = subject.spec.architecture
     transform = ModelTransform.of_norms(subject.spec)
@@ -142,16 +143,14 @@ def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
     folded = [
         t
         for name, t in subject.tensors.items()
-        if name.endswith(tuple(f".{norm}.weight" for norm in table.readers))
+        if name.endswith(tuple(f".{norm}.weight" for norm in table.norms))
     ]
     assert len(folded) == 6
     assert all((t + table.norm_offset == 1).all() for t in folded)
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize(
-    "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
-)
+@pytest.mark.parametrize("subject", FOLDED, indirect=True)
 def test_r1_keeps_the_logits(subject: Subject) -> None:
     rotation = random_rotation(subject.spec.hidden, seed=5)
     transform = ModelTransform(subject.spec, 5, rotation, Online())
@@ -191,9 +190,7 @@ def test_r2_keeps_the_logits(subject: Subject) -> None:
     assert subject.error() <= 1e-10
 
 
-@pytest.mark.parametrize(
-    "subject", [name for name in MODELS if not name.startswith("gemma")], indirect=True
-)
+@pytest.mark.parametrize("subject", FOLDED, indirect=True)
 def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
     hidden, offset = subject.spec.hidden, subject.spec.architecture.norm_offset
     rotation = DenseRotation(random_orthogonal(1, hidden, hidden))
@@ -237,6 +234,7 @@ def test_smoothing_keeps_the_logits(subject: Subject) -> None:
     assert subject.error() <= 1e-10
 
 
+@pytest.mark.parametrize("subject", NORMED, indirect=True)
 def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
     before = dict(subject.tensors)
     transform = ModelTransform(subject.spec, 0, None, Online())

@@ -265,18 +265,18 @@ def test_a_fusion_that_is_stored_as_one_is_sharded_part_by_part(
     config: SmoothRotConfig, tensor_parallel: Callable[[int, int], None], size: int
 ) -> None:
     weights, x = config.schema.weights.model_dump(), tokens(HIDDEN)
-    for make, parts in (
-        (qkv, (4 * HEAD, 2 * HEAD, 2 * HEAD)),
-        (gate_up, (INTERMEDIATE, INTERMEDIATE)),
+    fused = (INTERMEDIATE, INTERMEDIATE)
+    for make, parts, named in (
+        (qkv, (4 * HEAD, 2 * HEAD, 2 * HEAD), {"qkv_proj": ["qkv_proj"]}),
+        (gate_up, fused, {"gate_up_proj": ["gate_up_proj"]}),
+        # GLM-4-0414's class, whose checkpoints store what it lists the parts of as one.
+        (gate_up, fused, {"gate_up_proj": ["gate_proj", "up_proj"]}),
     ):
         stored = Stored.random(sum(parts), HIDDEN, weights, 5)
         expected = linear_reference(x, stored, config).split(parts, dim=1)
         for rank in range(size):
             tensor_parallel(rank, size)
-            config.packed_modules_mapping = {
-                "qkv_proj": ["qkv_proj"],
-                "gate_up_proj": ["gate_up_proj"],
-            }
+            config.packed_modules_mapping = named
             layer = make(config)
             stored.load_into(layer)
             finish(layer)

@@ -250,6 +250,18 @@ def test_an_override_must_cover_every_part_of_a_fused_layer() -> None:
     assert whole.scheme("model.layers.1.mlp.gate_up_proj").weights.bits == 4
 
 
+def test_a_fused_layer_that_is_stored_as_one_may_be_overridden_by_its_own_name() -> None:
+    eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
+    config = make_config(
+        overrides={"model.layers.0.mlp.gate_up_proj": eight},
+        ignore=["model.layers.2.mlp.gate_up_proj"],
+    )
+    assert config.part_names("model.layers.0.mlp.gate_up_proj") == ["gate_up_proj"]
+    assert config.part_names("model.layers.1.mlp.gate_up_proj") == ["gate_proj", "up_proj"]
+    bits = [config.scheme(f"model.layers.{index}.mlp.gate_up_proj") for index in range(3)]
+    assert [scheme and scheme.weights.bits for scheme in bits] == [8, 4, None]
+
+
 def test_ignoring_one_part_of_a_fused_layer_is_refused() -> None:
     config = make_config(ignore=["model.layers.0.self_attn.k_proj"])
     with pytest.raises(ConfigError, match=r"qkv_proj: .*q_proj: W4A8.*k_proj: 16-bit"):

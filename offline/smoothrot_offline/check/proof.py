@@ -74,8 +74,8 @@ def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) 
     for index in range(small.layers):
         prefix = small.layer_prefix(index)
         layer = {name: tensors[prefix + name] for name in small.layer_tensors(index)}
-        readers = small.layer_table(index).readers
-        gammas = {norm: layer[f"{norm}.weight"] + table.norm_offset for norm in readers}
+        norms = small.layer_table(index).norms
+        gammas = {norm: layer[f"{norm}.weight"] + table.norm_offset for norm in norms}
         scales = _random_scales(small, index)
         sides.append(transform.sides(index, gammas, scales))
         transform.layer(index, layer, scales)
@@ -98,7 +98,7 @@ def _random_scales(small: ModelSpec, index: int) -> LayerScales:
     def draw(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64) * 4 + 0.25
 
-    norms = {norm: draw(small.hidden) for norm in small.layer_table(index).readers}
+    norms = {norm: draw(small.hidden) for norm in small.layer_table(index).norms}
     return LayerScales(draw(*small.smoothed), norms)
 
 
@@ -117,9 +117,12 @@ def _run(
     read: list[torch.Tensor] = []
     first = model.get_submodule(f"{table.layers}.0")
     hooks.append(first.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])))
-    logits = model(tokens, use_cache=False).logits
+    head = model.get_submodule(table.lm_head)
+    hooks.append(head.register_forward_hook(_recording(outputs, table.lm_head)))
+    logits = model(tokens, use_cache=False).logits.flatten(0, -2)
     for hook in hooks:
         hook.remove()
+    _check(small, "logits", small.capped(outputs.pop(table.lm_head)), logits)
     rows = model.get_submodule(table.embedding).get_parameter("weight")
     _check(small, table.embedding, embed(tokens, rows, small.embedding_scale), read[0])
     for linear in linears:

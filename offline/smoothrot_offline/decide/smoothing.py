@@ -149,7 +149,7 @@ class NormStatistics:
         self._table = table
         self._residual = residual
         self._gammas = {
-            norm: layer[f"{norm}.weight"].double() + table.norm_offset for norm in table.readers
+            norm: layer[f"{norm}.weight"].double() + table.norm_offset for norm in table.norms
         }
         self._squares = {norm: torch.zeros_like(gamma) for norm, gamma in self._gammas.items()}
 

@@ -425,7 +425,7 @@ def _unpacked(
 
 
 def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:
-    names = {norm: f"scales.{index}.{norm}" for norm in spec.layer_table(index).readers}
+    names = {norm: f"scales.{index}.{norm}" for norm in spec.layer_table(index).norms}
     smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
     return LayerScales(tensors.get(f"scales.{index}"), smoothed)
 

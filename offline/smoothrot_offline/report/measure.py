@@ -247,7 +247,8 @@ def layer_transforms(
         index: which layer.
         layer: its original tensors, float64, by names relative to it.
         scales: smoothing scales by policy, float64 ``(f,)``; those of ``max`` are S.
-        norms: smoothing scales of what each norm gives out, float64 ``(hidden,)``: S behind a norm.
+        norms: smoothing scales of what each norm gives out, float64 ``(hidden,)``: S behind a norm,
+            where the family has norms there.
 
     Returns:
         By kind, the transforms by name, ``none`` first; at ``down_proj`` also each policy's S and
@@ -274,8 +275,9 @@ def layer_transforms(
             found[kind] = {
                 NONE: _plain(weights[kind]),
                 ROTATED: _rotated(weights[kind], online),
-                SMOOTHED_ROTATED: _rotated(weights[kind], online, norms[norm]),
             }
+            if norm in norms:
+                found[kind][SMOOTHED_ROTATED] = _rotated(weights[kind], online, norms[norm])
     heads = _hadamard(spec.heads * spec.head_dim, choose_block(spec.head_dim).size)
     found["o_proj"] = {NONE: _plain(weights["o_proj"]), ROTATED: _rotated(weights["o_proj"], heads)}
     online = Rotation(

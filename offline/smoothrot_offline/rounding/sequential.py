@@ -88,13 +88,12 @@ class SequentialRounding:
         online = self._schema.online
         schemes = {linear: self._schema.scheme(prefix + linear) for linear in table.linears}
         turned = rotations(table, online)
-        copies = [
-            BuiltLayer(
-                *self._runner.build(index, tensors), table, turned | quantizers(schemes, online)
-            )
-        ]
+        maps = turned | quantizers(schemes, online)
+        copies = [BuiltLayer(*self._runner.build(index, tensors), self._spec, table, maps)]
         if self._asymmetric:
-            copies.append(BuiltLayer(*self._runner.build(index, tensors), table, turned))
+            copies.append(
+                BuiltLayer(*self._runner.build(index, tensors), self._spec, table, turned)
+            )
         rounded: dict[str, QuantizedWeight] = {}
 
         def round_group(group: tuple[str, ...], inputs: Iterable[Sequence[torch.Tensor]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoothrot_offline.source.family import Architecture
+from smoothrot_offline.source.family import Architecture, ModelSpec
 from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online
@@ -84,23 +84,30 @@ class BuiltLayer:
 
     Args:
         model, layer: from :meth:`~smoothrot_offline.source.layers.LayerRunner.build`.
+        spec: the model.
         table: of the layer.
         maps: run-time inputs by linear, see :func:`rotations` and :func:`quantizers`.
     """
 
     def __init__(
-        self, model: nn.Module, layer: nn.Module, table: Architecture, maps: Mapping[str, InputMap]
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        spec: ModelSpec,
+        table: Architecture,
+        maps: Mapping[str, InputMap],
     ) -> None:
         self._model = model
         self._layer = layer
         self._table = table
+        self._residual_scale = spec.residual_scale
         self._maps = maps
         posts = [layer.get_submodule(name) for name in table.post_norms] or [
             nn.Identity(),
             nn.Identity(),
         ]
         self._after_attention, self._after_feed_forward = posts
-        self._norm = layer.get_submodule(table.mlp_norm)
+        self._norm = layer.get_submodule(table.mlp_norm) if table.norms else nn.Identity()
         self._feed_forward = layer.get_submodule(table.feed_forward)
 
     def set_weight(self, linear: str, weight: torch.Tensor) -> None:
@@ -124,7 +131,7 @@ class BuiltLayer:
         added: torch.Tensor = self._after_attention(
             self._layer.get_submodule(self._table.output)(output_input)
         )
-        return hidden + added
+        return hidden + added * self._residual_scale
 
     def feed_forward_input(self, middle: torch.Tensor) -> torch.Tensor:
         """What gate and up multiply by their weights."""
@@ -176,7 +183,7 @@ class BuiltLayer:
         """What the layer returns."""
         with inputs_through(self._layer, self._maps):
             added: torch.Tensor = self._after_feed_forward(self._feed_forward(self._norm(middle)))
-        return middle + added
+        return middle + added * self._residual_scale
 
     def _stopped(self, linear: str, run: Callable[[], object]) -> torch.Tensor:
         """What ``linear`` multiplies by its weight while ``run`` runs; it is run no further."""

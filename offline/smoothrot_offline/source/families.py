@@ -3,7 +3,7 @@
 
 from dataclasses import replace
 
-from smoothrot_offline.source.family import Architecture, Experts, LinearAttention
+from smoothrot_offline.source.family import Architecture, Experts, LinearAttention, Multipliers
 
 LLAMA = Architecture(
     model_type="llama",
@@ -43,6 +43,26 @@ LLAMA = Architecture(
         "sliding_window": (None, 0),
     },
     same={"qkv_bias": "attention_bias"},
+)
+
+
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    class_name="GraniteForCausalLM",
+    multipliers=Multipliers(
+        embedding="embedding_multiplier", residual="residual_multiplier", logits="logits_scaling"
+    ),
+    settings={
+        "hidden_act": ("silu",),
+        "bias": (False, None),
+        "logit_scale": (1.0,),
+        # Of the same class of vLLM's for models with windows, sinks and layers without RoPE.
+        "attention_sinks": (False,),
+        "layer_rope_theta": (None,),
+        "sliding_window": (None, 0),
+    },
+    same={},
 )
 
 
@@ -126,14 +146,58 @@ PHI3 = replace(
 )
 
 
-# vLLM serves it with transformers' own class: both read the same keys.
+# Of families that vLLM serves with transformers' own class: both read the same keys, and vLLM
+# these for any class.
+SERVED_BY_TRANSFORMERS: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "logit_scale": (1.0,),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+}
+WITHOUT_WINDOWS = {"sliding_window": (None, 0)}
+
 SMOLLM3 = replace(
     LLAMA,
     model_type="smollm3",
     class_name="SmolLM3ForCausalLM",
     layer_types=True,
-    settings={"hidden_act": ("silu",)},
+    settings=SERVED_BY_TRANSFORMERS,
     same={},
+)
+
+
+SEED_OSS = replace(
+    LLAMA,
+    model_type="seed_oss",
+    class_name="SeedOssForCausalLM",
+    biases={
+        "attention_bias": LLAMA.readers["input_layernorm"],
+        "attention_out_bias": ("self_attn.o_proj",),
+        "mlp_bias": LLAMA.biases["mlp_bias"],
+    },
+    settings=SERVED_BY_TRANSFORMERS | WITHOUT_WINDOWS,
+    same={},
+)
+
+
+HUNYUAN = replace(
+    LLAMA,
+    model_type="hunyuan_v1_dense",
+    class_name="HunYuanDenseV1ForCausalLM",
+    biases={"attention_bias": LLAMA.biases["attention_bias"]},
+    head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm"),
+    settings=SERVED_BY_TRANSFORMERS | WITHOUT_WINDOWS,
+    same={},
+)
+
+
+ERNIE = replace(
+    LLAMA,
+    model_type="ernie4_5",
+    class_name="Ernie4_5ForCausalLM",
+    biases={},
+    # vLLM's class is Llama's, which does not know this family's flag for biases.
+    settings=WITHOUT_BIASES | WITHOUT_WINDOWS | {"use_bias": (False,)},
 )
 
 
@@ -176,6 +240,82 @@ GEMMA2 = replace(
 )
 
 
+OLMO2 = replace(
+    LLAMA,
+    model_type="olmo2",
+    class_name="Olmo2ForCausalLM",
+    biases={"attention_bias": LLAMA.biases["attention_bias"]},
+    readers={
+        "self_attn": LLAMA.readers["input_layernorm"],
+        "mlp": LLAMA.readers["post_attention_layernorm"],
+    },
+    pre_norms=False,
+    post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    wide_norms={"self_attn.q_norm": "query", "self_attn.k_norm": "value"},
+    settings=SERVED_BY_TRANSFORMERS | WITHOUT_WINDOWS,
+    same={},
+)
+
+
+OLMO3 = replace(
+    OLMO2,
+    model_type="olmo3",
+    class_name="Olmo3ForCausalLM",
+    layer_types=True,
+    settings=SERVED_BY_TRANSFORMERS,
+)
+
+
+EXAONE4 = replace(
+    OLMO2,
+    model_type="exaone4",
+    class_name="Exaone4ForCausalLM",
+    biases={},
+    wide_norms={},
+    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    layer_types=True,
+    rope_in_windows=True,
+    settings=WITHOUT_BIASES,
+)
+
+
+GLM = replace(
+    LLAMA,
+    model_type="glm",
+    class_name="GlmForCausalLM",
+    linears={
+        name: shape
+        for name, shape in LLAMA.linears.items()
+        if name not in ("mlp.gate_proj", "mlp.up_proj")
+    }
+    | {"mlp.gate_up_proj": PHI3.linears["mlp.gate_up_proj"]},
+    biases={"attention_bias": LLAMA.readers["input_layernorm"]},
+    readers=LLAMA.readers | {"post_attention_layernorm": ("mlp.gate_up_proj",)},
+    up="mlp.gate_up_proj",
+    settings=SERVED_BY_TRANSFORMERS | WITHOUT_WINDOWS,
+    same={},
+    partial_rotary=True,
+)
+
+
+GLM4 = replace(
+    GLM,
+    model_type="glm4",
+    class_name="Glm4ForCausalLM",
+    post_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    settings=WITHOUT_WINDOWS | {"hidden_act": ("silu",), "num_nextn_predict_layers": (0, None)},
+)
+
+
+MINISTRAL3 = replace(
+    MISTRAL,
+    model_type="ministral3",
+    class_name="Ministral3ForCausalLM",
+    settings={key: values for key, values in MISTRAL.settings.items() if key != "llama_4_scaling"},
+    scaled_queries=True,
+)
+
+
 MIXTRAL = MISTRAL.with_sparse_feed_forward(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
@@ -208,6 +348,35 @@ QWEN3_MOE = QWEN3.with_sparse_feed_forward(
     layer_types=False,
     one_window=False,
     settings={**QWEN3.settings, "shared_expert_intermediate_size": (0, None)},
+)
+
+
+OLMOE = LLAMA.with_sparse_feed_forward(
+    Experts(
+        count="num_experts",
+        intermediate="intermediate_size",
+        router="mlp.gate",
+        gate="mlp.experts.{e}.gate_proj",
+        normalizes="norm_topk_prob",
+    ),
+    up="mlp.experts.{e}.up_proj",
+    down="mlp.experts.{e}.down_proj",
+    model_type="olmoe",
+    class_name="OlmoeForCausalLM",
+    biases={},
+    wide_norms=OLMO2.wide_norms,
+    # vLLM's class reads none of these, but computes with these values.
+    settings={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "clip_qkv": (None,),
+        "norm_topk_prob": (False,),
+        "rms_norm_eps": (1e-5,),
+        "tie_word_embeddings": (False,),
+        "sliding_window": (None,),
+    },
+    same={},
+    head_dim_from_hidden=True,
 )
 
 

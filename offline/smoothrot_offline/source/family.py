@@ -55,6 +55,21 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
+class Multipliers:
+    """Configuration keys of single numbers that a model computes with, "" where it has none. They
+    commute with every fold.
+
+    ``embedding`` multiplies what the first layer reads, embeddings given from outside too;
+    ``residual`` what a writer adds to the residual stream; ``logits`` divides what the head gives
+    out.
+    """
+
+    embedding: str = ""
+    residual: str = ""
+    logits: str = ""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where the rotations and scales of one model family are folded. Names are relative to a
     decoder layer; those that hold ``{e}`` are of each expert, see :meth:`with_experts`.
@@ -70,7 +85,8 @@ class Architecture:
     biases: Mapping[str, tuple[str, ...]]
     """Linears with a bias, by the configuration flag that says so ("" = always)."""
     readers: Mapping[str, tuple[str, ...]]
-    """Linears that read each norm's output: attention's norm first, then the feed-forward's."""
+    """Linears that read each norm's output: attention's norm first, then the feed-forward's.
+    Without ``pre_norms`` they read the residual stream itself, and are named by their module."""
     writers: tuple[str, ...]
     """Linears that add to the residual stream, of a family with ``post_norms`` through one."""
     value: str
@@ -88,18 +104,29 @@ class Architecture:
     """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
     """Both rotate a part of each head if told so."""
+    scaled_queries: bool = False
+    """Queries grow with their position by ``llama_4_scaling_beta`` of the rotary parameters, which
+    the server knows as a key of its own."""
+    rope_in_windows: bool = False
+    """Where some layers have a window, only they have RoPE. transformers takes ``sliding_window``
+    for a sign of it, the server such a layer."""
     one_window: bool = False
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
     """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
+    pre_norms: bool = True
+    """There is a norm between the residual stream and its readers."""
     post_norms: tuple[str, ...] = ()
     """Norms between a writer and the residual stream."""
     head_norms: tuple[str, ...] = ()
     """Norms of single heads of queries and keys."""
+    wide_norms: Mapping[str, str] = field(default_factory=dict)
+    """Norms over all heads of queries or of keys, and the dimension of each."""
     norm_offset: float = 0.0
     """A norm multiplies by this plus its stored weight."""
     scaled_embedding: bool = False
     """The embedding is multiplied by the square root of the hidden size."""
+    multipliers: Multipliers = Multipliers()
     layer_types: bool = False
     """The configuration chooses each layer's kind of attention."""
     attention: str = "sdpa"
@@ -129,13 +156,19 @@ class Architecture:
     lm_head: str = "lm_head"
 
     @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of ``readers``."""
+        return tuple(self.readers) if self.pre_norms else ()
+
+    @property
     def attention_norm(self) -> str:
-        """The norm that q, k and v read: the first of ``readers``."""
+        """The norm that q, k and v read, or what they are named by: the first of ``readers``."""
         return next(iter(self.readers))
 
     @property
     def mlp_norm(self) -> str:
-        """The norm that gate and up, or the router and the experts, read: the second."""
+        """The norm that gate and up, or the router and the experts, read, or what they are named
+        by: the second."""
         return list(self.readers)[1]
 
     @property
@@ -257,7 +290,17 @@ class ModelSpec:
     @property
     def embedding_scale(self) -> float:
         """What the model multiplies the rows of its embedding by."""
-        return self.hidden**0.5 if self.architecture.scaled_embedding else 1.0
+        if self.architecture.scaled_embedding:
+            return self.hidden**0.5
+        return self._multiplier(self.architecture.multipliers.embedding)
+
+    @property
+    def residual_scale(self) -> float:
+        """What the model multiplies by before it adds to the residual stream."""
+        return self._multiplier(self.architecture.multipliers.residual)
+
+    def _multiplier(self, key: str) -> float:
+        return float(getattr(self.config, key)) if key else 1.0
 
     @property
     def values(self) -> int:
@@ -319,10 +362,11 @@ class ModelSpec:
         return bool(self.layer_table(index).value)
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the model makes of the head's outputs, of any shape: ``cap * tanh(logits / cap)``
-        if it caps them."""
+        """What the model makes of the head's outputs, of any shape: divided by its divisor, and
+        ``cap * tanh(logits / cap)`` if it caps them."""
         import torch
 
+        logits = logits / self._multiplier(self.architecture.multipliers.logits)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -403,8 +447,11 @@ class ModelSpec:
             shapes[f"{linear}.weight"] = (sizes[out], sizes[inputs])
             if linear in biased:
                 shapes[f"{linear}.bias"] = (sizes[out],)
-        shapes |= {f"{norm}.weight": (self.hidden,) for norm in (*table.readers, *table.post_norms)}
+        shapes |= {f"{norm}.weight": (self.hidden,) for norm in (*table.norms, *table.post_norms)}
         shapes |= {f"{norm}.weight": (self.head_dim,) for norm in table.head_norms}
+        shapes |= {
+            f"{norm}.weight": (sizes[dimension],) for norm, dimension in table.wide_norms.items()
+        }
         return shapes | {
             name: tuple(sizes[dimension] for dimension in dimensions)
             for name, dimensions in table.parameters.items()

@@ -82,7 +82,8 @@ class LayerRunner:
         """A float32 model of decoder layer ``index`` alone, without embedding and final norm, and
         that layer within it, on the device of its weights.
 
-        Called with ``inputs_embeds``, the model returns what the layer makes of them.
+        Called with ``inputs_embeds``, the model returns what the layer makes of them, as they
+        stand: they are not embeddings.
         """
         model = self._empty(index)
         # The rotary tables are computed, not loaded, so they must be made again outside the meta
@@ -111,6 +112,8 @@ class LayerRunner:
         for setting in _SETTINGS_BY_LAYER:
             if getattr(config, setting, None):
                 setattr(config, setting, [getattr(config, setting)[index]])
+        if scale := self.spec.architecture.multipliers.embedding:
+            setattr(config, scale, 1.0)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModel.from_config(
                 config,

@@ -5,16 +5,27 @@ everything else by name."""
 from typing import TYPE_CHECKING, Any
 
 from smoothrot_offline.source.families import (
+    ERNIE,
+    EXAONE4,
     GEMMA2,
     GEMMA3,
+    GLM,
+    GLM4,
+    GRANITE,
+    HUNYUAN,
     LLAMA,
+    MINISTRAL3,
     MISTRAL,
     MIXTRAL,
+    OLMO2,
+    OLMO3,
+    OLMOE,
     PHI3,
     QWEN2,
     QWEN3,
     QWEN3_5,
     QWEN3_MOE,
+    SEED_OSS,
     SMOLLM3,
 )
 from smoothrot_offline.source.family import Architecture, Experts, LinearAttention, ModelSpec
@@ -84,6 +95,10 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         )
     if table.one_window:
         _check_one_window(spec)
+    if table.rope_in_windows:
+        _check_rope_in_windows(spec)
+    if table.scaled_queries:
+        _check_scaled_queries(spec, config)
 
 
 def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
@@ -133,6 +148,39 @@ def _check_one_window(spec: ModelSpec) -> None:
         )
 
 
+def _check_rope_in_windows(spec: ModelSpec) -> None:
+    window, kinds = spec.config.sliding_window, set(spec.config.layer_types)
+    if (window is None) != ("sliding_attention" not in kinds):
+        raise _refused(
+            spec,
+            "sliding_window and layer_types",
+            "a window and layers of sliding_attention, or neither",
+            f"{window} and {', '.join(sorted(kinds))}",
+        )
+
+
+def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
+    rope = spec.config.rope_parameters
+    context = "original_max_position_embeddings"
+    for key in ("llama_4_scaling_beta", context):
+        if type(rope.get(key)) not in (int, float):
+            raise _refused(spec, f"rope_parameters: {key}", "a number", rope.get(key))
+    expected = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
+    found = config.get("llama_4_scaling")
+    changes_nothing = (
+        not expected["beta"] or spec.config.max_position_embeddings <= expected[context]
+    )
+    if found != expected and not (found is None and changes_nothing):
+        raise _refused(
+            spec,
+            "llama_4_scaling",
+            f"{expected}, which the server reads in place of rope_parameters'"
+            " llama_4_scaling_beta: it would not scale queries, and answer wrongly beyond the"
+            " original context. Add it to config.json",
+            found,
+        )
+
+
 def _refused(spec: ModelSpec, key: str, expected: str, found: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"config.json: {key}: expected {expected} (what transformers and the server both run for"
@@ -153,6 +201,17 @@ _TABLES = (
     GEMMA3,
     MIXTRAL,
     QWEN3_MOE,
+    GRANITE,
+    SEED_OSS,
+    HUNYUAN,
+    ERNIE,
+    GLM,
+    GLM4,
+    MINISTRAL3,
+    OLMO2,
+    OLMO3,
+    EXAONE4,
+    OLMOE,
 )
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_SIZE = (1 << 31) - 1

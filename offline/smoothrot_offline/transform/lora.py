@@ -115,8 +115,7 @@ def transform_factors(
     gammas = {}
     if transform.residual is not None:
         gammas = {
-            norm: recorded.norms[prefix + norm].double() + table.norm_offset
-            for norm in table.readers
+            norm: recorded.norms[prefix + norm].double() + table.norm_offset for norm in table.norms
         }
     for factor in transform.sides(index, gammas, recorded.scales[index])[linear]:
         if factor.output:

@@ -58,7 +58,7 @@ def transform_tensors(
             found[f"{prefix}heads"] = heads.contiguous()
         if transform.residual is not None:
             found |= checkpoint.load(
-                [f"{prefix}{norm}.weight" for norm in spec.layer_table(index).readers]
+                [f"{prefix}{norm}.weight" for norm in spec.layer_table(index).norms]
             )
     return found
 
@@ -95,22 +95,22 @@ def read_transform(directory: Path) -> RecordedTransform:
         config = config.model_copy(update={"seed": manifest.rotations.seed})
     _check_shapes(path, spec, tensors)
     transform = ModelTransform.of(spec, config)
-    readers = {spec.layer_prefix(i): spec.layer_table(i).readers for i in range(spec.layers)}
+    norms_of = {spec.layer_prefix(i): spec.layer_table(i).norms for i in range(spec.layers)}
     if RESIDUAL in tensors:
         transform = replace(transform, residual=DenseRotation(tensors[RESIDUAL]))
-    rotated = [f"{p}heads" for i, p in enumerate(readers) if spec.rotates_heads(i)]
+    rotated = [f"{p}heads" for i, p in enumerate(norms_of) if spec.rotates_heads(i)]
     if any(name in tensors for name in rotated):
         _refuse_missing(path, tensors, rotated)
-        transform = replace(transform, heads=[tensors.get(f"{prefix}heads") for prefix in readers])
+        transform = replace(transform, heads=[tensors.get(f"{prefix}heads") for prefix in norms_of])
     norms = {}
     if transform.residual is not None:
-        names = [f"{prefix}{norm}" for prefix, own in readers.items() for norm in own]
+        names = [f"{prefix}{norm}" for prefix, own in norms_of.items() for norm in own]
         _refuse_missing(path, tensors, [f"{name}.weight" for name in names])
         norms = {name: tensors[f"{name}.weight"] for name in names}
     return RecordedTransform(
         transform,
         norms,
-        [_scales(tensors, prefix, own) for prefix, own in readers.items()],
+        [_scales(tensors, prefix, own) for prefix, own in norms_of.items()],
     )
 
 
@@ -124,7 +124,7 @@ def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tenso
             shapes[f"{prefix}heads"] = (spec.kv_heads, spec.head_dim, spec.head_dim)
         shapes |= {
             f"{prefix}{norm}.{of}": (spec.hidden,)
-            for norm in spec.layer_table(index).readers
+            for norm in spec.layer_table(index).norms
             for of in ("smoothing", "weight")
         }
     for name, tensor in tensors.items():

@@ -248,7 +248,7 @@ class ModelTransform:
     def layer(self, index: int, tensors: Tensors, scales: LayerScales) -> None:
         """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S."""
         table = self.spec.layer_table(index)
-        gammas = {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.readers}
+        gammas = {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.norms}
         fold(tensors, self.sides(index, gammas, scales))
         for norm, gamma in self.norms(gammas, scales).items():
             tensors[f"{norm}.weight"] = gamma - table.norm_offset
