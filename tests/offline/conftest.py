@@ -76,7 +76,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "ernie4_5": {"head_dim": 12},
     "glm": {"head_dim": 12, "pad_token_id": 0},
     "glm4": {"head_dim": 12, "pad_token_id": 0},
-    "ministral3": {"head_dim": 12, **scaled_queries(8, 8.0)},
+    "ministral3": {"head_dim": 12, **scaled_queries(8, 2.0)},
     "olmo2": {"head_dim": 12},
     "olmo3": WINDOWS,
     "exaone4": WINDOWS,
