@@ -14,7 +14,7 @@ from smoothrot_offline.convert import convert
 from smoothrot_offline.report.model import load_model
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3_5", "gemma3", "mixtral"])
 def logit_errors(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
