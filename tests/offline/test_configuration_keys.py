@@ -40,7 +40,19 @@ SERVERS = {
 # of the configuration.
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
 # vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
-HARMLESS = {"qwen3": {"qk_norm"}}
+# Those of Qwen3.5 have layers with experts too, which model_type chooses.
+HARMLESS = {
+    "qwen3": {"qk_norm"},
+    "qwen3_5_text": {
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "shared_expert_intermediate_size",
+    },
+}
 # Which vLLM serves with transformers' own class.
 SERVED_BY_TRANSFORMERS = {"smollm3", "seed_oss", "hunyuan_v1_dense", "glm", "olmo2", "olmo3"}
 STRAY: list[tuple[str, str, Any]] = [

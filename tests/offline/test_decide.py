@@ -98,7 +98,8 @@ def test_eight_bits_go_where_four_cost_most_for_each_weight(spec: ModelSpec) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "fraction"), [("llama", 0.0), ("llama", 0.3), ("llama", 1.0), ("mixtral", 0.5)]
+    ("family", "fraction"),
+    [("llama", 0.0), ("llama", 0.3), ("llama", 1.0), ("mixtral", 0.5), ("qwen3_5", 0.5)],
 )
 def test_the_share_of_eight_bit_weights_is_kept_and_groups_stay_whole(
     make_model: MakeModel, tmp_path: Path, family: str, fraction: float
@@ -121,7 +122,7 @@ def test_the_share_of_eight_bit_weights_is_kept_and_groups_stay_whole(
     assert kept <= fraction * total
     assert kept == total * fraction or 0 < fraction < 1
     for index in range(spec.layers):
-        for groups in spec.architecture.scheme_groups():
+        for groups in spec.layer_table(index).scheme_groups():
             # A server fuses what reads one input, and has one scheme for all experts of a layer.
             assert (
                 len(

@@ -223,11 +223,12 @@ LEARNED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3_5"])
 def test_a_conversion_learns_what_can_be_folded(
     make_model: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
-    biases = {} if family == "phi3" else {"attention_bias": True}  # Phi-3's classes have none
+    # The classes of the others have none.
+    biases = {"attention_bias": True} if family in ("llama", "gemma3") else {}
     source = make_model(family, **biases, dtype=torch.float16)
     convert(source, tmp_path / "out", make_config(weight_bits=8, activation_bits=8, **LEARNED))
     tokens = torch.arange(24).reshape(2, 12) * 7 % 96
@@ -235,13 +236,17 @@ def test_a_conversion_learns_what_can_be_folded(
         expected, got = (
             load_model(path, torch.float32)(tokens).logits for path in (source, tmp_path / "out")
         )
-    assert (got - expected).norm() < 0.05 * expected.norm()
+    # Linear attention of random weights is that sensitive, see test_convert.py.
+    bound = 0.2 if family == "qwen3_5" else 0.05
+    assert (got - expected).norm() < bound * expected.norm()
     assert verify(tmp_path / "out").ok
     rotations = read_manifest(tmp_path / "out").rotations
     assert rotations is not None
     assert rotations.learned is not None
     assert rotations.learned.steps == 3
-    assert rotations.learned.r2.learned <= rotations.learned.r2.hadamard
+    assert (rotations.learned.r2 is None) == (rotations.r2 is None) == (family == "qwen3_5")
+    if rotations.learned.r2 is not None:
+        assert rotations.learned.r2.learned <= rotations.learned.r2.hadamard
     assert (rotations.learned.r1 is None) == (family == "gemma3")
 
 

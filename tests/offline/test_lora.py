@@ -39,7 +39,7 @@ def orthogonal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("learned", [False, True], ids=["hadamard", "learned"])
 @pytest.mark.parametrize("smoothed", [False, True], ids=["no scales", "scales"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3_5"])
 def test_transformed_factors_add_what_the_transformed_sum_adds(
     build_model: Callable[..., PreTrainedModel], family: str, smoothed: bool, learned: bool
 ) -> None:
@@ -56,9 +56,9 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
             orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim) for _ in range(spec.layers)
         ]
         transform = replace(transform, residual=residual, heads=heads)
-    prefix, table = spec.layer_prefix(1), spec.layer_table(1)
+    prefix, table = spec.layer_prefix(0), spec.layer_table(0)
     state = model.state_dict()
-    layer = {name: state[prefix + name] for name in spec.layer_tensors(1)}
+    layer = {name: state[prefix + name] for name in spec.layer_tensors(0)}
     norms = {prefix + norm: layer[f"{norm}.weight"] for norm in table.readers}
     scales = LayerScales()
     if smoothed:
@@ -77,10 +77,10 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
     for linear, (a, b) in factors.items():
         adapted[f"{linear}.weight"] += b @ a
     for tensors in (layer, adapted):
-        transform.layer(1, tensors, scales)
-    recorded = RecordedTransform(transform, norms, [LayerScales(), scales, LayerScales()])
+        transform.layer(0, tensors, scales)
+    recorded = RecordedTransform(transform, norms, [scales, LayerScales(), LayerScales()])
     for linear, (a, b) in factors.items():
-        new_a, new_b = transform_factors(recorded, 1, linear, a, b)
+        new_a, new_b = transform_factors(recorded, 0, linear, a, b)
         rotation = transform.online.rotation(linear)
         added = new_b @ (new_a if rotation is None else hadamard(new_a, rotation.block))
         expected = adapted[f"{linear}.weight"] - layer[f"{linear}.weight"]

@@ -35,7 +35,7 @@ def test_the_halves_of_a_layer_make_the_whole(
     torch.testing.assert_close(halves.finish(middle), output_of(built, hidden))
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen3_5", "gemma3", "mixtral"])
 def logit_errors(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
