@@ -98,6 +98,7 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
     changes = (
         ("QuaRot in place of SmoothRot", QUAROT),
         other,
+        ("GPTAQ, scales search", ("--rounding", "gptaq", "--scales", "search")),
         ("learned rotations", ("--rotations", "learned")),
         ("not distilled", ("--distill-steps", "0")),
         ("per channel, no 8-bit layers", ("--group-size", "-1", "--keep-8bit", "auto:0")),

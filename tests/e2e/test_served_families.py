@@ -96,7 +96,7 @@ def answers(
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=840,
     )
     assert out.exists(), result.stdout[-2000:] + result.stderr[-4000:]
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
