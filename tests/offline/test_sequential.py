@@ -14,13 +14,17 @@ from smoothrot_offline.convert import convert
 from smoothrot_offline.report.model import load_model
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3_5", "gemma3", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
 def logit_errors(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
+    """:func:`errors_of` each of some families."""
+    return errors_of(request.param, tmp_path_factory.mktemp("sequential"))
+
+
+def errors_of(family: str, folder: Path) -> dict[str, float]:
     """Relative logit error on the calibration text, by rounding."""
-    folder: Path = tmp_path_factory.mktemp("sequential")
-    source = save_tiny_model(folder / "source", request.param)
+    source = save_tiny_model(folder / "source", family)
     tokens = torch.tensor(
         [AutoTokenizer.from_pretrained(source)(SHORT_TEXT.read_text()).input_ids[:512]]
     )
@@ -48,3 +52,10 @@ def test_gptaq_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(
     logit_errors: dict[str, float],
 ) -> None:
     assert logit_errors["gptaq"] < 0.95 * logit_errors["gptq"]
+
+
+def test_layers_of_each_kind_are_rounded_for_what_they_read(tmp_path: Path) -> None:
+    """Linear attention magnifies what error is left, see test_convert.py."""
+    errors = errors_of("qwen3_5", tmp_path)
+    assert errors["gptq"] < 0.6 * errors["rtn"]
+    assert errors["gptaq"] < 0.95 * errors["gptq"]
