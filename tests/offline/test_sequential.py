@@ -29,19 +29,23 @@ def test_the_halves_of_a_layer_make_the_whole(
     spec = resolve(model.config.to_dict())
     weights = with_separate_experts(model, spec).model.layers[1].state_dict()
     built, layer = LayerRunner(spec).build(1, weights)
-    halves = BuiltLayer(built, layer, spec, {})
+    halves = BuiltLayer(built, layer, spec, spec.layer_table(1), {})
     hidden = torch.randn(2, 12, spec.hidden, generator=torch.Generator().manual_seed(0))
     middle = halves.middle(hidden, halves.output_input(hidden))
     torch.testing.assert_close(halves.finish(middle), output_of(built, hidden))
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen3_5", "gemma3", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
 def logit_errors(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:
+    """:func:`errors_of` each of some families."""
+    return errors_of(request.param, tmp_path_factory.mktemp("sequential"))
+
+
+def errors_of(family: str, folder: Path) -> dict[str, float]:
     """Relative logit error on the calibration text, by rounding."""
-    folder: Path = tmp_path_factory.mktemp("sequential")
-    source = save_tiny_model(folder / "source", request.param)
+    source = save_tiny_model(folder / "source", family)
     tokens = torch.tensor(
         [AutoTokenizer.from_pretrained(source)(SHORT_TEXT.read_text()).input_ids[:512]]
     )
@@ -70,3 +74,10 @@ def test_asymmetric_rounding_makes_up_for_what_gptq_leaves_of_earlier_layers_err
     logit_errors: dict[str, float], rounding: str
 ) -> None:
     assert logit_errors[rounding] < 0.95 * logit_errors["gptq"]
+
+
+def test_layers_of_each_kind_are_rounded_for_what_they_read(tmp_path: Path) -> None:
+    """Linear attention magnifies what error is left, see test_convert.py."""
+    errors = errors_of("qwen3_5", tmp_path)
+    assert errors["gptq"] < 0.6 * errors["rtn"]
+    assert errors["gptaq"] < 0.95 * errors["gptq"]
