@@ -319,7 +319,7 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         weights=WeightScheme(bits=config.weight_bits, group_size=config.group_size),
         activations=ActivationScheme(bits=config.activation_bits, clip=clip),
         online=online_rotations(spec, config),
-        ignore=spec.routers(),
+        ignore=spec.unquantized(),
         lm_head=head if config.lm_head_bits < 16 else None,
         max_tensor_parallel=config.max_tp,
     )

@@ -28,8 +28,8 @@ TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Sizes(BaseModel):
-    """Bytes: decoder linears with their scales, embedding, head (0 if tied), and norms and
-    biases."""
+    """Bytes: decoder linears with their scales, embedding, head (0 if tied), and the
+    rest: norms, biases, what is beside a text tower."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,15 +50,12 @@ def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
     bytes_of = dict.fromkeys(Sizes.model_fields, 0)
     for name, (shape, dtype) in tensors.items():
         module, _, suffix = name.rpartition(".")
+        linear = module.removeprefix(f"{table.layers}.").partition(".")[2]
         if module == table.embedding:
             kind = "embedding"
         elif module == table.lm_head:
             kind = "lm_head"
-        elif (
-            suffix != "bias"
-            and module.startswith(table.layers)
-            and module.split(".", 3)[-1] in table.linears
-        ):
+        elif suffix != "bias" and module.startswith(table.layers) and linear in table.linears:
             kind = "linears"
         else:
             kind = "other"

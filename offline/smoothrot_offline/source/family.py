@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the tables must be there without the seconds that these tak
     import torch
     from transformers import PreTrainedConfig
 
+    from smoothrot_offline.source.composite import Composite
     from smoothrot_vllm.format import QuantizationSchema
 
 
@@ -70,6 +71,8 @@ class Architecture:
     """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
     """Both rotate a part of each head if told so."""
+    rotary_sections: bool = False
+    """Both rotate sections of each head by the coordinates of an image."""
     one_window: bool = False
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
@@ -194,7 +197,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: its family's table and its sizes."""
+    """One model: its family's table and its sizes.
+
+    Of a text tower ``config`` is its own, ``outer`` that around it; ``composite`` is the table of
+    the whole, and ``kept`` has the shapes of the tensors beside the tower.
+    """
 
     architecture: Architecture
     config: PreTrainedConfig
@@ -207,6 +214,9 @@ class ModelSpec:
     vocab: int
     tied: bool
     experts: int = 0
+    composite: Composite | None = None
+    outer: PreTrainedConfig | None = None
+    kept: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def smoothed(self) -> Shape:
@@ -277,6 +287,11 @@ class ModelSpec:
             else [self.layer_prefix(index) + experts.router for index in range(self.layers)]
         )
 
+    def unquantized(self) -> list[str]:
+        """What stays 16-bit beside embedding and head, as ``quantization_config.ignore`` has it."""
+        beside = () if self.composite is None else self.composite.kept
+        return [*self.routers(), *(f"{module}." for module in beside)]
+
     def layer_prefix(self, index: int) -> str:
         """Prefix of the tensors of decoder layer ``index``, with its final dot."""
         return f"{self.architecture.layers}.{index}."
@@ -301,6 +316,7 @@ class ModelSpec:
         """Shape of each tensor the source checkpoint must hold."""
         table = self.architecture
         shapes: dict[str, Shape] = {f"{table.embedding}.weight": (self.vocab, self.hidden)}
+        shapes |= self.kept
         for index in range(self.layers):
             shapes |= {
                 self.layer_prefix(index) + name: shape

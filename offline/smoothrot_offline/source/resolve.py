@@ -2,8 +2,12 @@
 """From config.json to a model that can be converted: its family and sizes, and the refusal of
 everything else by name."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from smoothrot_offline.source.composite import Composite
+from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.families import (
     GEMMA2,
     GEMMA3,
@@ -39,9 +43,13 @@ SERVER_WIDE: dict[str, tuple[Any, ...]] = {
     "rotary_emb_base": (None,),
 }
 """Keys that the server reads whatever the family, with the values that change nothing."""
+_OUTER_WIDE = {key: values for key, values in SERVER_WIDE.items() if key != "text_config"}
+"""Those of them that count around a text tower."""
 
-_ROPE_KEYS = ("mrope_section", "xdrope_section", "use_fope", "rope_dim")
+_ROPE_KEYS = ("mrope_section", "mrope_interleaved", "xdrope_section", "use_fope", "rope_dim")
 """Keys of rope_parameters that vLLM computes by and transformers does not."""
+_SECTION_KEYS = _ROPE_KEYS[:2]
+"""Those of them that both compute by, where positions are those of images."""
 
 
 def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
@@ -56,27 +64,19 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
     """
     parsed, table = spec.config, spec.architecture
     for rope in _rope_parameters(parsed.rope_parameters or {}):
-        _check_rope(rope, table.partial_rotary)
-    # What is no setting of transformers' class may still be in the file, where the server finds it.
-    found = {key: config.get(key, values[0]) for key, values in SERVER_WIDE.items()}
-    found |= {
-        key: getattr(parsed, key, config.get(key, values[0]))
-        for key, values in table.settings.items()
-    }
-    for key, values in (SERVER_WIDE | dict(table.settings)).items():
-        if not any(
-            found[key] == value and isinstance(found[key], bool) == isinstance(value, bool)
-            for value in values
-        ):
-            raise _refused(spec, key, f"one of {', '.join(map(str, values))}", found[key])
+        _check_rope(rope, table)
+    _check_values(table.class_name, parsed, config, SERVER_WIDE, table.settings)
     for key, other in table.same.items():
         if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
             raise _refused(
-                spec, key, f"the value of {other}, {getattr(parsed, other, False)}", config[key]
+                table.class_name,
+                key,
+                f"the value of {other}, {getattr(parsed, other, False)}",
+                config[key],
             )
     if table.head_dim_from_hidden and spec.head_dim * spec.heads != spec.hidden:
         raise _refused(
-            spec,
+            table.class_name,
             "head_dim",
             f"hidden_size / num_attention_heads = {spec.hidden / spec.heads:g}",
             spec.head_dim,
@@ -85,7 +85,29 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         _check_one_window(spec)
 
 
-def _check_rope(parameters: dict[str, Any], partial: bool) -> None:
+def _check_values(
+    class_name: str,
+    parsed: "PreTrainedConfig",
+    config: dict[str, Any],
+    wide: Mapping[str, tuple[Any, ...]],
+    settings: Mapping[str, tuple[Any, ...]],
+) -> None:
+    """Compare keys of the file, and settings of what transformers makes of it, with the values that
+    are allowed."""
+    # What is no setting of transformers' class may still be in the file, where the server finds it.
+    found = {key: config.get(key, values[0]) for key, values in wide.items()}
+    found |= {
+        key: getattr(parsed, key, config.get(key, values[0])) for key, values in settings.items()
+    }
+    for key, values in {**wide, **settings}.items():
+        if not any(
+            found[key] == value and isinstance(found[key], bool) == isinstance(value, bool)
+            for value in values
+        ):
+            raise _refused(class_name, key, f"one of {', '.join(map(str, values))}", found[key])
+
+
+def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = parameters.get("rope_type", "default")
@@ -94,8 +116,9 @@ def _check_rope(parameters: dict[str, Any], partial: bool) -> None:
             f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)},"
             f" got {kind!r}."
         )
-    neutral: dict[str, Any] = dict.fromkeys(_ROPE_KEYS) | (
-        {} if partial else {"partial_rotary_factor": 1.0}
+    keys = [key for key in _ROPE_KEYS if not (table.rotary_sections and key in _SECTION_KEYS)]
+    neutral: dict[str, Any] = dict.fromkeys(keys) | (
+        {} if table.partial_rotary else {"partial_rotary_factor": 1.0}
     )
     for key, value in neutral.items():
         if parameters.get(key) not in (None, False, value):
@@ -122,7 +145,7 @@ def _check_one_window(spec: ModelSpec) -> None:
             getattr(spec.config, "max_window_layers", None),
         )
         raise _refused(
-            spec,
+            spec.architecture.class_name,
             "use_sliding_window, max_window_layers and layer_types",
             "a sliding window in all layers or in none, as the server has one for all",
             f"use_sliding_window {use}, max_window_layers {layers} of {spec.layers} layers,"
@@ -130,10 +153,10 @@ def _check_one_window(spec: ModelSpec) -> None:
         )
 
 
-def _refused(spec: ModelSpec, key: str, expected: str, found: Any) -> UnsupportedModelError:
+def _refused(class_name: str, key: str, expected: str, found: Any) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"config.json: {key}: expected {expected} (what transformers and the server both run for"
-        f" {spec.architecture.class_name}), got {found!r}. Remove or correct it if the model does"
+        f" {class_name}), got {found!r}. Remove or correct it if the model does"
         " not need it."
     )
 
@@ -162,9 +185,35 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
     """
     # It imports torch and transformers, which a refusal by name must not wait for.
-    from smoothrot_offline.source.models import parse_config
+    from smoothrot_offline.source.models import beside_text, parse_config
 
     table = supported_table(config)
+    composite = COMPOSITES.get(config.get("model_type"))
+    if composite is None:
+        return _resolve_text(config, table)
+    outer = parse_config(config, composite.model_type)
+    _check_values(composite.class_name, outer, config, _OUTER_WIDE, composite.settings)
+    # Of transformers' classes the one around the text tower ties the head.
+    text = outer.text_config.to_dict() | {"tie_word_embeddings": outer.tie_word_embeddings}
+    spec = _resolve_text(text, table)
+    kept = {
+        name: shape
+        for module, shape in beside_text(outer).items()
+        if composite.keeps(name := composite.stored_name(module))
+    }
+    for name, shape in kept.items():
+        if composite.writes(name) and shape[0] != spec.hidden:
+            raise UnsupportedModelError(
+                f"config.json: vision_config: expected images as wide as text, {spec.hidden}, got"
+                f" {shape[0]} outputs of {name.rpartition('.')[0]}."
+            )
+    placed = composite.place(spec.architecture)
+    return replace(spec, architecture=placed, composite=composite, outer=outer, kept=kept)
+
+
+def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
+    from smoothrot_offline.source.models import parse_config
+
     parsed = parse_config(config, table.model_type)
     layers = _size(parsed, "num_hidden_layers", MAX_LAYERS)
     hidden, heads = (_size(parsed, key) for key in ("hidden_size", "num_attention_heads"))
@@ -267,7 +316,11 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
             f"{names} is already quantized (quantization_config, quant_method {method!r}). "
             "Convert the 16-bit model it was made from."
         )
-    table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
+    composite = COMPOSITES.get(model_type) if isinstance(model_type, str) else None
+    if composite is not None:
+        table: Architecture | None = _text_table(composite, config)
+    else:
+        table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if own_code := _own_code(config, table):
         raise UnsupportedModelError(
             f"{names} needs its own Python code (auto_map in config.json: {own_code}), which is"
@@ -284,17 +337,18 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         raise UnsupportedModelError(
             f"{names} (model_type {model_type!r}) is not supported: no table says where its"
             " transforms are folded (CONTRIBUTING.md). Supported model types:"
-            f" {', '.join(SUPPORTED)}."
+            f" {', '.join((*SUPPORTED, *COMPOSITES))}."
         )
-    if classes == [table.class_name.replace("ForCausalLM", "Model")]:
+    class_name = table.class_name if composite is None else composite.class_name
+    if classes == [class_name.partition("For")[0] + "Model"]:
         raise UnsupportedModelError(
             f"config.json: architectures: {names} is an embedding model, a base model without a"
-            f" head: expected {table.class_name}. Its hidden states would come out rotated. Convert"
+            f" head: expected {class_name}. Its hidden states would come out rotated. Convert"
             " a causal language model."
         )
-    if classes and classes != [table.class_name]:
+    if classes and classes != [class_name]:
         raise UnsupportedModelError(
-            f"config.json: architectures: expected {table.class_name} for model_type"
+            f"config.json: architectures: expected {class_name} for model_type"
             f" {model_type!r}, got {', '.join(classes)}."
         )
     if not table.layer_types and config.get("layer_types"):
@@ -303,6 +357,22 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
             f" {model_type!r}."
         )
     return table
+
+
+def _text_table(composite: Composite, config: dict[str, Any]) -> Architecture:
+    """The table of the text tower that a configuration around it names."""
+    inner = config.get("text_config")
+    named = inner.get("model_type") if isinstance(inner, dict) else None
+    if named is None:
+        return composite.text[0]
+    for table in composite.text:
+        if table.model_type == named:
+            return table
+    raise UnsupportedModelError(
+        f"config.json: text_config: model_type: expected one of"
+        f" {', '.join(table.model_type for table in composite.text)} within"
+        f" {composite.class_name}, got {named!r}."
+    )
 
 
 def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:
