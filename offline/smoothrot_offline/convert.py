@@ -137,9 +137,11 @@ def convert(
             describe(tensors=tensors)
             if config.distill_steps:
                 if not journal.distilled:
+                    # Text alone says nothing of what images pass through.
+                    trained = {name: t for name, t in tensors.items() if name not in spec.kept}
                     with directory.openable() as rounded:
                         journal.finish_distillation(
-                            *distill(rounded, source, config, tensors, device, step)
+                            *distill(rounded, source, config, trained, device, step)
                         )
                 distillation, tensors = journal.apply_distillation(tensors)
                 describe(tensors=tensors, distillation=distillation)

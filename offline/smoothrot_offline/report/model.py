@@ -177,6 +177,9 @@ class SmoothRotHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         _check_values(model)
+        # transformers leaves tensors that it renames in their stored dtype.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(model.config.dtype)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.prepack()
