@@ -125,9 +125,9 @@ class QuantizationSchema(_Model):
     """The whole of ``config.json["quantization_config"]``.
 
     ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses
-    instead of the default; ``ignore`` lists full module names of linears that stay 16-bit, or with a
-    dot at its end the name of a module whose linears all do.
-    ``lm_head`` is None for a 16-bit head. ``transform_sha256`` is the digest of
+    instead of the default; ``ignore`` lists full module names of linears that stay 16-bit; a name
+    that ends with a dot is that of a module whose linears all do. ``lm_head`` is None for a 16-bit
+    head. ``transform_sha256`` is the digest of
     ``smoothrot_transform.st``, which names the transform that an adapter must have been given too;
     None where the checkpoint does not hold one.
     """

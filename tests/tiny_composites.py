@@ -103,8 +103,7 @@ TEXT: dict[str, dict[str, Any]] = {
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": ENCODER | {"vision_use_head": False},
     "qwen2_5_vl": QWEN_ENCODER | {"window_size": 32, "fullatt_block_indexes": [1]},
-    "qwen3_vl": QWEN_ENCODER
-    | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl": QWEN_ENCODER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
     "mistral3": ENCODER | {"model_type": "pixtral", "head_dim": 32},
     "idefics3": ENCODER,
     "smolvlm": ENCODER,

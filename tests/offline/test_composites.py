@@ -337,7 +337,9 @@ def test_a_text_tower_by_itself_is_no_model(inner: str) -> None:
             "model.vision_model.extra.weight.*no place in this architecture",
         ),
         (
-            lambda tensors: tensors.update({"model.vision_model.post_layernorm.weight": torch.ones(2)}),
+            lambda tensors: tensors.update(
+                {"model.vision_model.post_layernorm.weight": torch.ones(2)}
+            ),
             "post_layernorm.weight: expected shape",
         ),
     ],

@@ -57,6 +57,8 @@ def engine(**changes: Any) -> Any:
             hf_overrides={},
             hf_config_path=None,
             quantization_config=None,
+            multimodal_config=None,
+            is_mm_prefix_lm=False,
         ),
         "load_config": LoadConfig(),
         "cache_config": SimpleNamespace(cache_dtype="auto"),

@@ -79,9 +79,7 @@ def miniature(spec: ModelSpec) -> ModelSpec:
 
 def _of_text(sizes: Mapping[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """Sizes with the values of the text tower's keys that they name."""
-    return {
-        key: text[value] if isinstance(value, str) else value for key, value in sizes.items()
-    }
+    return {key: text[value] if isinstance(value, str) else value for key, value in sizes.items()}
 
 
 def _one_of_each_kind(by_layer: dict[str, list[Any]], layers: int) -> list[int]:
@@ -103,7 +101,7 @@ def _with_fewer_factors(rope: Any) -> Any:
         for key, value in rope.items()
     }
     if isinstance(sections := rope.get("mrope_section"), list) and sum(sections):
-        first, *others = (section * frequencies // sum(sections) for section in sections)
+        others = [section * frequencies // sum(sections) for section in sections[1:]]
         fewer["mrope_section"] = [frequencies - sum(others), *others]
     return fewer
 

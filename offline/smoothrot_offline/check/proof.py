@@ -69,9 +69,7 @@ def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) 
     """Give ``folded`` the transformed tensors of ``original``; the factors of each layer."""
     table = small.architecture
     modules = {_stored(small, name): name for name in original.state_dict()}
-    tensors = {
-        name: original.state_dict()[module].clone() for name, module in modules.items()
-    }
+    tensors = {name: original.state_dict()[module].clone() for name, module in modules.items()}
     expected = small.source_tensors()
     if small.tied:
         head = tensors.pop(f"{table.lm_head}.weight", tensors[f"{table.embedding}.weight"])

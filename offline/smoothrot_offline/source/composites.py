@@ -84,9 +84,7 @@ IDEFICS3 = Composite(
     ),
 )
 
-SMOLVLM = replace(
-    IDEFICS3, model_type="smolvlm", class_name="SmolVLMForConditionalGeneration"
-)
+SMOLVLM = replace(IDEFICS3, model_type="smolvlm", class_name="SmolVLMForConditionalGeneration")
 
 
 # Positions of images are rotated in sections; of text alone all sections are the same.
