@@ -127,9 +127,8 @@ class QuantizationSchema(_Model):
     ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses
     instead of the default; ``ignore`` lists full module names of linears that stay 16-bit; a name
     that ends with a dot is that of a module whose linears all do. ``lm_head`` is None for a 16-bit
-    head. ``transform_sha256`` is the digest of
-    ``smoothrot_transform.st``, which names the transform that an adapter must have been given too;
-    None where the checkpoint does not hold one.
+    head. ``transform_sha256`` is the digest of ``smoothrot_transform.st``, which names the
+    transform that an adapter must have been given too; None where the checkpoint does not hold one.
     """
 
     quant_method: Literal["smoothrot"] = QUANT_METHOD

@@ -152,7 +152,7 @@ REFUSALS = (
     Refusal(
         "--limit-mm-per-prompt",
         _two_way_images,
-        "vLLM's attention for CPUs looks back only, and answers about images wrongly",
+        "vLLM's attention for CPUs looks back alone, and answers about images wrongly",
         """Serve text alone with --limit-mm-per-prompt '{"image": 0}'.""",
     ),
     Refusal(
