@@ -125,10 +125,10 @@ class QuantizationSchema(_Model):
     """The whole of ``config.json["quantization_config"]``.
 
     ``overrides`` maps a full module name (``model.layers.3.mlp.down_proj``) to the scheme it uses
-    instead of the default; ``ignore`` lists full module names of linears that stay 16-bit.
-    ``lm_head`` is None for a 16-bit head. ``transform_sha256`` is the digest of
-    ``smoothrot_transform.st``, which names the transform that an adapter must have been given too;
-    None where the checkpoint does not hold one.
+    instead of the default; ``ignore`` lists full module names of linears that stay 16-bit; a name
+    that ends with a dot is that of a module whose linears all do. ``lm_head`` is None for a 16-bit
+    head. ``transform_sha256`` is the digest of ``smoothrot_transform.st``, which names the
+    transform that an adapter must have been given too; None where the checkpoint does not hold one.
     """
 
     quant_method: Literal["smoothrot"] = QUANT_METHOD
@@ -155,7 +155,9 @@ class QuantizationSchema(_Model):
     def scheme(self, name: str) -> LinearScheme | None:
         """Scheme of the linear with this full module name (``lm_head`` included), or None if it
         stays 16-bit."""
-        if name in self.ignore:
+        if any(
+            name == left or (left.endswith(".") and name.startswith(left)) for left in self.ignore
+        ):
             return None
         if name in self.overrides:
             return self.overrides[name]

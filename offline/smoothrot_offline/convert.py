@@ -139,6 +139,8 @@ def convert(
                 kept = spec.parameters()
                 trained = {name: record for name, record in tensors.items() if name not in kept}
                 if not journal.distilled:
+                    # Text alone says nothing of what images pass through.
+                    trained = {name: t for name, t in tensors.items() if name not in spec.kept}
                     with directory.openable() as rounded:
                         journal.finish_distillation(
                             *distill(rounded, source, config, trained, device, step)

@@ -68,6 +68,19 @@ def _pooling(config: "VllmConfig") -> object:
     )
 
 
+def _given_embeddings(config: "VllmConfig") -> object:
+    multimodal = config.model_config.multimodal_config
+    return None if multimodal is None else multimodal.enable_mm_embeds or None
+
+
+def _two_way_images(config: "VllmConfig") -> object:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or not config.model_config.is_mm_prefix_lm:
+        return None
+    return "a model that attends to an image in both directions"
+
+
 def _draft(config: "VllmConfig") -> object:
     method = None if config.speculative_config is None else config.speculative_config.method
     return None if method in TOKEN_DRAFTS else method
@@ -128,6 +141,19 @@ REFUSALS = (
         _ROTATED,
         "Send tokens or text, or serve the 16-bit model for that.",
         rotated_only=True,
+    ),
+    Refusal(
+        "--enable-mm-embeds",
+        _given_embeddings,
+        _ROTATED,
+        "Send images, or serve the 16-bit model for that.",
+        rotated_only=True,
+    ),
+    Refusal(
+        "--limit-mm-per-prompt",
+        _two_way_images,
+        "vLLM's attention for CPUs looks back alone, and answers about images wrongly",
+        """Serve text alone with --limit-mm-per-prompt '{"image": 0}'.""",
     ),
     Refusal(
         "--speculative-config",

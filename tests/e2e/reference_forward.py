@@ -2,6 +2,7 @@
 """The reference forward pass of a converted checkpoint, unsharded or as tensor-parallel ranks
 would compute it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,14 +131,22 @@ class Reference:
         self._routing_margins.append(float((ordered[:, top_k - 1] - ordered[:, top_k]).min()))
 
     @torch.inference_mode()
-    def greedy(self, prompt: list[int], count: int) -> Greedy:
-        """``count`` tokens after ``prompt``, end-of-text tokens included."""
+    def greedy(
+        self, prompt: list[int], count: int, seen: Mapping[str, torch.Tensor] | None = None
+    ) -> Greedy:
+        """``count`` tokens after ``prompt``, end-of-text tokens included; ``seen`` is what the
+        model is called with beside tokens."""
         tokens, logprobs, margin = list(prompt), [], float("inf")
         self._tie_distances, self._routing_margins = [0.5], [float("inf")]
         for _ in range(count):
-            (best, second), (token, _) = (
-                self.model(torch.tensor([tokens])).logits[0, -1].log_softmax(-1).topk(2)
-            )
+            written = len(tokens) - len(prompt)
+            beside = {
+                # Of each token whether it is of an image: those that are written are not.
+                name: nn.functional.pad(tensor, (0, written)) if "type_ids" in name else tensor
+                for name, tensor in (seen or {}).items()
+            }
+            logits = self.model(torch.tensor([tokens]), **beside).logits
+            (best, second), (token, _) = logits[0, -1].log_softmax(-1).topk(2)
             tokens.append(int(token))
             logprobs.append(float(best))
             margin = min(margin, float(best - second))

@@ -13,7 +13,9 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from smoothrot_offline.source.resolve import SERVER_WIDE, SUPPORTED, resolve
+from smoothrot_offline.source.composites import COMPOSITES
+from smoothrot_offline.source.resolve import SUPPORTED, resolve
+from smoothrot_offline.source.settings import SERVER_WIDE
 from smoothrot_vllm.errors import UnsupportedModelError
 
 # Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it
@@ -35,6 +37,16 @@ SERVERS = {
     "olmoe": ["olmoe"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
+}
+# The same of vision-language models, and the packages of transformers' classes. Their text towers
+# are those of the families above.
+COMPOSITE_SERVERS = {
+    "gemma3": (["gemma3_mm", "siglip"], ["gemma3", "siglip"]),
+    "qwen2_5_vl": (["qwen2_5_vl"], ["qwen2_5_vl"]),
+    "qwen3_vl": (["qwen3_vl"], ["qwen3_vl"]),
+    "mistral3": (["mistral3", "pixtral"], ["mistral3", "pixtral"]),
+    "idefics3": (["idefics3", "idefics2_vision_model"], ["idefics3"]),
+    "smolvlm": (["smolvlm", "idefics3", "idefics2_vision_model"], ["smolvlm", "idefics3"]),
 }
 # Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods
 # of the configuration.
@@ -152,17 +164,14 @@ def _is_config(node: ast.expr) -> bool:
     return name in ("config", "hf_config")
 
 
-def server_keys(model_type: str) -> set[str]:
+def server_keys(modules: list[str]) -> set[str]:
+    """Keys that modules of vLLM's models read."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None
     assert spec.submodule_search_locations is not None
     models = Path(spec.submodule_search_locations[0]) / "model_executor" / "models"
-    return (
-        set().union(
-            *(read_keys((models / f"{module}.py").read_text()) for module in SERVERS[model_type])
-        )
-        - SILENT
-    )
+    found = (read_keys((models / f"{module}.py").read_text()) for module in modules)
+    return set().union(*found) - SILENT
 
 
 def reference_keys(model_type: str) -> set[str]:
@@ -186,7 +195,7 @@ def test_each_key_that_only_the_server_reads_has_a_rule(model_type: str) -> None
     # Refused where transformers has no kinds of layers.
     ruled |= set() if table.layer_types else {"layer_types"}
     unruled = (
-        server_keys(model_type)
+        server_keys(SERVERS[model_type])
         - reference_keys(model_type)
         - ruled
         - HARMLESS.get(model_type, set())
@@ -194,8 +203,27 @@ def test_each_key_that_only_the_server_reads_has_a_rule(model_type: str) -> None
     assert unruled == set()
 
 
+@pytest.mark.parametrize("model_type", COMPOSITE_SERVERS)
+def test_each_key_around_a_text_tower_that_only_the_server_reads_has_a_rule(
+    model_type: str,
+) -> None:
+    modules, packages = COMPOSITE_SERVERS[model_type]
+    folder = Path(str(transformers.__file__)).parent / "models"
+    sources = {
+        kind: [
+            file.read_text() for package in packages for file in (folder / package).glob(f"{kind}*")
+        ]
+        for kind in ("modeling_", "configuration_")
+    }
+    read = set().union(*map(read_keys, sources["modeling_"]))
+    found = server_keys(modules)
+    assert found & read
+    named = {key for key in found if any(key in text for text in sources["configuration_"])}
+    assert found - read - named == set(COMPOSITES[model_type].settings)
+
+
 def test_what_the_rules_are_held_against_is_read_at_all() -> None:
-    assert {"qkv_bias", "bias", "mlp_bias", "logit_scale"} <= server_keys("llama")
+    assert {"qkv_bias", "bias", "mlp_bias", "logit_scale"} <= server_keys(SERVERS["llama"])
     assert {"attention_bias", "mlp_bias", "rope_parameters"} <= reference_keys("llama")
     assert "qkv_bias" not in reference_keys("llama")
 
@@ -211,6 +239,10 @@ def test_each_key_that_vllm_gives_meaning_to_for_any_class_has_a_rule(model_type
         table.settings
     )
     assert table.layer_types or "sliding_window" in table.settings
+
+
+def test_every_vision_language_model_is_compared() -> None:
+    assert set(COMPOSITES) == set(COMPOSITE_SERVERS)
 
 
 @pytest.mark.parametrize(("family", "key", "value"), STRAY)

@@ -57,6 +57,8 @@ def engine(**changes: Any) -> Any:
             hf_overrides={},
             hf_config_path=None,
             quantization_config=None,
+            multimodal_config=None,
+            is_mm_prefix_lm=False,
         ),
         "load_config": LoadConfig(),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
@@ -99,6 +101,24 @@ def test_on_cpus_only_what_attention_computes_with_is_cached(dtype: str) -> None
         return
     with pytest.raises(ConfigError, match=f"--kv-cache-dtype: .*got {dtype}: "):
         check_engine(config, FOLDED)
+
+
+def test_embedded_images_need_the_sources_residual_stream() -> None:
+    config = engine()
+    config.model_config.multimodal_config = SimpleNamespace(enable_mm_embeds=False)
+    check_engine(config, FOLDED)
+    config.model_config.multimodal_config.enable_mm_embeds = True
+    check_engine(config, UNFOLDED)
+    with pytest.raises(ConfigError, match=r"--enable-mm-embeds: .*rotated.*Send images"):
+        check_engine(config, FOLDED)
+
+
+def test_images_that_are_seen_in_both_directions_are_refused_on_cpus() -> None:
+    config = engine()
+    config.model_config.is_mm_prefix_lm = True
+    assert not CPUAttentionBackend.supports_mm_prefix()
+    with pytest.raises(ConfigError, match=r"--limit-mm-per-prompt: .*CPUs looks back alone"):
+        check_engine(config, UNFOLDED)
 
 
 @pytest.mark.parametrize("nested", [False, True])

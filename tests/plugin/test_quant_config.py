@@ -278,6 +278,16 @@ def test_module_names_follow_vllms_renaming() -> None:
     assert config.scheme("language_model.model.layers.1.mlp.down_proj").weights.bits == 8
 
 
+def test_modules_that_stay_16_bit_as_a_whole_follow_vllms_renaming() -> None:
+    config = make_config(ignore=["model.vision_tower."])
+    names = {"model.vision_tower.": "vision_tower.", "model.": "language_model.model."}
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=names))
+    assert config.scheme("vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj") is None
+    assert config.scheme("vision_tower.head.mlp.fc1") is None
+    assert config.scheme("language_model.model.layers.0.mlp.down_proj") is not None
+    assert config.scheme("vision_tower_of_another.mlp.fc1") is not None
+
+
 @pytest.mark.parametrize(("size", "block", "limit"), [(4, 96, 2), (2, 192, 1)])
 def test_a_tensor_parallel_size_that_splits_a_block_is_refused(
     tensor_parallel: Callable[[int, int], None], size: int, block: int, limit: int

@@ -28,8 +28,8 @@ TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Sizes(BaseModel):
-    """Bytes: decoder linears with their scales, embedding, head (0 if tied), and norms and
-    biases."""
+    """Bytes: decoder linears with their scales, embedding, head (0 if tied), and the
+    rest: norms, biases, what is beside a text tower."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

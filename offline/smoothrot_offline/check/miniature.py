@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small model of a large one's very configuration: the same flags, a layer of each kind."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from smoothrot_offline.source.family import LinearAttention, ModelSpec
+from smoothrot_offline.source.architecture import LinearAttention
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import separate_experts
+from smoothrot_offline.source.models import make_model
 from smoothrot_offline.source.resolve import resolve
 
 HEAD_DIM = 16
@@ -67,7 +70,22 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     layers = {key: [value[index] for index in chosen] for key, value in by_layer.items()}
     rope = {"rope_parameters": _with_fewer_factors(config.get("rope_parameters"))}
     counts = {"num_hidden_layers": len(chosen)}
-    return resolve(left | sizes | tokens | layers | rope | counts)
+    small = left | sizes | tokens | layers | rope | counts
+    if spec.composite is None:
+        return resolve(small)
+    assert spec.outer is not None
+    image, outer = spec.composite.image, spec.outer.to_dict()
+    around = {
+        "text_config": small,
+        "vision_config": outer["vision_config"] | _of_text(image.vision, small),
+        "architectures": None,
+    }
+    return resolve(outer | around | _of_text(image.outer, small))
+
+
+def _of_text(sizes: Mapping[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Sizes with the values of the text tower's keys that they name."""
+    return {key: text[value] if isinstance(value, str) else value for key, value in sizes.items()}
 
 
 def _small_linear_attention(keys: LinearAttention, config: dict[str, Any]) -> dict[str, int]:
@@ -95,10 +113,14 @@ def _with_fewer_factors(rope: Any) -> Any:
     if any(isinstance(value, dict) for value in rope.values()):
         return {kind: _with_fewer_factors(value) for kind, value in rope.items()}
     frequencies = int(HEAD_DIM * rope.get("partial_rotary_factor", 1.0)) // 2
-    return {
+    fewer = {
         key: value[:frequencies] if key in _FACTORS and isinstance(value, list) else value
         for key, value in rope.items()
     }
+    if isinstance(sections := rope.get("mrope_section"), list) and sum(sections):
+        others = [section * frequencies // sum(sections) for section in sections[1:]]
+        fewer["mrope_section"] = [frequencies - sum(others), *others]
+    return fewer
 
 
 class InFloat64(TorchFunctionMode):
@@ -123,17 +145,13 @@ def random_model(spec: ModelSpec, tied: bool) -> PreTrainedModel:
     """A float64 model of a specification, whose every number is random: norms far from one and
     biases far from zero. To be run within :class:`InFloat64`."""
     table = spec.architecture
-    config = type(spec.config).from_dict(spec.config.to_dict())
+    whole = spec.config if spec.outer is None else spec.outer
+    config = type(whole).from_dict(whole.to_dict())
     config.tie_word_embeddings = tied
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config,
-            attn_implementation=table.attention,
-            dtype=torch.float64,
-            trust_remote_code=False,
-        )
-        separate_experts(model.get_submodule(table.layers).children(), table, config)
+        model = make_model(config, attn_implementation=table.attention, dtype=torch.float64)
+        separate_experts(model.get_submodule(table.layers).children(), table, spec.config)
         for name, parameter in model.named_parameters():
             _randomize(name, parameter, table.norm_offset)
     return model.eval()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from smoothrot_offline.check.miniature import InFloat64, miniature, random_model
 from smoothrot_offline.config import make_config
+from smoothrot_offline.source.composite import Composite
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import embed
 from smoothrot_offline.transform.rotation import hadamard
@@ -21,6 +22,8 @@ from smoothrot_vllm.errors import UnsupportedModelError
 
 TOLERANCE = 1e-10
 """Largest relative error of the logits, and of what each linear gives out."""
+_FIRST_TOKEN = 8
+"""Those before it may stand for an image."""
 _TOKENS = (2, 12)
 """Sequences, and tokens of each: more than the small model's window."""
 
@@ -40,9 +43,15 @@ def prove(spec: ModelSpec) -> None:
         original = random_model(small, small.tied)
         folded = random_model(small, tied=False)
         sides = _fold(small, original, folded)
-        tokens = torch.randint(small.vocab, _TOKENS, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(_FIRST_TOKEN, small.vocab, _TOKENS, generator=generator)
         wanted, before = _run(small, original, tokens)
         found, after = _run(small, folded, tokens)
+        seen = [
+            _see(small, small.composite, model, tokens[:1])
+            for model in (original, folded)
+            if small.composite is not None
+        ]
     for name in before:
         layer, _, linear = name.removeprefix(f"{small.architecture.layers}.").partition(".")
         expected = before[name]
@@ -52,12 +61,15 @@ def prove(spec: ModelSpec) -> None:
                 expected = factor.of_weight(expected.T).T
         _check(small, name, expected, after[name])
     _check(small, small.architecture.lm_head, wanted, found)
+    if seen:
+        _check(small, f"{small.architecture.lm_head} behind an image", *seen)
 
 
 def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) -> list[Sides]:
     """Give ``folded`` the transformed tensors of ``original``; the factors of each layer."""
     table = small.architecture
-    tensors = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    modules = {_stored(small, name): name for name in original.state_dict()}
+    tensors = {name: original.state_dict()[module].clone() for name, module in modules.items()}
     expected = small.source_tensors()
     if small.tied:
         head = tensors.pop(f"{table.lm_head}.weight", tensors[f"{table.embedding}.weight"])
@@ -84,7 +96,8 @@ def _fold(small: ModelSpec, original: PreTrainedModel, folded: PreTrainedModel) 
     tensors[f"{table.lm_head}.weight"] = transform.head(head, tensors[norm])
     tensors[norm] = transform.final_norm(tensors[norm])
     tensors[embedding] = transform.embedding(tensors[embedding])
-    folded.load_state_dict(tensors)
+    tensors |= {name: transform.beside(name, tensors[name]) for name in small.kept}
+    folded.load_state_dict({modules.get(name, name): tensors[name] for name in tensors})
     for linear, _, _ in small.output_linears(tied=True):
         if (rotation := transform.online.rotation(linear)) is not None:
             module = folded.get_submodule(linear)
@@ -129,6 +142,27 @@ def _run(
         if linear not in outputs:
             raise _refused(small, f"{linear}: {type(model).__name__} never runs it")
     return logits, outputs
+
+
+def _stored(small: ModelSpec, name: str) -> str:
+    return name if small.composite is None else small.composite.stored_name(name)
+
+
+def _see(
+    small: ModelSpec, composite: Composite, model: PreTrainedModel, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Logits of ``tokens (1, T)`` with a random image amid them."""
+    assert small.outer is not None
+    image = composite.image
+    between = torch.full((1, image.tokens), small.outer.image_token_id)
+    mixed = torch.cat([tokens[:, :4], between, tokens[:, 4:]], dim=1)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(image.pixels, dtype=torch.float64, generator=generator)
+    beside = {name: torch.tensor(value) for name, value in image.beside.items()}
+    if image.types:
+        beside[image.types] = (mixed == small.outer.image_token_id).int()
+    logits: torch.Tensor = model(mixed, pixel_values=pixels, use_cache=False, **beside).logits
+    return logits
 
 
 def _recording(outputs: Outputs, name: str) -> Callable[..., None]:

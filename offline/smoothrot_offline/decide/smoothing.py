@@ -19,7 +19,8 @@ from smoothrot_offline.decide.policies import (
     choose_scales,
 )
 from smoothrot_offline.output.manifest import SmoothingRecord
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import LayerRunner, Observer, SourceModel
 from smoothrot_offline.transform.rotation import Orthogonal
 from smoothrot_vllm.format import QuantizationSchema

@@ -20,7 +20,8 @@ from smoothrot_offline.rounding.served import (
     quantizers,
     rotations,
 )
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.format import (

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,11 +75,16 @@ class Converter:
     tied: bool
 
     def embedding(self) -> dict[str, torch.Tensor]:
-        """The stored embedding, by its full name."""
+        """What is stored of all that the first layer reads, by its full name: the embedding, and
+        what is beside a text tower."""
         name = self.source.embedding_name
         rows = self.source.tensor(name)
         slices = (self.transform.embedding(part.double()) for part in rows.split(HEAD_ROWS))
-        return {name: _cast_rows(slices, rows.shape, self.source.dtype, name)}
+        stored = {name: _cast_rows(slices, rows.shape, self.source.dtype, name)}
+        for kept in self.source.spec.kept:
+            tensor = self.transform.beside(kept, self.source.tensor(kept).double())
+            stored[kept] = cast(tensor, self.source.dtype, kept)
+        return stored
 
     def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the converted model's first layer reads: float32 ``(samples, seqlen, hidden)`` of
@@ -298,11 +304,9 @@ def describe_model(
         update={"transform_sha256": file_digest(directory.path / TRANSFORM_NAME)}
     )
     configuration = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    # transformers writes dtype today and torch_dtype in former years; readers of either must find
-    # the same.
-    for key in [key for key in ("dtype", "torch_dtype") if key in configuration] or ["dtype"]:
-        configuration[key] = str(converter.source.dtype).removeprefix("torch.")
-    configuration["tie_word_embeddings"] = converter.tied
+    configuration |= _stored_keys(converter, configuration, ["dtype"])
+    if isinstance(inner := configuration.get("text_config"), dict):
+        configuration["text_config"] = inner | _stored_keys(converter, inner, [])
     configuration["transformers_weights"] = TRANSFORMERS_WEIGHTS
     configuration["quantization_config"] = schema.model_dump(mode="json")
     directory.write_json(CONFIG_NAME, configuration)
@@ -325,6 +329,18 @@ def describe_model(
         files=directory.digests(),
     )
     directory.write_json(MANIFEST_NAME, manifest.model_dump(mode="json"))
+
+
+def _stored_keys(
+    converter: Converter, configuration: Mapping[str, Any], least: list[str]
+) -> dict[str, Any]:
+    """What a configuration says of the stored tensors."""
+    # transformers writes dtype today and torch_dtype in former years; readers of either must find
+    # the same.
+    keys = [key for key in ("dtype", "torch_dtype") if key in configuration] or least
+    dtype = str(converter.source.dtype).removeprefix("torch.")
+    # Of a text tower the server reads its own, transformers that around it.
+    return dict.fromkeys(keys, dtype) | {"tie_word_embeddings": converter.tied}
 
 
 def _calibration(decisions: Decisions) -> CalibrationRecord | None:

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from smoothrot_offline.check.inspect import group_scale_problem
 from smoothrot_offline.device import CPU
 from smoothrot_offline.source.checkpoint import DTYPES, open_checkpoint
+from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.headers import INDEX_NAME, SINGLE_NAME
 from smoothrot_offline.source.layers import separate_experts
 from smoothrot_offline.source.models import load_causal_lm, load_config
@@ -176,6 +177,9 @@ class SmoothRotHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **_: Any
     ) -> PreTrainedModel:
         _check_values(model)
+        # transformers leaves tensors that it renames in their stored dtype.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(model.config.dtype)
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.prepack()
@@ -269,7 +273,8 @@ def _tensors_under_other_names(
 def _attention(config: PreTrainedConfig) -> str | None:
     """The implementation of attention that computes all settings of a family: its default leaves
     Gemma 2's cap out."""
-    table = SUPPORTED.get(config.model_type)
+    composite = COMPOSITES.get(config.model_type)
+    table = SUPPORTED.get(config.model_type) if composite is None else composite.text[0]
     return None if table is None else table.attention
 
 
@@ -309,8 +314,9 @@ def _check_tensors(model: PreTrainedModel, files: list[str]) -> None:
     for file in files:
         for name, stored in read_header(Path(file), "Convert the model again.").items():
             found[name] = (stored.shape, DTYPES.get(stored.dtype))
+    composite = COMPOSITES.get(model.config.model_type)
     expected = {
-        name: tensor
+        name if composite is None else composite.stored_name(name): tensor
         for name, tensor in model.state_dict().items()
         if name not in model.all_tied_weights_keys
     }

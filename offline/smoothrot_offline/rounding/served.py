@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of each family that converts."""
+"""The tables of dense families whose layers all have the same linears."""
 
 from dataclasses import replace
 
-from smoothrot_offline.source.family import Architecture, Experts, LinearAttention, Multipliers
+from smoothrot_offline.source.architecture import Architecture, Multipliers
 
 LLAMA = Architecture(
     model_type="llama",
@@ -313,135 +313,4 @@ MINISTRAL3 = replace(
     class_name="Ministral3ForCausalLM",
     settings={key: values for key, values in MISTRAL.settings.items() if key != "llama_4_scaling"},
     scaled_queries=True,
-)
-
-
-MIXTRAL = MISTRAL.with_sparse_feed_forward(
-    model_type="mixtral",
-    class_name="MixtralForCausalLM",
-    settings={"hidden_act": ("silu",)},
-    same={},
-    up="block_sparse_moe.experts.{e}.w3",
-    down="block_sparse_moe.experts.{e}.w2",
-    experts=Experts(
-        router="block_sparse_moe.gate",
-        gate="block_sparse_moe.experts.{e}.w1",
-        count="num_local_experts",
-        intermediate="intermediate_size",
-    ),
-)
-
-
-QWEN3_MOE = QWEN3.with_sparse_feed_forward(
-    Experts(
-        count="num_experts",
-        intermediate="moe_intermediate_size",
-        router="mlp.gate",
-        gate="mlp.experts.{e}.gate_proj",
-        normalizes="norm_topk_prob",
-        everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
-    ),
-    up="mlp.experts.{e}.up_proj",
-    down="mlp.experts.{e}.down_proj",
-    model_type="qwen3_moe",
-    class_name="Qwen3MoeForCausalLM",
-    layer_types=False,
-    one_window=False,
-    settings={**QWEN3.settings, "shared_expert_intermediate_size": (0, None)},
-)
-
-
-OLMOE = LLAMA.with_sparse_feed_forward(
-    Experts(
-        count="num_experts",
-        intermediate="intermediate_size",
-        router="mlp.gate",
-        gate="mlp.experts.{e}.gate_proj",
-        normalizes="norm_topk_prob",
-    ),
-    up="mlp.experts.{e}.up_proj",
-    down="mlp.experts.{e}.down_proj",
-    model_type="olmoe",
-    class_name="OlmoeForCausalLM",
-    biases={},
-    wide_norms=OLMO2.wide_norms,
-    # vLLM's class reads none of these, but computes with these values.
-    settings={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "clip_qkv": (None,),
-        "norm_topk_prob": (False,),
-        "rms_norm_eps": (1e-5,),
-        "tie_word_embeddings": (False,),
-        "sliding_window": (None,),
-    },
-    same={},
-    head_dim_from_hidden=True,
-)
-
-
-# A gate between attention and o_proj leaves no place for R2.
-_GATED_ATTENTION = replace(
-    LLAMA,
-    model_type="qwen3_5_text",
-    class_name="Qwen3_5ForCausalLM",
-    linears=LLAMA.linears | {"self_attn.q_proj": ("gated_query", "hidden")},
-    biases={},
-    value="",
-    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    norm_offset=1.0,
-    layer_types=True,
-    settings={
-        "hidden_act": ("silu",),
-        # transformers gives all four linears a bias then, vLLM none.
-        "attention_bias": (False,),
-        "qkv_bias": (False, None),
-        "attn_output_gate": (True,),
-        "output_gate_type": ("silu", "swish"),
-        "layer_scale": (False, None),
-        "dual_chunk_attention_config": (None,),
-    },
-    same={},
-    partial_rotary=True,
-    axes_of_positions=True,
-)
-
-
-_DELTA_LINEARS = {
-    "linear_attn.in_proj_qkv": ("delta_query_key_value", "hidden"),
-    "linear_attn.in_proj_z": ("delta_value", "hidden"),
-    "linear_attn.in_proj_b": ("delta_heads", "hidden"),
-    "linear_attn.in_proj_a": ("delta_heads", "hidden"),
-}
-_DELTA_ATTENTION = replace(
-    _GATED_ATTENTION,
-    linears={
-        **_DELTA_LINEARS,
-        "linear_attn.out_proj": ("hidden", "delta_value"),
-        **{name: shape for name, shape in LLAMA.linears.items() if name.startswith("mlp.")},
-    },
-    readers=LLAMA.readers | {"input_layernorm": tuple(_DELTA_LINEARS)},
-    writers=("linear_attn.out_proj", "mlp.down_proj"),
-    output="linear_attn.out_proj",
-    head_norms=(),
-    sixteen_bit=("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
-    parameters={
-        "linear_attn.conv1d.weight": ("delta_query_key_value", "one", "delta_kernel"),
-        "linear_attn.A_log": ("delta_heads",),
-        "linear_attn.dt_bias": ("delta_heads",),
-        "linear_attn.norm.weight": ("delta_value_head",),
-    },
-    linear_attention=LinearAttention(
-        key_heads="linear_num_key_heads",
-        value_heads="linear_num_value_heads",
-        key_head_dim="linear_key_head_dim",
-        value_head_dim="linear_value_head_dim",
-        kernel="linear_conv_kernel_dim",
-    ),
-)
-
-
-QWEN3_5 = replace(
-    _GATED_ATTENTION,
-    kinds={"full_attention": _GATED_ATTENTION, "linear_attention": _DELTA_ATTENTION},
 )

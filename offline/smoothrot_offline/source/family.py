@@ -1,273 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model family must say about itself, and the sizes of one model of it."""
+"""One model of a family: its table and its sizes."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from smoothrot_offline.source.architecture import Architecture, Shape
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that these take
     import torch
     from transformers import PreTrainedConfig
 
+    from smoothrot_offline.source.composite import Composite
     from smoothrot_vllm.format import QuantizationSchema
-
-
-Shape = tuple[int, ...]
-
-EXPERT = "{e}"
-"""Stands for an expert's number in a family's names."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """What the table of a family with a mixture of experts says beside the names of its linears.
-
-    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the
-    width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
-    linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
-    which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
-    values of keys that say that every layer has experts.
-    """
-
-    count: str
-    intermediate: str
-    router: str
-    gate: str
-    normalizes: str = ""
-    everywhere: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LinearAttention:
-    """Configuration keys of the sizes of layers whose attention is a recurrence over a state, the
-    gated delta rule: how many key and value heads, their widths, and how many tokens the
-    convolution before it sees."""
-
-    key_heads: str
-    value_heads: str
-    key_head_dim: str
-    value_head_dim: str
-    kernel: str
-
-
-@dataclass(frozen=True)
-class Multipliers:
-    """Configuration keys of single numbers that a model computes with, "" where it has none. They
-    commute with every fold.
-
-    ``embedding`` multiplies what the first layer reads, embeddings given from outside too;
-    ``residual`` what a writer adds to the residual stream; ``logits`` divides what the head gives
-    out.
-    """
-
-    embedding: str = ""
-    residual: str = ""
-    logits: str = ""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where the rotations and scales of one model family are folded. Names are relative to a
-    decoder layer; those that hold ``{e}`` are of each expert, see :meth:`with_experts`.
-
-    Of a family with layers of several ``kinds`` each kind has a table of its own, for what is named
-    relative to a layer: see :meth:`ModelSpec.layer_table`.
-    """
-
-    model_type: str
-    class_name: str
-    linears: Mapping[str, tuple[str, str]]
-    """(Output, input) dimension of each linear: a name of :meth:`ModelSpec.dimensions`."""
-    biases: Mapping[str, tuple[str, ...]]
-    """Linears with a bias, by the configuration flag that says so ("" = always)."""
-    readers: Mapping[str, tuple[str, ...]]
-    """Linears that read each norm's output: attention's norm first, then the feed-forward's.
-    Without ``pre_norms`` they read the residual stream itself, and are named by their module."""
-    writers: tuple[str, ...]
-    """Linears that add to the residual stream, of a family with ``post_norms`` through one."""
-    value: str
-    """Produces, in its last rows, the heads that ``output`` consumes; "" where something other than
-    a sum over tokens is between the two, which leaves no place for R2."""
-    output: str
-    up: str
-    """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x."""
-    down: str
-    """Consumes that product."""
-    settings: Mapping[str, tuple[Any, ...]]
-    """Values of a configuration key that transformers and the server both compute, the one of a
-    key that is not there first."""
-    same: Mapping[str, str] = field(default_factory=dict)
-    """Keys of the server's alone that must say what another says."""
-    partial_rotary: bool = False
-    """Both rotate a part of each head if told so."""
-    scaled_queries: bool = False
-    """Queries grow with their position by ``llama_4_scaling_beta`` of the rotary parameters, which
-    the server knows as a key of its own."""
-    rope_in_windows: bool = False
-    """Where some layers have a window, only they have RoPE. transformers takes ``sliding_window``
-    for a sign of it, the server such a layer."""
-    one_window: bool = False
-    """The server has the same window in all layers."""
-    head_dim_from_hidden: bool = False
-    """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
-    pre_norms: bool = True
-    """There is a norm between the residual stream and its readers."""
-    post_norms: tuple[str, ...] = ()
-    """Norms between a writer and the residual stream."""
-    head_norms: tuple[str, ...] = ()
-    """Norms of single heads of queries and keys."""
-    wide_norms: Mapping[str, str] = field(default_factory=dict)
-    """Norms over all heads of queries or of keys, and the dimension of each."""
-    norm_offset: float = 0.0
-    """A norm multiplies by this plus its stored weight."""
-    scaled_embedding: bool = False
-    """The embedding is multiplied by the square root of the hidden size."""
-    multipliers: Multipliers = Multipliers()
-    layer_types: bool = False
-    """The configuration chooses each layer's kind of attention."""
-    attention: str = "sdpa"
-    """The implementation that transformers computes all settings with."""
-    replaced_code: tuple[str, ...] = ()
-    """Classes by which ``auto_map`` names Python code that transformers has its own version of."""
-    head_is_embedding: bool = False
-    """The server has no head beside the embedding."""
-    sixteen_bit: tuple[str, ...] = ()
-    """Linears beside a router that are too small to quantize."""
-    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Dimensions of the tensors of a layer that are neither linears nor norms of ``readers``,
-    ``post_norms`` and ``head_norms``. No transform concerns them, and they are kept in float32."""
-    linear_attention: LinearAttention | None = None
-    kinds: Mapping[str, Architecture] = field(default_factory=dict)
-    """The table of each kind of layer, by its name in ``layer_types``; empty where all layers have
-    the tensors that this one says."""
-    axes_of_positions: bool = False
-    """Both give all axes of a position in rotary parameters with ``mrope_section`` the number of
-    the token, so that it changes nothing."""
-    experts: Experts | None = None
-    products: tuple[tuple[str, str], ...] = ()
-    """Each ``up`` and its ``down`` in a layer: one pair, or that of each expert."""
-    layers: str = "model.layers"
-    embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    lm_head: str = "lm_head"
-
-    @property
-    def norms(self) -> tuple[str, ...]:
-        """The norms of ``readers``."""
-        return tuple(self.readers) if self.pre_norms else ()
-
-    @property
-    def attention_norm(self) -> str:
-        """The norm that q, k and v read, or what they are named by: the first of ``readers``."""
-        return next(iter(self.readers))
-
-    @property
-    def mlp_norm(self) -> str:
-        """The norm that gate and up, or the router and the experts, read, or what they are named
-        by: the second."""
-        return list(self.readers)[1]
-
-    @property
-    def rotates_residual(self) -> bool:
-        """Whether R1 can be folded. A norm between a writer and the residual stream does not
-        commute with a rotation."""
-        return not self.post_norms
-
-    def with_experts(self, count: int) -> Self:
-        """The table of one model of the family: the names of each of ``count`` experts in place
-        of the one with ``{e}``."""
-
-        def each(name: str) -> list[str]:
-            return (
-                [name.replace(EXPERT, str(e)) for e in range(count)] if EXPERT in name else [name]
-            )
-
-        return replace(
-            self,
-            linears={
-                expert: shape for name, shape in self.linears.items() for expert in each(name)
-            },
-            readers={
-                norm: tuple(e for name in names for e in each(name))
-                for norm, names in self.readers.items()
-            },
-            writers=tuple(expert for name in self.writers for expert in each(name)),
-            products=tuple(zip(each(self.up), each(self.down), strict=True)),
-            kinds={kind: table.with_experts(count) for kind, table in self.kinds.items()},
-        )
-
-    def with_sparse_feed_forward(self, experts: Experts, *, up: str, down: str, **own: Any) -> Self:
-        """The table of a family that has experts in place of this one's feed-forward.
-
-        Args:
-            experts: what it says of them.
-            up, down: of an expert.
-            own: other fields that differ.
-        """
-        attention = {self.value, self.output, *self.readers[self.attention_norm]}
-        gated = {
-            experts.router: ("experts", "hidden"),
-            experts.gate: ("intermediate", "hidden"),
-            up: ("intermediate", "hidden"),
-        }
-        return replace(
-            self,
-            linears={name: shape for name, shape in self.linears.items() if name in attention}
-            | gated
-            | {down: ("hidden", "intermediate")},
-            readers={**self.readers, self.mlp_norm: tuple(gated)},
-            writers=(self.output, down),
-            up=up,
-            down=down,
-            experts=experts,
-            **own,
-        )
-
-    @property
-    def feed_forward(self) -> str:
-        """Name of the module that computes what follows the second norm of ``readers``."""
-        return (self.down if self.experts is None else self.experts.router).rpartition(".")[0]
-
-    def expert_groups(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-        """Linears of each expert that read the same tensor: gate and up, then down."""
-        assert self.experts is not None
-        gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
-        first: list[tuple[str, ...]] = [
-            (gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)
-        ]
-        return first, [(down,) for _, down in self.products]
-
-    def scheme_groups(self) -> list[list[tuple[str, ...]]]:
-        """Linears that have one scheme, each as groups of those that read the same tensor. A
-        layer's experts all have one."""
-        if self.experts is None:
-            return [[self._quantized(group)] for group in self.input_groups()]
-        gated, down = self.expert_groups()
-        attention = self._quantized(self.readers[self.attention_norm])
-        return [[attention], [(self.output,)], gated + down]
-
-    def _quantized(self, group: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(linear for linear in group if linear not in self.sixteen_bit)
-
-    @property
-    def unquantized(self) -> tuple[str, ...]:
-        """Linears that stay 16-bit: the router and those of ``sixteen_bit``."""
-        return self.sixteen_bit + (() if self.experts is None else (self.experts.router,))
-
-    def input_groups(self) -> list[tuple[str, ...]]:
-        """Linears that read the same tensor, in the order data reaches them: attention first,
-        then the feed-forward."""
-        read = [self.readers[self.attention_norm], (self.output,), self.readers[self.mlp_norm]]
-        return [*read, *((down,) for _, down in self.products)]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model: its family's table and its sizes."""
+    """One model: its family's table and its sizes.
+
+    Of a text tower ``config`` is its own, ``outer`` that around it; ``composite`` is the table of
+    the whole, and ``kept`` has the shapes of the tensors beside the tower.
+    """
 
     architecture: Architecture
     config: PreTrainedConfig
@@ -280,6 +38,9 @@ class ModelSpec:
     vocab: int
     tied: bool
     experts: int = 0
+    composite: Composite | None = None
+    outer: PreTrainedConfig | None = None
+    kept: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def smoothed(self) -> Shape:
@@ -419,12 +180,14 @@ class ModelSpec:
         }
 
     def unquantized(self) -> list[str]:
-        """Full names of the decoder linears that stay 16-bit."""
-        return [
+        """What stays 16-bit beside embedding and head, as ``quantization_config.ignore`` has it."""
+        beside = () if self.composite is None else self.composite.kept
+        linears = (
             self.layer_prefix(index) + linear
             for index in range(self.layers)
             for linear in self.layer_table(index).unquantized
-        ]
+        )
+        return [*linears, *(f"{module}." for module in beside)]
 
     def parameters(self) -> set[str]:
         """Full names of the tensors of layers that no transform concerns."""
@@ -461,6 +224,7 @@ class ModelSpec:
         """Shape of each tensor the source checkpoint must hold."""
         table = self.architecture
         shapes: dict[str, Shape] = {f"{table.embedding}.weight": (self.vocab, self.hidden)}
+        shapes |= self.kept
         for index in range(self.layers):
             shapes |= {
                 self.layer_prefix(index) + name: shape

@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_vllm.errors import CheckpointError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import read_header, read_json, refuse_pointer
 
@@ -154,6 +155,9 @@ def read_headers(model: str | Path) -> Headers:
             for name, info in metadata.tensors.items()
         }
     tensors, renamed = _named_as_causal_model(found)
+    composite = COMPOSITES.get(str(config.get("model_type")))
+    if composite is not None:
+        tensors = {composite.stored_name(name): info for name, info in tensors.items()}
     return Headers(path, config, tensors, renamed)
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from smoothrot_offline.device import CPU
+from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 LayerTensors = dict[str, torch.Tensor]

@@ -18,8 +18,10 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -110,6 +112,51 @@ def parse_config(config: Mapping[str, Any], model_type: str) -> PreTrainedConfig
         ) from error
 
 
+def make_model(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A new model with a head for tokens, on the current device.
+
+    Args:
+        config: of the model, which is copied.
+        options: of ``from_config``.
+    """
+    model: PreTrainedModel = _automatic(config).from_config(
+        copy.deepcopy(config), trust_remote_code=False, **options
+    )
+    return model
+
+
+def _automatic(config: PreTrainedConfig) -> Any:
+    """transformers' automatic class of models that continue tokens, or tokens and images."""
+    takes_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if takes_text else AutoModelForImageTextToText
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """The class that :func:`_automatic` finds."""
+    takes_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    known = MODEL_FOR_CAUSAL_LM_MAPPING if takes_text else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known[type(config)]
+
+
+def beside_text(outer: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a vision-language model that is none of its text tower's layers, by
+    the name of transformers' module.
+
+    Raises:
+        UnsupportedModelError: there is no such model.
+    """
+    config = copy.deepcopy(outer)
+    config.text_config.num_hidden_layers = 0
+    try:
+        with torch.device("meta"):
+            model = make_model(config, attn_implementation="eager")
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"config.json: transformers makes no {outer.model_type} of it: {one_line(error)}."
+        ) from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def load_config(directory: str | Path) -> PreTrainedConfig:
     """The configuration of a model directory of any family.
 
@@ -163,9 +210,7 @@ def load_causal_lm(
         )
     with explained(lambda error: _model_error(directory, error)):
         # The automatic class wants a directory to look in.
-        kind: Any = (
-            AutoModelForCausalLM if tensors is None else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        )
+        kind: Any = _automatic(config) if tensors is None else _class_of(config)
         place = directory if tensors is None else None
         loaded: Any = kind.from_pretrained(
             place,
@@ -246,9 +291,7 @@ def _count_parameters(directory: Path, config: PreTrainedConfig) -> int:
         foreign_errors(f"{directory}: cannot make the model", "Fetch the model again."),
         torch.device("meta"),
     ):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation="eager", trust_remote_code=False
-        )
+        model = make_model(config, attn_implementation="eager")
     # A head that is the embedding comes once.
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -2,8 +2,12 @@
 """From config.json to a model that can be converted: its family and sizes, and the refusal of
 everything else by name."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from smoothrot_offline.source.architecture import Architecture, Experts, LinearAttention
+from smoothrot_offline.source.composite import Composite
+from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.families import (
     ERNIE,
     EXAONE4,
@@ -16,177 +20,23 @@ from smoothrot_offline.source.families import (
     LLAMA,
     MINISTRAL3,
     MISTRAL,
-    MIXTRAL,
     OLMO2,
     OLMO3,
-    OLMOE,
     PHI3,
     QWEN2,
     QWEN3,
-    QWEN3_5,
-    QWEN3_MOE,
     SEED_OSS,
     SMOLLM3,
 )
-from smoothrot_offline.source.family import Architecture, Experts, LinearAttention, ModelSpec
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import is_fp8
+from smoothrot_offline.source.linear_attention import QWEN3_5
+from smoothrot_offline.source.mixtures import MIXTRAL, OLMOE, QWEN3_MOE
+from smoothrot_offline.source.settings import OUTER_WIDE, check_settings, check_values
 from smoothrot_vllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # a refusal by name must not wait for it
     from transformers import PreTrainedConfig
-
-
-SERVER_WIDE: dict[str, tuple[Any, ...]] = {
-    # vLLM reads these for any model: attention to what follows, another configuration within this
-    # one, another name of quantization_config, layers that differ.
-    "is_causal": (True, None),
-    "text_config": (None,),
-    "compression_config": (None,),
-    "is_heterogeneous": (False, None),
-    "per_layer_config": (None,),
-    "block_configs": (None,),
-    "head_dtype": (None, "model"),
-    "rotary_pct": (None,),
-    "rotary_emb_fraction": (None,),
-    "rotary_emb_base": (None,),
-}
-"""Keys that the server reads whatever the family, with the values that change nothing."""
-
-_ROPE_KEYS = ("mrope_section", "xdrope_section", "use_fope", "rope_dim")
-"""Keys of rope_parameters that vLLM computes by and transformers does not."""
-
-
-def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
-    """Compare a configuration with what both sides compute.
-
-    Args:
-        spec: the model.
-        config: ``config.json`` as read.
-
-    Raises:
-        UnsupportedModelError: a setting is not one that both compute; the message names its key.
-    """
-    parsed, table = spec.config, spec.architecture
-    for rope in _rope_parameters(parsed.rope_parameters or {}):
-        _check_rope(rope, table)
-    # What is no setting of transformers' class may still be in the file, where the server finds it.
-    found = {key: config.get(key, values[0]) for key, values in SERVER_WIDE.items()}
-    found |= {
-        key: getattr(parsed, key, config.get(key, values[0]))
-        for key, values in table.settings.items()
-    }
-    for key, values in (SERVER_WIDE | dict(table.settings)).items():
-        if not any(
-            found[key] == value and isinstance(found[key], bool) == isinstance(value, bool)
-            for value in values
-        ):
-            raise _refused(spec, key, f"one of {', '.join(map(str, values))}", found[key])
-    for key, other in table.same.items():
-        if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
-            raise _refused(
-                spec, key, f"the value of {other}, {getattr(parsed, other, False)}", config[key]
-            )
-    if table.head_dim_from_hidden and spec.head_dim * spec.heads != spec.hidden:
-        raise _refused(
-            spec,
-            "head_dim",
-            f"hidden_size / num_attention_heads = {spec.hidden / spec.heads:g}",
-            spec.head_dim,
-        )
-    if table.one_window:
-        _check_one_window(spec)
-    if table.rope_in_windows:
-        _check_rope_in_windows(spec)
-    if table.scaled_queries:
-        _check_scaled_queries(spec, config)
-
-
-def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise UnsupportedModelError(
-            f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)},"
-            f" got {kind!r}."
-        )
-    neutral: dict[str, Any] = dict.fromkeys(_ROPE_KEYS) | (
-        {} if table.partial_rotary else {"partial_rotary_factor": 1.0}
-    )
-    if table.axes_of_positions:
-        del neutral["mrope_section"]
-    for key, value in neutral.items():
-        if parameters.get(key) not in (None, False, value):
-            raise UnsupportedModelError(
-                f"config.json: rope_parameters: {key}: expected {value or 'none'} (the server and"
-                f" transformers do not compute the same by it), got {parameters[key]!r}."
-            )
-
-
-def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
-    """The rotary parameters, or those of each kind of layer where they differ by kind."""
-    if not isinstance(parameters, dict):
-        return [{"rope_type": parameters}]
-    return [nested for nested in parameters.values() if isinstance(nested, dict)] or [parameters]
-
-
-def _check_one_window(spec: ModelSpec) -> None:
-    window = getattr(spec.config, "sliding_window", None)
-    kinds = set(spec.config.layer_types)
-    expected = "full_attention" if window is None else "sliding_attention"
-    if kinds != {expected}:
-        use, layers = (
-            getattr(spec.config, "use_sliding_window", None),
-            getattr(spec.config, "max_window_layers", None),
-        )
-        raise _refused(
-            spec,
-            "use_sliding_window, max_window_layers and layer_types",
-            "a sliding window in all layers or in none, as the server has one for all",
-            f"use_sliding_window {use}, max_window_layers {layers} of {spec.layers} layers,"
-            f" {', '.join(sorted(kinds))}",
-        )
-
-
-def _check_rope_in_windows(spec: ModelSpec) -> None:
-    window, kinds = spec.config.sliding_window, set(spec.config.layer_types)
-    if (window is None) != ("sliding_attention" not in kinds):
-        raise _refused(
-            spec,
-            "sliding_window and layer_types",
-            "a window and layers of sliding_attention, or neither",
-            f"{window} and {', '.join(sorted(kinds))}",
-        )
-
-
-def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
-    rope = spec.config.rope_parameters
-    context = "original_max_position_embeddings"
-    for key in ("llama_4_scaling_beta", context):
-        if type(rope.get(key)) not in (int, float):
-            raise _refused(spec, f"rope_parameters: {key}", "a number", rope.get(key))
-    expected = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
-    found = config.get("llama_4_scaling")
-    changes_nothing = (
-        not expected["beta"] or spec.config.max_position_embeddings <= expected[context]
-    )
-    if found != expected and not (found is None and changes_nothing):
-        raise _refused(
-            spec,
-            "llama_4_scaling",
-            f"{expected}, which the server reads in place of rope_parameters'"
-            " llama_4_scaling_beta: it would not scale queries, and answer wrongly beyond the"
-            " original context. Add it to config.json",
-            found,
-        )
-
-
-def _refused(spec: ModelSpec, key: str, expected: str, found: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"config.json: {key}: expected {expected} (what transformers and the server both run for"
-        f" {spec.architecture.class_name}), got {found!r}. Remove or correct it if the model does"
-        " not need it."
-    )
 
 
 _TABLES = (
@@ -236,9 +86,35 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
     """
     # It imports torch and transformers, which a refusal by name must not wait for.
-    from smoothrot_offline.source.models import parse_config
+    from smoothrot_offline.source.models import beside_text, parse_config
 
     table = supported_table(config)
+    composite = COMPOSITES.get(config.get("model_type"))
+    if composite is None:
+        return _resolve_text(config, table)
+    outer = parse_config(config, composite.model_type)
+    check_values(composite.class_name, outer, config, OUTER_WIDE, composite.settings)
+    # Of transformers' classes the one around the text tower ties the head.
+    text = outer.text_config.to_dict() | {"tie_word_embeddings": outer.tie_word_embeddings}
+    spec = _resolve_text(text, table)
+    kept = {
+        name: shape
+        for module, shape in beside_text(outer).items()
+        if composite.keeps(name := composite.stored_name(module))
+    }
+    for name, shape in kept.items():
+        if composite.writes(name) and shape[0] != spec.hidden:
+            raise UnsupportedModelError(
+                f"config.json: vision_config: expected images as wide as text, {spec.hidden}, got"
+                f" {shape[0]} outputs of {name.rpartition('.')[0]}."
+            )
+    placed = composite.place(spec.architecture)
+    return replace(spec, architecture=placed, composite=composite, outer=outer, kept=kept)
+
+
+def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
+    from smoothrot_offline.source.models import parse_config
+
     parsed = parse_config(config, table.model_type)
     layers = _size(parsed, "num_hidden_layers", MAX_LAYERS)
     hidden, heads = (_size(parsed, key) for key in ("hidden_size", "num_attention_heads"))
@@ -366,7 +242,11 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
             f"{names} is already quantized (quantization_config, quant_method {method!r}). "
             "Convert the 16-bit model it was made from."
         )
-    table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
+    composite = COMPOSITES.get(model_type) if isinstance(model_type, str) else None
+    if composite is not None:
+        table: Architecture | None = _text_table(composite, config)
+    else:
+        table = SUPPORTED.get(model_type) if isinstance(model_type, str) else None
     if own_code := _own_code(config, table):
         raise UnsupportedModelError(
             f"{names} needs its own Python code (auto_map in config.json: {own_code}), which is"
@@ -383,17 +263,18 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         raise UnsupportedModelError(
             f"{names} (model_type {model_type!r}) is not supported: no table says where its"
             " transforms are folded (CONTRIBUTING.md). Supported model types:"
-            f" {', '.join(SUPPORTED)}."
+            f" {', '.join((*SUPPORTED, *COMPOSITES))}."
         )
-    if classes == [table.class_name.replace("ForCausalLM", "Model")]:
+    class_name = table.class_name if composite is None else composite.class_name
+    if classes == [class_name.partition("For")[0] + "Model"]:
         raise UnsupportedModelError(
             f"config.json: architectures: {names} is an embedding model, a base model without a"
-            f" head: expected {table.class_name}. Its hidden states would come out rotated. Convert"
+            f" head: expected {class_name}. Its hidden states would come out rotated. Convert"
             " a causal language model."
         )
-    if classes and classes != [table.class_name]:
+    if classes and classes != [class_name]:
         raise UnsupportedModelError(
-            f"config.json: architectures: expected {table.class_name} for model_type"
+            f"config.json: architectures: expected {class_name} for model_type"
             f" {model_type!r}, got {', '.join(classes)}."
         )
     if not table.layer_types and config.get("layer_types"):
@@ -402,6 +283,22 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
             f" {model_type!r}."
         )
     return table
+
+
+def _text_table(composite: Composite, config: dict[str, Any]) -> Architecture:
+    """The table of the text tower that a configuration around it names."""
+    inner = config.get("text_config")
+    named = inner.get("model_type") if isinstance(inner, dict) else None
+    if named is None:
+        return composite.text[0]
+    for table in composite.text:
+        if table.model_type == named:
+            return table
+    raise UnsupportedModelError(
+        f"config.json: text_config: model_type: expected one of"
+        f" {', '.join(table.model_type for table in composite.text)} within"
+        f" {composite.class_name}, got {named!r}."
+    )
 
 
 def _own_code(config: dict[str, Any], table: Architecture | None) -> str | None:

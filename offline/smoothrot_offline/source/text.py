@@ -370,7 +370,7 @@ def _generate(
     model_dir: str | Path, samples: int, seqlen: int, seed: int, device: torch.device
 ) -> torch.Tensor:
     model = load_model(model_dir, device=device)
-    start = start_token(model.config, Path(model_dir))
+    start = start_token(model.config.get_text_config(), Path(model_dir))
     # No eos_token_id: generation runs through end-of-text into the next document.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=seqlen - 1, pad_token_id=start)
     model.generation_config = greedy

@@ -76,9 +76,15 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
     """
     config = _plain_config(adapter)
     recorded = read_transform(base)
-    if recorded.transform.spec.experts:
+    spec = recorded.transform.spec
+    if spec.composite is not None:
         raise UnsupportedModelError(
-            f"{base}: {recorded.transform.spec.architecture.class_name} has experts; adapters are"
+            f"{base}: {spec.architecture.class_name} sees images; adapters are transformed for text"
+            " models only. Merge the adapter into the original model, and convert that."
+        )
+    if spec.experts:
+        raise UnsupportedModelError(
+            f"{base}: {spec.architecture.class_name} has experts; adapters are"
             " transformed for dense models only. Merge the adapter into the original model, and"
             " convert that."
         )
@@ -88,7 +94,7 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
     for module, names in sorted(_modules(tensors).items()):
         index, linear = _place(module, recorded)
         a, b = (tensors[names[factor]] for factor in "AB")
-        _check(module, a, b, recorded.transform.spec.linear_shape(linear))
+        _check(module, a, b, spec.linear_shape(linear))
         new = transform_factors(recorded, index, linear, a.double(), b.double())
         for factor, old, result in zip("AB", (a, b), new, strict=True):
             transformed[names[factor]] = _cast(result, old.dtype, names[factor])

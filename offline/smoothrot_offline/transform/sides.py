@@ -15,7 +15,8 @@ from typing import Self
 import torch
 
 from smoothrot_offline.config import ConvertConfig, online_rotations
-from smoothrot_offline.source.family import Architecture, ModelSpec
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.transform.rotation import (
     IDENTITY,
     Orthogonal,
@@ -267,6 +268,15 @@ class ModelTransform:
     def embedding(self, rows: torch.Tensor) -> torch.Tensor:
         """Embedding rows, float64 ``(rows, hidden)``, in the rotated residual stream."""
         return rows if self.residual is None else self.residual.rotate(rows)
+
+    def beside(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A float64 tensor beside the text tower: the output of what writes into the residual
+        stream is rotated, everything else is as it was."""
+        composite = self.spec.composite
+        if self.residual is None or composite is None or not composite.writes(name):
+            return tensor
+        factor = Factor(self.residual.rotate, output=True)
+        return factor.of_bias(tensor) if name.endswith(".bias") else factor.of_weight(tensor)
 
     def head(self, rows: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
         """Head rows, float64 ``(rows, hidden)``, with the final norm's stored weight ``gamma

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of families with a mixture of experts."""
+
+from smoothrot_offline.source.architecture import Experts
+from smoothrot_offline.source.families import LLAMA, MISTRAL, OLMO2, QWEN3
+
+MIXTRAL = MISTRAL.with_sparse_feed_forward(
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    settings={"hidden_act": ("silu",)},
+    same={},
+    up="block_sparse_moe.experts.{e}.w3",
+    down="block_sparse_moe.experts.{e}.w2",
+    experts=Experts(
+        router="block_sparse_moe.gate",
+        gate="block_sparse_moe.experts.{e}.w1",
+        count="num_local_experts",
+        intermediate="intermediate_size",
+    ),
+)
+
+
+QWEN3_MOE = QWEN3.with_sparse_feed_forward(
+    Experts(
+        count="num_experts",
+        intermediate="moe_intermediate_size",
+        router="mlp.gate",
+        gate="mlp.experts.{e}.gate_proj",
+        normalizes="norm_topk_prob",
+        everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
+    ),
+    up="mlp.experts.{e}.up_proj",
+    down="mlp.experts.{e}.down_proj",
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    layer_types=False,
+    one_window=False,
+    settings={**QWEN3.settings, "shared_expert_intermediate_size": (0, None)},
+)
+
+
+OLMOE = LLAMA.with_sparse_feed_forward(
+    Experts(
+        count="num_experts",
+        intermediate="intermediate_size",
+        router="mlp.gate",
+        gate="mlp.experts.{e}.gate_proj",
+        normalizes="norm_topk_prob",
+    ),
+    up="mlp.experts.{e}.up_proj",
+    down="mlp.experts.{e}.down_proj",
+    model_type="olmoe",
+    class_name="OlmoeForCausalLM",
+    biases={},
+    wide_norms=OLMO2.wide_norms,
+    # vLLM's class reads none of these, but computes with these values.
+    settings={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "clip_qkv": (None,),
+        "norm_topk_prob": (False,),
+        "rms_norm_eps": (1e-5,),
+        "tie_word_embeddings": (False,),
+        "sliding_window": (None,),
+    },
+    same={},
+    head_dim_from_hidden=True,
+)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a configuration that transformers and the server do not compute alike, refused by
+name."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.family import ModelSpec
+from smoothrot_vllm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:  # a refusal by name must not wait for it
+    from transformers import PreTrainedConfig
+
+
+SERVER_WIDE: dict[str, tuple[Any, ...]] = {
+    # vLLM reads these for any model: attention to what follows, another configuration within this
+    # one, another name of quantization_config, layers that differ.
+    "is_causal": (True, None),
+    "text_config": (None,),
+    "compression_config": (None,),
+    "is_heterogeneous": (False, None),
+    "per_layer_config": (None,),
+    "block_configs": (None,),
+    "head_dtype": (None, "model"),
+    "rotary_pct": (None,),
+    "rotary_emb_fraction": (None,),
+    "rotary_emb_base": (None,),
+}
+"""Keys that the server reads whatever the family, with the values that change nothing."""
+OUTER_WIDE = {key: values for key, values in SERVER_WIDE.items() if key != "text_config"}
+"""Those of them that count around a text tower."""
+
+_ROPE_KEYS = ("mrope_section", "mrope_interleaved", "xdrope_section", "use_fope", "rope_dim")
+"""Keys of rope_parameters that vLLM computes by and transformers does not."""
+_SECTION_KEYS = _ROPE_KEYS[:2]
+"""Those of them that both compute by, where positions are those of images."""
+
+
+def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
+    """Compare a configuration with what both sides compute.
+
+    Args:
+        spec: the model.
+        config: ``config.json`` as read.
+
+    Raises:
+        UnsupportedModelError: a setting is not one that both compute; the message names its key.
+    """
+    parsed, table = spec.config, spec.architecture
+    for rope in _rope_parameters(parsed.rope_parameters or {}):
+        _check_rope(rope, table)
+    check_values(table.class_name, parsed, config, SERVER_WIDE, table.settings)
+    for key, other in table.same.items():
+        if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
+            raise _refused(
+                table.class_name,
+                key,
+                f"the value of {other}, {getattr(parsed, other, False)}",
+                config[key],
+            )
+    if table.head_dim_from_hidden and spec.head_dim * spec.heads != spec.hidden:
+        raise _refused(
+            table.class_name,
+            "head_dim",
+            f"hidden_size / num_attention_heads = {spec.hidden / spec.heads:g}",
+            spec.head_dim,
+        )
+    if table.one_window:
+        _check_one_window(spec)
+    if table.rope_in_windows:
+        _check_rope_in_windows(spec)
+    if table.scaled_queries:
+        _check_scaled_queries(spec, config)
+
+
+def check_values(
+    class_name: str,
+    parsed: "PreTrainedConfig",
+    config: dict[str, Any],
+    wide: Mapping[str, tuple[Any, ...]],
+    settings: Mapping[str, tuple[Any, ...]],
+) -> None:
+    """Compare keys of the file, and settings of what transformers makes of it, with the values that
+    are allowed."""
+    # What is no setting of transformers' class may still be in the file, where the server finds it.
+    found = {key: config.get(key, values[0]) for key, values in wide.items()}
+    found |= {
+        key: getattr(parsed, key, config.get(key, values[0])) for key, values in settings.items()
+    }
+    for key, values in {**wide, **settings}.items():
+        if not any(
+            found[key] == value and isinstance(found[key], bool) == isinstance(value, bool)
+            for value in values
+        ):
+            raise _refused(class_name, key, f"one of {', '.join(map(str, values))}", found[key])
+
+
+def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise UnsupportedModelError(
+            f"config.json: rope_type: expected one of default, {', '.join(ROPE_INIT_FUNCTIONS)},"
+            f" got {kind!r}."
+        )
+    keys = [key for key in _ROPE_KEYS if not (table.rotary_sections and key in _SECTION_KEYS)]
+    neutral: dict[str, Any] = dict.fromkeys(keys) | (
+        {} if table.partial_rotary else {"partial_rotary_factor": 1.0}
+    )
+    for key, value in neutral.items():
+        if parameters.get(key) not in (None, False, value):
+            raise UnsupportedModelError(
+                f"config.json: rope_parameters: {key}: expected {value or 'none'} (the server and"
+                f" transformers do not compute the same by it), got {parameters[key]!r}."
+            )
+
+
+def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
+    """The rotary parameters, or those of each kind of layer where they differ by kind."""
+    if not isinstance(parameters, dict):
+        return [{"rope_type": parameters}]
+    return [nested for nested in parameters.values() if isinstance(nested, dict)] or [parameters]
+
+
+def _check_one_window(spec: ModelSpec) -> None:
+    window = getattr(spec.config, "sliding_window", None)
+    kinds = set(spec.config.layer_types)
+    expected = "full_attention" if window is None else "sliding_attention"
+    if kinds != {expected}:
+        use, layers = (
+            getattr(spec.config, "use_sliding_window", None),
+            getattr(spec.config, "max_window_layers", None),
+        )
+        raise _refused(
+            spec.architecture.class_name,
+            "use_sliding_window, max_window_layers and layer_types",
+            "a sliding window in all layers or in none, as the server has one for all",
+            f"use_sliding_window {use}, max_window_layers {layers} of {spec.layers} layers,"
+            f" {', '.join(sorted(kinds))}",
+        )
+
+
+def _check_rope_in_windows(spec: ModelSpec) -> None:
+    window, kinds = spec.config.sliding_window, set(spec.config.layer_types)
+    if (window is None) != ("sliding_attention" not in kinds):
+        raise _refused(
+            spec.architecture.class_name,
+            "sliding_window and layer_types",
+            "a window and layers of sliding_attention, or neither",
+            f"{window} and {', '.join(sorted(kinds))}",
+        )
+
+
+def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
+    rope = spec.config.rope_parameters
+    context = "original_max_position_embeddings"
+    for key in ("llama_4_scaling_beta", context):
+        if type(rope.get(key)) not in (int, float):
+            raise _refused(
+                spec.architecture.class_name, f"rope_parameters: {key}", "a number", rope.get(key)
+            )
+    expected = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
+    found = config.get("llama_4_scaling")
+    changes_nothing = (
+        not expected["beta"] or spec.config.max_position_embeddings <= expected[context]
+    )
+    if found != expected and not (found is None and changes_nothing):
+        raise _refused(
+            spec.architecture.class_name,
+            "llama_4_scaling",
+            f"{expected}, which the server reads in place of rope_parameters'"
+            " llama_4_scaling_beta: it would not scale queries, and answer wrongly beyond the"
+            " original context. Add it to config.json",
+            found,
+        )
+
+
+def _refused(class_name: str, key: str, expected: str, found: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"config.json: {key}: expected {expected} (what transformers and the server both run for"
+        f" {class_name}), got {found!r}. Remove or correct it if the model does"
+        " not need it."
+    )

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random vision-language models made on the fly, with what prepares their images."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import byte_tokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Idefics3Config,
+    Mistral3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+    SmolVLMConfig,
+)
+
+from smoothrot_offline.source.composites import COMPOSITES
+
+CONFIGURATIONS: dict[str, type[PreTrainedConfig]] = {
+    "gemma3": Gemma3Config,
+    "qwen2_5_vl": Qwen2_5_VLConfig,
+    "qwen3_vl": Qwen3VLConfig,
+    "mistral3": Mistral3Config,
+    "idefics3": Idefics3Config,
+    "smolvlm": SmolVLMConfig,
+}
+SIDE, PATCH = 32, 8
+ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+QWEN_ENCODER: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_heads": 2,
+    "patch_size": PATCH,
+    "out_hidden_size": 128,
+}
+QWEN_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+IMAGE_TOKENS: dict[str, dict[str, str]] = {
+    "gemma3": {
+        "image_token_index": "<image_soft_token>",
+        "boi_token_index": "<start_of_image>",
+        "eoi_token_index": "<end_of_image>",
+    },
+    "qwen2_5_vl": QWEN_TOKENS,
+    "qwen3_vl": QWEN_TOKENS,
+    "mistral3": {"image_token_index": "[IMG]"},
+    "idefics3": {"image_token_id": "<image>"},
+    "smolvlm": {"image_token_id": "<image>"},
+}
+"""Keys of the configuration around the text tower, and the tokens whose ids they hold."""
+MORE_TOKENS: dict[str, list[str]] = {
+    # vLLM looks them up.
+    "gemma3": ["\n", "\n\n", "\n\n\n", "\n\n\n\n"],
+    "mistral3": ["[IMG_BREAK]", "[IMG_END]"],
+    "idefics3": ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"],
+    "smolvlm": ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"],
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "head_dim": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 100,
+    },
+    "qwen2_5_vl": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [4, 6, 6],
+        }
+    },
+    "qwen3_vl": {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    "mistral3": {"model_type": "mistral", "head_dim": 32},
+    "idefics3": {"model_type": "llama"},
+    "smolvlm": {"model_type": "llama"},
+}
+VISION: dict[str, dict[str, Any]] = {
+    "gemma3": ENCODER | {"vision_use_head": False},
+    "qwen2_5_vl": QWEN_ENCODER | {"window_size": 32, "fullatt_block_indexes": [1]},
+    "qwen3_vl": QWEN_ENCODER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    "mistral3": ENCODER | {"model_type": "pixtral", "head_dim": 32},
+    "idefics3": ENCODER,
+    "smolvlm": ENCODER,
+}
+OUTER: dict[str, dict[str, Any]] = {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "mistral3": {"spatial_merge_size": 2},
+    "idefics3": {"scale_factor": 2, "pad_token_id": 0},
+    "smolvlm": {"scale_factor": 2, "pad_token_id": 0},
+}
+_QWEN_IMAGES = {
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "size": {"shortest_edge": SIDE * SIDE, "longest_edge": SIDE * SIDE},
+}
+_IDEFICS_IMAGES = {
+    "size": {"longest_edge": SIDE},
+    "max_image_size": {"longest_edge": SIDE},
+    "do_image_splitting": False,
+}
+# vLLM takes keys that are not there for no normalization, transformers for its default.
+NORMALIZED: dict[str, Any] = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.25, 0.25, 0.25],
+}
+PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        {
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": SIDE, "width": SIDE},
+        },
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    ),
+    "qwen2_5_vl": (
+        {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
+        {"processor_class": "Qwen2_5_VLProcessor"},
+    ),
+    "qwen3_vl": (
+        {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
+        {"processor_class": "Qwen3VLProcessor"},
+    ),
+    "mistral3": (
+        {
+            "image_processor_type": "PixtralImageProcessor",
+            "patch_size": {"height": PATCH, "width": PATCH},
+            "size": {"longest_edge": SIDE},
+        },
+        {"processor_class": "PixtralProcessor", "patch_size": PATCH, "spatial_merge_size": 2},
+    ),
+    "idefics3": (
+        {"image_processor_type": "Idefics3ImageProcessor"} | _IDEFICS_IMAGES,
+        {"processor_class": "Idefics3Processor", "image_seq_len": 4},
+    ),
+    "smolvlm": (
+        {"image_processor_type": "SmolVLMImageProcessor"} | _IDEFICS_IMAGES,
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 4},
+    ),
+}
+"""What ``preprocessor_config.json`` and ``processor_config.json`` hold."""
+
+
+def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
+    """The tiny models' tokenizer with the tokens that stand for images."""
+    tokenizer = byte_tokenizer()
+    named = IMAGE_TOKENS[family]
+    tokenizer.add_tokens([*named.values(), *MORE_TOKENS.get(family, [])], special_tokens=True)
+    return tokenizer
+
+
+def composite_config(family: str, **text: Any) -> PreTrainedConfig:
+    """The configuration of a small model; ``text`` are keys of the text tower."""
+    tokenizer = tokenizer_for(family)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.12,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+        # vLLM asks the text tower's configuration, transformers the one around it.
+        "tie_word_embeddings": True,
+    }
+    tokens = {
+        key: tokenizer.convert_tokens_to_ids(token) for key, token in IMAGE_TOKENS[family].items()
+    }
+    return CONFIGURATIONS[family](
+        text_config=sizes | TEXT[family] | text,
+        vision_config=VISION[family],
+        tie_word_embeddings=True,
+        **tokens,
+        **OUTER.get(family, {}),
+    )
+
+
+def random_composite(family: str, **text: Any) -> PreTrainedModel:
+    """A random bfloat16 model, whose images matter as much as its text: see
+    :func:`composite_config`."""
+    torch.manual_seed(0)
+    offset = COMPOSITES[family].text[0].norm_offset
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(
+        composite_config(family, **text)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name or "text_model" in name:
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5).sub_(offset)
+                elif name.endswith("bias"):
+                    parameter.normal_(std=0.3)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.bfloat16()
+
+
+def save_tiny_composite(directory: Path, family: str, **text: Any) -> Path:
+    """A random model of two layers, with its tokenizer and processors."""
+    random_composite(family, **text).save_pretrained(directory)
+    tokenizer_for(family).save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    # Under these names Gemma's processor asks for them.
+    tokens = {
+        key.removesuffix("_index").removesuffix("_id"): token
+        for key, token in IMAGE_TOKENS[family].items()
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": tokens}))
+    images, processor = PROCESSORS[family]
+    named = {"processor_class": processor["processor_class"]}
+    (directory / "preprocessor_config.json").write_text(json.dumps(NORMALIZED | images | named))
+    (directory / "processor_config.json").write_text(json.dumps(processor))
+    return directory
