@@ -30,8 +30,8 @@ SERVERS = {
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
 }
-# The same of vision-language models, and the packages of transformers' classes. Their text towers are
-# those of the families above.
+# The same of vision-language models, and the packages of transformers' classes. Their text towers
+# are those of the families above.
 COMPOSITE_SERVERS = {
     "gemma3": (["gemma3_mm", "siglip"], ["gemma3", "siglip"]),
     "qwen2_5_vl": (["qwen2_5_vl"], ["qwen2_5_vl"]),

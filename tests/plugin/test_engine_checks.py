@@ -109,7 +109,7 @@ def test_embedded_images_need_the_sources_residual_stream() -> None:
     check_engine(config, FOLDED)
     config.model_config.multimodal_config.enable_mm_embeds = True
     check_engine(config, UNFOLDED)
-    with pytest.raises(ConfigError, match="--enable-mm-embeds: .*rotated.*Send images"):
+    with pytest.raises(ConfigError, match=r"--enable-mm-embeds: .*rotated.*Send images"):
         check_engine(config, FOLDED)
 
 
@@ -117,7 +117,7 @@ def test_images_that_are_seen_in_both_directions_are_refused_on_cpus() -> None:
     config = engine()
     config.model_config.is_mm_prefix_lm = True
     assert not CPUAttentionBackend.supports_mm_prefix()
-    with pytest.raises(ConfigError, match="--limit-mm-per-prompt: .*CPUs looks back alone"):
+    with pytest.raises(ConfigError, match=r"--limit-mm-per-prompt: .*CPUs looks back alone"):
         check_engine(config, UNFOLDED)
 
 
