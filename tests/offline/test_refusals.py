@@ -53,8 +53,8 @@ def refusal(source: Path, **options: Any) -> SmoothRotError:
     ("changes", "words"),
     [
         (
-            {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},
-            "Gemma3ForConditional.*not supported",
+            {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
+            "LlavaForConditional.*not supported",
         ),
         (
             {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
