@@ -2,6 +2,7 @@
 """Small random vision-language models made on the fly, with what prepares their images."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 
 from smoothrot_offline.source.composites import COMPOSITES
 
-CONFIGURATIONS: dict[str, type[PreTrainedConfig]] = {
+CONFIGURATIONS: dict[str, Callable[..., PreTrainedConfig]] = {
     "gemma3": Gemma3Config,
     "qwen2_5_vl": Qwen2_5_VLConfig,
     "qwen3_vl": Qwen3VLConfig,
