@@ -91,6 +91,9 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
+    if spec.kept:
+        # What is beside a text tower is stored with the embedding.
+        embedding += before.other + after.other
     learning = learning_bytes(spec) if config.learns_rotations else 0
     converting = hidden + max(running if tokens else 0, learning + folding, head, embedding)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
