@@ -12,6 +12,7 @@ import torch
 from family_models import MODELS
 from transformers import PreTrainedModel
 
+from smoothrot_offline.check.miniature import EXPERTS, VOCAB, miniature
 from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
@@ -88,6 +89,17 @@ def test_the_table_of_each_family_is_proven(
     state = torch.get_rng_state()
     prove(spec)
     assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_of_a_proof_is_small(
+    name: str, build_model: Callable[..., PreTrainedModel]
+) -> None:
+    large = resolve(build_model(**MODELS[name]).config.to_dict())
+    small = miniature(large)
+    assert small.experts <= EXPERTS
+    assert small.vocab == VOCAB
+    assert small.architecture.model_type == large.architecture.model_type
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

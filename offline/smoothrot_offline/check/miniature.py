@@ -71,6 +71,9 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     rope = {"rope_parameters": _with_fewer_factors(config.get("rope_parameters"))}
     counts = {"num_hidden_layers": len(chosen)}
     small = left | sizes | tokens | layers | rope | counts
+    # What a configuration class stores under another name would win.
+    names = spec.config.attribute_map.items()
+    small |= {stored: small[name] for name, stored in names if name in small}
     if spec.composite is None:
         return resolve(small)
     assert spec.outer is not None
