@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import byte_tokenizer
+from tiny_models import OWN_SIZES, byte_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
     SmolVLMConfig,
 )
@@ -27,6 +28,7 @@ CONFIGURATIONS: dict[str, Callable[..., PreTrainedConfig]] = {
     "gemma3": Gemma3Config,
     "qwen2_5_vl": Qwen2_5_VLConfig,
     "qwen3_vl": Qwen3VLConfig,
+    "qwen3_5": Qwen3_5Config,
     "mistral3": Mistral3Config,
     "idefics3": Idefics3Config,
     "smolvlm": SmolVLMConfig,
@@ -62,6 +64,7 @@ IMAGE_TOKENS: dict[str, dict[str, str]] = {
     },
     "qwen2_5_vl": QWEN_TOKENS,
     "qwen3_vl": QWEN_TOKENS,
+    "qwen3_5": QWEN_TOKENS,
     "mistral3": {"image_token_index": "[IMG]"},
     "idefics3": {"image_token_id": "<image>"},
     "smolvlm": {"image_token_id": "<image>"},
@@ -97,6 +100,7 @@ TEXT: dict[str, dict[str, Any]] = {
             "mrope_interleaved": True,
         },
     },
+    "qwen3_5": OWN_SIZES["qwen3_5"],
     "mistral3": {"model_type": "mistral", "head_dim": 32},
     "idefics3": {"model_type": "llama"},
     "smolvlm": {"model_type": "llama"},
@@ -105,6 +109,7 @@ VISION: dict[str, dict[str, Any]] = {
     "gemma3": ENCODER | {"vision_use_head": False},
     "qwen2_5_vl": QWEN_ENCODER | {"window_size": 32, "fullatt_block_indexes": [1]},
     "qwen3_vl": QWEN_ENCODER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    "qwen3_5": QWEN_ENCODER | {"num_position_embeddings": 16},
     "mistral3": ENCODER | {"model_type": "pixtral", "head_dim": 32},
     "idefics3": ENCODER,
     "smolvlm": ENCODER,
@@ -146,6 +151,10 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"processor_class": "Qwen2_5_VLProcessor"},
     ),
     "qwen3_vl": (
+        {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
+        {"processor_class": "Qwen3VLProcessor"},
+    ),
+    "qwen3_5": (
         {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
         {"processor_class": "Qwen3VLProcessor"},
     ),

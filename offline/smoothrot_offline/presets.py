@@ -102,9 +102,8 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
         return Choice(make_config(**explicit), "options as given, no preset")
     try:
         spec = resolve(checkpoint.config)
-        check_source(
-            checkpoint, spec.source_tensors(), ignorable=[f"{spec.architecture.lm_head}.weight"]
-        )
+        unused = [f"{spec.architecture.lm_head}.weight", *spec.drafts(checkpoint.tensors)]
+        check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     except SmoothRotError:
         # What is wrong with the model is for the conversion to say, or for the plan.
         return Choice(make_config(**explicit), "no preset: the model cannot be converted")

@@ -44,6 +44,7 @@ COMPOSITE_SERVERS = {
     "gemma3": (["gemma3_mm", "siglip"], ["gemma3", "siglip"]),
     "qwen2_5_vl": (["qwen2_5_vl"], ["qwen2_5_vl"]),
     "qwen3_vl": (["qwen3_vl"], ["qwen3_vl"]),
+    "qwen3_5": (["qwen3_vl"], ["qwen3_5"]),
     "mistral3": (["mistral3", "pixtral"], ["mistral3", "pixtral"]),
     "idefics3": (["idefics3", "idefics2_vision_model"], ["idefics3"]),
     "smolvlm": (["smolvlm", "idefics3", "idefics2_vision_model"], ["smolvlm", "idefics3"]),

@@ -57,7 +57,8 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
             f" none: an embedding model, which has no head ({checkpoint.renamed}). Convert a causal"
             " language model."
         )
-    check_source(checkpoint, spec.source_tensors(), ignorable=[head] if spec.tied else [])
+    unused = spec.drafts(checkpoint.tensors) + [head] * spec.tied
+    check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     stored_twice = spec.tied and head in checkpoint.tensors and checkpoint.path.is_dir()
     if stored_twice and not torch.equal(*checkpoint.load([head, embedding]).values()):
         raise CheckpointError(
@@ -132,6 +133,12 @@ def admit_options(
             for name, (size, factors) in rotation_blocks(spec, config).items()
             if factors.size < min(size, SMALL_BLOCK)
         ]
+    if drafts := spec.drafts(checkpoint.tensors):
+        notes.append(
+            f"not copied: {len(drafts)} tensors of a head that drafts tokens, such as {min(drafts)}:"
+            " it reads hidden states, which R1 rotates. Speculate with --speculative-config by"
+            " ngram or a draft model"
+        )
     if beside.left:
         notes.append(
             "not copied: " + ", ".join(f"{name} ({reason})" for name, reason in beside.left.items())

@@ -129,6 +129,9 @@ class Architecture:
     """Classes by which ``auto_map`` names Python code that transformers has its own version of."""
     head_is_embedding: bool = False
     """The server has no head beside the embedding."""
+    drafts: tuple[str, ...] = ()
+    """Beginnings of the full names of heads that predict further tokens from hidden states. They
+    are no part of the model, and left out."""
     sixteen_bit: tuple[str, ...] = ()
     """Linears beside a router that are too small to quantize."""
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

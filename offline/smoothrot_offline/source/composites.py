@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from smoothrot_offline.source.composite import Composite, SmallImage
 from smoothrot_offline.source.families import GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from smoothrot_offline.source.linear_attention import QWEN3_5
 
 _IMAGE_TOKEN = 3
 _SIDE = 16
@@ -167,5 +168,21 @@ QWEN3_VL = replace(
     ),
 )
 
-_TABLES = (GEMMA3_VISION, QWEN2_5_VL, QWEN3_VL, MISTRAL3, IDEFICS3, SMOLVLM)
+QWEN3_5_VISION = replace(
+    QWEN3_VL,
+    model_type="qwen3_5",
+    class_name="Qwen3_5ForConditionalGeneration",
+    text=(QWEN3_5,),
+    writers=("model.visual.merger.linear_fc2",),
+    image=replace(
+        QWEN3_VL.image,
+        vision={
+            key: value
+            for key, value in QWEN3_VL.image.vision.items()
+            if key != "deepstack_visual_indexes"
+        },
+    ),
+)
+
+_TABLES = (GEMMA3_VISION, QWEN2_5_VL, QWEN3_VL, QWEN3_5_VISION, MISTRAL3, IDEFICS3, SMOLVLM)
 COMPOSITES = {table.model_type: table for table in _TABLES}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -234,6 +234,10 @@ class ModelSpec:
         if not self.tied:
             shapes[f"{table.lm_head}.weight"] = (self.vocab, self.hidden)
         return shapes
+
+    def drafts(self, tensors: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's ``tensors`` that are of its draft heads."""
+        return [name for name in tensors if name.startswith(self.architecture.drafts)]
 
     def output_linears(self, tied: bool) -> Iterator[tuple[str, int, int]]:
         """``(full name, out_features, in_features)`` of each linear of the output; the head

@@ -29,6 +29,7 @@ _GATED_ATTENTION = replace(
     },
     same={},
     partial_rotary=True,
+    drafts=("mtp.",),
     rotary_sections=True,
 )
 

@@ -126,15 +126,16 @@ def make_model(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def _automatic(config: PreTrainedConfig) -> Any:
-    """transformers' automatic class of models that continue tokens, or tokens and images."""
-    takes_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    return AutoModelForCausalLM if takes_text else AutoModelForImageTextToText
+    """transformers' automatic class of models that continue tokens and images, or tokens alone:
+    of a model with images the latter may find the text tower."""
+    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
     """The class that :func:`_automatic` finds."""
-    takes_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    known = MODEL_FOR_CAUSAL_LM_MAPPING if takes_text else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    takes_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if takes_images else MODEL_FOR_CAUSAL_LM_MAPPING
     return known[type(config)]
 
 
