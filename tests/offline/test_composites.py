@@ -102,7 +102,9 @@ def inputs_of(family: str) -> dict[str, Any]:
     token = tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[family][key])
     tokens = torch.tensor([[*range(20, 30), *[token] * 4, *range(40, 50)]])
     generator = torch.Generator().manual_seed(7)
-    shape = (1, 1, 3, 32, 32) if family in ("idefics3", "smolvlm") else (1, 3, 32, 32)
+    shape: tuple[int, ...] = (1, 3, 32, 32)
+    if family in ("idefics3", "smolvlm"):
+        shape = (1, 1, 3, 32, 32)
     if family.startswith("qwen"):
         shape = (16, 384)
     found = {"input_ids": tokens, "pixel_values": torch.randn(shape, generator=generator)}
