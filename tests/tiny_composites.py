@@ -186,8 +186,8 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def composite_config(family: str, **text: Any) -> PreTrainedConfig:
-    """The configuration of a small model; ``text`` are keys of the text tower."""
+def composite_config(family: str) -> PreTrainedConfig:
+    """The configuration of a small model."""
     tokenizer = tokenizer_for(family)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -208,7 +208,7 @@ def composite_config(family: str, **text: Any) -> PreTrainedConfig:
         key: tokenizer.convert_tokens_to_ids(token) for key, token in IMAGE_TOKENS[family].items()
     }
     return CONFIGURATIONS[family](
-        text_config=sizes | TEXT[family] | text,
+        text_config=sizes | TEXT[family],
         vision_config=VISION[family],
         tie_word_embeddings=True,
         **tokens,
@@ -216,14 +216,11 @@ def composite_config(family: str, **text: Any) -> PreTrainedConfig:
     )
 
 
-def random_composite(family: str, **text: Any) -> PreTrainedModel:
-    """A random bfloat16 model, whose images matter as much as its text: see
-    :func:`composite_config`."""
+def random_composite(family: str) -> PreTrainedModel:
+    """A random bfloat16 model, whose images matter as much as its text."""
     torch.manual_seed(0)
     offset = COMPOSITES[family].text[0].norm_offset
-    model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-        composite_config(family, **text)
-    )
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(composite_config(family))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "language_model" in name or "text_model" in name:
@@ -240,9 +237,9 @@ def random_composite(family: str, **text: Any) -> PreTrainedModel:
     return model.bfloat16()
 
 
-def save_tiny_composite(directory: Path, family: str, **text: Any) -> Path:
+def save_tiny_composite(directory: Path, family: str) -> Path:
     """A random model of two layers, with its tokenizer and processors."""
-    random_composite(family, **text).save_pretrained(directory)
+    random_composite(family).save_pretrained(directory)
     tokenizer_for(family).save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     # Under these names Gemma's processor asks for them.
