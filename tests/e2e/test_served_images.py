@@ -124,7 +124,7 @@ def test_text_and_images_are_answered_as_by_the_reference(
         assert max(differences[kind]) < SAFE_MARGIN
 
 
-def test_images_that_are_attended_to_in_both_directions_are_refused_on_cpus(
+def test_images_attended_to_in_both_directions_are_refused_on_cpus(
     answers: dict[str, Any],
 ) -> None:
     assert "--limit-mm-per-prompt: not with this converted model" in answers["seeing gemma3"]

@@ -205,7 +205,7 @@ def test_each_key_that_only_the_server_reads_has_a_rule(model_type: str) -> None
 
 
 @pytest.mark.parametrize("model_type", COMPOSITE_SERVERS)
-def test_each_key_around_a_text_tower_that_only_the_server_reads_has_a_rule(
+def test_each_key_around_a_text_tower_that_the_server_reads_has_a_rule(
     model_type: str,
 ) -> None:
     modules, packages = COMPOSITE_SERVERS[model_type]

@@ -110,7 +110,7 @@ def test_eight_bit_output_of_fused_linears_computes_what_the_source_does(
     [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}],
     ids=["default", "plain", "tp2-head8"],
 )
-def test_eight_bit_output_of_linear_attention_computes_what_the_source_does(
+def test_eight_bit_linear_attention_computes_what_the_source_does(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object]
 ) -> None:
     """With random weights the recurrence's outputs of single tokens are near zero before their

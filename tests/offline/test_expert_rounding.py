@@ -52,7 +52,7 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(
     spec, name = resolve(checkpoint.config), "model.embed_tokens.weight"
     tensors = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors(0))
     middle = embed(TOKENS, checkpoint.load([name])[name])
-    copy = BuiltLayer(*LayerRunner(spec).build(0, tensors), spec, {})
+    copy = BuiltLayer(*LayerRunner(spec).build(0, tensors), spec, spec.architecture, {})
     gated, downs = spec.architecture.expert_groups()
     linears = [group[0] for group in gated + downs]
     own, routing = copy.expert_inputs(middle, linears)

@@ -70,7 +70,7 @@ def test_gptq_at_least_halves_the_logit_error_of_rtn(logit_errors: dict[str, flo
 
 
 @pytest.mark.parametrize("rounding", ["gptaq", "qronos"])
-def test_asymmetric_rounding_makes_up_for_what_gptq_leaves_of_earlier_layers_errors(
+def test_asymmetric_rounding_makes_up_for_earlier_layers_errors(
     logit_errors: dict[str, float], rounding: str
 ) -> None:
     assert logit_errors[rounding] < 0.95 * logit_errors["gptq"]

@@ -17,6 +17,7 @@ from simulated_gpu import CPU, GPU, NAME, SimulatedGpu, simulated_gpu
 from tiny_models import SHORT_TEXT, save_tiny_model
 from typer.testing import CliRunner, Result
 
+import smoothrot_offline.check.admit
 import smoothrot_offline.decide.stages
 import smoothrot_offline.rounding.sequential
 from smoothrot_offline.check.verify import verify
@@ -143,6 +144,13 @@ def test_the_simulation_refuses_what_a_gpu_refuses(gpu: SimulatedGpu) -> None:
     assert gpu.products == {}
 
 
+@pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small model of a proof runs on the CPU wherever the conversion does."""
+    monkeypatch.setattr(smoothrot_offline.check.admit, "prove", lambda _: None)
+
+
+@pytest.mark.usefixtures("unproven")
 @pytest.mark.parametrize("case", CASES)
 def test_a_conversion_has_the_bits_of_the_cpus(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
@@ -194,6 +202,7 @@ def test_an_interrupted_conversion_goes_on_only_on_its_device(
     assert content(tmp_path / "gpu") == content(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("unproven")
 def test_eval_and_analyze_have_the_cpus_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,7 +250,7 @@ def test_an_override_must_cover_every_part_of_a_fused_layer() -> None:
     assert whole.scheme("model.layers.1.mlp.gate_up_proj").weights.bits == 4
 
 
-def test_a_fused_layer_that_is_stored_as_one_may_be_overridden_by_its_own_name() -> None:
+def test_a_layer_that_is_stored_fused_may_be_overridden_by_its_own_name() -> None:
     eight = {"weights": {"bits": 8}, "activations": {"bits": 8}}
     config = make_config(
         overrides={"model.layers.0.mlp.gate_up_proj": eight},
