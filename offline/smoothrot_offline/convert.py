@@ -136,11 +136,10 @@ def convert(
             )
             describe(tensors=tensors)
             if config.distill_steps:
-                kept = spec.parameters()
-                trained = {name: record for name, record in tensors.items() if name not in kept}
                 if not journal.distilled:
                     # Text alone says nothing of what images pass through.
-                    trained = {name: t for name, t in tensors.items() if name not in spec.kept}
+                    left = {*spec.parameters(), *spec.kept}
+                    trained = {name: record for name, record in tensors.items() if name not in left}
                     with directory.openable() as rounded:
                         journal.finish_distillation(
                             *distill(rounded, source, config, trained, device, step)

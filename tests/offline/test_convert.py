@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from smoothrot_offline.check.inspect import inspect, output_sizes
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import ConvertConfig, make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.distill import distillation
 from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.report.model import load_model
 from smoothrot_offline.rounding.rtn import quantize_rtn, store
@@ -454,14 +456,26 @@ def test_layers_run_one_by_one_see_what_the_whole_model_sees(
         torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_no_transform_concerns_is_kept_exactly(make_model: MakeModel, tmp_path: Path) -> None:
+def test_what_no_transform_concerns_is_kept_exactly(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = make_model("qwen3_5")
     before = load_file(source / "model.safetensors")
     kept = resolve(open_checkpoint(source).config).parameters()
     # As released checkpoints have some of them.
     before |= {name: before[name].float() * 1.001 for name in kept if name.endswith("A_log")}
     save_file(before, source / "model.safetensors", metadata={"format": "pt"})
+    trained: set[str] = set()
+
+    def distill(*arguments: Any) -> Any:
+        trained.update(arguments[3])
+        return distillation.distill(*arguments)
+
+    monkeypatch.setattr(smoothrot_offline.convert, "distill", distill)
     convert(source, tmp_path / "out", config(distill_steps=2))
+    # Whether the result is kept depends on its loss.
+    assert "model.norm.weight" in trained
+    assert trained.isdisjoint(kept)
     after = open_checkpoint(tmp_path / "out").load(kept)
     assert len(kept) == 8
     for name, tensor in after.items():
