@@ -139,10 +139,11 @@ class ConvertConfig(_Calibration):
     rotate: bool = Field(True, description="Rotate at all, online and offline.")
     rotations: Literal["hadamard", "learned"] = Field(
         "hadamard",
-        description="R1 and R2: Hadamard transforms, or learned from there by gradient.",
+        description="R1 and R2: Hadamard transforms, or learned from there, and smoothing scales"
+        " with them, by the loss of the whole model.",
     )
     rotation_steps: int = Field(
-        150,
+        48,
         ge=1,
         le=MOST,
         description="learned rotations: optimizer steps, the budget of learning.",
@@ -184,13 +185,13 @@ class ConvertConfig(_Calibration):
     @property
     def needs_calibration(self) -> bool:
         """Whether the model must be run at all."""
-        measured = self.needs_probe or self.learns_rotations or self.holds_out_text
+        measured = self.needs_probe or self.holds_out_text
         return self.scales != "none" or self.rounding != "rtn" or measured
 
     @property
     def holds_out_text(self) -> bool:
         """Whether something is judged by text that nothing was fitted to."""
-        return self.sign_seeds > 1 or self.distill_steps > 0
+        return self.sign_seeds > 1 or self.learns_rotations or self.distill_steps > 0
 
     @property
     def smooths_norms(self) -> bool:
@@ -200,7 +201,7 @@ class ConvertConfig(_Calibration):
 
     @property
     def learns_rotations(self) -> bool:
-        """Whether R1, where it is folded, and R2 are learned."""
+        """Whether R1, where it is folded, R2 and smoothing scales are learned."""
         return self.rotate and self.rotations == "learned"
 
     @property

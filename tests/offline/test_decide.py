@@ -14,7 +14,7 @@ import smoothrot_offline.decide.stages
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config, make_schema
 from smoothrot_offline.convert import convert
-from smoothrot_offline.decide.rotations import trial_loss
+from smoothrot_offline.decide.signs import trial_loss
 from smoothrot_offline.decide.study import CLIPS, LayerStudy, allocate, best_clip
 from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.report.model import load_model

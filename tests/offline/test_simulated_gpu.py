@@ -80,6 +80,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of one dtype on either device, whatever the hardware multiplies fastest."""
+    monkeypatch.setattr("smoothrot_offline.learn.decoder.product_dtype", lambda _: torch.float32)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGpu]:
     with simulated_gpu(monkeypatch) as found:

@@ -15,10 +15,12 @@ from smoothrot_offline.check.admit import admit_model, admit_options, rotation_b
 from smoothrot_offline.check.inspect import Sizes, header_table, measure, output_sizes
 from smoothrot_offline.config import ConvertConfig, check_shards
 from smoothrot_offline.decide.policies import SAMPLE_TOKENS
-from smoothrot_offline.decide.rotations import learning_bytes
 from smoothrot_offline.decide.stages import STAGES, Cost
+from smoothrot_offline.decide.study import PROBE_SAMPLES
 from smoothrot_offline.device import CPU, device_name
 from smoothrot_offline.distill.cost import distillation_bytes, distillation_flop
+from smoothrot_offline.learn.fisher import gradients_bytes
+from smoothrot_offline.learn.learning import learning_bytes
 from smoothrot_offline.rounding.rtn import HEAD_ROWS, quantize_rtn, store
 from smoothrot_offline.rounding.sequential import rounding_flop
 from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
@@ -78,7 +80,8 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     folding = (2 + 2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
-        running += 4 * sum(weights)
+        probe = min(tokens, PROBE_SAMPLES * config.calib_seqlen)
+        running += 4 * sum(weights) + gradients_bytes(spec, probe, config.calib_seqlen)
     if config.rounding != "rtn":
         copies = 2 if config.asymmetric else 1
         # The second hidden states; H and what factorizing it takes, in float64, and C and its
@@ -94,7 +97,7 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     if spec.kept:
         # What is beside a text tower is stored with the embedding.
         embedding += before.other + after.other
-    learning = learning_bytes(spec) if config.learns_rotations else 0
+    learning = learning_bytes(spec, config) if config.learns_rotations else 0
     converting = hidden + max(running if tokens else 0, learning + folding, head, embedding)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
     resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -199,8 +199,22 @@ class NormStatistics:
         used = (inputs > 0) & (columns > 0)
         wanted = torch.where(used, (inputs / columns.where(used, 1.0)).sqrt(), 1.0)
         wanted = wanted / wanted[used].log().mean().exp() if used.any() else wanted
-        stored = (gamma / wanted - table.norm_offset).to(dtype).double() + table.norm_offset
-        return torch.where(used & (stored * gamma > 0), gamma / stored, 1.0)
+        return storable_scales(torch.where(used, wanted, 1.0), gamma, table.norm_offset, dtype)
+
+
+def storable_scales(
+    wanted: torch.Tensor, gamma: torch.Tensor, offset: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """The scales nearest to ``wanted`` for which a norm's new weight is a number of ``dtype``: then
+    nothing is lost where it is stored. 1 where there is none.
+
+    Args:
+        wanted: float64 ``(hidden,)``, positive.
+        gamma: what the norm multiplies by without them, float64 ``(hidden,)``.
+        offset: what the norm adds to its weight.
+    """
+    stored = (gamma / wanted - offset).to(dtype).double() + offset
+    return torch.where(stored * gamma > 0, gamma / stored, 1.0)
 
 
 def norm_samples(samples: int) -> int:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything a conversion decides by measurement before it writes, stage by stage: calibration
-text, scales with clips and 8-bit layers, signs, learned rotations, the norms' scales.
+text, scales with clips and 8-bit layers, signs, the norms' scales, learned rotations and scales.
 
 Each stage says how many steps it reports, what it costs, and does it.
 """
@@ -14,26 +14,23 @@ import torch
 
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.decide.policies import policy_flop
-from smoothrot_offline.decide.rotations import (
-    learn_rotations,
-    learning_flop,
-    learning_samples,
-    learning_steps,
-    trial_loss,
-)
-from smoothrot_offline.decide.smoothing import norm_samples, smooth_norms
+from smoothrot_offline.decide.signs import trial_loss
+from smoothrot_offline.decide.smoothing import norm_samples, smooth_norms, storable_scales
 from smoothrot_offline.decide.study import PROBE_SAMPLES, LayerStudy, Study, allocate
+from smoothrot_offline.learn.fisher import gradients_flop
+from smoothrot_offline.learn.folds import Folded
+from smoothrot_offline.learn.learning import learn_folds, learning_flop, learning_steps
 from smoothrot_offline.output.manifest import LearnedRecord
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.source.text import GENERATED, GENERATING_PASSES, load_calibration
-from smoothrot_offline.transform.sides import ModelTransform
+from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.format import QuantizationSchema
 
 _log = logging.getLogger(__name__)
 
 HELD_OUT_SAMPLES = 8
-"""Calibration sequences that only the choice of the signs sees."""
+"""Calibration sequences that judge signs and what is learned."""
 
 Step = Callable[[str], None]
 """Told what begins."""
@@ -46,7 +43,7 @@ class Decisions:
     ``tokens`` are the calibration tokens int64 ``(samples, seqlen)``, None if the model is not run,
     ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
     overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
-    loss of each seed tried, in nats; ``learned`` what learning the rotations led to, if they were.
+    loss of each seed tried, in nats; ``learned`` what learning led to, if there was any.
     """
 
     tokens: torch.Tensor | None
@@ -104,11 +101,11 @@ class CalibrationText:
         return Cost(passes=GENERATING_PASSES if generated else 0)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
-        """Load them, and keep some back for the choice of the signs."""
+        """Load them, and keep some back to judge by."""
         step("calibration text" if config.needs_calibration else "starting")
         if not config.needs_calibration:
             return
-        held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 else 0
+        held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 or config.learns_rotations else 0
         tokens = load_calibration(
             config.calib,
             source.checkpoint.path,
@@ -138,6 +135,7 @@ class StudyOfLayers:
         if config.needs_probe:
             probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
             flop += (6 if config.keep_8bit else 2) * probe * spec.token_flop(config.calib_seqlen)
+            flop += probe * gradients_flop(spec, config.calib_seqlen) if config.keep_8bit else 0
         return Cost(folds=int(config.needs_probe), flop=flop, passes=passes)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
@@ -183,36 +181,14 @@ class Signs:
         found.transform = transforms[min(transforms, key=lambda seed: found.sign_losses[seed])]
 
 
-class Rotations:
-    """R1 and R2 learned, from the chosen signs. Clips and costs stay those that the study found
-    with Hadamard rotations."""
-
-    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
-        """Those of :func:`learn_rotations`."""
-        return learning_steps(spec) if config.learns_rotations else 0
-
-    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
-        """The samples' pass, and the descents."""
-        tokens = learning_samples(config.calib_samples) * config.calib_seqlen
-        passes = tokens * spec.token_flop(config.calib_seqlen)
-        return Cost(folds=1, flop=learning_flop(spec, config.rotation_steps) + passes)
-
-    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
-        """Learn them."""
-        found.transform, found.learned = learn_rotations(
-            source, config, found.schema, found.transform, found.calibration, step
-        )
-
-
 class Norms:
     """The norms' scales once more, where R1 was chosen after the study, which smoothed behind
     another one."""
 
     def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
         """One for each layer."""
-        chosen_later = config.sign_seeds > 1 or config.learns_rotations
         folded = config.rotate and spec.architecture.rotates_residual
-        return spec.layers if config.smooths_norms and folded and chosen_later else 0
+        return spec.layers if config.smooths_norms and folded and config.sign_seeds > 1 else 0
 
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """A pass of some of the sequences."""
@@ -228,7 +204,45 @@ class Norms:
         ]
 
 
-STAGES: tuple[Stage, ...] = (CalibrationText(), StudyOfLayers(), Signs(), Rotations(), Norms())
+class Rotations:
+    """R1, R2 and S learned, from the chosen signs and the study's scales. Clips and costs stay
+    those that the study found."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """Those of :func:`learn_folds`."""
+        return learning_steps(config) if config.learns_rotations else 0
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """The descent, and the original's predictions."""
+        return Cost(flop=learning_flop(spec, config), passes=1)
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Learn them."""
+        assert found.held_out is not None
+        start = Folded(found.transform, [study.scales for study in found.studies])
+        learned = learn_folds(
+            source, config, found.schema, start, found.calibration, found.held_out, step
+        )
+        found.transform, found.learned = learned.transform, learned.record
+        found.studies = [
+            replace(study, scales=_storable(source, index, scales))
+            for index, (study, scales) in enumerate(zip(found.studies, learned.scales, strict=True))
+        ]
+
+
+def _storable(source: SourceModel, index: int, scales: LayerScales) -> LayerScales:
+    """The scales of a layer with those of norms that can be stored exactly."""
+    table, prefix = source.spec.layer_table(index), source.spec.layer_prefix(index)
+    norms = {}
+    for norm, wanted in scales.norms.items():
+        gamma = torch.ones_like(wanted)
+        if not source.spec.architecture.rotates_residual:
+            gamma = source.tensor(f"{prefix}{norm}.weight").double() + table.norm_offset
+        norms[norm] = storable_scales(wanted, gamma, table.norm_offset, source.dtype)
+    return replace(scales, norms=norms)
+
+
+STAGES: tuple[Stage, ...] = (CalibrationText(), StudyOfLayers(), Signs(), Norms(), Rotations())
 
 
 def count_steps(spec: ModelSpec, config: ConvertConfig) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from smoothrot_offline.config import ACTIVATION_CLIP, ConvertConfig
 from smoothrot_offline.decide.smoothing import NormStatistics, smooth_layer
+from smoothrot_offline.learn.fisher import output_gradients
 from smoothrot_offline.output.manifest import SmoothingRecord
 from smoothrot_offline.rounding.rtn import fake_quantize_tokens, quantize_rtn
 from smoothrot_offline.rounding.served import (
@@ -46,9 +47,8 @@ class LayerStudy:
     ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no
     calibration token was routed to. ``clips`` and ``sensitivity`` are by the first linear of each
     group that reads one input, all of a layer's experts being one
-    group: the clip with the least error, and ``mean_t |y'_t - y_t|^2 / |y_t|^2`` of the layer's
-    output y when only that group is quantized. Both are empty unless the configuration asks for
-    them.
+    group: the clip with the least error, and the mean ``KL`` of a token, in nats and to second
+    order, when only that group is quantized. Both are empty unless the configuration asks for them.
     """
 
     scales: LayerScales = field(default_factory=LayerScales)
@@ -86,6 +86,9 @@ class Study:
         self._transform = transform
         self._hidden = hidden = source.embed(tokens)
         self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
+        self._gradients: list[torch.Tensor] = []
+        if config.keep_8bit:
+            self._gradients = output_gradients(source, tokens[:PROBE_SAMPLES], config.seed)
 
     def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> LayerStudy:
         """Study decoder layer ``index``; call in order.
@@ -151,6 +154,8 @@ class Study:
         clips, sensitivity = {}, {}
         turned = rotations(table, self._schema.online)
         exact, inputs = self._exact(model, layer, table, turned)
+        if self._config.keep_8bit:
+            gradient = self._transform.embedding(self._gradients[index].double()).float()
         for groups in table.scheme_groups():
             first = groups[0][0]
             scheme = self._schema.scheme(prefix + first)
@@ -167,7 +172,8 @@ class Study:
                 linears = [linear for group in groups for linear in group]
                 schemes = dict.fromkeys(linears, scheme)
                 maps = turned | quantizers(schemes, self._schema.online)
-                sensitivity[first] = self._cost(model, layer, schemes, maps, exact)
+                error = self._error(model, layer, schemes, maps, exact)
+                sensitivity[first] = float((error * gradient).sum(-1).square().mean()) / 2
         self._probe = exact
         return replace(study, clips=clips, sensitivity=sensitivity)
 
@@ -202,16 +208,16 @@ class Study:
             exact = self._run(model)
         return exact, {linear: torch.cat(parts) for linear, parts in seen.items()}
 
-    def _cost(
+    def _error(
         self,
         model: nn.Module,
         layer: nn.Module,
         schemes: Mapping[str, LinearScheme],
         maps: Mapping[str, InputMap],
         exact: torch.Tensor,
-    ) -> float:
-        """Relative error of the layer's output with only the given linears quantized,
-        round-to-nearest, and inputs read through ``maps``."""
+    ) -> torch.Tensor:
+        """That of the layer's output with only the given linears quantized, round-to-nearest, and
+        inputs read through ``maps``."""
         modules = {linear: layer.get_submodule(linear) for linear in schemes}
         originals = {linear: module.weight.data for linear, module in modules.items()}
         for linear, module in modules.items():
@@ -222,7 +228,7 @@ class Study:
             found = self._run(model)
         for linear, module in modules.items():
             module.weight.data = originals[linear]
-        return float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean())
+        return found - exact
 
     def _run(self, model: nn.Module) -> torch.Tensor:
         return torch.cat([output_of(model, part) for part in self._probe.split(1)])

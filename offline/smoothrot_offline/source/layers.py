@@ -30,6 +30,9 @@ time."""
 CHUNK_TOKENS = 4096
 """Tokens whose activations are held at a time while a layer runs (one sequence at least)."""
 
+LAYER = "layers.0"
+"""Where a built model has its only layer."""
+
 _SETTINGS_BY_LAYER = ("layer_types", "no_rope_layers")
 
 
@@ -86,19 +89,22 @@ class LayerRunner:
         Called with ``inputs_embeds``, the model returns what the layer makes of them, as they
         stand: they are not embeddings.
         """
+        model, layer = self.skeleton(index, next(iter(weights.values())).device)
+        layer.load_state_dict(
+            {name: tensor.float() for name, tensor in weights.items()}, assign=True
+        )
+        return model, layer
+
+    def skeleton(self, index: int, device: torch.device = CPU) -> tuple[nn.Module, nn.Module]:
+        """What :meth:`build` makes, before the layer has weights: those are on the meta device,
+        everything else is on ``device``."""
         model = self._empty(index)
         # The rotary tables are computed, not loaded, so they must be made again outside the meta
         # device. The frequencies are computed on the CPU for every device: another's powers can
         # differ in a last bit.
-        model.rotary_emb = type(model.rotary_emb)(model.config).to(
-            next(iter(weights.values())).device
-        )
+        model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
         model.norm = nn.Identity()
-        layer = model.get_submodule("layers.0")
-        layer.load_state_dict(
-            {name: tensor.float() for name, tensor in weights.items()}, assign=True
-        )
-        return model.eval(), layer
+        return model.eval(), model.get_submodule(LAYER)
 
     def final_norm(self, weight: torch.Tensor) -> nn.Module:
         """The family's norm before the head, with a stored weight ``(hidden,)``, in float32."""

@@ -294,4 +294,4 @@ class ModelTransform:
 
 
 def _scaled(factors: torch.Tensor) -> Rows:
-    return lambda rows: rows * factors.to(rows.device)
+    return lambda rows: rows * factors.to(rows)
