@@ -198,7 +198,7 @@ def test_a_conversion_that_learns_is_still_the_model(
         expected, got = (
             load_model(path, torch.float32)(TOKENS).logits for path in (source, tmp_path / "out")
         )
-    # Linear attention of random weights is that sensitive, see test_convert.py.
+    # Linear attention of random weights is that sensitive, see test_function_is_kept.py.
     bound = 0.2 if family == "qwen3_5" else 0.05
     assert (got - expected).norm() < bound * expected.norm()
     assert verify(tmp_path / "out").ok

@@ -77,7 +77,7 @@ def test_asymmetric_rounding_makes_up_for_earlier_layers_errors(
 
 
 def test_layers_of_each_kind_are_rounded_for_what_they_read(tmp_path: Path) -> None:
-    """Linear attention magnifies what error is left, see test_convert.py."""
+    """Linear attention magnifies what error is left, see test_function_is_kept.py."""
     errors = errors_of("qwen3_5", tmp_path)
     assert errors["gptq"] < 0.6 * errors["rtn"]
     assert errors["gptaq"] < 0.95 * errors["gptq"]

@@ -136,7 +136,7 @@ def admit_options(
     if drafts := spec.drafts(checkpoint.tensors):
         notes.append(
             f"not copied: {len(drafts)} tensors of a head that drafts tokens, such as"
-            f" {min(drafts)}: it reads hidden states, which R1 rotates. Speculate with"
+            f" {min(drafts)}: the hidden states it reads are the original's. Speculate with"
             " --speculative-config by ngram or a draft model"
         )
     if beside.left:
