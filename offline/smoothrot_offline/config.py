@@ -137,6 +137,11 @@ class ConvertConfig(_Calibration):
         1, ge=1, le=MOST, description="Largest tensor-parallel size the output must serve."
     )
     rotate: bool = Field(True, description="Rotate at all, online and offline.")
+    residual: Literal["folded", "online"] = Field(
+        "folded",
+        description="R1 folded into the weights, or left to the server: then hidden states,"
+        " embedding, norms and head stay those of the source.",
+    )
     rotations: Literal["hadamard", "learned"] = Field(
         "hadamard",
         description="R1 and R2: Hadamard transforms, or learned from there, and smoothing scales"
@@ -172,6 +177,7 @@ class ConvertConfig(_Calibration):
         parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + [
             "no rotation"
         ] * (not self.rotate)
+        parts += ["R1 online"] * (self.residual == "online")
         parts += [f"rotations learned in {self.rotation_steps} steps"] * self.learns_rotations
         parts += [f"distilled in {self.distill_steps} steps"] * (self.distill_steps > 0)
         parts.append(f"{self.lm_head_bits}-bit head")
@@ -260,18 +266,24 @@ def make_config(**options: Any) -> ConvertConfig:
     return make_options(ConvertConfig, "conversion", options)
 
 
+def folds_residual(spec: ModelSpec, config: ConvertConfig) -> bool:
+    """Whether R1 is folded."""
+    wanted = config.rotate and config.residual == "folded"
+    return wanted and spec.architecture.rotates_residual
+
+
 def stays_tied(spec: ModelSpec, config: ConvertConfig) -> bool:
     """Whether the output shares the embedding with the head, which no fold into them and no
     quantized head allows."""
-    folded = config.rotate and spec.architecture.rotates_residual
-    return spec.tied and not folded and config.lm_head_bits == 16
+    return spec.tied and not folds_residual(spec, config) and config.lm_head_bits == 16
 
 
 def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
     """What the server rotates: R4 in blocks that are whole on each of ``config.max_tp`` shards, and
-    R1 where no fold can.
+    R1 where it is not folded.
 
     Raises:
+        ConfigError: R1 is to be left to a server that cannot rotate what a linear reads.
         UnsupportedModelError: a size cannot be split so.
     """
     from smoothrot_vllm.format import Online, OnlineHadamard
@@ -282,12 +294,18 @@ def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
     down = OnlineHadamard(
         size=spec.intermediate, block=choose_block(spec.intermediate, config.max_tp).size
     )
-    if spec.architecture.rotates_residual:
+    if folds_residual(spec, config):
         return Online(down_proj=down)
-    return Online(
-        down_proj=down,
-        readers=OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size),
-    )
+    readers = OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size)
+    online = Online(down_proj=down, readers=readers)
+    for reader in (reader for table in spec.tables for reader in table.quantized_readers):
+        if spec.experts or online.rotation(reader) is None:
+            raise ConfigError(
+                f"--residual online: expected linears whose input the server can rotate, q, k, v,"
+                f" gate and up of a dense model; {reader} reads the residual stream as well. Leave"
+                " the option out."
+            )
+    return online
 
 
 def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:

@@ -2,13 +2,15 @@
 """Recipes by name, and the one that a model gets when nobody chooses: the best that finishes in
 reasonable time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from smoothrot_offline.check.plan import estimate_seconds
 from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.headers import MODULES_NAME, embedding_modules
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import SmoothRotError
 
@@ -98,6 +100,18 @@ def choose_preset(name: PresetName, explicit: dict[str, Any], checkpoint: Checkp
     Raises:
         ConfigError: an option is out of range.
     """
+    notes: tuple[str, ...] = ()
+    if "residual" not in explicit and embedding_modules(Path(checkpoint.path)):
+        explicit = explicit | {"residual": "online"}
+        notes = (
+            f"--residual online: {MODULES_NAME} says that this model gives embeddings, which are"
+            " its hidden states",
+        )
+    choice = _choose(name, explicit, checkpoint)
+    return replace(choice, notes=(*notes, *choice.notes))
+
+
+def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) -> Choice:
     if name == "none":
         return Choice(make_config(**explicit), "options as given, no preset")
     try:
@@ -147,7 +161,7 @@ def configure(
     norms = {} if smooths else {"smooth_norms": False}
     options = preset.options | head | norms | {"preset": name}
     notes = []
-    obstacle = _obstacle_to_distilling(spec, fp8)
+    obstacle = _obstacle_to_distilling(spec, explicit, fp8)
     if obstacle and options.get("distill_steps") and "distill_steps" not in explicit:
         options["distill_steps"] = 0
         notes.append(f"preset {name}: the rounded model is not distilled: {obstacle}")
@@ -170,8 +184,10 @@ def configure(
     return chosen, tuple(notes)
 
 
-def _obstacle_to_distilling(spec: ModelSpec, fp8: bool) -> str | None:
+def _obstacle_to_distilling(spec: ModelSpec, explicit: dict[str, Any], fp8: bool) -> str | None:
     """Why a preset does not, or None."""
+    if explicit.get("residual") == "online":
+        return "it would train norms, and hidden states are to stay those of the source"
     if fp8:
         return "the original cannot run as a whole with FP8 weights"
     weights = spec.decoder_weights() + spec.vocab * spec.hidden

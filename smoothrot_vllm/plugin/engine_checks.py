@@ -37,7 +37,7 @@ _ROTATED = (
     "what enters and leaves the decoder layers of this checkpoint is rotated, and the final norm's"
     " weight lies in the output head"
 )
-_SERVE_SOURCE = "Serve the 16-bit model for that."
+_CONVERT_ONLINE = "Convert the model with --residual online for that."
 
 
 @dataclass(frozen=True)
@@ -134,19 +134,19 @@ def _cpu_cache_dtype(config: "VllmConfig") -> object:
 
 
 REFUSALS = (
-    Refusal("--runner pooling", _pooling, _ROTATED, _SERVE_SOURCE, rotated_only=True),
+    Refusal("--runner pooling", _pooling, _ROTATED, _CONVERT_ONLINE, rotated_only=True),
     Refusal(
         "--enable-prompt-embeds",
         lambda config: config.model_config.enable_prompt_embeds or None,
         _ROTATED,
-        "Send tokens or text, or serve the 16-bit model for that.",
+        f"Send tokens or text. {_CONVERT_ONLINE}",
         rotated_only=True,
     ),
     Refusal(
         "--enable-mm-embeds",
         _given_embeddings,
         _ROTATED,
-        "Send images, or serve the 16-bit model for that.",
+        f"Send images. {_CONVERT_ONLINE}",
         rotated_only=True,
     ),
     Refusal(
@@ -159,11 +159,15 @@ REFUSALS = (
         "--speculative-config",
         _draft,
         f"this method reads hidden states, and {_ROTATED}",
-        f"Take one of {', '.join(TOKEN_DRAFTS)}, or serve the 16-bit model.",
+        f"Take one of {', '.join(TOKEN_DRAFTS)}. {_CONVERT_ONLINE}",
         rotated_only=True,
     ),
     Refusal(
-        "--kv-transfer-config", _hidden_states_connector, _ROTATED, _SERVE_SOURCE, rotated_only=True
+        "--kv-transfer-config",
+        _hidden_states_connector,
+        _ROTATED,
+        _CONVERT_ONLINE,
+        rotated_only=True,
     ),
     Refusal(
         "--load-format",

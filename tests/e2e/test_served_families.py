@@ -29,7 +29,8 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     "smollm3": ("--activation-bits", "8"),
     "granite": ("--activation-bits", "8", "--lm-head-bits", "8"),
     "ernie4_5": ("--activation-bits", "8"),
-    "ministral3": ("--activation-bits", "8"),
+    # R1 left to the server.
+    "ministral3": ("--activation-bits", "8", "--residual", "online"),
     # A linear that is stored fused, in a class that lists its parts; some layers of 8 bits.
     "glm4": ("--activation-bits", "8", "--keep-8bit", "auto:0.4"),
     "glm": ("--activation-bits", "8"),

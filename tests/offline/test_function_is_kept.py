@@ -50,8 +50,8 @@ def logits(directory: Path) -> torch.Tensor:
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}],
-    ids=["default", "plain", "tp2-head8"],
+    [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}, {"residual": "online"}],
+    ids=["default", "plain", "tp2-head8", "online"],
 )
 def test_eight_bit_output_computes_what_the_source_does(
     make_model: MakeModel, tmp_path: Path, source: dict[str, object], options: dict[str, object]

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from stored import load_weights
 from typer.testing import CliRunner
 
 import smoothrot_offline.presets
@@ -14,7 +16,7 @@ from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.presets import PRESETS, REASONABLE_SECONDS, choose_preset
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.resolve import resolve
-from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 MakeModel = Callable[..., Path]
 
@@ -159,3 +161,32 @@ def test_share_of_eight_bit_weights_is_given_as_auto_fraction(
     assert CliRunner().invoke(app, [*command, "--keep-8bit", "half"]).exit_code == 2
     assert CliRunner().invoke(app, [*command, "--keep-8bit", "auto:0.25"]).exit_code == 0
     assert read_manifest(tmp_path / "out").config.keep_8bit == 0.25
+
+
+def test_an_embedding_model_keeps_its_hidden_states(make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model("qwen3")
+    (source / "modules.json").write_text(
+        '[{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]'
+    )
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    choice = choose_preset("best", {}, open_checkpoint(source))
+    assert choice.config.residual == "online"
+    assert choice.config.distill_steps == 0
+    assert any("modules.json" in note for note in choice.notes)
+    assert any("not distilled" in note for note in choice.notes)
+    given = choose_preset("best", {"residual": "folded"}, open_checkpoint(source))
+    assert given.config.residual == "folded"
+    result = CliRunner().invoke(
+        app, ["run", str(source), str(tmp_path / "out"), "--preset", "none", "--scales", "none"]
+    )
+    assert result.exit_code == 0, result.output
+    before, after = (load_weights(path) for path in (source, tmp_path / "out"))
+    kept = [name for name in before if "norm" in name or "embed" in name or "lm_head" in name]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == (
+        source / "1_Pooling" / "config.json"
+    ).read_text()
+    (source / "modules.json").write_text("{}x")
+    with pytest.raises(CheckpointError, match=r"modules\.json: expected a list of modules"):
+        choose_preset("best", {}, open_checkpoint(source))

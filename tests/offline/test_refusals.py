@@ -148,6 +148,13 @@ def test_shared_head_that_differs_is_refused(make_model: MakeModel) -> None:
         convert(source, source.parent / "out", make_config(scales="none"))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_5"])
+def test_what_a_server_cannot_rotate_is_not_left_to_it(make_model: MakeModel, family: str) -> None:
+    error = refusal(make_model(family), residual="online")
+    assert isinstance(error, ConfigError)
+    assert "--residual online: expected linears whose input the server can rotate" in str(error)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from smoothrot_offline.check.proof import prove
-from smoothrot_offline.config import ConvertConfig, make_schema
+from smoothrot_offline.config import ConvertConfig, folds_residual, make_schema
 from smoothrot_offline.device import CPU
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
@@ -150,7 +150,7 @@ def rotation_blocks(
     spec: ModelSpec, config: ConvertConfig
 ) -> dict[str, tuple[int, HadamardFactors]]:
     """Width and block of each rotation, by its name in the rotation papers."""
-    r1 = "R1" if spec.architecture.rotates_residual else "R1 online"
+    r1 = "R1" if folds_residual(spec, config) else "R1 online"
     widths = {r1: (spec.hidden, 1)}
     if any(map(spec.rotates_heads, range(spec.layers))):
         widths["R2"] = (spec.head_dim, 1)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from smoothrot_offline.config import ConvertConfig
+from smoothrot_offline.config import ConvertConfig, folds_residual
 from smoothrot_offline.decide.policies import policy_flop
 from smoothrot_offline.decide.signs import trial_loss
 from smoothrot_offline.decide.smoothing import norm_samples, smooth_norms, storable_scales
@@ -187,8 +187,8 @@ class Norms:
 
     def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
         """One for each layer."""
-        folded = config.rotate and spec.architecture.rotates_residual
-        return spec.layers if config.smooths_norms and folded and config.sign_seeds > 1 else 0
+        again = config.smooths_norms and config.sign_seeds > 1
+        return spec.layers if again and folds_residual(spec, config) else 0
 
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """A pass of some of the sequences."""
@@ -225,18 +225,20 @@ class Rotations:
         )
         found.transform, found.learned = learned.transform, learned.record
         found.studies = [
-            replace(study, scales=_storable(source, index, scales))
+            replace(study, scales=_storable(source, config, index, scales))
             for index, (study, scales) in enumerate(zip(found.studies, learned.scales, strict=True))
         ]
 
 
-def _storable(source: SourceModel, index: int, scales: LayerScales) -> LayerScales:
+def _storable(
+    source: SourceModel, config: ConvertConfig, index: int, scales: LayerScales
+) -> LayerScales:
     """The scales of a layer with those of norms that can be stored exactly."""
     table, prefix = source.spec.layer_table(index), source.spec.layer_prefix(index)
     norms = {}
     for norm, wanted in scales.norms.items():
         gamma = torch.ones_like(wanted)
-        if not source.spec.architecture.rotates_residual:
+        if not folds_residual(source.spec, config):
             gamma = source.tensor(f"{prefix}{norm}.weight").double() + table.norm_offset
         norms[norm] = storable_scales(wanted, gamma, table.norm_offset, source.dtype)
     return replace(scales, norms=norms)

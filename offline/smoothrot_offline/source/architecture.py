@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Self
 
 Shape = tuple[int, ...]
@@ -164,6 +165,11 @@ class Architecture:
         """The norm that gate and up, or the router and the experts, read, or what they are named
         by: the second."""
         return list(self.readers)[1]
+
+    @property
+    def quantized_readers(self) -> tuple[str, ...]:
+        """All of ``readers`` but the 16-bit ones."""
+        return tuple(chain.from_iterable(map(self._quantized, self.readers.values())))
 
     @property
     def rotates_residual(self) -> bool:

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_vllm.errors import CheckpointError, UnsupportedModelError
-from smoothrot_vllm.foreign_files import read_header, read_json, refuse_pointer
+from smoothrot_vllm.foreign_files import (
+    MAX_JSON_BYTES,
+    parse_json,
+    read_bytes,
+    read_header,
+    read_json,
+    refuse_pointer,
+)
 
 if TYPE_CHECKING:  # a refusal by configuration must not wait for it
     import torch
@@ -24,6 +31,8 @@ if TYPE_CHECKING:  # a refusal by configuration must not wait for it
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+MODULES_NAME = "modules.json"
+"""Of sentence-transformers: what follows the model, each in a folder of its own."""
 WORK_PREFIX = "resume-"
 """Of the files that only serve to go on with an interrupted conversion."""
 
@@ -166,11 +175,17 @@ def side_files(path: Path) -> SideFiles:
     settings, licence, whatever else.
 
     Left where they are: weights in any format, pickles, code, hidden files, what is :data:`LARGE`,
-    and folders that hold weights, pickles or a configuration, which are models of their own.
+    and folders that hold weights, pickles or a configuration, which are models of their own but for
+    those that :data:`MODULES_NAME` names.
     """
     copied, left = [], {}
+    modules = embedding_modules(path)
     for folder, folders, names in os.walk(path):
         here = Path(folder).relative_to(path)
+        if here in modules:
+            unsafe = (".*", *_PICKLES, *_CODE)
+            copied += [here / name for name in names if not _matches(name, unsafe)]
+            continue
         if here.parts and (reason := _foreign_folder(here, names)):
             left[f"{here}/"] = reason
             folders.clear()
@@ -187,6 +202,25 @@ def side_files(path: Path) -> SideFiles:
             else:
                 copied.append(file)
     return SideFiles(sorted(copied), left)
+
+
+def embedding_modules(path: Path) -> set[Path]:
+    """The folders of what follows an embedding model (pooling, dense layers), relative to it; empty
+    of any other model.
+
+    Raises:
+        CheckpointError: the list of them is damaged.
+    """
+    if not (path / MODULES_NAME).is_file():
+        return set()
+    data = read_bytes(path / MODULES_NAME, MAX_JSON_BYTES, ADVICE)
+    try:
+        return {Path(module["path"]) for module in parse_json(data) if module["path"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path / MODULES_NAME}: expected a list of modules, each with its path: {error}."
+            f" {ADVICE}"
+        ) from error
 
 
 def _left_reason(file: Path) -> str | None:

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from smoothrot_offline.config import ConvertConfig, online_rotations
+from smoothrot_offline.config import ConvertConfig, folds_residual, online_rotations
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.transform.rotation import (
@@ -211,8 +211,8 @@ class ModelTransform:
         Raises:
             UnsupportedModelError: a size has no Hadamard block.
         """
-        folds_r1 = config.rotate and spec.architecture.rotates_residual
-        residual = random_rotation(spec.hidden, config.seed) if folds_r1 else None
+        folded = folds_residual(spec, config)
+        residual = random_rotation(spec.hidden, config.seed) if folded else None
         return cls(spec, config.seed, residual, online_rotations(spec, config))
 
     @classmethod
