@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from moe_models import with_separate_experts
-from test_refusals import edit_config
+from refusal import edit_config
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import smoothrot_offline.decide.stages

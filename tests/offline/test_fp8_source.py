@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusal import edit_config
 from safetensors.torch import load_file, save_file
-from test_refusals import edit_config, edit_weights
+from test_refusals import edit_weights
 
 from smoothrot_offline.check.plan import plan_conversion
 from smoothrot_offline.check.verify import verify

@@ -173,7 +173,10 @@ def test_learning_lowers_the_loss_of_unseen_text(
 
 
 def test_what_is_no_better_is_not_folded(
-    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(folds, "SCALE_RATE", 30.0)
     source = make_model()
@@ -184,6 +187,7 @@ def test_what_is_no_better_is_not_folded(
     folded = read_transform(tmp_path / "learned").transform
     assert isinstance(folded.residual, Rotation)
     assert folded.heads is None
+    assert "Hadamard rotations and measured scales stay" in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked
-from test_refusals import edit_config
+from refusal import edit_config
 
 from smoothrot_offline.check.verify import verify
 from smoothrot_offline.config import make_config

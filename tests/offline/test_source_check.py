@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from refusal import edit_config
 from stored import edit_file
-from test_refusals import edit_config
 
 from smoothrot_offline.check.verify import compare_with_source, verify
 from smoothrot_offline.config import make_config

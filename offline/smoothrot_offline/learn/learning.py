@@ -3,9 +3,11 @@
 
 The loss is ``KL(original || quantized)`` of the next token, with every linear's input quantized and
 weights as they are: rotations learned so suit weights that are rounded with error compensation
-(SpinQuant, arXiv 2405.16406, section 4.3). What is held is one layer, and what each layer reads.
+(SpinQuant, arXiv 2405.16406, its ablation with GPTQ). What is held is one layer, and what each
+layer reads.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import LayerTensors, SourceModel
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.format import QuantizationSchema
+
+_log = logging.getLogger(__name__)
 
 BATCH = 4
 """Sequences of a step."""
@@ -96,6 +100,13 @@ def learn_folds(
     after = learner.loss(held_out, wanted_held_out)
     record = LearnedRecord(steps=config.rotation_steps, before=before, after=after)
     if not after < before:
+        _log.warning(
+            "learned rotations: the held-out loss went from %.4f to %.4f nats, so Hadamard"
+            " rotations and measured scales stay. Use more or more varied text (--calib,"
+            " --calib-samples).",
+            before,
+            after,
+        )
         return Learned(start.transform, start.scales, record)
     found = folds.folded({name: one.detach() for name, one in folds.values(torch.float64).items()})
     return Learned(found.transform, found.scales, record)
