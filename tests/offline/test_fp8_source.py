@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusal import edit_config
+from refusal import edit_config, edit_weights
 from safetensors.torch import load_file, save_file
-from test_refusals import edit_weights
 
 from smoothrot_offline.check.plan import plan_conversion
 from smoothrot_offline.check.verify import verify

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from refusal import refusal
-from safetensors.torch import load_file, save_file
+from refusal import WEIGHTS, edit_weights, refusal
+from safetensors.torch import load_file
 
 from smoothrot_offline.check.admit import admit
 from smoothrot_offline.config import make_config
@@ -26,14 +26,7 @@ from smoothrot_vllm.errors import (
 )
 
 MakeModel = Callable[..., Path]
-WEIGHTS = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(directory / WEIGHTS)
-    change(tensors)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
 def _truncate(directory: Path) -> None:
