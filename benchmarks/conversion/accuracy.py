@@ -49,6 +49,9 @@ POLICIES = ("max", "quantile", "l2", "search", "learned")
 POLICIES_WITH_NORMS = ("l2", "search")
 NORMS = ("--smooth-norms",)
 QUAROT_RTN = ("--preset", "none", *W4A4, *QUAROT, "--rounding", "rtn")
+PER_CHANNEL = ("--group-size", "-1", "--keep-8bit", "auto:0")
+NOT_DISTILLED = ("--distill-steps", "0")
+LEARNED = ("--rotations", "learned", "--rotation-steps", "32")
 SHARDS = (2, 4, 8)
 
 
@@ -97,11 +100,17 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         other = ("norms not smoothed", ("--no-smooth-norms",))
     changes = (
         ("QuaRot in place of SmoothRot", QUAROT),
+        ("not smoothed", (*QUAROT, "--no-smooth-norms")),
         other,
         ("GPTAQ, scales search", ("--rounding", "gptaq", "--scales", "search")),
-        ("learned rotations", ("--rotations", "learned")),
-        ("not distilled", ("--distill-steps", "0")),
-        ("per channel, no 8-bit layers", ("--group-size", "-1", "--keep-8bit", "auto:0")),
+        ("learned rotations", LEARNED),
+        ("not distilled", NOT_DISTILLED),
+        ("per channel, no 8-bit layers", PER_CHANNEL),
+        ("per channel, no 8-bit layers, not distilled", (*PER_CHANNEL, *NOT_DISTILLED)),
+        (
+            "per channel, no 8-bit layers, not distilled, learned rotations",
+            (*PER_CHANNEL, *NOT_DISTILLED, *LEARNED),
+        ),
     )
     return (
         *(
@@ -132,10 +141,10 @@ RECIPES = (
         "W4A4 SmoothRot l2 RTN, norms smoothed, best of 8 sign seeds",
         (*L2_RTN, *NORMS, "--sign-seeds", "8"),
     ),
-    Recipe("W4A4 SmoothRot l2 RTN, learned rotations", (*L2_RTN, "--rotations", "learned")),
+    Recipe("W4A4 SmoothRot l2 RTN, learned rotations", (*L2_RTN, *LEARNED)),
     Recipe(
         "W4A4 SmoothRot l2 RTN, norms smoothed, learned rotations",
-        (*L2_RTN, *NORMS, "--rotations", "learned"),
+        (*L2_RTN, *NORMS, *LEARNED),
     ),
     *_blocks(),
     *_rounded("gptq"),
