@@ -122,8 +122,9 @@ class StudyOfLayers:
     """Smoothing scales, clips, and which linears keep 8 bits."""
 
     def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
-        """One for each layer."""
-        return spec.layers if config.scales != "none" or config.needs_probe else 0
+        """One for each layer, and one for the gradients."""
+        studied = config.scales != "none" or config.needs_probe
+        return spec.layers + (config.keep_8bit > 0) if studied else 0
 
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """The layers once, the trials of the scales, and the probe's passes."""
@@ -140,6 +141,8 @@ class StudyOfLayers:
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
         """Study each layer, then decide for all of them together."""
+        if config.keep_8bit:
+            step("gradients of the original's predictions")
         study = Study(source, config, found.schema, found.transform, found.calibration)
         found.studies = []
         for index, loaded in source.layers():

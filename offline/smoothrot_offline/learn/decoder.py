@@ -75,16 +75,24 @@ Run = Callable[[int, LayerTensors, torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def way_there(source: SourceModel, hidden: torch.Tensor, run: Run) -> list[torch.Tensor]:
-    """What each layer reads, beginning with ``hidden``, and what the last one gives out."""
+def way_there(
+    source: SourceModel, hidden: torch.Tensor, run: Run, at_once: int
+) -> list[torch.Tensor]:
+    """What each layer reads, beginning with ``hidden``, and what the last one gives out; with
+    ``at_once`` samples run together."""
     read = [hidden]
     for index, layer in source.layers():
-        read.append(run(index, layer, read[-1]))
+        parts = read[-1].split(at_once)
+        read.append(torch.cat([run(index, layer, part) for part in parts]))
     return read
 
 
 def way_back(
-    source: SourceModel, read: list[torch.Tensor], run: Run, gradient: torch.Tensor
+    source: SourceModel,
+    read: list[torch.Tensor],
+    run: Run,
+    gradient: torch.Tensor,
+    at_once: int,
 ) -> Iterator[torch.Tensor]:
     """The gradient in what each layer gives out, from the last one on, then in what the first one
     reads. A layer's graph is made anew, so only one is held (Chen et al., arXiv 1604.06174).
@@ -92,11 +100,13 @@ def way_back(
     Args:
         read: of each layer, from which they are taken.
         gradient: in what the last one gives out.
+        at_once: samples whose graph is held.
     """
     yield gradient
     for index, layer in source.layers(range(len(read))[::-1]):
         hidden = read.pop().requires_grad_()
-        run(index, layer, hidden).backward(gradient)
+        for part, own in zip(hidden.split(at_once), gradient.split(at_once), strict=True):
+            run(index, layer, part).backward(own)
         assert hidden.grad is not None
         gradient = hidden.grad
         yield gradient

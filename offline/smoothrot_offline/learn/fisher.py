@@ -25,9 +25,9 @@ def output_gradients(source: SourceModel, tokens: torch.Tensor, seed: int) -> li
     decoder = Decoder(source)
 
     def run(index: int, layer: LayerTensors, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([decoder.layer(index, layer, part, {}) for part in hidden.split(1)])
+        return decoder.layer(index, layer, hidden, {})
 
-    read = way_there(source, source.embed(tokens), run)
+    read = way_there(source, source.embed(tokens), run, at_once=1)
     states = read.pop().requires_grad_()
     generator = torch.Generator().manual_seed(seed)
     for one in states.split(1):
@@ -35,7 +35,7 @@ def output_gradients(source: SourceModel, tokens: torch.Tensor, seed: int) -> li
         drawn = log.detach().exp().cpu().multinomial(1, generator=generator).to(log.device)
         log.gather(-1, drawn).sum().backward()
     assert states.grad is not None
-    *found, _ = way_back(source, read, run, states.grad)
+    *found, _ = way_back(source, read, run, states.grad, at_once=1)
     return found[::-1]
 
 

@@ -182,12 +182,12 @@ class Learner:
             return self._decoder.folded_layer(index, layer, hidden, folded)
 
         embedded = self._decoder.embedded(tokens, folded.transform)
-        read = way_there(self._source, embedded.detach(), run)
+        read = way_there(self._source, embedded.detach(), run, BATCH)
         states = read.pop().requires_grad_()
         for one, target in zip(states.split(1), wanted.split(1), strict=True):
             (self._divergence(one, target, folded) / len(tokens)).backward()
         assert states.grad is not None
-        *_, gradient = way_back(self._source, read, run, states.grad)
+        *_, gradient = way_back(self._source, read, run, states.grad, BATCH)
         if embedded.requires_grad:
             embedded.backward(gradient)
         met = [name for name, copy in copies.items() if copy.grad is not None]
