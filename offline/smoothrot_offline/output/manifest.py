@@ -107,9 +107,9 @@ class ScaleRange(_Record):
 
 class LayerRecord(_Record):
     """One decoder layer: relative weight error ``|W - Q(W)| / |W|`` (Frobenius) by linear, its
-    smoothing, that of its norms,
-    and by the first linear of each group that reads one input: its clip, and what quantizing it
-    alone costs the layer's output. All experts of a layer are one group.
+    smoothing, that of its norms, and by the first linear of each group that reads one input: its
+    clip, and the ``KL`` in nats that quantizing it alone costs the model. All experts of a layer
+    are one group.
 
     Of a layer with experts, ``smoothing`` is None and ``experts`` has that of each; None for those
     listed in ``unseen_experts``, which no calibration token was routed to and whose scales are 1.
