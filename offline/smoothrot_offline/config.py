@@ -177,7 +177,7 @@ class ConvertConfig(_Calibration):
         parts += [f"best of {self.sign_seeds} sign seeds"] * (self.sign_seeds > 1) + [
             "no rotation"
         ] * (not self.rotate)
-        parts += ["R1 online"] * (self.residual == "online")
+        parts += ["R1 online"] * (self.rotate and self.residual == "online")
         parts += [f"rotations learned in {self.rotation_steps} steps"] * self.learns_rotations
         parts += [f"distilled in {self.distill_steps} steps"] * (self.distill_steps > 0)
         parts.append(f"{self.lm_head_bits}-bit head")
@@ -301,9 +301,9 @@ def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
     for reader in (reader for table in spec.tables for reader in table.quantized_readers):
         if spec.experts or online.rotation(reader) is None:
             raise ConfigError(
-                f"--residual online: expected linears whose input the server can rotate, q, k, v,"
-                f" gate and up of a dense model; {reader} reads the residual stream as well. Leave"
-                " the option out."
+                "--residual online: expected linears whose input the server can rotate, q, k, v,"
+                f" gate and up of a dense model; {reader} reads the residual stream as well. Use"
+                " --residual folded."
             )
     return online
 

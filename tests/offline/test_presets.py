@@ -15,6 +15,7 @@ from smoothrot_offline.config import make_schema
 from smoothrot_offline.output.manifest import read_manifest
 from smoothrot_offline.presets import PRESETS, REASONABLE_SECONDS, choose_preset
 from smoothrot_offline.source.checkpoint import open_checkpoint
+from smoothrot_offline.source.headers import side_files
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
@@ -166,10 +167,18 @@ def test_share_of_eight_bit_weights_is_given_as_auto_fraction(
 def test_an_embedding_model_keeps_its_hidden_states(make_model: MakeModel, tmp_path: Path) -> None:
     source = make_model("qwen3")
     (source / "modules.json").write_text(
-        '[{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}]'
+        '[{"path": ""}, {"path": "."}, {"path": "1_Pooling"}, {"path": "2_Dense"}]'
     )
     (source / "1_Pooling").mkdir()
     (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    (source / "2_Dense").mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        (source / "2_Dense" / name).write_text(name)
+    found = side_files(source)
+    assert found.left == {"2_Dense/pytorch_model.bin": "pickle"}
+    dense = {"2_Dense/config.json", "2_Dense/model.safetensors"}
+    beside = {"1_Pooling/config.json", "generation_config.json", "modules.json", *dense}
+    assert {str(file) for file in found.copied} == beside
     choice = choose_preset("best", {}, open_checkpoint(source))
     assert choice.config.residual == "online"
     assert choice.config.distill_steps == 0

@@ -182,9 +182,12 @@ def side_files(path: Path) -> SideFiles:
     modules = embedding_modules(path)
     for folder, folders, names in os.walk(path):
         here = Path(folder).relative_to(path)
-        if here in modules:
-            unsafe = (".*", *_PICKLES, *_CODE)
-            copied += [here / name for name in names if not _matches(name, unsafe)]
+        if here.parts and here in modules:
+            for file in (here / name for name in sorted(names) if not name.startswith(".")):
+                if reason := _left_reason(path / file):
+                    left[str(file)] = reason
+                else:
+                    copied.append(file)
             continue
         if here.parts and (reason := _foreign_folder(here, names)):
             left[f"{here}/"] = reason
