@@ -97,6 +97,11 @@ class ConvertConfig(_Calibration):
         description="Weight rounding: to nearest, error-compensated, or towards the full-precision"
         " model as well, by a share of the error (gptaq) or all of it (qronos).",
     )
+    hessian: Literal["layer", "model"] = Field(
+        "layer",
+        description="gptq, gptaq, qronos: tokens count alike, or by what an error there costs the"
+        " whole model.",
+    )
     act_order: bool = Field(
         True, description="gptq, gptaq, qronos: channels of large inputs first."
     )
@@ -167,7 +172,7 @@ class ConvertConfig(_Calibration):
         groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
         parts = [
             f"W{self.weight_bits}A{self.activation_bits} {groups}",
-            f"{self.rounding}",
+            f"{self.rounding}" + " by the model's loss" * self.weighs_tokens,
             f"scales {self.scales}",
         ]
         parts += ["smoothed norms"] * self.smooths_norms
@@ -187,6 +192,11 @@ class ConvertConfig(_Calibration):
     def asymmetric(self) -> bool:
         """Whether rounding aims at the full-precision model's outputs."""
         return self.rounding in ("gptaq", "qronos")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count in rounding by what an error there costs the whole model."""
+        return self.hessian == "model" and self.rounding != "rtn"
 
     @property
     def needs_calibration(self) -> bool:

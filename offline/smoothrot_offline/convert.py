@@ -119,7 +119,7 @@ def convert(
             step("embedding")
             if not journal.begun:
                 journal.finish_part(journal.write_part(converter.embedding()))
-            _layers(converter, decisions.tokens, config, workers, journal, step)
+            _layers(converter, decisions, config, workers, journal, step)
             step("head and files")
             head, head_error = converter.head()
             tensors = journal.tensors | journal.write_part(head)
@@ -188,7 +188,7 @@ def _decisions(
 
 def _layers(
     converter: Converter,
-    tokens: torch.Tensor | None,
+    decisions: Decisions,
     config: ConvertConfig,
     workers: int,
     journal: Journal,
@@ -208,13 +208,14 @@ def _layers(
                 journal.finish_part(tensors, record)
         return
     rounding = None
-    if config.rounding != "rtn" and tokens is not None:
+    if config.rounding != "rtn":
         rounding = SequentialRounding(
             source,
             converter.schema,
-            converter.embedded(tokens),
+            converter.embedded(decisions.calibration),
             asymmetric=config.asymmetric,
             propagation=config.propagation if config.rounding == "gptaq" else 1.0,
+            token_weights=decisions.token_weights,
             qronos=config.rounding == "qronos",
             act_order=config.act_order,
             damping=config.damping,

@@ -64,6 +64,7 @@ PRESETS = {
             "scales": "l2",
             "smooth_norms": True,
             "rounding": "gptq",
+            "hessian": "model",
             "clip_search": True,
             "keep_8bit": 0.1,
             "lm_head_bits": 8,

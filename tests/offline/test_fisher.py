@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's error costs the whole model is estimated without bias."""
+"""What an error costs the whole model is estimated without bias."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from smoothrot_offline.distill.divergence import divergence
 from smoothrot_offline.learn import decoder, fisher
 from smoothrot_offline.learn.decoder import Decoder
+from smoothrot_offline.report.model import load_model
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.source.resolve import resolve
@@ -43,9 +44,56 @@ def test_the_cost_of_a_small_change_is_its_divergence(
     exact = divergence(logits(change), logits(None)) * TOKENS.numel()
 
     def estimate(seed: int) -> float:
-        gradients = fisher.output_gradients(source, TOKENS, seed)
+        gradients = fisher.model_gradients(source, TOKENS, seed, lambda _: None, 1).outputs
         return float(gradients[changed][0, TOKEN] @ change) ** 2 / 2
 
     mean = sum(map(estimate, range(DRAWS))) / DRAWS
     # Of the square of a normal number the mean of so many is 14 % from its own.
     assert mean == pytest.approx(float(exact), rel=0.35)
+
+
+MANY = torch.arange(2 * fisher.AT_ONCE * 8).view(-1, 8) * 7 % 96
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3_5", "mixtral"])
+def test_tokens_weigh_what_their_gradient_in_the_whole_model_says(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr(decoder, "product_dtype", lambda _: torch.float32)
+    directory = make_model(family)
+    checkpoint = open_checkpoint(directory)
+    spec = resolve(checkpoint.config)
+    steps: list[str] = []
+    found = fisher.model_gradients(SourceModel(checkpoint, spec), MANY, 3, steps.append).weights
+    assert len(steps) == fisher.gradient_steps(len(MANY)) == 2
+
+    model = load_model(directory, torch.float32)
+    squares = [{linear: list[torch.Tensor]() for linear in own} for own in found]
+
+    def watch(module: torch.nn.Module, parts: list[torch.Tensor]) -> None:
+        def keep(gradient: torch.Tensor) -> None:
+            parts.append(gradient.square().mean(-1))
+
+        def hook(_module: torch.nn.Module, _inputs: object, out: torch.Tensor) -> None:
+            out.register_hook(keep)
+
+        module.register_forward_hook(hook)
+
+    for index, own in enumerate(squares):
+        table = spec.layer_table(index)
+        assert set(own) == {
+            linear for linear in table.linears if not spec.experts or "self_attn" in linear
+        }
+        for linear, parts in own.items():
+            watch(model.get_submodule(spec.layer_prefix(index) + linear), parts)
+    generator = torch.Generator().manual_seed(3)
+    for one in MANY.split(1):
+        log = model(one, use_cache=False).logits[0].log_softmax(-1)
+        drawn = log.detach().exp().multinomial(1, generator=generator)
+        log.gather(-1, drawn).sum().backward()
+    for own, weights in zip(squares, found, strict=True):
+        for linear, parts in own.items():
+            expected = torch.cat(parts)
+            torch.testing.assert_close(
+                weights[linear] ** 2, expected / expected.mean(), rtol=2e-3, atol=1e-4
+            )

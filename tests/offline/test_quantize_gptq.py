@@ -68,6 +68,20 @@ def test_accumulated_moments_are_those_of_all_batches_together(inputs: torch.Ten
     torch.testing.assert_close(accumulator.cross, (y - x).T @ x / TOKENS, rtol=1e-5, atol=1e-4)
 
 
+def test_a_token_that_counts_three_times_is_as_three_tokens(inputs: torch.Tensor) -> None:
+    weights = torch.arange(TOKENS) % 4
+    weighed = HessianAccumulator(IN, asymmetric=True)
+    repeated = HessianAccumulator(IN, asymmetric=True)
+    full = inputs + 0.1 * inputs.roll(1, 1)
+    batches = (16, -1, IN)
+    weighed.add(inputs.view(batches), full.view(batches), weights=weights.view(16, -1).float())
+    repeated.add(inputs.repeat_interleave(weights, 0), full.repeat_interleave(weights, 0))
+    share = repeated.tokens / TOKENS
+    torch.testing.assert_close(weighed.hessian, share * repeated.hessian, rtol=1e-5, atol=1e-4)
+    assert repeated.cross is not None
+    torch.testing.assert_close(weighed.cross, share * repeated.cross, rtol=1e-5, atol=1e-4)
+
+
 def test_non_finite_activations_are_refused() -> None:
     with pytest.raises(CheckpointError, match="finite activations"):
         HessianAccumulator(4).add(torch.tensor([[1.0, torch.inf, 0.0, 0.0]]))

@@ -101,9 +101,10 @@ def content(directory: Path) -> dict[str, str]:
     [
         (PLAIN, 2, 18),
         (CALIBRATION | {"rounding": "gptaq", "clip_search": True}, 9, 4),
+        (CALIBRATION | {"rounding": "gptq", "hessian": "model"}, 9, 4),
         (PLAIN | {"calib_seqlen": 16, "distill_steps": 1}, 9, 4),
     ],
-    ids=["rtn", "gptaq", "distilled"],
+    ids=["rtn", "gptaq", "by-the-model", "distilled"],
 )
 def test_kill_9_anywhere_and_the_same_command_finishes_with_the_same_bytes(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object], stride: int, least: int

@@ -80,8 +80,11 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     folding = (2 + 2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
+        running += 4 * sum(weights)
+    if config.keep_8bit or config.weighs_tokens:
         probe = min(tokens, PROBE_SAMPLES * config.calib_seqlen)
-        running += 4 * sum(weights) + gradients_bytes(spec, probe, config.calib_seqlen)
+        differentiated = tokens if config.weighs_tokens else probe
+        running += gradients_bytes(spec, differentiated, config.calib_seqlen)
     if config.rounding != "rtn":
         copies = 2 if config.asymmetric else 1
         # The second hidden states; H and what factorizing it takes, in float64, and C and its
@@ -115,7 +118,11 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         asymmetric = config.asymmetric
         # A layer runs once, its gate and up once more; asymmetric calibration has two of each.
         costs.append(
-            Cost(1, rounding_flop(spec, tokens, asymmetric), 1.5 * (2 if asymmetric else 1))
+            Cost(
+                1,
+                rounding_flop(spec, tokens, asymmetric, config.weighs_tokens),
+                1.5 * (2 if asymmetric else 1),
+            )
         )
     costs.append(Cost(flop=distillation_flop(spec, config)))
     folds = 1 + sum(cost.folds for cost in costs)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything a conversion decides by measurement before it writes, stage by stage: calibration
-text, scales with clips and 8-bit layers, signs, the norms' scales, learned rotations and scales.
+text, what errors cost, scales with clips and 8-bit layers, signs, the norms' scales, learned
+rotations and scales.
 
 Each stage says how many steps it reports, what it costs, and does it.
 """
@@ -17,7 +18,7 @@ from smoothrot_offline.decide.policies import policy_flop
 from smoothrot_offline.decide.signs import trial_loss
 from smoothrot_offline.decide.smoothing import norm_samples, smooth_norms, storable_scales
 from smoothrot_offline.decide.study import PROBE_SAMPLES, LayerStudy, Study, allocate
-from smoothrot_offline.learn.fisher import gradients_flop
+from smoothrot_offline.learn.fisher import gradient_steps, gradients_flop, model_gradients
 from smoothrot_offline.learn.folds import Folded
 from smoothrot_offline.learn.learning import learn_folds, learning_flop, learning_steps
 from smoothrot_offline.output.manifest import LearnedRecord
@@ -44,6 +45,9 @@ class Decisions:
     ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
     overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
     loss of each seed tried, in nats; ``learned`` what learning led to, if there was any.
+    ``output_gradients`` and ``token_weights`` are those of
+    :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding; empty if
+    that does not ask for them.
     """
 
     tokens: torch.Tensor | None
@@ -53,6 +57,8 @@ class Decisions:
     sign_losses: dict[int, float] = field(default_factory=dict)
     learned: LearnedRecord | None = None
     held_out: torch.Tensor | None = None
+    output_gradients: list[torch.Tensor] = field(default_factory=list)
+    token_weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     @property
     def calibration(self) -> torch.Tensor:
@@ -118,13 +124,40 @@ class CalibrationText:
         found.tokens, found.held_out = tokens.tensor_split([config.calib_samples])
 
 
+class LossGradients:
+    """What errors cost the whole model, for the 8-bit layers and for the rounding."""
+
+    def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
+        """One for every few sequences."""
+        return gradient_steps(self._sequences(config))
+
+    def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
+        """The way there and back."""
+        tokens = self._sequences(config) * config.calib_seqlen
+        return Cost(flop=tokens * gradients_flop(spec, config.calib_seqlen))
+
+    def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
+        """Take them."""
+        tokens = found.calibration[: self._sequences(config)]
+        outputs = PROBE_SAMPLES if config.keep_8bit else 0
+        gradients = model_gradients(source, tokens, config.seed, step, outputs)
+        found.output_gradients = gradients.outputs
+        if config.weighs_tokens:
+            found.token_weights = gradients.weights
+
+    @staticmethod
+    def _sequences(config: ConvertConfig) -> int:
+        if config.weighs_tokens:
+            return config.calib_samples
+        return min(config.calib_samples, PROBE_SAMPLES) if config.keep_8bit else 0
+
+
 class StudyOfLayers:
     """Smoothing scales, clips, and which linears keep 8 bits."""
 
     def steps(self, spec: ModelSpec, config: ConvertConfig) -> int:
-        """One for each layer, and one for the gradients."""
-        studied = config.scales != "none" or config.needs_probe
-        return spec.layers + (config.keep_8bit > 0) if studied else 0
+        """One for each layer."""
+        return spec.layers if config.scales != "none" or config.needs_probe else 0
 
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """The layers once, the trials of the scales, and the probe's passes."""
@@ -136,20 +169,25 @@ class StudyOfLayers:
         if config.needs_probe:
             probe = min(config.calib_samples, PROBE_SAMPLES) * config.calib_seqlen
             flop += (6 if config.keep_8bit else 2) * probe * spec.token_flop(config.calib_seqlen)
-            flop += probe * gradients_flop(spec, config.calib_seqlen) if config.keep_8bit else 0
         return Cost(folds=int(config.needs_probe), flop=flop, passes=passes)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
         """Study each layer, then decide for all of them together."""
-        if config.keep_8bit:
-            step("gradients of the original's predictions")
-        study = Study(source, config, found.schema, found.transform, found.calibration)
+        study = Study(
+            source,
+            config,
+            found.schema,
+            found.transform,
+            found.calibration,
+            found.output_gradients,
+        )
         found.studies = []
         for index, loaded in source.layers():
             step(f"studying layer {index + 1} of {source.spec.layers}")
             found.studies.append(study.layer(index, loaded))
         _warn_of_unseen_experts(found.studies)
         found.schema = allocate(source.spec, config, found.schema, found.studies)
+        found.output_gradients = []
 
 
 class Signs:
@@ -247,7 +285,14 @@ def _storable(
     return replace(scales, norms=norms)
 
 
-STAGES: tuple[Stage, ...] = (CalibrationText(), StudyOfLayers(), Signs(), Norms(), Rotations())
+STAGES: tuple[Stage, ...] = (
+    CalibrationText(),
+    LossGradients(),
+    StudyOfLayers(),
+    Signs(),
+    Norms(),
+    Rotations(),
+)
 
 
 def count_steps(spec: ModelSpec, config: ConvertConfig) -> int:

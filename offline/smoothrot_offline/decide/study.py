@@ -11,7 +11,6 @@ from torch import nn
 
 from smoothrot_offline.config import ACTIVATION_CLIP, ConvertConfig
 from smoothrot_offline.decide.smoothing import NormStatistics, smooth_layer
-from smoothrot_offline.learn.fisher import output_gradients
 from smoothrot_offline.output.manifest import SmoothingRecord
 from smoothrot_offline.rounding.rtn import fake_quantize_tokens, quantize_rtn
 from smoothrot_offline.rounding.served import (
@@ -70,6 +69,8 @@ class Study:
         source, config, schema, transform: of the conversion; ``schema`` has the bits and groups
             asked for.
         tokens: calibration tokens, int64 ``(samples, seqlen)``.
+        gradients: in what each layer gives out, of the first ``PROBE_SAMPLES`` sequences, if
+            ``config.keep_8bit``.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Study:
         schema: QuantizationSchema,
         transform: ModelTransform,
         tokens: torch.Tensor,
+        gradients: Sequence[torch.Tensor] = (),
     ) -> None:
         self._source = source
         self._config = config
@@ -86,9 +88,7 @@ class Study:
         self._transform = transform
         self._hidden = hidden = source.embed(tokens)
         self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
-        self._gradients: list[torch.Tensor] = []
-        if config.keep_8bit:
-            self._gradients = output_gradients(source, tokens[:PROBE_SAMPLES], config.seed)
+        self._gradients = gradients
 
     def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> LayerStudy:
         """Study decoder layer ``index``; call in order.

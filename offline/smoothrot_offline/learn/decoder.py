@@ -42,6 +42,11 @@ class Decoder:
             return nullcontext()
         return torch.autocast(self.source.device.type, self._products)
 
+    def module(self, index: int) -> nn.Module:
+        """Decoder layer ``index``, whose weights :meth:`layer` brings along."""
+        _, layer = self._skeleton(index)
+        return layer
+
     def layer(
         self,
         index: int,

@@ -373,6 +373,8 @@ def _packed(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if study.scales.down is not None:
             tensors[f"scales.{index}"] = study.scales.down
         tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
+    for index, weights in enumerate(found.token_weights):
+        tensors |= {f"weights.{index}.{linear}": own for linear, own in weights.items()}
     if isinstance(found.transform.residual, DenseRotation):
         tensors["residual"] = found.transform.residual.blocks
     tensors |= {
@@ -420,8 +422,27 @@ def _unpacked(
     learned = _or_none(LearnedRecord, facts["learned"])
     schema = QuantizationSchema.model_validate(facts["schema"])
     return Decisions(
-        tensors["tokens"], studies, schema, transform, dict(facts["sign_losses"]), learned
+        tensors["tokens"],
+        studies,
+        schema,
+        transform,
+        dict(facts["sign_losses"]),
+        learned,
+        token_weights=_unpacked_weights(tensors, spec) if config.weighs_tokens else [],
     )
+
+
+def _unpacked_weights(
+    tensors: dict[str, torch.Tensor], spec: ModelSpec
+) -> list[dict[str, torch.Tensor]]:
+    return [
+        {
+            linear: tensors[name]
+            for linear in spec.layer_table(index).linears
+            if (name := f"weights.{index}.{linear}") in tensors
+        }
+        for index in range(spec.layers)
+    ]
 
 
 def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:

@@ -14,8 +14,8 @@ from smoothrot_vllm.reference import quant_max
 
 
 class HessianAccumulator:
-    """``H = mean_t x_t^T x_t`` and, for asymmetric calibration, ``C = mean_t (x~_t - x_t)^T x_t``,
-    added a batch at a time.
+    """``H = mean_t w_t x_t^T x_t`` and, for asymmetric calibration, ``C = mean_t w_t (x~_t -
+    x_t)^T x_t``, added a batch at a time; the weights are 1 unless they are given.
 
     ``x`` is what the quantized linear reads at run time: smoothed, rotated, quantized and
     dequantized. ``x~`` is what the full-precision model has there, in the same smoothed and rotated
@@ -34,9 +34,15 @@ class HessianAccumulator:
         self._hessian = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self._cross = torch.zeros_like(self._hessian) if asymmetric else None
 
-    def add(self, x: torch.Tensor, full_precision: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        x: torch.Tensor,
+        full_precision: torch.Tensor | None = None,
+        *,
+        weights: torch.Tensor | None = None,
+    ) -> None:
         """Add tokens ``x (..., channels)``, float32, and what the full-precision model has for the
-        same tokens.
+        same tokens; each counts by its weight of ``weights (...)``, or once.
 
         Raises:
             CheckpointError: an input is NaN or infinite.
@@ -48,10 +54,11 @@ class HessianAccumulator:
                 "Check the source weights with `smoothrot-convert plan`, and the calibration text."
             )
         self._tokens += x.shape[0]
-        self._hessian += x.T @ x
+        weighed = x if weights is None else x * weights.reshape(-1, 1)
+        self._hessian += x.T @ weighed
         if self._cross is not None:
             assert full_precision is not None
-            self._cross += (full_precision.flatten(0, -2).float() - x).T @ x
+            self._cross += (full_precision.flatten(0, -2).float() - x).T @ weighed
 
     @property
     def tokens(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from smoothrot_offline.rounding.gptq import HessianAccumulator, quantize_gptq
 from smoothrot_offline.rounding.rtn import QuantizedWeight
 from smoothrot_offline.rounding.served import BuiltLayer, quantizers, rotations
+from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import CHUNK_TOKENS, LayerRunner
 from smoothrot_vllm.format import QuantizationSchema
@@ -37,6 +38,8 @@ class SequentialRounding:
             2210.17323).
         propagation: share of the earlier layers' error that asymmetric calibration makes up for;
             all of it follows the noise of the calibration text.
+        token_weights: of each layer, by linear, float32 ``(samples, seqlen)``: how much each token
+            counts; those of a linear that is not named count once.
         qronos, act_order, damping: see
             :func:`~smoothrot_offline.rounding.gptq.quantize_gptq`.
     """
@@ -49,6 +52,7 @@ class SequentialRounding:
         *,
         asymmetric: bool,
         propagation: float,
+        token_weights: Sequence[Mapping[str, torch.Tensor]],
         qronos: bool,
         act_order: bool,
         damping: float,
@@ -59,6 +63,7 @@ class SequentialRounding:
         self._hidden = hidden
         self._asymmetric = asymmetric
         self._propagation = propagation
+        self._token_weights = token_weights
         self._qronos = qronos
         self._exact = hidden.clone() if asymmetric else hidden
         self._act_order = act_order
@@ -95,6 +100,7 @@ class SequentialRounding:
                 BuiltLayer(*self._runner.build(index, tensors), self._spec, table, turned)
             )
         rounded: dict[str, QuantizedWeight] = {}
+        weights = self._token_weights[index] if self._token_weights else {}
 
         def round_group(group: tuple[str, ...], inputs: Iterable[Sequence[torch.Tensor]]) -> None:
             """Round linears that read one input: a chunk at a time, as served and, if
@@ -102,14 +108,23 @@ class SequentialRounding:
             quantized = [linear for linear in group if schemes[linear] is not None]
             if not quantized:
                 return
-            statistics = HessianAccumulator(
-                tensors[f"{group[0]}.weight"].shape[1], self._asymmetric, self._hidden.device
-            )
+            # Without weights of its own a linear has the statistics of its group.
+            own = {linear: linear if linear in weights else group[0] for linear in quantized}
+            statistics = {
+                key: HessianAccumulator(
+                    tensors[f"{key}.weight"].shape[1], self._asymmetric, self._hidden.device
+                )
+                for key in set(own.values())
+            }
+            first = 0
             for chunk in inputs:
-                statistics.add(*chunk)
+                last = first + len(chunk[0])
+                for key, found in statistics.items():
+                    found.add(*chunk, weights=weights[key][first:last] if key in weights else None)
+                first = last
             for linear in quantized:
                 rounded[linear] = self._round(
-                    prefix + linear, tensors[f"{linear}.weight"], statistics
+                    prefix + linear, tensors[f"{linear}.weight"], statistics[own[linear]]
                 )
                 copies[0].set_weight(linear, rounded[linear].dequantize())
 
@@ -208,13 +223,16 @@ class SequentialRounding:
         return zip(*(stream.split(step) for stream in streams), strict=True)
 
 
-def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool) -> float:
+def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool) -> float:
     """Floating-point operations of error-compensated rounding beside the passes of the tokens: an
-    H, or two, of each input, and of each expert one that is factorized and inverted."""
-    inputs = max(
-        sum(shape[1] ** 2 for shape in {spec.linear_shape(linear) for linear in table.linears})
-        for table in spec.tables
-    )
+    H, or two, of each input, or of each linear where tokens are weighed, and of each expert one
+    that is factorized and inverted."""
+
+    def gathered_of(table: Architecture) -> int:
+        shapes = [spec.linear_shape(linear) for linear in table.linears]
+        return sum(shape[1] ** 2 for shape in (shapes if weighed else set(shapes)))
+
+    inputs = max(map(gathered_of, spec.tables))
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
     gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
     return gathered + 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
