@@ -29,9 +29,9 @@ from smoothrot_offline.source.families import (
     SMOLLM3,
 )
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.headers import is_fp8
 from smoothrot_offline.source.linear_attention import QWEN3_5
 from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
+from smoothrot_offline.source.packings.table import PACKINGS, find_packing
 from smoothrot_offline.source.settings import OUTER_WIDE, check_settings, check_values
 from smoothrot_vllm.errors import UnsupportedModelError
 
@@ -203,12 +203,12 @@ def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) ->
     return int(count)
 
 
-def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
+def supported_table(config: dict[str, Any], packed: bool = False) -> Architecture:
     """The table of a model's family. Imports neither torch nor transformers.
 
     Args:
         config: ``config.json`` as read.
-        fp8: whether block-scaled FP8 weights are let pass, which are dequantized as they are read.
+        packed: whether weights in a packing that is read are let pass.
 
     Raises:
         UnsupportedModelError: there is none, or the weights are quantized, or the model needs code
@@ -227,7 +227,7 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         )
     names = ", ".join(classes or [str(model_type)])
     quantization = config.get("quantization_config")
-    if quantization is not None and not (fp8 and is_fp8(config)):
+    if quantization is not None and not (packed and find_packing(config)):
         method = (
             quantization.get("quant_method", "unknown")
             if isinstance(quantization, dict)
@@ -235,7 +235,7 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         )
         raise UnsupportedModelError(
             f"{names} is already quantized (quantization_config, quant_method {method!r}). "
-            "Convert the 16-bit model it was made from."
+            f"Convert the 16-bit model it was made from; read are {', '.join(PACKINGS)}."
         )
     composite = COMPOSITES.get(model_type) if isinstance(model_type, str) else None
     if composite is not None:
