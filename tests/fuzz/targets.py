@@ -108,7 +108,7 @@ def prepare(root: Path) -> None:
     for folder, packing in PACKED.items():
         shutil.copytree(source, root / folder, ignore=shutil.ignore_patterns("canary.py"))
         pack_linears(root / folder, *packing)
-    mixture = FAMILIES["mixtral"](**SIZES | {"num_local_experts": 2})
+    mixture = FAMILIES["mixtral"](**SIZES | {"num_local_experts": 2, "num_hidden_layers": 2})
     experts = AutoModelForCausalLM.from_config(mixture).bfloat16()
     experts.save_pretrained(root / "fused", save_original_format=False, max_shard_size="20KB")
     convert(source, root / "converted", OPTIONS)

@@ -25,6 +25,8 @@ def find_packing(config: Mapping[str, Any]) -> Packing | None:
         UnsupportedModelError: it is one of them, of a kind that is not read.
     """
     quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if not isinstance(quantization, dict):
+        return None
+    method = quantization.get("quant_method")
     parse = PACKINGS.get(method) if isinstance(method, str) else None
     return None if parse is None else parse(quantization)
