@@ -22,9 +22,8 @@ of their names the tensors that are stored."""
 
 def pack_linears(source: Path, quantization: dict[str, Any], pack: Pack) -> Tensors:
     """Put packed weights in place of a checkpoint's linears; returns what they are worth."""
-    worth = {}
-    index = source / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    worth: Tensors = {}
+    weight_map: dict[str, str] = {}
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -33,9 +32,9 @@ def pack_linears(source: Path, quantization: dict[str, Any], pack: Pack) -> Tens
             tensors |= {module + part: tensor.contiguous() for part, tensor in stored.items()}
         save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
+    index = source / "model.safetensors.index.json"
     if index.exists():
-        kept = {name: file for name, file in weight_map.items() if name not in worth}
-        index.write_text(json.dumps({"weight_map": kept}))
+        index.write_text(json.dumps({"weight_map": weight_map}))
     config = source / "config.json"
     content = json.loads(config.read_text()) | {"quantization_config": quantization}
     config.write_text(json.dumps(content))
@@ -154,6 +153,75 @@ def awq_config(group_size: int, **changes: Any) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": None,
     } | changes
+
+
+def _as_fp8(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """The codes of a weight, the scale of each block, and what they are worth."""
+    blocks = [torch.arange(n) // step for n, step in zip(weight.shape, block, strict=True)]
+    place = (blocks[0][:, None], blocks[1][None, :])
+    largest = torch.zeros(int(blocks[0][-1]) + 1, int(blocks[1][-1]) + 1)
+    largest.index_put_(place, weight.float().abs(), accumulate=True)
+    scales = largest / 448 / 8
+    codes = (weight.float() / scales[place]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, scales, codes.float() * scales[place]
+
+
+def fp8(scale_name: str = "weight_scale", scale_shape: tuple[int, ...] = (1,)) -> Pack:
+    """FP8 with one scale for a weight."""
+
+    def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        codes, scale, worth = _as_fp8(weight, (weight.shape[0], weight.shape[1]))
+        return worth, {"weight": codes, scale_name: scale.reshape(scale_shape)}
+
+    return pack
+
+
+def fp8_config(**changes: Any) -> dict[str, Any]:
+    """What AutoFP8 writes into ``config.json``."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "ignored_layers": ["lm_head"],
+    } | changes
+
+
+def _float_arguments(strategy: str) -> QuantizationArgs:
+    block = [32, 48] if strategy == "block" else None
+    return QuantizationArgs(num_bits=8, type="float", strategy=strategy, block_structure=block)
+
+
+def compressed_fp8(strategy: str) -> Pack:
+    """FP8 stored by the compressed-tensors library."""
+    scheme = QuantizationScheme(targets=["Linear"], weights=_float_arguments(strategy))
+    library = BaseCompressor.get_value_from_registry("float-quantized")
+
+    def pack(weight: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        rows, columns = weight.shape
+        block = {"tensor": (rows, columns), "channel": (1, columns), "block": (32, 48)}[strategy]
+        _, scale, worth = _as_fp8(weight, block)
+        if strategy == "tensor":
+            scale = scale.reshape(1)
+        return worth, library.compress({"weight": worth, "weight_scale": scale}, scheme)
+
+    return pack
+
+
+def compressed_fp8_config(strategy: str, **changes: Any) -> dict[str, Any]:
+    """What llm-compressor writes into ``config.json`` for its FP8 schemes."""
+    group = {
+        "targets": ["Linear"],
+        "weights": _float_arguments(strategy).model_dump(mode="json"),
+        "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group | changes},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
 
 
 def _arguments(

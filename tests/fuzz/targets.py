@@ -17,6 +17,8 @@ from packers import (
     awq_config,
     compressed,
     compressed_config,
+    compressed_fp8,
+    compressed_fp8_config,
     gptq,
     gptq_config,
     pack_linears,
@@ -79,6 +81,7 @@ PACKED = {
     "gptq": (gptq_config(group_size=8), gptq(group_size=8, symmetric=True, ordered=True)),
     "awq": (awq_config(8), awq(8)),
     "compressed": (compressed_config(4, 8, False), compressed(4, 8, False)),
+    "fp8": (compressed_fp8_config("channel"), compressed_fp8("channel")),
 }
 """What sources with packed weights say of them, and what makes those, by folder."""
 Files = dict[str, bytes]
@@ -447,7 +450,7 @@ TARGETS = (
     Target(
         "journal", 0.02, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal
     ),
-    Target("calibration_text", 0.2687, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
+    Target("calibration_text", 0.2587, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
     Target("tokenizer", 0.004, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
     Target(
         "load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load

@@ -22,6 +22,7 @@ TARGETS = (
         "source_gptq",
         "source_awq",
         "source_compressed",
+        "source_fp8",
         "source_fused",
         "converted",
         "transform",

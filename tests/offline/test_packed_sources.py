@@ -2,6 +2,7 @@
 """GPTQ, AWQ and compressed-tensors weights are worth what their codes say, and convert as the
 model of those weights."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from packers import (
     awq_config,
     compressed,
     compressed_config,
+    compressed_fp8,
+    compressed_fp8_config,
+    fp8,
+    fp8_config,
     gptq,
     gptq_config,
     pack_linears,
 )
 from refusal import edit_config, edit_weights
+from safetensors.torch import load_file
 
 from smoothrot_offline.check.admit import admit
 from smoothrot_offline.check.plan import plan_conversion
@@ -38,6 +44,7 @@ from smoothrot_vllm.errors import (
 MakeModel = Callable[..., Path]
 OPTIONS = make_config(scales="none")
 UP = "model.layers.1.mlp.up_proj"
+LINEARS = re.compile(r"_proj\.|\.mlp\.gate\.")
 CODES = {"group_size": 8, "symmetric": False}
 PACKED: dict[str, tuple[dict[str, Any], Pack]] = {
     "gptq": (gptq_config(group_size=8), gptq(group_size=8, symmetric=True)),
@@ -71,6 +78,18 @@ PACKED: dict[str, tuple[dict[str, Any], Pack]] = {
         compressed_config(4, 8, False, ordered=True),
         compressed(4, 8, False, ordered=True),
     ),
+    "fp8": (fp8_config(), fp8()),
+    "fp8, as transformers has it": (
+        fp8_config(weight_block_size=None),
+        fp8("weight_scale_inv", ()),
+    ),
+    "compressed fp8": (compressed_fp8_config("tensor"), compressed_fp8("tensor")),
+    "compressed fp8, by channel": (compressed_fp8_config("channel"), compressed_fp8("channel")),
+    "compressed fp8, weights alone": (
+        compressed_fp8_config("channel", input_activations=None),
+        compressed_fp8("channel"),
+    ),
+    "compressed fp8, by block": (compressed_fp8_config("block"), compressed_fp8("block")),
 }
 
 
@@ -100,6 +119,7 @@ def test_weights_are_worth_what_their_codes_say(make_model: MakeModel, kind: str
             "compressed, asymmetric",
             {"family": "qwen3_moe", "head_dim": 8, "moe_intermediate_size": 80},
         ),
+        ("compressed fp8, by channel", {}),
     ],
 )
 def test_converts_as_the_model_of_the_same_weights(
@@ -111,9 +131,15 @@ def test_converts_as_the_model_of_the_same_weights(
     edit_weights(plain, lambda tensors: tensors.update(worth))
     found = plan_conversion(open_checkpoint(source), OPTIONS)
     assert found.refusals == []
-    assert f"{len(worth)} weights are read from 4-bit" in " ".join(found.notes)
+    assert f"{len(worth)} weights are read from " in " ".join(found.notes)
     assert found.source_bytes is not None
-    assert found.source_bytes.linears < sum(weight.numel() for weight in worth.values())
+    stored = {
+        name: part
+        for file in source.glob("*.safetensors")
+        for name, part in load_file(file).items()
+    }
+    linears = [part.nbytes for name, part in stored.items() if LINEARS.search(name)]
+    assert found.source_bytes.linears == sum(linears)
     assert admit(open_checkpoint(source), OPTIONS).notes == found.notes
     convert(source, tmp_path / "out", OPTIONS)
     convert(plain, tmp_path / "expected", OPTIONS)
@@ -127,7 +153,15 @@ def test_converts_as_the_model_of_the_same_weights(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["compressed", "compressed, asymmetric", "compressed, ordered"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "compressed",
+        "compressed, asymmetric",
+        "compressed, ordered",
+        "compressed fp8, weights alone",
+    ],
+)
 def test_transformers_runs_compressed_weights_as_they_are_read(
     make_model: MakeModel, kind: str
 ) -> None:
@@ -314,7 +348,53 @@ REFUSED: dict[str, tuple[str, Change, type[SmoothRotError], str]] = {
         "compressed",
         says(scheme(input_activations={"num_bits": 8, "dynamic": True})),
         UnsupportedModelError,
-        "group_0.input_activations: expected none",
+        "input_activations: expected none in pack-quantized",
+    ),
+    "activations with stored scales": (
+        "compressed fp8",
+        says(compressed_fp8_config("tensor", input_activations={"num_bits": 8, "dynamic": False})),
+        UnsupportedModelError,
+        "group_0.input_activations: expected none, or dynamic",
+    ),
+    "quantized outputs": (
+        "compressed fp8",
+        says(compressed_fp8_config("tensor", output_activations={"num_bits": 8})),
+        UnsupportedModelError,
+        "group_0.output_activations",
+    ),
+    "fp8 activations with stored scales": (
+        "fp8",
+        says(fp8_config(activation_scheme="static")),
+        UnsupportedModelError,
+        "activation_scheme: expected dynamic.* got 'static'",
+    ),
+    "scales of a cache": (
+        "fp8",
+        weights(lambda t: t.update({"model.layers.0.self_attn.k_scale": torch.ones(1)})),
+        UnsupportedModelError,
+        "self_attn.k_scale: expected scales of weights alone, got one of cached keys",
+    ),
+    "scales of parts of a weight": (
+        "fp8",
+        put("weight_scale", torch.ones(3)),
+        CheckpointError,
+        r"weight_scale: expected .* \(1,\) .* got F32 \(3,\)",
+    ),
+    "fp8 without a scale": (
+        "compressed fp8, by channel",
+        weights(lambda t: t.pop(f"{UP}.weight_scale")),
+        CheckpointError,
+        "up_proj.weight_scale.* got none",
+    ),
+    "fp8 in blocks without a size": (
+        "compressed fp8, by block",
+        says(
+            compressed_fp8_config(
+                "block", weights={"num_bits": 8, "type": "float", "strategy": "block"}
+            )
+        ),
+        UnsupportedModelError,
+        "block_structure: expected two positive numbers",
     ),
     "a quantized cache": (
         "compressed",
@@ -338,7 +418,7 @@ REFUSED: dict[str, tuple[str, Change, type[SmoothRotError], str]] = {
         "compressed",
         says(compressed_config(4, 8, True, format="nvfp4-pack-quantized")),
         UnsupportedModelError,
-        "format: expected pack-quantized, got 'nvfp4-pack-quantized'",
+        "format: expected pack-quantized or float-quantized, got 'nvfp4-pack-quantized'",
     ),
     "no groups": (
         "compressed",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from smoothrot_offline.source.packings.packed import (
@@ -41,8 +41,9 @@ class Awq(Packing):
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
 
-    def layout(self, stored: Shape, roles: Collection[str]) -> Layout:
+    def layout(self, there: Mapping[str, Shape]) -> Layout:
         """See :class:`Packing`."""
+        stored = there[self.roles[0]]
         inputs, words = stored
         groups = count_groups(inputs, self.group_size)
         return Layout(

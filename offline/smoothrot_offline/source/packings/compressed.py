@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer weights as the compressed-tensors library packs them."""
+"""Integer and FP8 weights as the compressed-tensors library stores them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from smoothrot_offline.source.packings.fp8 import Fp8, block_shape
 from smoothrot_offline.source.packings.packed import (
     FLOATS,
     INT32,
@@ -26,15 +27,28 @@ from smoothrot_vllm.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-_KNOWN = {
+_ORDERED = (True, "group", "dynamic")
+_NEIGHBOURS = (None, False, "weight", "static")
+"""Of ``actorder``: groups of any inputs, groups of neighbouring ones."""
+_INTEGERS: dict[str, tuple[Any, ...]] = {
     "type": ("int",),
     "dynamic": (False, None),
     "symmetric": (True, False, None),
-    "actorder": (None, False, "weight", "static", True, "group", "dynamic"),
+    "actorder": (*_NEIGHBOURS, *_ORDERED),
     "strategy": ("group", "channel"),
 }
-_WEIGHTS = (*_KNOWN, "num_bits", "group_size")
+_FLOATS: dict[str, tuple[Any, ...]] = {
+    "type": ("float",),
+    "dynamic": (False, None),
+    "symmetric": (True, None),
+    "actorder": _NEIGHBOURS,
+    "strategy": ("tensor", "channel", "block"),
+}
+_FORMATS = {"pack-quantized": _INTEGERS, "float-quantized": _FLOATS}
+"""What the scheme of weights may say, by format."""
+_WEIGHTS = (*_INTEGERS, "num_bits", "group_size", "block_structure")
 """What says what a packed weight is worth."""
+_OF_WEIGHTS = "config_groups: weights"
 _ABSENT = ("kv_cache_scheme", "transform_config", "sparsity_config")
 """Beside weights in few bits."""
 
@@ -54,8 +68,9 @@ class PackedIntegers(Packing):
         self.symmetric = symmetric
         self.ordered = ordered
 
-    def layout(self, stored: Shape, roles: Collection[str]) -> Layout:
+    def layout(self, there: Mapping[str, Shape]) -> Layout:
         """See :class:`Packing`."""
+        stored = there[self.roles[0]]
         codes = WORD_BITS // self.bits
         out, inputs = stored[0], stored[1] * codes
         groups = count_groups(inputs, self.group_size)
@@ -66,7 +81,7 @@ class PackedIntegers(Packing):
         }
         if not self.symmetric:
             parts["weight_zero_point"] = (INT32, (-(-out // codes), groups))
-        if self.ordered or "weight_g_idx" in roles:
+        if self.ordered or "weight_g_idx" in there:
             parts["weight_g_idx"] = (INT32, (inputs,))
         return Layout((out, inputs), parts)
 
@@ -101,40 +116,55 @@ def parse_compressed(quantization: Mapping[str, Any]) -> Packing:
     Raises:
         UnsupportedModelError: it says something that is not read.
     """
-    if (found := quantization.get("format")) != "pack-quantized":
-        raise unsupported("format", "pack-quantized", found)
+    layout = quantization.get("format")
+    if not isinstance(layout, str) or layout not in _FORMATS:
+        raise unsupported("format", " or ".join(_FORMATS), layout)
     for key in _ABSENT:
         found = quantization.get(key)
         if found and not (isinstance(found, dict) and found.get("format") == "dense"):
             raise unsupported(key, "none", found)
-    weights = _scheme(quantization)
-    for key, known in _KNOWN.items():
+    weights, dynamic = _scheme(quantization)
+    for key, known in _FORMATS[layout].items():
         if (found := weights[key]) not in known:
-            raise unsupported(f"config_groups: weights.{key}", f"one of {known}", found)
-    bits = check_bits("config_groups: weights.num_bits", weights["num_bits"])
-    grouped, size = weights["strategy"] == "group", weights["group_size"]
+            raise unsupported(f"{_OF_WEIGHTS}.{key}", f"one of {known}", found)
+    key, strategy = f"{_OF_WEIGHTS}.num_bits", weights["strategy"]
+    if layout == "float-quantized":
+        check_bits(key, weights["num_bits"], (8,))
+        if strategy == "block":
+            key = f"{_OF_WEIGHTS}.block_structure"
+            return Fp8(block_shape(key, weights["block_structure"]), dynamic)
+        return Fp8(strategy, dynamic)
+    if dynamic:
+        raise unsupported("config_groups: input_activations", f"none in {layout}", "dynamic ones")
+    size = weights["group_size"] if strategy == "group" else -1
     return PackedIntegers(
-        bits,
-        check_group_size("config_groups: weights.group_size", size) if grouped else -1,
+        check_bits(key, weights["num_bits"]),
+        check_group_size(f"{_OF_WEIGHTS}.group_size", size),
         weights["symmetric"] is not False,
-        weights["actorder"] in (True, "group", "dynamic"),
+        weights["actorder"] in _ORDERED,
     )
 
 
-def _scheme(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """What the weights of all modules are stored by."""
+def _scheme(quantization: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What the weights of all modules are stored by, and whether activations are quantized as they
+    come."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise unsupported("config_groups", "at least one group", groups)
     schemes: list[dict[str, Any]] = []
+    dynamic = False
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             raise unsupported(f"config_groups.{name}", "a scheme of weights", group)
-        for key in ("input_activations", "output_activations"):
-            if found := group.get(key):
-                raise unsupported(f"config_groups.{name}.{key}", "none, only weights", found)
+        if found := group.get("output_activations"):
+            raise unsupported(f"config_groups.{name}.output_activations", "none", found)
+        if found := group.get("input_activations"):
+            if not isinstance(found, dict) or found.get("dynamic") is not True:
+                key = f"config_groups.{name}.input_activations"
+                raise unsupported(key, "none, or dynamic ones without stored scales", found)
+            dynamic = True
         schemes.append({key: weights.get(key) for key in _WEIGHTS})
         if schemes[-1] != schemes[0]:
             raise unsupported("config_groups", "one scheme in all groups", schemes)
-    return schemes[0]
+    return schemes[0], dynamic

@@ -47,8 +47,9 @@ class Gptq(Packing):
         self.ordered = ordered
         self.offset = offset
 
-    def layout(self, stored: Shape, roles: Collection[str]) -> Layout:
+    def layout(self, there: Mapping[str, Shape]) -> Layout:
         """See :class:`Packing`."""
+        stored = there[self.roles[0]]
         codes = WORD_BITS // self.bits
         inputs, out = stored[0] * codes, stored[1]
         groups = count_groups(inputs, self.group_size)
@@ -57,7 +58,7 @@ class Gptq(Packing):
             "qzeros": (INT32, (groups, -(-out // codes))),
             "scales": (FLOATS, (groups, out)),
         }
-        if self.ordered or "g_idx" in roles:
+        if self.ordered or "g_idx" in there:
             parts["g_idx"] = (INT32, (inputs,))
         return Layout((out, inputs), parts)
 

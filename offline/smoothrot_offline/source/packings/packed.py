@@ -21,6 +21,18 @@ FLOATS = ("BF16", "F16", "F32")
 """Dtypes of scales."""
 INT32 = ("I32",)
 WORD_BITS = 32
+_OTHER_SCALES = {
+    "input_scale": "inputs",
+    "input_zero_point": "inputs",
+    "activation_scale": "inputs",
+    "output_scale": "outputs",
+    "q_scale": "queries",
+    "k_scale": "cached keys",
+    "v_scale": "cached values",
+    "kv_scale": "cached keys and values",
+    "prob_scale": "attention",
+}
+"""What stored scales beside those of weights are of."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,12 @@ class Packing(ABC):
     dtype: ClassVar[str | None] = None
 
     @abstractmethod
-    def layout(self, stored: Shape, roles: Collection[str]) -> Layout:
+    def layout(self, there: Mapping[str, Shape]) -> Layout:
         """What a weight must be stored as.
 
         Args:
-            stored: shape of the tensor it is known by, which has two dimensions.
-            roles: those of :attr:`roles` that are there.
+            there: shapes of the tensors that there are, by their roles; that of the one it is
+                known by has two dimensions.
         """
 
     @abstractmethod
@@ -78,10 +90,17 @@ class Packing(ABC):
         Raises:
             CheckpointError: a tensor that a weight takes is missing or has another dtype or shape,
                 or the weight is there unpacked too.
+            UnsupportedModelError: there are scales of something other than weights.
         """
         found = {}
         for name, info in tensors.items():
             module, _, role = name.rpartition(".")
+            if role in _OTHER_SCALES:
+                raise UnsupportedModelError(
+                    f"tensor {name}: expected scales of weights alone, got one of"
+                    f" {_OTHER_SCALES[role]}, which the source was quantized with. Convert the"
+                    " 16-bit original."
+                )
             if role != self.roles[0] or (self.dtype is not None and info.dtype != self.dtype):
                 continue
             weight = f"{module}.weight"
@@ -95,8 +114,12 @@ class Packing(ABC):
                     f"tensor {name}: expected two dimensions, got {info.shape}. Fetch the"
                     " checkpoint again."
                 )
-            there = [role for role in self.roles if f"{module}.{role}" in tensors]
-            layout = self.layout(info.shape, there)
+            there = {
+                role: tensors[f"{module}.{role}"].shape
+                for role in self.roles
+                if f"{module}.{role}" in tensors
+            }
+            layout = self.layout(there)
             parts = {role: f"{module}.{role}" for role in layout.parts}
             for role, (dtypes, shape) in layout.parts.items():
                 part = tensors.get(parts[role])
