@@ -160,7 +160,9 @@ def refuse_unsupported(model: str) -> None:
     from smoothrot_offline.source.headers import is_local, read_config, read_headers
     from smoothrot_offline.source.resolve import supported_table
 
-    supported_table(read_headers(model).config if is_local(model) else read_config(model), fp8=True)
+    supported_table(
+        read_headers(model).config if is_local(model) else read_config(model), packed=True
+    )
 
 
 def exit_on_sigterm() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from smoothrot_offline.check.admit import admit
-from smoothrot_offline.check.inspect import Sizes, header_table, measure
+from smoothrot_offline.check.inspect import Sizes, measure, table_bytes
 from smoothrot_offline.config import ConvertConfig, stays_tied
 from smoothrot_offline.console import ProgressCallback, no_progress
 from smoothrot_offline.decide.stages import Decisions, count_steps, decide
@@ -158,8 +158,8 @@ def convert(
     }
     return Conversion(
         manifest,
-        source_bytes=measure(spec, header_table(checkpoint, spec.source_tensors())),
-        output_bytes=measure(spec, stored),
+        source_bytes=measure(spec, checkpoint.stored_bytes(spec.source_tensors())),
+        output_bytes=measure(spec, table_bytes(stored)),
         seconds=time.monotonic() - started,
         resumed_layers=resumed,
     )

@@ -11,6 +11,7 @@ from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import MODULES_NAME, embedding_modules
+from smoothrot_offline.source.packings.packed import Packing
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import SmoothRotError
 
@@ -122,12 +123,12 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
     except SmoothRotError:
         # What is wrong with the model is for the conversion to say, or for the plan.
         return Choice(make_config(**explicit), "no preset: the model cannot be converted")
-    fp8 = bool(checkpoint.scales)
+    packing = checkpoint.packing
     if name != "auto":
-        config, notes = configure(name, explicit, spec, fp8)
+        config, notes = configure(name, explicit, spec, packing)
         return Choice(config, f"preset {name}, as asked for", notes)
     for candidate in reversed(PRESETS):
-        config, notes = configure(candidate, explicit, spec, fp8)
+        config, notes = configure(candidate, explicit, spec, packing)
         seconds = estimate_seconds(checkpoint, config)
         if seconds <= REASONABLE_SECONDS:
             break
@@ -140,7 +141,7 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
 
 
 def configure(
-    name: str, explicit: dict[str, Any], spec: ModelSpec, fp8: bool = False
+    name: str, explicit: dict[str, Any], spec: ModelSpec, packing: Packing | None = None
 ) -> tuple[ConvertConfig, tuple[str, ...]]:
     """A preset's configuration, with the first of its group sizes that fits the model, the last one
     if none does; and what in it is not the preset's first choice.
@@ -149,7 +150,7 @@ def configure(
         name: one of :data:`PRESETS`, or ``paper-compat``.
         explicit: options that win over the preset's.
         spec: of the model.
-        fp8: whether the source's weights are FP8.
+        packing: of the source's weights.
 
     Raises:
         ConfigError: an option is out of range.
@@ -162,7 +163,7 @@ def configure(
     norms = {} if smooths else {"smooth_norms": False}
     options = preset.options | head | norms | {"preset": name}
     notes = []
-    obstacle = _obstacle_to_distilling(spec, explicit, fp8)
+    obstacle = _obstacle_to_distilling(spec, explicit, packing)
     if obstacle and options.get("distill_steps") and "distill_steps" not in explicit:
         options["distill_steps"] = 0
         notes.append(f"preset {name}: the rounded model is not distilled: {obstacle}")
@@ -185,12 +186,14 @@ def configure(
     return chosen, tuple(notes)
 
 
-def _obstacle_to_distilling(spec: ModelSpec, explicit: dict[str, Any], fp8: bool) -> str | None:
+def _obstacle_to_distilling(
+    spec: ModelSpec, explicit: dict[str, Any], packing: Packing | None
+) -> str | None:
     """Why a preset does not, or None."""
     if explicit.get("residual") == "online":
         return "it would train norms, and hidden states are to stay those of the source"
-    if fp8:
-        return "the original cannot run as a whole with FP8 weights"
+    if packing is not None:
+        return f"the original cannot run as a whole with {packing.title} weights"
     weights = spec.decoder_weights() + spec.vocab * spec.hidden
     if weights <= MOST_DISTILLED:
         return None

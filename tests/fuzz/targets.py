@@ -12,6 +12,17 @@ from typing import Any
 
 import mutations
 import torch
+from packers import (
+    awq,
+    awq_config,
+    compressed,
+    compressed_config,
+    compressed_fp8,
+    compressed_fp8_config,
+    gptq,
+    gptq_config,
+    pack_linears,
+)
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, OWN_SIZES, byte_tokenizer
 from transformers import AutoModelForCausalLM
@@ -66,6 +77,13 @@ IDENTITY: dict[str, dict[str, Any]] = {
     "machine": {"workers": 1},
 }
 OPTIONS = make_config(scales="none", lm_head_bits=8, group_size=32)
+PACKED = {
+    "gptq": (gptq_config(group_size=8), gptq(group_size=8, symmetric=True, ordered=True)),
+    "awq": (awq_config(8), awq(8)),
+    "compressed": (compressed_config(4, 8, False), compressed(4, 8, False)),
+    "fp8": (compressed_fp8_config("channel"), compressed_fp8("channel")),
+}
+"""What sources with packed weights say of them, and what makes those, by folder."""
 Files = dict[str, bytes]
 
 
@@ -90,6 +108,12 @@ def prepare(root: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(
         b"cos\nsystem\n(S'touch " + str(source / "ran").encode() + b"'\ntR."
     )
+    for folder, packing in PACKED.items():
+        shutil.copytree(source, root / folder, ignore=shutil.ignore_patterns("canary.py"))
+        pack_linears(root / folder, *packing)
+    mixture = FAMILIES["mixtral"](**SIZES | {"num_local_experts": 2, "num_hidden_layers": 2})
+    experts = AutoModelForCausalLM.from_config(mixture).bfloat16()
+    experts.save_pretrained(root / "fused", save_original_format=False, max_shard_size="20KB")
     convert(source, root / "converted", OPTIONS)
     shutil.copy(source / "canary.py", root / "converted")
     (root / "configs").mkdir()
@@ -415,14 +439,18 @@ TARGETS = (
     ),
     Target("plugin", 0.02, "converted", _one_of("config.json", hostile=False), run_plugin),
     Target("model_config", 0.08, "configs", _any_family, run_model_config),
-    Target("source", 0.05, "source", _one_of(*SOURCE_FILES), run_source),
+    Target("source", 0.01, "source", _one_of(*SOURCE_FILES), run_source),
+    *(
+        Target(f"source_{folder}", 0.01, folder, _one_of(*SOURCE_FILES), run_source)
+        for folder in (*PACKED, "fused")
+    ),
     Target("converted", 0.01, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,
     Target("adapter", 0.01, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
     Target(
         "journal", 0.02, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal
     ),
-    Target("calibration_text", 0.2687, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
+    Target("calibration_text", 0.2587, "texts", _one_of("*.txt", "*.jsonl"), run_texts),
     Target("tokenizer", 0.004, "source", _one_of(*TOKENIZER_FILES), run_tokenizer),
     Target(
         "load_source", 0.002, "source", _one_of(*SOURCE_FILES, "generation_config.json"), run_load

@@ -14,16 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from packers import awq, awq_config, pack_linears
 from safetensors.torch import load_file
 from stored import edit_file, load_weights
 from tiny_models import byte_tokenizer
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner, Result
 
 from smoothrot_offline.cli import app
 from smoothrot_offline.source.checkpoint import Checkpoint
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError
+from smoothrot_vllm.foreign_files import read_header
 
 MakeModel = Callable[..., Path]
 
@@ -259,14 +261,31 @@ def test_plan_names_why_a_tensor_parallel_size_is_not_served(make_model: MakeMod
     assert "Hadamard blocks of 76" in sizes[8]
 
 
+def _fuse(source: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(source, save_original_format=False)
+
+
+def _pack(source: Path) -> None:
+    pack_linears(source, awq_config(8), awq(8))
+
+
+@pytest.mark.parametrize(
+    ("family", "store"),
+    [("llama", lambda _: None), ("mixtral", _fuse), ("llama", _pack)],
+    ids=["16-bit", "fused experts", "packed"],
+)
 def test_plan_of_a_hub_model_fetches_no_weight(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    make_model: MakeModel,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    store: Callable[[Path], None],
 ) -> None:
-    source = make_model()
-    tensors = load_file(source / "model.safetensors")
+    source = make_model(family)
+    store(source)
     header = {
-        name: SimpleNamespace(dtype="BF16", shape=list(tensor.shape))
-        for name, tensor in tensors.items()
+        name: SimpleNamespace(dtype=found.dtype, shape=list(found.shape))
+        for name, found in read_header(source / "model.safetensors", "").items()
     }
     metadata = SimpleNamespace(
         files_metadata={"model.safetensors": SimpleNamespace(tensors=header)}
@@ -279,6 +298,8 @@ def test_plan_of_a_hub_model_fetches_no_weight(
     )
     assert hub["model"] == "some-org/some-model"
     assert hub["output_bytes"] == local["output_bytes"]
+    assert hub["source_bytes"] == local["source_bytes"]
+    assert hub["notes"] == local["notes"]
 
 
 CODES = "model.layers.0.mlp.up_proj.weight_packed"

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP8 weights with a scale for each block are dequantized as they are read."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from packers import pack_linears
 from refusal import edit_config, edit_weights
-from safetensors.torch import load_file, save_file
 
 from smoothrot_offline.check.plan import plan_conversion
 from smoothrot_offline.check.verify import verify
@@ -30,31 +29,21 @@ BLOCK = (32, 48)
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
+def blocks(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """FP8 with a random scale for each block; what it is worth, an element at a time from the
+    definition."""
+    codes = weight.to(torch.float8_e4m3fn)
+    shape = [-(-size // step) for size, step in zip(codes.shape, BLOCK, strict=True)]
+    scale = torch.rand(shape) + 0.5
+    rows, columns = torch.meshgrid(*(torch.arange(size) for size in codes.shape), indexing="ij")
+    worth = codes.float() * scale[rows // BLOCK[0], columns // BLOCK[1]]
+    return worth, {"weight": codes, "weight_scale_inv": scale}
+
+
 def as_fp8(source: Path) -> dict[str, torch.Tensor]:
-    """Make the linears of a checkpoint FP8; returns what they are worth, an element at a time
-    from the definition."""
-    worth = {}
-    for file in source.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name in [name for name in tensors if "_proj" in name]:
-            weight = tensors[name].to(torch.float8_e4m3fn)
-            shape = [-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True)]
-            scale = torch.rand(shape) + 0.5
-            rows, columns = torch.meshgrid(
-                *(torch.arange(size) for size in weight.shape), indexing="ij"
-            )
-            worth[name] = weight.float() * scale[rows // BLOCK[0], columns // BLOCK[1]]
-            tensors |= {name: weight, f"{name}_scale_inv": scale}
-        save_file(tensors, file, metadata={"format": "pt"})
-    index = source / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        weight_map |= {f"{name}_scale_inv": weight_map[name] for name in worth}
-        index.write_text(json.dumps({"weight_map": weight_map}))
-    edit_config(
-        source, quantization_config={"quant_method": "fp8", "weight_block_size": list(BLOCK)}
-    )
-    return worth
+    """Make the linears of a checkpoint FP8; returns what they are worth."""
+    said = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
+    return pack_linears(source, said, blocks)
 
 
 @pytest.mark.parametrize("shard", ["1GB", "60KB"], ids=["one file", "sharded"])
@@ -96,9 +85,9 @@ def config(**changes: object) -> Callable[[Path], None]:
             r"\(5, 3\)",
         ),
         (
-            config(quantization_config={"quant_method": "fp8"}),
+            config(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 48]}),
             UnsupportedModelError,
-            "weight_block_size",
+            "weight_block_size: expected two positive numbers",
         ),
         (config(quantization_config=None), CheckpointError, "expected dtype .* got F8_E4M3"),
         (
@@ -111,7 +100,7 @@ def config(**changes: object) -> Callable[[Path], None]:
     ids=[
         "no scale",
         "scale of another shape",
-        "no blocks",
+        "blocks of no rows",
         "not said in config",
         "NaN scale",
         "NaN weight",

@@ -43,7 +43,7 @@ MakeModel = Callable[..., Path]
         ),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized.*gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "already quantized.*hqq"),
         ({"quantization_config": {"quant_method": "smoothrot"}}, "already quantized.*smoothrot"),
         ({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer_types"),
         ({"hidden_size": "wide"}, "transformers refuses"),

@@ -115,10 +115,11 @@ def admit_options(
             f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy."
             " Leave the option out, or use --device cpu."
         )
-    if config.distill_steps and checkpoint.scales:
+    if config.distill_steps and checkpoint.packing is not None:
         raise ConfigError(
             f"--distill-steps {config.distill_steps}: expected 16-bit weights, as the original runs"
-            f" as a whole, got FP8 ones such as {min(checkpoint.scales)}. Leave the option out."
+            f" as a whole, got {checkpoint.packing.title} ones such as {min(checkpoint.packed)}."
+            " Leave the option out."
         )
     if config.needs_calibration:
         admit_calibration(
@@ -126,6 +127,12 @@ def admit_options(
         )
     beside = side_files(checkpoint.path)
     notes = [checkpoint.renamed] if checkpoint.renamed else []
+    if checkpoint.packing is not None:
+        notes += [
+            f"{len(checkpoint.packed)} weights are read from {checkpoint.packing.title} ones: the"
+            " output is at best as good as they are. Convert the 16-bit original if there is one",
+            *checkpoint.packing.notes,
+        ]
     if config.rotate:
         notes += [
             f"{name}: {size} channels are rotated in {size // factors.size} blocks of"

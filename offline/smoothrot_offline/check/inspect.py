@@ -2,7 +2,7 @@
 """A converted directory in figures, and the bytes of a checkpoint by what they are for."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,12 @@ class Sizes(BaseModel):
         return self.linears + self.embedding + self.lm_head + self.other
 
 
-def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
-    """Sizes of the tensors of a checkpoint of this model, source or output."""
+def measure(spec: ModelSpec, tensors: Mapping[str, int]) -> Sizes:
+    """Sizes of a checkpoint of this model, source or output, by the bytes of its tensors."""
     table = spec.architecture
     linears = {name for name, _, _ in spec.output_linears(tied=True)}
     bytes_of = dict.fromkeys(Sizes.model_fields, 0)
-    for name, (shape, dtype) in tensors.items():
+    for name, count in tensors.items():
         module, _, suffix = name.rpartition(".")
         if module == table.embedding:
             kind = "embedding"
@@ -59,22 +59,13 @@ def measure(spec: ModelSpec, tensors: TensorTable) -> Sizes:
             kind = "linears"
         else:
             kind = "other"
-        bytes_of[kind] += math.prod(shape) * dtype.itemsize
+        bytes_of[kind] += count
     return Sizes(**bytes_of)
 
 
-def header_table(checkpoint: Checkpoint, names: Iterable[str]) -> TensorTable:
-    """Shapes and dtypes of tensors as a checkpoint's headers give them."""
-    table = {}
-    for name in names:
-        info = checkpoint.info(name)
-        if info.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{checkpoint.path / info.file}: tensor {name}: expected dtype {', '.join(DTYPES)},"
-                f" got {info.dtype}. Fetch or convert the model again."
-            )
-        table[name] = (info.shape, DTYPES[info.dtype])
-    return table
+def table_bytes(tensors: TensorTable) -> dict[str, int]:
+    """Bytes of each tensor."""
+    return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
 
 
 def output_sizes(spec: ModelSpec, config: ConvertConfig, dtype: torch.dtype) -> Sizes:
@@ -83,9 +74,8 @@ def output_sizes(spec: ModelSpec, config: ConvertConfig, dtype: torch.dtype) -> 
     Raises:
         ConfigError, UnsupportedModelError: the options do not fit the model.
     """
-    return measure(
-        spec, spec.output_tensors(make_schema(spec, config), stays_tied(spec, config), dtype)
-    )
+    tensors = spec.output_tensors(make_schema(spec, config), stays_tied(spec, config), dtype)
+    return measure(spec, table_bytes(tensors))
 
 
 def open_converted(directory: Path) -> tuple[Checkpoint, ModelSpec, QuantizationSchema]:
@@ -196,11 +186,11 @@ def inspect(directory: Path) -> Inspection:
     checkpoint, spec, schema = open_converted(directory)
     manifest = read_manifest(directory)
     dtype = model_dtype(checkpoint.config)
-    after = measure(spec, header_table(checkpoint, checkpoint.tensors))
+    after = measure(spec, checkpoint.stored_bytes(checkpoint.tensors))
     shapes = spec.source_tensors()
     if manifest.source.tied:
         shapes.pop(f"{spec.architecture.lm_head}.weight", None)
-    before = measure(spec, {name: (shape, dtype) for name, shape in shapes.items()})
+    before = measure(spec, table_bytes({name: (shape, dtype) for name, shape in shapes.items()}))
     return Inspection(
         architecture=spec.architecture.class_name,
         layers=spec.layers,

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.check.admit import admit_model, admit_options, rotation_blocks
-from smoothrot_offline.check.inspect import Sizes, header_table, measure, output_sizes
+from smoothrot_offline.check.inspect import Sizes, measure, output_sizes
 from smoothrot_offline.config import ConvertConfig, check_shards
 from smoothrot_offline.decide.policies import SAMPLE_TOKENS
 from smoothrot_offline.decide.stages import STAGES, Cost
@@ -55,13 +55,15 @@ def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
     after = output_sizes(
         spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
     )
-    return seconds(
-        spec, config, measure(spec, header_table(checkpoint, spec.source_tensors())), after
-    )
+    before = measure(spec, checkpoint.stored_bytes(spec.source_tensors()))
+    return seconds(spec, config, before, after)
 
 
-def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> int:
-    """Peak resident bytes of a conversion from sizes ``before`` to sizes ``after``."""
+def memory_bytes(
+    spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes, loaded: int = 2
+) -> int:
+    """Peak resident bytes of a conversion from sizes ``before`` to sizes ``after``, of whose source
+    a weight of a layer has ``loaded`` bytes in memory."""
     weights = spec.layer_weights()
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     experts = max(1, spec.experts)
@@ -73,11 +75,13 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
     chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
     hidden = 4 * tokens * spec.hidden
     running = (
-        (2 + 2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
+        (2 * loaded + 4) * sum(weights)
+        + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden)
+        + sample
     )
     # The source's layer, the next one, the float64 one, and what a rotation holds of its largest
     # linear beside it: with signs, after each of two factors, transposed. Then what is stored.
-    folding = (2 + 2 + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
+    folding = (2 * loaded + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)
@@ -231,7 +235,7 @@ def plan_conversion(
         spec = admit_model(checkpoint)
     except SmoothRotError as error:
         return Plan(**asked, refusals=[str(error)])
-    before = measure(spec, header_table(checkpoint, spec.source_tensors()))
+    before = measure(spec, checkpoint.stored_bytes(spec.source_tensors()))
     known = asked | {
         "architecture": spec.architecture.class_name,
         "layers": spec.layers,
@@ -256,7 +260,9 @@ def plan_conversion(
             TensorParallelPlan(size=size, refused=_tp_refusal(spec, admitted.schema, size))
             for size in TP_SIZES
         ],
-        memory_bytes=memory_bytes(spec, config, before, after),
+        memory_bytes=memory_bytes(
+            spec, config, before, after, loaded=2 if checkpoint.packing is None else 4
+        ),
         seconds=seconds(spec, config, before, after),
     )
 

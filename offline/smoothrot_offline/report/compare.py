@@ -26,7 +26,7 @@ from smoothrot_offline.report.evaluate import (
     text_windows,
 )
 from smoothrot_offline.report.model import load_model
-from smoothrot_offline.source.checkpoint import Checkpoint, open_checkpoint
+from smoothrot_offline.source.headers import read_headers
 from smoothrot_offline.source.models import load_config, quantization_method, sixteen_bit_bytes
 from smoothrot_vllm import ops
 from smoothrot_vllm.errors import ConfigError
@@ -204,7 +204,7 @@ def compare(
     paths = list(directories)
     _refuse_repeated("directories", [str(path.resolve()) for path in paths])
     _refuse_repeated("--text: files of different names", [Path(text).name for text in config.texts])
-    sizes = {path: _size(open_checkpoint(path)) for path in paths}
+    sizes = {path: _size(path) for path in paths}
     if config.speed:
         for path in paths:
             check_context(path, config.prompt_tokens, config.new_tokens)
@@ -281,36 +281,38 @@ def _measure(
     )
 
 
-def _size(checkpoint: Checkpoint) -> tuple[SizeRecord, dict[str, Any] | None]:
+def _size(path: Path) -> tuple[SizeRecord, dict[str, Any] | None]:
     """Size of a directory, and the conversion's options if it is a converted one."""
-    disk = sum((checkpoint.path / file).stat().st_size for file in checkpoint.files)
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization is None:
-        sixteen = 2 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    found = read_headers(path)
+    files = {info.file for info in found.tensors.values()}
+    disk = sum((path / file).stat().st_size for file in files)
+    method = quantization_method(path)
+    if method is None:
+        sixteen = 2 * sum(math.prod(info.shape) for info in found.tensors.values())
         return (
             SizeRecord(
                 disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None
             ),
             None,
         )
-    if quantization_method(checkpoint.path) != QUANT_METHOD:
+    if method != QUANT_METHOD:
         # Its tensors are packed in a way of its own.
-        sixteen = sixteen_bit_bytes(checkpoint.path)
+        sixteen = sixteen_bit_bytes(path)
         return (
             SizeRecord(
                 disk_bytes=disk, sixteen_bit_bytes=sixteen, ratio=sixteen / disk, linears_ratio=None
             ),
             None,
         )
-    found = inspect(checkpoint.path)
-    sixteen = found.sixteen_bit_bytes.total
+    inspected = inspect(path)
+    sixteen = inspected.sixteen_bit_bytes.total
     size = SizeRecord(
         disk_bytes=disk,
         sixteen_bit_bytes=sixteen,
         ratio=sixteen / disk,
-        linears_ratio=found.ratio_linears,
+        linears_ratio=inspected.ratio_linears,
     )
-    return size, found.origin["config"]
+    return size, inspected.origin["config"]
 
 
 def _speeds(

@@ -5,6 +5,7 @@ time."""
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,17 +17,14 @@ from smoothrot_offline.device import CPU
 from smoothrot_offline.source.headers import (
     ADVICE,
     CONFIG_NAME,
-    FP8,
-    SCALE_SUFFIX,
-    TensorInfo,
-    block_shape,
-    check_scale,
-    dequantize,
-    is_fp8,
     read_headers,
 )
+from smoothrot_offline.source.packings.fp8 import FP8
+from smoothrot_offline.source.packings.packed import Packed, Packing
+from smoothrot_offline.source.packings.table import find_packing
+from smoothrot_offline.source.stored import TensorInfo
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.foreign_files import read_tensors
+from smoothrot_vllm.foreign_files import opened_safetensors
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -35,9 +33,13 @@ DTYPES = {
     "F64": torch.float64,
     FP8: torch.float8_e4m3fn,
     "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
     "U8": torch.uint8,
 }
 _SOURCE_DTYPES = ("BF16", "F16", "F32", "F64")
+_UNPACKED = "F32"
+"""Dtype of a packed weight once it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,18 @@ class Checkpoint:
     """A directory of safetensors: its configuration and its headers. Weights are read only by
     :meth:`load`.
 
-    ``scales`` are the scales of FP8 weights, in blocks of ``block``; they are no tensors of the
-    model, and its ``config`` says nothing of them. ``device`` is where :meth:`load` puts what it
-    has read. ``renamed`` says in words how the names of tensors differ from the stored ones, if
-    they do.
+    Weights that are stored as other tensors are ``packed``, by ``packing``; those others are
+    ``parts`` and no tensors of the model, and its ``config`` says nothing of them. ``device`` is
+    where :meth:`load` puts what it has read. ``renamed`` says in words how the names of tensors
+    differ from the stored ones, if they do.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
-    scales: Mapping[str, TensorInfo] = field(default_factory=dict)
-    block: tuple[int, int] = (1, 1)
+    packing: Packing | None = None
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    parts: Mapping[str, TensorInfo] = field(default_factory=dict)
     device: torch.device = CPU
     renamed: str | None = None
 
@@ -70,44 +73,80 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
-        return sorted({info.file for info in (*self.tensors.values(), *self.scales.values())})
+        return sorted({info.file for info in (*self.tensors.values(), *self.parts.values())})
 
     def load(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read tensors in their stored dtype, FP8 weights in float32, to :attr:`device`.
+        """Read tensors in their stored dtype, packed weights in float32, to :attr:`device`.
 
         Raises:
-            CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity.
+            CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity,
+                or a packed weight a value that its packing does not have.
         """
         wanted = list(names)
-        loaded = self._read(
-            wanted + [name + SCALE_SUFFIX for name in wanted if self.info(name).dtype == FP8]
-        )
+        stored = self._read(wanted)
+        loaded = {}
         for name in wanted:
-            if self.info(name).dtype == FP8:
-                loaded[name] = dequantize(loaded[name], loaded.pop(name + SCALE_SUFFIX), self.block)
+            packed = self.packed.get(name)
+            if packed is None:
+                loaded[name] = stored.pop(name)
+                continue
+            assert self.packing is not None
+            parts = {role: stored.pop(part) for role, part in packed.parts.items()}
+            loaded[name] = self.packing.unpack(name, parts)
+            self._check_finite(name, loaded[name])
         return self.placed(loaded)
 
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        by_file: dict[str, list[str]] = {}
+        """Stored tensors; in place of a packed weight, those that it is stored as."""
+        by_file: dict[str, dict[str, TensorInfo]] = {}
         for name in names:
-            by_file.setdefault(self._entry(name).file, []).append(name)
+            for part, info in self._stored(name).items():
+                by_file.setdefault(info.file, {})[part] = info
         loaded: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
-            stored = read_tensors(
-                self.path / file, ADVICE, [self._entry(name).stored for name in members]
-            )
-            loaded |= {name: stored[self._entry(name).stored] for name in members}
+            with opened_safetensors(self.path / file, ADVICE) as tensors:
+                for name, info in members.items():
+                    loaded[name] = (
+                        tensors.get_tensor(info.stored)
+                        if info.part is None
+                        else tensors.get_slice(info.stored)[info.part]
+                    )
         for name, tensor in loaded.items():
-            if count := _count_not_finite(tensor):
-                file = self._entry(name).file
-                raise CheckpointError(
-                    f"{self.path / file}: tensor {name}: expected finite values, got {count} NaN or"
-                    " infinite ones. The checkpoint is damaged: fetch it again."
-                )
+            self._check_finite(name, tensor)
         return loaded
 
-    def _entry(self, name: str) -> TensorInfo:
-        return self.scales.get(name) or self.info(name)
+    def _stored(self, name: str) -> dict[str, TensorInfo]:
+        """What a tensor is stored as, by full names."""
+        packed = self.packed.get(name)
+        if packed is None:
+            return {name: self.info(name)}
+        return {part: self.parts[part] for part in packed.parts.values()}
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        if count := _count_not_finite(tensor):
+            file = (self.parts.get(name) or self.info(name)).file
+            raise CheckpointError(
+                f"{self.path / file}: tensor {name}: expected finite values, got {count} NaN or"
+                " infinite ones. The checkpoint is damaged: fetch it again."
+            )
+
+    def stored_bytes(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of each tensor in its file, of a packed weight with its scales.
+
+        Raises:
+            CheckpointError: no file holds one, or it has a dtype that none of a model has.
+        """
+        found = {}
+        for name in names:
+            found[name] = 0
+            for part, info in self._stored(name).items():
+                if info.dtype not in DTYPES:
+                    raise CheckpointError(
+                        f"{self.path / info.file}: tensor {part}: expected dtype"
+                        f" {', '.join(DTYPES)}, got {info.dtype}. Fetch or convert the model again."
+                    )
+                found[name] += math.prod(info.shape) * DTYPES[info.dtype].itemsize
+        return found
 
     def load_relative(self, prefix: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """:meth:`load` of tensors named relative to ``prefix``, under their relative names."""
@@ -132,18 +171,19 @@ def open_headers(model: str) -> Checkpoint:
     is fetched.
 
     Raises:
-        CheckpointError: as :func:`~smoothrot_offline.source.headers.read_headers`.
+        CheckpointError: as :func:`~smoothrot_offline.source.headers.read_headers`, or the tensors
+            of packed weights are not those of their packing.
+        UnsupportedModelError: as :func:`find_packing`.
     """
     found = read_headers(model)
-    return _with_scales(Checkpoint(found.path, found.config, found.tensors, renamed=found.renamed))
+    return _unpacked(Checkpoint(found.path, found.config, found.tensors, renamed=found.renamed))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read configuration and headers; no weight is read.
 
     Raises:
-        CheckpointError: a file is missing, truncated or malformed, or the weights are not
-            safetensors.
+        CheckpointError, UnsupportedModelError: as :func:`open_headers`, or there is no directory.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -169,9 +209,7 @@ def check_source(
     for name, shape in expected.items():
         info = checkpoint.info(name)
         where = f"{checkpoint.path / info.file}: tensor {name}"
-        if info.dtype not in _SOURCE_DTYPES and not (
-            info.dtype == FP8 and name + SCALE_SUFFIX in checkpoint.scales
-        ):
+        if info.dtype not in _SOURCE_DTYPES:
             raise CheckpointError(
                 f"{where}: expected dtype {', '.join(_SOURCE_DTYPES)}, got {info.dtype}. Convert"
                 " the 16-bit original."
@@ -221,20 +259,26 @@ def source_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     return torch.bfloat16 if dtype in (torch.float32, torch.float64) else dtype
 
 
-def _with_scales(found: Checkpoint) -> Checkpoint:
-    """The checkpoint with the scales of its FP8 weights, if it has any, set apart from the
-    tensors of the model."""
-    if not is_fp8(found.config):
+def _unpacked(found: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors of the model in place of those that they are stored as, if
+    its weights are packed."""
+    packing = find_packing(found.config)
+    if packing is None:
         return found
-    block = block_shape(found.config)
-    weights = [name for name, info in found.tensors.items() if info.dtype == FP8]
-    for name in weights:
-        scale = found.tensors.get(name + SCALE_SUFFIX)
-        check_scale(name, found.tensors[name].shape, scale and (scale.dtype, scale.shape), block)
-    scales = {name + SCALE_SUFFIX: found.tensors[name + SCALE_SUFFIX] for name in weights}
-    config = {key: value for key, value in found.config.items() if key != "quantization_config"}
-    tensors = {name: info for name, info in found.tensors.items() if name not in scales}
-    return replace(found, config=config, tensors=tensors, scales=scales, block=block)
+    packed = packing.find(found.tensors)
+    names = {part for weight in packed.values() for part in weight.parts.values()}
+    tensors = {name: info for name, info in found.tensors.items() if name not in names}
+    for name, weight in packed.items():
+        known_by = found.tensors[weight.parts[packing.roles[0]]]
+        tensors[name] = replace(known_by, dtype=_UNPACKED, shape=weight.shape)
+    return replace(
+        found,
+        config={key: value for key, value in found.config.items() if key != "quantization_config"},
+        tensors=tensors,
+        packing=packing,
+        packed=packed,
+        parts={name: found.tensors[name] for name in names},
+    )
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:

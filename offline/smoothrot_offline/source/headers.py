@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smoothrot_offline.source.composites import COMPOSITES
-from smoothrot_vllm.errors import CheckpointError, UnsupportedModelError
+from smoothrot_offline.source.fused_experts import separated
+from smoothrot_offline.source.mixtures import MIXTURES
+from smoothrot_offline.source.stored import TensorInfo
+from smoothrot_vllm.errors import CheckpointError
 from smoothrot_vllm.foreign_files import (
     MAX_JSON_BYTES,
     parse_json,
@@ -24,9 +27,6 @@ from smoothrot_vllm.foreign_files import (
     read_json,
     refuse_pointer,
 )
-
-if TYPE_CHECKING:  # a refusal by configuration must not wait for it
-    import torch
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,19 +57,10 @@ _OTHER_WEIGHTS = (
     "*.npz",
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
+_PACKINGS = ("quantize_config.json", "quant_config.json")
+"""How the weights of a source are packed, which those of a conversion are not."""
 _CODE = ("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor; ``dtype`` in safetensors' spelling,
-    ``stored`` its name in the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    stored: str
 
 
 @dataclass(frozen=True)
@@ -164,9 +155,12 @@ def read_headers(model: str | Path) -> Headers:
             for name, info in metadata.tensors.items()
         }
     tensors, renamed = _named_as_causal_model(found)
-    composite = COMPOSITES.get(str(config.get("model_type")))
+    model_type = str(config.get("model_type"))
+    composite = COMPOSITES.get(model_type)
     if composite is not None:
         tensors = {composite.stored_name(name): info for name, info in tensors.items()}
+    elif model_type in MIXTURES:
+        tensors = separated(tensors, MIXTURES[model_type])
     return Headers(path, config, tensors, renamed)
 
 
@@ -231,6 +225,7 @@ def _left_reason(file: Path) -> str | None:
         ("weights", ("*.index.json", *_OTHER_WEIGHTS)),
         ("pickle", _PICKLES),
         ("code", _CODE),
+        ("of the source's weights", _PACKINGS),
     ):
         if _matches(file.name, patterns):
             return reason
@@ -346,66 +341,3 @@ def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
         name: TensorInfo(file, found.dtype, found.shape, name)
         for name, found in read_header(path / file, ADVICE).items()
     }
-
-
-FP8 = "F8_E4M3"
-SCALE_SUFFIX = "_scale_inv"
-_SCALE_DTYPES = ("F32", "BF16")
-
-
-def is_fp8(config: Mapping[str, Any]) -> bool:
-    """Whether a source's ``config.json`` says that its weights are FP8."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "fp8"
-
-
-def block_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale.
-
-    Raises:
-        UnsupportedModelError: the scales are not per block.
-    """
-    found = config["quantization_config"].get("weight_block_size")
-    if not (
-        isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found)
-    ):
-        raise UnsupportedModelError(
-            "config.json: quantization_config.weight_block_size: expected two positive numbers,"
-            f" got {found!r}. Only FP8 with a scale for each block is read: convert the 16-bit"
-            " original."
-        )
-    return found[0], found[1]
-
-
-def check_scale(
-    name: str,
-    shape: tuple[int, ...],
-    scale: tuple[str, tuple[int, ...]] | None,
-    block: tuple[int, int],
-) -> None:
-    """Check that the FP8 tensor ``name`` of this shape has a scale, given as its dtype and shape,
-    for each block.
-
-    Raises:
-        CheckpointError: it has none, or one of another dtype or shape.
-    """
-    wanted = tuple(-(-size // step) for size, step in zip(shape, block, strict=False))
-    if scale is None or len(shape) != 2 or scale[1] != wanted or scale[0] not in _SCALE_DTYPES:
-        raise CheckpointError(
-            f"tensor {name}{SCALE_SUFFIX}: expected {' or '.join(_SCALE_DTYPES)} {wanted}, a scale"
-            f" for each block of {block} of an FP8 weight {shape}, got"
-            f" {'none' if scale is None else ' '.join(map(str, scale))}. Fetch the checkpoint"
-            " again."
-        )
-
-
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Float32 ``(out, in)`` of an FP8 weight of that shape and its scales ``(ceil(out / rows),
-    ceil(in / columns))``."""
-    rows, columns = weight.shape
-    spread = (
-        scale.float()
-        .repeat_interleave(block[0], 0)[:rows]
-        .repeat_interleave(block[1], 1)[:, :columns]
-    )
-    return weight.float() * spread

@@ -29,9 +29,9 @@ from smoothrot_offline.source.families import (
     SMOLLM3,
 )
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.headers import is_fp8
 from smoothrot_offline.source.linear_attention import QWEN3_5
-from smoothrot_offline.source.mixtures import MIXTRAL, OLMOE, QWEN3_MOE
+from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
+from smoothrot_offline.source.packings.table import PACKINGS, find_packing
 from smoothrot_offline.source.settings import OUTER_WIDE, check_settings, check_values
 from smoothrot_vllm.errors import UnsupportedModelError
 
@@ -49,8 +49,6 @@ _TABLES = (
     SMOLLM3,
     GEMMA2,
     GEMMA3,
-    MIXTRAL,
-    QWEN3_MOE,
     GRANITE,
     SEED_OSS,
     HUNYUAN,
@@ -61,15 +59,12 @@ _TABLES = (
     OLMO2,
     OLMO3,
     EXAONE4,
-    OLMOE,
+    *MIXTURES.values(),
 )
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
 MAX_LAYERS = 1 << 12
-MAX_EXPERTS = 1 << 16
-"""Of all layers: several times the largest model's, and what names of tensors can be written out
-for."""
 _MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 """Keys of ``auto_map`` that name code which says what the model computes. No other code that it
 names is run either."""
@@ -208,12 +203,12 @@ def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) ->
     return int(count)
 
 
-def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
+def supported_table(config: dict[str, Any], packed: bool = False) -> Architecture:
     """The table of a model's family. Imports neither torch nor transformers.
 
     Args:
         config: ``config.json`` as read.
-        fp8: whether block-scaled FP8 weights are let pass, which are dequantized as they are read.
+        packed: whether weights in a packing that is read are let pass.
 
     Raises:
         UnsupportedModelError: there is none, or the weights are quantized, or the model needs code
@@ -232,7 +227,7 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         )
     names = ", ".join(classes or [str(model_type)])
     quantization = config.get("quantization_config")
-    if quantization is not None and not (fp8 and is_fp8(config)):
+    if quantization is not None and not (packed and find_packing(config)):
         method = (
             quantization.get("quant_method", "unknown")
             if isinstance(quantization, dict)
@@ -240,7 +235,7 @@ def supported_table(config: dict[str, Any], fp8: bool = False) -> Architecture:
         )
         raise UnsupportedModelError(
             f"{names} is already quantized (quantization_config, quant_method {method!r}). "
-            "Convert the 16-bit model it was made from."
+            f"Convert the 16-bit model it was made from; read are {', '.join(PACKINGS)}."
         )
     composite = COMPOSITES.get(model_type) if isinstance(model_type, str) else None
     if composite is not None:

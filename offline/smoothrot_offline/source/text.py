@@ -138,16 +138,17 @@ def check_calibration(
 
     Raises:
         ConfigError: as :func:`load_calibration`; a token of the text, or the one that generation
-            starts from, is outside the vocabulary; or a model that generates its text has FP8
-            weights.
+            starts from, is outside the vocabulary; or a model that generates its text has
+            packed weights.
         CheckpointError: the model directory has no usable tokenizer.
     """
     local = checkpoint.path.is_dir()
     if calib == GENERATED:
-        if checkpoint.scales:
+        if checkpoint.packing is not None:
             raise ConfigError(
-                f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got FP8"
-                " weights, which are only read a layer at a time. Give a text file."
+                f"--calib {GENERATED}: expected a model that transformers runs on a CPU, got"
+                f" {checkpoint.packing.title} weights, which are only read a layer at a time. Give"
+                " a text file."
             )
         if local:
             start_token(config, checkpoint.path)
