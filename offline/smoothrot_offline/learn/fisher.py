@@ -48,5 +48,5 @@ def gradients_flop(spec: ModelSpec, seqlen: int) -> float:
 def gradients_bytes(spec: ModelSpec, tokens: int, seqlen: int) -> int:
     """Memory of :func:`output_gradients`: its result, and the graph of a layer and a sequence."""
     kept = tokens * spec.hidden * (spec.layers + 1)
-    graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.intermediate)
+    graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.widest)
     return 4 * (kept + graph + 4 * seqlen * spec.vocab)

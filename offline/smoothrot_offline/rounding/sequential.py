@@ -120,7 +120,7 @@ class SequentialRounding:
             for chunk in self._chunks():
                 yield [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]
 
-        qkv, output, *feed_forward = table.input_groups()
+        qkv, output, *_ = table.input_groups()
         with torch.no_grad():
             round_group(qkv, inputs_of(BuiltLayer.attention_input))
             attended = list(inputs_of(BuiltLayer.output_input))
@@ -129,12 +129,10 @@ class SequentialRounding:
                 for copy, hidden, read in zip(copies, chunk, inputs, strict=True):
                     hidden.copy_(copy.middle(hidden, read))
             del attended
+            for group in table.common_groups():
+                round_group(group, inputs_of(_reading(group[0])))
             if self._spec.experts:
                 self._round_experts(index, tensors, copies, rounded)
-            else:
-                gate_up, down = feed_forward
-                round_group(gate_up, inputs_of(BuiltLayer.feed_forward_input))
-                round_group(down, inputs_of(BuiltLayer.down_input))
             for chunk in self._chunks():
                 for copy, hidden in zip(copies, chunk, strict=True):
                     hidden.copy_(copy.finish(hidden))
@@ -218,6 +216,10 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool) -> float:
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
     gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
     return gathered + 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
+
+
+def _reading(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:
+    return lambda copy, middle: copy.feed_forward_input(linear, middle)
 
 
 def _warn_of_few_tokens(index: int, few: Mapping[int, int]) -> None:

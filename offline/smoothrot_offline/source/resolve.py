@@ -31,7 +31,7 @@ from smoothrot_offline.source.families import (
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import is_fp8
 from smoothrot_offline.source.linear_attention import QWEN3_5
-from smoothrot_offline.source.mixtures import MIXTRAL, OLMOE, QWEN3_MOE
+from smoothrot_offline.source.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from smoothrot_offline.source.settings import OUTER_WIDE, check_settings, check_values
 from smoothrot_vllm.errors import UnsupportedModelError
 
@@ -50,6 +50,7 @@ _TABLES = (
     GEMMA2,
     GEMMA3,
     MIXTRAL,
+    QWEN2_MOE,
     QWEN3_MOE,
     GRANITE,
     SEED_OSS,
@@ -124,7 +125,11 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         parsed.head_dim = hidden // heads
     if table.kinds:
         _check_kinds(table, parsed)
-    experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
+    experts = shared = 0
+    if table.experts is not None:
+        experts = _count_experts(table.experts, parsed, layers)
+        if table.experts.shared is not None:
+            shared = _size(parsed, table.experts.shared.intermediate)
     spec = ModelSpec(
         architecture=table.with_experts(experts),
         config=parsed,
@@ -144,6 +149,7 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         vocab=_size(parsed, "vocab_size"),
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
+        shared=shared,
     )
     for kind_of_layer in spec.tables:
         if kind_of_layer.linear_attention is not None:
