@@ -18,15 +18,15 @@ from smoothrot_offline.source.headers import (
     CONFIG_NAME,
     FP8,
     SCALE_SUFFIX,
-    TensorInfo,
     block_shape,
     check_scale,
     dequantize,
     is_fp8,
     read_headers,
 )
+from smoothrot_offline.source.stored import TensorInfo
 from smoothrot_vllm.errors import CheckpointError
-from smoothrot_vllm.foreign_files import read_tensors
+from smoothrot_vllm.foreign_files import opened_safetensors
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -93,10 +93,14 @@ class Checkpoint:
             by_file.setdefault(self._entry(name).file, []).append(name)
         loaded: dict[str, torch.Tensor] = {}
         for file, members in by_file.items():
-            stored = read_tensors(
-                self.path / file, ADVICE, [self._entry(name).stored for name in members]
-            )
-            loaded |= {name: stored[self._entry(name).stored] for name in members}
+            with opened_safetensors(self.path / file, ADVICE) as stored:
+                for name in members:
+                    info = self._entry(name)
+                    loaded[name] = (
+                        stored.get_tensor(info.stored)
+                        if info.part is None
+                        else stored.get_slice(info.stored)[info.part]
+                    )
         for name, tensor in loaded.items():
             if count := _count_not_finite(tensor):
                 file = self._entry(name).file

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smoothrot_offline.source.composites import COMPOSITES
+from smoothrot_offline.source.fused_experts import separated
+from smoothrot_offline.source.mixtures import MIXTURES
+from smoothrot_offline.source.stored import TensorInfo
 from smoothrot_vllm.errors import CheckpointError, UnsupportedModelError
 from smoothrot_vllm.foreign_files import (
     MAX_JSON_BYTES,
@@ -59,17 +62,6 @@ _OTHER_WEIGHTS = (
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib")
 _CODE = ("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor; ``dtype`` in safetensors' spelling,
-    ``stored`` its name in the file."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    stored: str
 
 
 @dataclass(frozen=True)
@@ -164,9 +156,12 @@ def read_headers(model: str | Path) -> Headers:
             for name, info in metadata.tensors.items()
         }
     tensors, renamed = _named_as_causal_model(found)
-    composite = COMPOSITES.get(str(config.get("model_type")))
+    model_type = str(config.get("model_type"))
+    composite = COMPOSITES.get(model_type)
     if composite is not None:
         tensors = {composite.stored_name(name): info for name, info in tensors.items()}
+    elif model_type in MIXTURES:
+        tensors = separated(tensors, MIXTURES[model_type])
     return Headers(path, config, tensors, renamed)
 
 

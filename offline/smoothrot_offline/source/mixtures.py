@@ -4,6 +4,10 @@
 from smoothrot_offline.source.architecture import Experts, SharedExpert
 from smoothrot_offline.source.families import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 
+MAX_EXPERTS = 1 << 16
+"""Of all layers: several times the largest model's, and what names of tensors can be written out
+for."""
+
 MIXTRAL = MISTRAL.with_sparse_feed_forward(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
@@ -95,3 +99,6 @@ OLMOE = LLAMA.with_sparse_feed_forward(
     same={},
     head_dim_from_hidden=True,
 )
+
+
+MIXTURES = {table.model_type: table for table in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}

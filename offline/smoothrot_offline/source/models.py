@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, get_hf_quantizer
 
-from smoothrot_offline.source.headers import CONFIG_NAME, TensorInfo, read_headers
+from smoothrot_offline.source.headers import CONFIG_NAME, read_headers
+from smoothrot_offline.source.stored import TensorInfo
 from smoothrot_vllm.errors import (
     CheckpointError,
     ConfigError,

@@ -31,7 +31,7 @@ from smoothrot_offline.source.families import (
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import is_fp8
 from smoothrot_offline.source.linear_attention import QWEN3_5
-from smoothrot_offline.source.mixtures import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
 from smoothrot_offline.source.settings import OUTER_WIDE, check_settings, check_values
 from smoothrot_vllm.errors import UnsupportedModelError
 
@@ -49,9 +49,6 @@ _TABLES = (
     SMOLLM3,
     GEMMA2,
     GEMMA3,
-    MIXTRAL,
-    QWEN2_MOE,
-    QWEN3_MOE,
     GRANITE,
     SEED_OSS,
     HUNYUAN,
@@ -62,15 +59,12 @@ _TABLES = (
     OLMO2,
     OLMO3,
     EXAONE4,
-    OLMOE,
+    *MIXTURES.values(),
 )
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
 MAX_LAYERS = 1 << 12
-MAX_EXPERTS = 1 << 16
-"""Of all layers: several times the largest model's, and what names of tensors can be written out
-for."""
 _MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 """Keys of ``auto_map`` that name code which says what the model computes. No other code that it
 names is run either."""
