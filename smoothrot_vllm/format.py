@@ -105,20 +105,27 @@ class OnlineHadamard(_Model):
 class Online(_Model):
     """The rotations a server applies to what linears read.
 
-    ``readers`` are the linears that read the residual stream, through a norm or as it is, whose
-    rotation could not be folded.
+    ``down_proj`` is that of its input; ``within`` has those of down_projs of another width, by the
+    name of the module that each is in (``shared_expert``). ``readers`` are the linears that read
+    the residual stream, through a norm or as it is, whose rotation could not be folded.
     """
 
     down_proj: OnlineHadamard | None = None
+    within: dict[str, OnlineHadamard] = {}
     readers: OnlineHadamard | None = None
 
     def rotation(self, name: str) -> OnlineHadamard | None:
         """Rotation of the input of the linear with this module name, stored or fused by a
         server, or None."""
-        leaf = name.rpartition(".")[2]
+        module, _, leaf = name.rpartition(".")
         if leaf in DOWN:
-            return self.down_proj
+            return self.within.get(module.rpartition(".")[2], self.down_proj)
         return self.readers if leaf in READERS else None
+
+    def of_downs(self) -> dict[str, OnlineHadamard]:
+        """Those of all down_projs, by the name of the field."""
+        first = {} if self.down_proj is None else {"down_proj": self.down_proj}
+        return first | {f"within.{module}": rotation for module, rotation in self.within.items()}
 
 
 class QuantizationSchema(_Model):
@@ -144,12 +151,12 @@ class QuantizationSchema(_Model):
 
     @model_validator(mode="after")
     def _blocks_fit_tensor_parallel(self) -> Self:
-        rotation = self.online.down_proj
-        if rotation is not None and rotation.size % (rotation.block * self.max_tensor_parallel):
-            raise ValueError(
-                f"online.down_proj block {rotation.block} must divide size / max_tensor_parallel = "
-                f"{rotation.size} / {self.max_tensor_parallel}"
-            )
+        for field, rotation in self.online.of_downs().items():
+            if rotation.size % (rotation.block * self.max_tensor_parallel):
+                raise ValueError(
+                    f"online.{field} block {rotation.block} must divide size / max_tensor_parallel"
+                    f" = {rotation.size} / {self.max_tensor_parallel}"
+                )
         return self
 
     def scheme(self, name: str) -> LinearScheme | None:
@@ -197,14 +204,15 @@ def check_tensor_parallel(schema: QuantizationSchema, size: int) -> None:
     Raises:
         ConfigError: ``size`` does not divide the rotated width into whole blocks.
     """
-    rotation = schema.online.down_proj
-    if rotation is not None and rotation.size % (rotation.block * size):
-        raise ConfigError(
-            f"tensor parallel size {size}: each rank would hold {rotation.size}/{size} down_proj"
-            f" inputs, not a whole number of Hadamard blocks of {rotation.block} (this checkpoint"
-            f" serves up to {schema.max_tensor_parallel}). Serve with --tensor-parallel-size"
-            f" {schema.max_tensor_parallel} or less, or convert again with --max-tp {size}."
-        )
+    for rotation in schema.online.of_downs().values():
+        if rotation.size % (rotation.block * size):
+            raise ConfigError(
+                f"tensor parallel size {size}: each rank would hold {rotation.size}/{size}"
+                f" down_proj inputs, not a whole number of Hadamard blocks of {rotation.block}"
+                f" (this checkpoint serves up to {schema.max_tensor_parallel}). Serve with"
+                f" --tensor-parallel-size {schema.max_tensor_parallel} or less, or convert again"
+                f" with --max-tp {size}."
+            )
 
 
 def weight_tensors(

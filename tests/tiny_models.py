@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -55,6 +56,7 @@ FAMILIES = {
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
     "mixtral": MixtralConfig,
+    "qwen2_moe": Qwen2MoeConfig,
     "qwen3_moe": Qwen3MoeConfig,
     "granite": GraniteConfig,
     "seed_oss": SeedOssConfig,
@@ -126,6 +128,12 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
     },
     "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 224,
+    },
     "qwen3_moe": {
         "head_dim": 64,
         "num_experts": 8,

@@ -301,13 +301,19 @@ def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
 
     if not config.rotate:
         return Online()
-    down = OnlineHadamard(
-        size=spec.intermediate, block=choose_block(spec.intermediate, config.max_tp).size
+
+    def rotated(width: int, shards: int = 1) -> OnlineHadamard:
+        return OnlineHadamard(size=width, block=choose_block(width, shards).size)
+
+    online = Online(
+        down_proj=rotated(spec.intermediate, config.max_tp),
+        within={
+            module: rotated(width, config.max_tp) for module, width in spec.other_widths().items()
+        },
+        readers=None if folds_residual(spec, config) else rotated(spec.hidden),
     )
-    if folds_residual(spec, config):
-        return Online(down_proj=down)
-    readers = OnlineHadamard(size=spec.hidden, block=choose_block(spec.hidden).size)
-    online = Online(down_proj=down, readers=readers)
+    if online.readers is None:
+        return online
     for reader in (reader for table in spec.tables for reader in table.quantized_readers):
         if spec.experts or online.rotation(reader) is None:
             raise ConfigError(

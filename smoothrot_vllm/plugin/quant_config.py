@@ -199,7 +199,7 @@ class SmoothRotConfig(QuantizationConfig):
             parts = self.part_names(prefix)
             stored_fused = leaf in self.packed_modules_mapping and parts == [leaf]
             return SmoothRotLinearMethod(
-                prefix, scheme, self.schema.online.rotation(leaf), parts, stored_fused
+                prefix, scheme, self.schema.online.rotation(prefix), parts, stored_fused
             )
         if isinstance(layer, ParallelLMHead):
             scheme = self.scheme(prefix)

@@ -43,10 +43,20 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     # Experts: four per channel, and eight in groups.
     "mixtral": ("--activation-bits", "8"),
     "olmoe": ("--activation-bits", "8"),
+    # Beside them one of another width, that every token goes through.
+    "qwen2_moe": (
+        "--activation-bits",
+        "8",
+        "--group-size",
+        "32",
+        "--rounding",
+        "gptq",
+        "--smooth-norms",
+    ),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
 }
-# Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, mixtures have an op
-# of their own.
+# Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, experts that tokens
+# are routed to have an op of their own.
 FUSED = {
     "qwen3",
     "phi3",
@@ -60,6 +70,7 @@ FUSED = {
     "olmo2",
     "olmo3",
     "exaone4",
+    "qwen2_moe",
 }
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")

@@ -76,6 +76,14 @@ SETUPS = {
     "llama, flag, compiled, TP=2, W4A4, 4-bit head": Setup(
         "llama", ("--lm-head-bits", "4", "--max-tp", "2"), flag=True, eager=False, ranks=2
     ),
+    # Each rank has its part of every expert and of the shared one, of another width.
+    "qwen2_moe, no flag, compiled, TP=2, W4A8": Setup(
+        "qwen2_moe",
+        ("--activation-bits", "8", "--rounding", "gptq", "--smooth-norms", "--max-tp", "2"),
+        flag=False,
+        eager=False,
+        ranks=2,
+    ),
     "qwen3_moe, no flag, compiled, TP=2, W4A8, some experts W8A8": Setup(
         "qwen3_moe",
         ("--activation-bits", "8", "--keep-8bit", "auto:0.4", "--max-tp", "2"),

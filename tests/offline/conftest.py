@@ -58,6 +58,12 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "phi3": {"pad_token_id": 0},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 76},
     "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 76,
+        "shared_expert_intermediate_size": 112,
+    },
     "qwen3_moe": {
         "head_dim": 12,
         "num_experts": 6,

@@ -117,6 +117,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "olmoe": {"family": "olmoe"},
+    "qwen2_moe": {"family": "qwen2_moe"},
+    "qwen2_moe, weights of experts that sum to one, tied": {
+        "family": "qwen2_moe",
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
     "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models with experts whose every linear is a module of its own."""
 
+from itertools import chain
+
+import torch
 from transformers import PreTrainedModel
 
 from smoothrot_offline.source.family import ModelSpec
@@ -18,13 +21,20 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
     for index, old in enumerate(stacked):
         prefix = spec.layer_prefix(index)
         model.get_submodule(prefix + experts.router).weight.data = old.gate.weight.data
-        for e, (up, down) in enumerate(spec.architecture.products):
+        weights = dict[str, torch.Tensor]()
+        for e, (up, down) in enumerate(spec.architecture.products[: spec.experts]):
             gate_rows, up_rows = old.experts.gate_up_proj.data[e].chunk(2)
-            weights = {
+            weights |= {
                 experts.gate.replace("{e}", str(e)): gate_rows,
                 up: up_rows,
                 down: old.experts.down_proj.data[e],
             }
-            for name, weight in weights.items():
-                model.get_submodule(prefix + name).weight.data = weight.contiguous()
+        common = [*chain.from_iterable(spec.architecture.common_groups())]
+        if experts.shared is not None:
+            common.append(experts.shared.gate)
+        weights |= {
+            name: old.get_submodule(name.removeprefix("mlp.")).weight.data for name in common
+        }
+        for name, weight in weights.items():
+            model.get_submodule(prefix + name).weight.data = weight.contiguous()
     return model

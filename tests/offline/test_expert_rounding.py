@@ -25,7 +25,7 @@ from smoothrot_offline.source.resolve import resolve
 
 MakeModel = Callable[..., Path]
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
-FAMILIES = ("mixtral", "qwen3_moe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -56,10 +56,9 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(
     gated, downs = spec.architecture.expert_groups()
     linears = [group[0] for group in gated + downs]
     own, routing = copy.expert_inputs(middle, linears)
-    normed = copy.feed_forward_input(middle).flatten(0, -2)
-    torch.testing.assert_close(
-        routing, normed @ tensors[f"{spec.architecture.feed_forward}.gate.weight"].T
-    )
+    router = f"{spec.architecture.feed_forward}.gate"
+    normed = copy.feed_forward_input(router, middle).flatten(0, -2)
+    torch.testing.assert_close(routing, normed @ tensors[f"{router}.weight"].T)
     # Another routing, which leaves the last expert out.
     other = routing.roll(1, dims=1).index_fill(1, torch.tensor([spec.experts - 1]), -torch.inf)
     forced, _ = copy.expert_inputs(middle, linears, other)

@@ -32,8 +32,14 @@ from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import UnsupportedModelError
 
 MakeModel = Callable[..., Path]
-FAMILIES = {"mixtral": "block_sparse_moe.experts.{}.w2", "qwen3_moe": "mlp.experts.{}.down_proj"}
+FAMILIES = {
+    "mixtral": "block_sparse_moe.experts.{}.w2",
+    "qwen2_moe": "mlp.experts.{}.down_proj",
+    "qwen3_moe": "mlp.experts.{}.down_proj",
+}
 """Name of an expert's down_proj by family."""
+SHARED = {"qwen2_moe": "mlp.shared_expert.down_proj"}
+"""That of the expert that every token goes through, where there is one."""
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad.*:UserWarning")
@@ -58,7 +64,13 @@ def options(**changes: Any) -> dict[str, Any]:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("mixtral", {}), ("qwen3_moe", {}), ("qwen3_moe", {"norm_topk_prob": True})],
+    [
+        ("mixtral", {}),
+        ("qwen2_moe", {}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("qwen3_moe", {}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+    ],
 )
 def test_separate_experts_compute_what_transformers_does(
     build_model: Callable[..., PreTrainedModel], name: str, changes: dict[str, Any]
@@ -99,14 +111,17 @@ def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, fam
     )
     seen: dict[str, torch.Tensor] = {}
     downs = [FAMILIES[family].format(e) for e in range(spec.experts)]
+    downs += [SHARED[family]] if family in SHARED else []
     observers = {down: lambda x, down=down: seen.update({down: x.clone()}) for down in downs}
     LayerRunner(spec).run(0, layer, hidden.clone(), observers)
     found = smooth_layer(LayerRunner(spec), config, make_schema(spec, config), 0, layer, hidden, {})
-    assert found.scales.shape == (spec.experts, spec.intermediate)
-    assert (
-        sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * spec.config.num_experts_per_tok
+    common = len(downs) - spec.experts
+    assert len(found.scales) == spec.experts * spec.intermediate + common * spec.shared
+    assert sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * (
+        spec.config.num_experts_per_tok + common
     )
-    for row, record, down in zip(found.scales, found.records, downs, strict=True):
+    rows = found.scales.split(spec.down_widths(0))
+    for row, record, down in zip(rows, found.records, downs, strict=True):
         if down not in seen:
             assert record is None
             assert (row == 1).all()
@@ -127,10 +142,11 @@ def test_a_conversion_is_whole_and_runs_as_defined(
     assert verify(out).ok
     compared = compare_with_source(out, source)
     spec = resolve(open_checkpoint(source).config)
-    assert (compared.codes, compared.problems) == (2 * (4 + 3 * spec.experts), [])
+    mlps = spec.experts + (family in SHARED)
+    assert (compared.codes, compared.problems) == (2 * (4 + 3 * mlps), [])
     scales = read_transform(out).scales[1].down
     assert scales is not None
-    assert scales.shape == (spec.experts, spec.intermediate)
+    assert scales.shape == (sum(spec.down_widths(1)),)
     assert inspect(out).quantization.ignore == spec.unquantized()
     with torch.no_grad():
         compiled, defined = (
@@ -205,7 +221,8 @@ def test_experts_that_no_token_reaches_are_named_once(
         ] == layer.unseen_experts
         found = scales[index].down
         assert found is not None
-        assert [e for e, row in enumerate(found) if (row == 1).all()] == layer.unseen_experts
+        rows = found.view(len(layer.experts), -1)
+        assert [e for e, row in enumerate(rows) if (row == 1).all()] == layer.unseen_experts
 
 
 @pytest.mark.parametrize(
@@ -258,8 +275,8 @@ def test_clips_and_eight_bits_are_the_same_for_all_experts_of_a_layer(
     make_model: MakeModel, tmp_path: Path, family: str
 ) -> None:
     source, out = make_model(family, num_hidden_layers=2), tmp_path / "out"
-    # Attention and the experts of one layer.
-    convert(source, out, make_config(**options(clip_search=True, keep_8bit=0.6)))
+    # All but the experts of one layer.
+    convert(source, out, make_config(**options(clip_search=True, keep_8bit=0.8)))
     assert verify(out).ok
     assert compare_with_source(out, source).problems == []
     spec, schema = resolve(open_checkpoint(source).config), inspect(out).quantization
@@ -329,8 +346,8 @@ def test_max_tp_divides_the_width_of_an_expert(make_model: MakeModel) -> None:
         ({"num_experts_per_tok": 7}, r"num_experts_per_tok: expected 1 to num_experts = 6 .*got 7"),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu"),
         (
-            {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]},
-            "mixture of experts.*only MixtralForCausalLM, Qwen3",
+            {"model_type": "phimoe", "architectures": ["PhimoeForCausalLM"]},
+            "mixture of experts.*only MixtralForCausalLM, Qwen2",
         ),
     ],
 )

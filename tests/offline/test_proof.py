@@ -20,8 +20,8 @@ from smoothrot_offline.source.architecture import Multipliers
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_vllm.errors import UnsupportedModelError
 
-LLAMA, GEMMA3, QWEN2, QWEN3, PHI3 = (
-    SUPPORTED[name] for name in ("llama", "gemma3_text", "qwen2", "qwen3", "phi3")
+LLAMA, GEMMA3, QWEN2, QWEN2_MOE, QWEN3, PHI3 = (
+    SUPPORTED[name] for name in ("llama", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "phi3")
 )
 LEAST: dict[str, Any] = {"scales": "none", "rounding": "rtn"}
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -77,6 +77,21 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "biases forgotten": ("qwen2", {"biases": {}}, "tensor model.layers.0.self_attn.k_proj.bias"),
     "head norms forgotten": ("qwen3", {"head_norms": ()}, "self_attn.k_norm.weight"),
+    "a shared expert's writer left out": (
+        "qwen2_moe",
+        {"writers": ("self_attn.o_proj", "mlp.experts.{e}.down_proj")},
+        "layers.1.self_attn.q_proj",
+    ),
+    "a shared expert's gate left out": (
+        "qwen2_moe",
+        {
+            "readers": QWEN2_MOE.readers
+            | {
+                "post_attention_layernorm": QWEN2_MOE.readers["post_attention_layernorm"][:-1],
+            }
+        },
+        "layers.0.mlp.shared_expert_gate",
+    ),
     "values not last": ("phi3", {"value": "mlp.gate_up_proj"}, "layers.0.self_attn.o_proj"),
 }
 

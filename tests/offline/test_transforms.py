@@ -102,7 +102,9 @@ def subject(request: pytest.FixtureRequest, build_model: Callable[..., PreTraine
 def random_scales(spec: ModelSpec, index: int) -> torch.Tensor:
     return (
         torch.rand(
-            spec.smoothed, generator=torch.Generator().manual_seed(index), dtype=torch.float64
+            sum(spec.down_widths(index)),
+            generator=torch.Generator().manual_seed(index),
+            dtype=torch.float64,
         )
         * 20
         + 0.05
@@ -259,14 +261,17 @@ def test_smoothing_the_norms_keeps_the_logits(subject: Subject) -> None:
 
 @pytest.mark.parametrize("shards", [1, 2])
 def test_r4_with_its_online_half_keeps_the_logits(subject: Subject, shards: int) -> None:
-    block = choose_block(subject.spec.intermediate, shards).size
+    online = online_rotations(subject.spec, make_config(max_tp=shards))
 
     def rotate_down(layer: Tensors, index: int) -> None:
-        signs = random_signs(subject.spec.intermediate, 7, f"R4/{index}")
-        fold(layer, down_rotation(subject.spec, index, signs, block))
+        fold(layer, down_rotation(subject.spec, index, 7, online))
 
     subject.each_layer(rotate_down)
-    assert subject.error({down: block for _, down in subject.spec.architecture.products}) <= 1e-10
+    blocks = {
+        down: choose_block(subject.spec.linear_shape(down)[1], shards).size
+        for _, down in subject.spec.architecture.products
+    }
+    assert subject.error(blocks) <= 1e-10
     assert subject.error() > 1e-2, "the offline half alone must not be the identity"
 
 

@@ -37,10 +37,6 @@ MakeModel = Callable[..., Path]
             },
             "mixture of experts",
         ),
-        (
-            {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4},
-            "mixture of experts",
-        ),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),
         ({"quantization_config": {"quant_method": "hqq"}}, "already quantized.*hqq"),
@@ -103,6 +99,14 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(
             "attention_bias: expected one of False.*Qwen3ForCausalLM.*True",
         ),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window: expected one of False.*True"),
+        ("qwen2_moe", {"qkv_bias": False}, "qkv_bias: expected one of True.*False"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window: expected one of False"),
+        ("qwen2_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers: expected \[\].*got \[1\]"),
+        (
+            "qwen2_moe",
+            {"shared_expert_intermediate_size": 0},
+            "shared_expert_intermediate_size: expected a whole number from 1 to .*got 0",
+        ),
         ("phi3", {"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         (
             "qwen3_5",

@@ -73,6 +73,8 @@ def test_takes_over_no_other_checkpoint() -> None:
         ({"online": {"down_proj": {"size": 192, "block": 100}}}, "block 100"),
         ({"online": {"readers": {"size": 128, "block": 96}}}, "online.readers: .*block 96"),
         ({"online": {"o_proj": {"size": 128, "block": 128}}}, "online.o_proj"),
+        ({"online": {"within": {"shared_expert": {"size": 224, "block": 96}}}}, "block 96"),
+        ({"online": {"within": {"shared_expert": {"size": 96, "block": 96}}}}, "96 / 2"),
         ({"max_tensor_parallel": 4}, "192 / 4"),
     ],
 )
@@ -288,13 +290,17 @@ def test_modules_that_stay_16_bit_as_a_whole_follow_vllms_renaming() -> None:
     assert config.scheme("vision_tower_of_another.mlp.fc1") is not None
 
 
+@pytest.mark.parametrize("where", ["down_proj", "within"])
 @pytest.mark.parametrize(("size", "block", "limit"), [(4, 96, 2), (2, 192, 1)])
 def test_a_tensor_parallel_size_that_splits_a_block_is_refused(
-    tensor_parallel: Callable[[int, int], None], size: int, block: int, limit: int
+    tensor_parallel: Callable[[int, int], None], size: int, block: int, limit: int, where: str
 ) -> None:
     tensor_parallel(0, size)
+    found = {"size": 192, "block": block}
     config = make_config(
-        online={"down_proj": {"size": 192, "block": block}}, max_tensor_parallel=limit
+        online={"down_proj": {"size": 192, "block": 48}}
+        | {where: found if where == "down_proj" else {"shared_expert": found}},
+        max_tensor_parallel=limit,
     )
     with pytest.raises(
         ConfigError,
@@ -336,3 +342,21 @@ def test_a_rotation_of_another_width_is_refused(vllm_config: VllmConfig) -> None
         RowParallelLinear(
             256, 128, bias=False, quant_config=make_config(), prefix="model.layers.0.mlp.down_proj"
         )
+
+
+def test_a_module_with_a_rotation_of_its_own_has_that_alone(vllm_config: VllmConfig) -> None:
+    down, shared = ({"size": size, "block": size} for size in (192, 256))
+    config = make_config(
+        online={"down_proj": down, "within": {"shared_expert": shared}}, max_tensor_parallel=1
+    )
+
+    def build(inputs: int, prefix: str) -> RowParallelLinear:
+        return RowParallelLinear(inputs, 128, bias=False, quant_config=config, prefix=prefix)
+
+    for inputs, module in ((192, "layers.0.mlp"), (256, "layers.0.mlp.shared_expert")):
+        method = build(inputs, f"{module}.down_proj").quant_method
+        assert isinstance(method, SmoothRotLinearMethod)
+        assert method.stored.rotation is not None
+        assert method.stored.rotation.block == inputs
+    with pytest.raises(ConfigError, match=r"shared_expert.down_proj: .*expected size 192, .* 256"):
+        build(192, "layers.0.mlp.shared_expert.down_proj")

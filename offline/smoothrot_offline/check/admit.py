@@ -162,4 +162,6 @@ def rotation_blocks(
     if any(map(spec.rotates_heads, range(spec.layers))):
         widths["R2"] = (spec.head_dim, 1)
     widths["R4"] = (spec.intermediate, config.max_tp)
+    for module, width in spec.other_widths().items():
+        widths[f"R4 of {module}"] = (width, config.max_tp)
     return {name: (size, choose_block(size, shards)) for name, (size, shards) in widths.items()}

@@ -20,7 +20,7 @@ GROUPS = 2
 """Query heads of a key-value head, where the model has several."""
 KV_HEADS = 2
 # No two widths alike, so that one taken for the other is seen, and each with a Hadamard transform.
-HIDDEN, INTERMEDIATE, VOCAB, EXPERTS, WINDOW = 80, 56, 48, 3, 5
+HIDDEN, INTERMEDIATE, SHARED, VOCAB, EXPERTS, WINDOW = 80, 56, 40, 48, 3, 5
 DELTA_KEY, DELTA_VALUE = 6, 10
 """Widths of heads of linear attention."""
 _FACTORS = ("short_factor", "long_factor")
@@ -50,6 +50,8 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     if (experts := spec.architecture.experts) is not None:
         sizes |= {experts.count: EXPERTS, experts.intermediate: INTERMEDIATE}
         sizes["num_experts_per_tok"] = min(spec.config.num_experts_per_tok, EXPERTS - 1)
+        if experts.shared is not None:
+            sizes[experts.shared.intermediate] = SHARED
     for table in spec.tables:
         if (keys := table.linear_attention) is not None:
             sizes |= _small_linear_attention(keys, config)

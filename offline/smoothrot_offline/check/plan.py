@@ -67,17 +67,12 @@ def memory_bytes(
     weights = spec.layer_weights()
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
     experts = max(1, spec.experts)
-    sample = (
-        4 * 4 * min(tokens, SAMPLE_TOKENS) * spec.intermediate * experts
-        if config.scales != "none"
-        else 0
-    )
+    smoothed = max(sum(spec.down_widths(index)) for index in range(spec.layers))
+    sample = 4 * 4 * min(tokens, SAMPLE_TOKENS) * smoothed if config.scales != "none" else 0
     chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
     hidden = 4 * tokens * spec.hidden
     running = (
-        (2 * loaded + 4) * sum(weights)
-        + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden)
-        + sample
+        (2 * loaded + 4) * sum(weights) + 4 * chunk * (4 * spec.widest + 10 * spec.hidden) + sample
     )
     # The source's layer, the next one, the float64 one, and what a rotation holds of its largest
     # linear beside it: with signs, after each of two factors, transposed. Then what is stored.
@@ -95,10 +90,11 @@ def memory_bytes(
         # solution.
         hidden *= 1 + copies
         # Of a layer with experts, an H (and a C) of each, and what those of a token read.
-        matrices = (9 if config.asymmetric else 6) + copies * (experts - 1)
+        matrices = 9 if config.asymmetric else 6
         read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
-        widest = max(spec.intermediate, spec.hidden)
-        running += 4 * sum(weights) + 8 * matrices * widest**2 + read * widest
+        widest, routed = (max(width, spec.hidden) for width in (spec.widest, spec.intermediate))
+        entries = matrices * widest**2 + copies * (experts - 1) * routed**2
+        running += 4 * sum(weights) + 8 * entries + read * routed
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
     if spec.kept:

@@ -112,7 +112,7 @@ def _random_scales(small: ModelSpec, index: int) -> LayerScales:
         return torch.rand(shape, generator=generator, dtype=torch.float64) * 4 + 0.25
 
     norms = {norm: draw(small.hidden) for norm in small.layer_table(index).norms}
-    return LayerScales(draw(*small.smoothed), norms)
+    return LayerScales(draw(sum(small.down_widths(index))), norms)
 
 
 def _run(

@@ -245,10 +245,11 @@ def policy_flop(spec: ModelSpec, policy: Policy, tokens: int) -> float:
     searched = len(list(_grid()))
     trials = {"search": searched, "learned": searched + 3 * STEPS}.get(policy, 2)
     sampled = min(tokens, SAMPLE_TOKENS)
+    products = sampled * (spec.shared if spec.experts else spec.intermediate)
     if spec.experts:
         routed = tokens * spec.config.num_experts_per_tok // spec.experts
-        sampled = spec.experts * min(routed, SAMPLE_TOKENS)
-    return trials * sampled * 2 * spec.layers * spec.intermediate * spec.hidden
+        products += spec.experts * min(routed, SAMPLE_TOKENS) * spec.intermediate
+    return trials * products * 2 * spec.layers * spec.hidden
 
 
 def _grid() -> Iterator[tuple[Statistic, float, float | None]]:

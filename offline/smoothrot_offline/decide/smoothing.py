@@ -30,9 +30,9 @@ from smoothrot_vllm.format import QuantizationSchema
 class LayerSmoothing:
     """What was chosen for one layer.
 
-    ``scales`` are float64 in the shape ``ModelSpec.smoothed``; ``records`` has one entry for its
-    down_proj, or for that of each
-    expert: None for an expert that no calibration token was routed to, whose scales are 1.
+    ``scales`` are float64 ``(channels,)``, those of one down_proj after another; ``records`` has
+    one entry for each: None for an expert that no calibration token was routed to, whose scales are
+    1.
     """
 
     scales: torch.Tensor
@@ -61,12 +61,15 @@ def smooth_layer(
     """
     spec = runner.spec
     assert config.scales != "none"
-    tokens = hidden.shape[0] * hidden.shape[1]
-    if spec.experts:
-        tokens = tokens * spec.config.num_experts_per_tok // spec.experts
+    tokens, table, widths = (
+        hidden.shape[0] * hidden.shape[1],
+        spec.layer_table(index),
+        spec.down_widths(index),
+    )
+    routed = tokens * spec.config.num_experts_per_tok // spec.experts if spec.experts else tokens
     statistics = {
-        down: InputStatistics(spec.intermediate, tokens, hidden.device)
-        for _, down in spec.layer_table(index).products
+        down: InputStatistics(width, routed if number < spec.experts else tokens, hidden.device)
+        for number, ((_, down), width) in enumerate(zip(table.products, widths, strict=True))
     }
     runner.run(
         index,
@@ -74,20 +77,18 @@ def smooth_layer(
         hidden,
         {**{down: seen.update for down, seen in statistics.items()}, **observers},
     )
-    scales = torch.ones(
-        len(statistics), spec.intermediate, dtype=torch.float64, device=hidden.device
-    )
+    scales = torch.ones(sum(widths), dtype=torch.float64, device=hidden.device)
     records: list[SmoothingRecord | None] = []
-    for row, (down, seen) in zip(scales, statistics.items(), strict=True):
+    for own, (down, seen) in zip(scales.split(widths), statistics.items(), strict=True):
         if not seen.tokens:
             records.append(None)
             continue
         choice = _choose(
             spec.layer_prefix(index) + down, layer[f"{down}.weight"], seen, config, schema
         )
-        row.copy_(choice.scales)
+        own.copy_(choice.scales)
         records.append(_record(config, seen, choice))
-    return LayerSmoothing(scales.view(spec.smoothed), records)
+    return LayerSmoothing(scales, records)
 
 
 def _choose(
@@ -100,7 +101,7 @@ def _choose(
     assert config.scales != "none"
     scheme = schema.scheme(name)
     assert scheme is not None
-    rotation = schema.online.down_proj
+    rotation = schema.online.rotation(name)
     error = LayerError(statistics.sample, weight.float(), scheme, rotation.block if rotation else 0)
     return choose_scales(
         config.scales, statistics, error, PolicyOptions(config.alpha, config.quantile)

@@ -44,10 +44,11 @@ class LayerStudy:
     """What was found for one decoder layer.
 
     ``scales`` are S; ``experts`` are the ``smoothing`` of each expert, None for one that no
-    calibration token was routed to. ``clips`` and ``sensitivity`` are by the first linear of each
-    group that reads one input, all of a layer's experts being one
-    group: the clip with the least error, and the mean ``KL`` of a token, in nats and to second
-    order, when only that group is quantized. Both are empty unless the configuration asks for them.
+    calibration token was routed to, and ``smoothing`` then that of a shared one. ``clips`` and
+    ``sensitivity`` are by the first linear of each group that reads one input, all of a layer's
+    experts but a shared one being one group: the clip with the least error, and the mean ``KL`` of
+    a token, in nats and to second order, when only that group is quantized. Both are empty unless
+    the configuration asks for them.
     """
 
     scales: LayerScales = field(default_factory=LayerScales)
@@ -100,11 +101,8 @@ class Study:
         study = LayerStudy()
         if self._config.scales != "none":
             scales, found = self._smoothed(index, tensors)
-            study = (
-                LayerStudy(scales, experts=found)
-                if self._source.spec.experts
-                else LayerStudy(scales, smoothing=found[0])
-            )
+            experts = self._source.spec.experts
+            study = LayerStudy(scales, next(iter(found[experts:]), None), experts=found[:experts])
         return (
             self._probed(index, self._folded(index, tensors, study.scales), study)
             if self._config.needs_probe

@@ -48,5 +48,5 @@ def distillation_bytes(spec: ModelSpec, config: ConvertConfig) -> int:
     weights = spec.decoder_weights() + 2 * spec.vocab * spec.hidden
     # Numbers that a token leaves for the way back, of one sequence at a time. With the process
     # itself 4.1 GB are estimated of SmolLM2-135M, which takes 3.7.
-    kept = spec.layers * (24 * spec.hidden + 8 * spec.intermediate) + 6 * spec.vocab
+    kept = spec.layers * (24 * spec.hidden + 8 * spec.widest) + 6 * spec.vocab
     return _BYTES_PER_WEIGHT * weights + 4 * config.calib_seqlen * kept

@@ -25,7 +25,7 @@ class Gradients:
 
     ``outputs`` has, for each decoder layer, the gradients in what it gives out, float32 ``(samples,
     seqlen, hidden)``. ``weights`` has, for each layer and by the name of a linear in it, how much
-    each token counts in that one's rounding, float32 ``(samples, seqlen)``: the root mean square,
+    each token counts in that one's rounding, float32 ``(tokens,)``: the root mean square,
     over output channels, of the gradient in what it gives out, over that of all tokens. Its square
     is what an error costs that is as large in each channel (GuidedQuant, arXiv 2505.07004). Linears
     of experts are not among them.
@@ -90,9 +90,10 @@ def model_gradients(
 
 
 def _weighed(spec: ModelSpec, index: int) -> Iterable[str]:
-    """The linears of a layer that read all tokens."""
-    groups = spec.layer_table(index).input_groups()
-    return (linear for group in (groups[:2] if spec.experts else groups) for linear in group)
+    """The quantized linears of a layer that read all tokens."""
+    table = spec.layer_table(index)
+    groups = [*table.input_groups()[:2], *table.common_groups()]
+    return (linear for group in groups for linear in group if linear not in table.unquantized)
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _squared_gradients(layer: nn.Module, squares: dict[str, list[torch.Tensor]])
 
     def hook(parts: list[torch.Tensor]) -> Callable[[nn.Module, object, torch.Tensor], None]:
         def keep(gradient: torch.Tensor) -> None:
-            parts.append(gradient.float().square().mean(-1))
+            parts.append(gradient.float().square().mean(-1).flatten())
 
         def watch(_module: nn.Module, _inputs: object, out: torch.Tensor) -> None:
             out.register_hook(keep)
@@ -136,6 +137,6 @@ def gradients_bytes(spec: ModelSpec, tokens: int, seqlen: int) -> int:
     """Memory of :func:`model_gradients`: hidden states before every layer, outputs' gradients, the
     graph of a layer and a sequence, and a number for each token and linear."""
     states = 2 * min(tokens, AT_ONCE * seqlen) * spec.hidden * (spec.layers + 1)
-    graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.intermediate)
+    graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.widest)
     weights = tokens * sum(len([*_weighed(spec, index)]) for index in range(spec.layers))
     return 4 * (states + graph + weights + 4 * seqlen * spec.vocab)

@@ -51,7 +51,7 @@ def learning_bytes(spec: ModelSpec, config: ConvertConfig) -> int:
     """Memory of :func:`learn_folds`."""
     batch = BATCH * config.calib_seqlen
     hidden = (batch * (spec.layers + 4) + config.calib_samples * config.calib_seqlen) * spec.hidden
-    graph = 6 * sum(spec.layer_weights()) + batch * (24 * spec.hidden + 8 * spec.intermediate)
+    graph = 6 * sum(spec.layer_weights()) + batch * (24 * spec.hidden + 8 * spec.widest)
     logits = config.calib_seqlen * 4 * spec.vocab
     turns = 8 * spec.hidden**2
     return 4 * (hidden + graph + logits + turns) + 2 * spec.vocab * spec.hidden

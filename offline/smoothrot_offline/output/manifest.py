@@ -111,7 +111,8 @@ class LayerRecord(_Record):
     clip, and the ``KL`` in nats that quantizing it alone costs the model. All experts of a layer
     are one group.
 
-    Of a layer with experts, ``smoothing`` is None and ``experts`` has that of each; None for those
+    Of a layer with experts, ``smoothing`` is that of a shared one, None without, and ``experts``
+    has that of each other; None for those
     listed in ``unseen_experts``, which no calibration token was routed to and whose scales are 1.
     """
 

@@ -122,7 +122,11 @@ def show_conversion(done: Conversion, out: str) -> RenderableType:
 
 
 def _online_rotations(online: Online) -> str:
-    inputs = {"down_proj input": online.down_proj, "input of q, k, v, gate and up": online.readers}
+    inputs = {
+        "down_proj input": online.down_proj,
+        **{f"that within {module}": rotation for module, rotation in online.within.items()},
+        "input of q, k, v, gate and up": online.readers,
+    }
     return (
         "; ".join(
             f"{name}, {r.size} in blocks of {r.block}"

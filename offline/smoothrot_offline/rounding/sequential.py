@@ -38,8 +38,8 @@ class SequentialRounding:
             2210.17323).
         propagation: share of the earlier layers' error that asymmetric calibration makes up for;
             all of it follows the noise of the calibration text.
-        token_weights: of each layer, by linear, float32 ``(samples, seqlen)``: how much each token
-            counts; those of a linear that is not named count once.
+        token_weights: of each layer, by linear, float32 ``(tokens,)``: how much each token counts;
+            those of a linear that is not named count once.
         qronos, act_order, damping: see
             :func:`~smoothrot_offline.rounding.gptq.quantize_gptq`.
     """
@@ -118,7 +118,7 @@ class SequentialRounding:
             }
             first = 0
             for chunk in inputs:
-                last = first + len(chunk[0])
+                last = first + chunk[0].flatten(0, -2).shape[0]
                 for key, found in statistics.items():
                     found.add(*chunk, weights=weights[key][first:last] if key in weights else None)
                 first = last
@@ -135,7 +135,7 @@ class SequentialRounding:
             for chunk in self._chunks():
                 yield [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]
 
-        qkv, output, *feed_forward = table.input_groups()
+        qkv, output, *_ = table.input_groups()
         with torch.no_grad():
             round_group(qkv, inputs_of(BuiltLayer.attention_input))
             attended = list(inputs_of(BuiltLayer.output_input))
@@ -144,12 +144,10 @@ class SequentialRounding:
                 for copy, hidden, read in zip(copies, chunk, inputs, strict=True):
                     hidden.copy_(copy.middle(hidden, read))
             del attended
+            for group in table.common_groups():
+                round_group(group, inputs_of(_reading(group[0])))
             if self._spec.experts:
                 self._round_experts(index, tensors, copies, rounded)
-            else:
-                gate_up, down = feed_forward
-                round_group(gate_up, inputs_of(BuiltLayer.feed_forward_input))
-                round_group(down, inputs_of(BuiltLayer.down_input))
             for chunk in self._chunks():
                 for copy, hidden in zip(copies, chunk, strict=True):
                     hidden.copy_(copy.finish(hidden))
@@ -236,6 +234,10 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool)
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
     gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
     return gathered + 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
+
+
+def _reading(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:
+    return lambda copy, middle: copy.feed_forward_input(linear, middle)
 
 
 def _warn_of_few_tokens(index: int, few: Mapping[int, int]) -> None:

@@ -134,14 +134,10 @@ class BuiltLayer:
         )
         return hidden + added * self._residual_scale
 
-    def feed_forward_input(self, middle: torch.Tensor) -> torch.Tensor:
-        """What gate and up multiply by their weights."""
-        gate = self._table.readers[self._table.mlp_norm][0]
-        return self._stopped(gate, lambda: self._feed_forward(self._norm(middle)))
-
-    def down_input(self, middle: torch.Tensor) -> torch.Tensor:
-        """What down_proj multiplies by its weight."""
-        return self._stopped(self._table.down, lambda: self._feed_forward(self._norm(middle)))
+    def feed_forward_input(self, linear: str, middle: torch.Tensor) -> torch.Tensor:
+        """What a linear of the feed-forward, one that reads every token, multiplies by its
+        weight."""
+        return self._stopped(linear, lambda: self._feed_forward(self._norm(middle)))
 
     def expert_inputs(
         self, middle: torch.Tensor, linears: Iterable[str], routing: torch.Tensor | None = None

@@ -15,6 +15,20 @@ EXPERT = "{e}"
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """What every token goes through beside the experts that are chosen for it.
+
+    ``module`` is its name, whose linears are called like those of an expert; ``intermediate`` the
+    configuration key of its width; ``gate`` the linear whose sigmoid its output is multiplied by,
+    which stays 16-bit.
+    """
+
+    module: str
+    intermediate: str
+    gate: str
+
+
+@dataclass(frozen=True)
 class Experts:
     """What the table of a family with a mixture of experts says beside the names of its linears.
 
@@ -22,7 +36,7 @@ class Experts:
     width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
     linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
     which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
-    values of keys that say that every layer has experts.
+    values of keys that say that every layer has experts. ``shared`` is an expert beside them.
     """
 
     count: str
@@ -31,6 +45,7 @@ class Experts:
     gate: str
     normalizes: str = ""
     everywhere: Mapping[str, Any] = field(default_factory=dict)
+    shared: SharedExpert | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,8 @@ class Architecture:
     the tensors that this one says."""
     experts: Experts | None = None
     products: tuple[tuple[str, str], ...] = ()
-    """Each ``up`` and its ``down`` in a layer: one pair, or that of each expert."""
+    """Each ``up`` and its ``down`` in a layer: one pair, or that of each expert, then that of a
+    shared one."""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -196,7 +212,10 @@ class Architecture:
                 for norm, names in self.readers.items()
             },
             writers=tuple(expert for name in self.writers for expert in each(name)),
-            products=tuple(zip(each(self.up), each(self.down), strict=True)),
+            products=(
+                *zip(each(self.up), each(self.down), strict=True),
+                *(linears[1:] for linears in self._shared_linears()),
+            ),
             kinds={kind: table.with_experts(count) for kind, table in self.kinds.items()},
         )
 
@@ -214,17 +233,22 @@ class Architecture:
             experts.gate: ("intermediate", "hidden"),
             up: ("intermediate", "hidden"),
         }
+        downs = {down: ("hidden", "intermediate")}
+        table = replace(self, up=up, down=down, experts=experts, **own)
+        if experts.shared is not None:
+            ((shared_gate, shared_up, shared_down),) = table._shared_linears()
+            gated |= {
+                shared_gate: ("shared", "hidden"),
+                shared_up: ("shared", "hidden"),
+                experts.shared.gate: ("one", "hidden"),
+            }
+            downs[shared_down] = ("hidden", "shared")
+        kept = {name: shape for name, shape in table.linears.items() if name in attention}
         return replace(
-            self,
-            linears={name: shape for name, shape in self.linears.items() if name in attention}
-            | gated
-            | {down: ("hidden", "intermediate")},
-            readers={**self.readers, self.mlp_norm: tuple(gated)},
-            writers=(self.output, down),
-            up=up,
-            down=down,
-            experts=experts,
-            **own,
+            table,
+            linears=kept | gated | downs,
+            readers={**table.readers, table.mlp_norm: tuple(gated)},
+            writers=(table.output, *downs),
         )
 
     @property
@@ -235,28 +259,53 @@ class Architecture:
     def expert_groups(self) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Linears of each expert that read the same tensor: gate and up, then down."""
         assert self.experts is not None
-        gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(self.products))]
+        products = self.products[: len(self.products) - len(self._shared_linears())]
+        gates = [self.experts.gate.replace(EXPERT, str(e)) for e in range(len(products))]
         first: list[tuple[str, ...]] = [
-            (gate, up) for gate, (up, _) in zip(gates, self.products, strict=True)
+            (gate, up) for gate, (up, _) in zip(gates, products, strict=True)
         ]
-        return first, [(down,) for _, down in self.products]
+        return first, [(down,) for _, down in products]
+
+    def common_groups(self) -> list[tuple[str, ...]]:
+        """Linears of the feed-forward that read the same tensor of every token, in the order data
+        reaches them: all but those of experts that tokens are routed to, and what chooses them."""
+        if self.experts is None:
+            return [self.readers[self.mlp_norm], (self.down,)]
+        return [
+            group for gate, up, down in self._shared_linears() for group in ((gate, up), (down,))
+        ]
+
+    def _shared_linears(self) -> list[tuple[str, str, str]]:
+        """Gate, up and down of the shared expert, if there is one."""
+        if self.experts is None or self.experts.shared is None:
+            return []
+        gate, up, down = (
+            f"{self.experts.shared.module}.{name.rpartition('.')[2]}"
+            for name in (self.experts.gate, self.up, self.down)
+        )
+        return [(gate, up, down)]
 
     def scheme_groups(self) -> list[list[tuple[str, ...]]]:
         """Linears that have one scheme, each as groups of those that read the same tensor. A
-        layer's experts all have one."""
+        layer's experts all have one, but for a shared one."""
         if self.experts is None:
             return [[self._quantized(group)] for group in self.input_groups()]
         gated, down = self.expert_groups()
         attention = self._quantized(self.readers[self.attention_norm])
-        return [[attention], [(self.output,)], gated + down]
+        common = [[group] for group in self.common_groups()]
+        return [[attention], [(self.output,)], *common, gated + down]
 
     def _quantized(self, group: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(linear for linear in group if linear not in self.sixteen_bit)
 
     @property
     def unquantized(self) -> tuple[str, ...]:
-        """Linears that stay 16-bit: the router and those of ``sixteen_bit``."""
-        return self.sixteen_bit + (() if self.experts is None else (self.experts.router,))
+        """Linears that stay 16-bit: those of ``sixteen_bit``, the router, the gate of a shared
+        expert."""
+        if self.experts is None:
+            return self.sixteen_bit
+        shared = () if self.experts.shared is None else (self.experts.shared.gate,)
+        return (*self.sixteen_bit, self.experts.router, *shared)
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first,

@@ -23,8 +23,10 @@ if TYPE_CHECKING:  # the tables must be there without the seconds that these tak
 class ModelSpec:
     """One model: its family's table and its sizes.
 
-    Of a text tower ``config`` is its own, ``outer`` that around it; ``composite`` is the table of
-    the whole, and ``kept`` has the shapes of the tensors beside the tower.
+    ``intermediate`` is the width of down_proj's input, with ``experts`` that of each of them;
+    ``shared`` the one of an expert beside them, 0 without one. Of a text tower ``config`` is its
+    own, ``outer`` that around it; ``composite`` is the table of the whole, and ``kept`` has the
+    shapes of the tensors beside the tower.
     """
 
     architecture: Architecture
@@ -38,15 +40,28 @@ class ModelSpec:
     vocab: int
     tied: bool
     experts: int = 0
+    shared: int = 0
     composite: Composite | None = None
     outer: PreTrainedConfig | None = None
     kept: Mapping[str, Shape] = field(default_factory=dict)
 
+    def down_widths(self, index: int) -> list[int]:
+        """Width of the input of each down_proj of decoder layer ``index``, in the order of
+        ``products``: that of its smoothing scales."""
+        return [self.linear_shape(down)[1] for _, down in self.layer_table(index).products]
+
     @property
-    def smoothed(self) -> Shape:
-        """Shape of a layer's smoothing scales: ``(intermediate,)``, or ``(experts,
-        intermediate)``."""
-        return (self.experts, self.intermediate) if self.experts else (self.intermediate,)
+    def widest(self) -> int:
+        """The largest width of a down_proj's input."""
+        return max(self.intermediate, self.shared)
+
+    def other_widths(self) -> dict[str, int]:
+        """Width of the input of each down_proj that is not ``intermediate``, by the name of the
+        module it is in."""
+        experts = self.architecture.experts
+        if experts is None or experts.shared is None:
+            return {}
+        return {experts.shared.module.rpartition(".")[2]: self.shared}
 
     @property
     def embedding_scale(self) -> float:
@@ -143,6 +158,7 @@ class ModelSpec:
             "query_key_value": query + 2 * self.values,
             "gate_up": 2 * self.intermediate,
             "experts": self.experts,
+            "shared": self.shared,
             "one": 1,
         }
         if (keys := table.linear_attention) is not None:

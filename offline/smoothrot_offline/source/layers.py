@@ -258,7 +258,7 @@ class Expert(nn.Module):
         super().__init__()
         assert table.experts is not None
         self._gate, self._up, self._down = (
-            name.rpartition(".")[2] for name in (table.experts.gate, table.up, table.down)
+            _leaf(name) for name in (table.experts.gate, table.up, table.down)
         )
         self.add_module(self._gate, nn.Linear(hidden, intermediate, bias=False))
         self.add_module(self._up, nn.Linear(hidden, intermediate, bias=False))
@@ -272,7 +272,8 @@ class Expert(nn.Module):
 
 
 class SparseMoe(nn.Module):
-    """The router, and the weighted sum of the ``top_k`` experts that it chooses for a token.
+    """The router, and the weighted sum of the ``top_k`` experts that it chooses for a token; beside
+    them the shared expert, times the sigmoid of its gate.
 
     Args:
         table: a family with experts.
@@ -290,21 +291,39 @@ class SparseMoe(nn.Module):
         self.experts = nn.ModuleList(
             Expert(table, config.hidden_size, intermediate) for _ in range(count)
         )
+        self._shared = ("", "")
+        if (shared := names.shared) is not None:
+            width = getattr(config, shared.intermediate)
+            self._shared = own, gate = _leaf(shared.module), _leaf(shared.gate)
+            self.add_module(own, Expert(table, config.hidden_size, width))
+            self.add_module(gate, nn.Linear(config.hidden_size, 1, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., hidden)`` to the same; weighed and summed in float32, or in float64 for such
         inputs."""
         tokens = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
+        total = self._of_all(tokens).to(wide)
         weights, chosen = self.gate(tokens).softmax(dim=-1, dtype=wide).topk(self.top_k, dim=-1)
         if self.normalizes:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        total = tokens.new_zeros(tokens.shape, dtype=wide)
         for number, expert in enumerate(self.experts):
             token, place = (chosen == number).nonzero(as_tuple=True)
             if token.numel():
                 total.index_add_(0, token, expert(tokens[token]) * weights[token, place, None])
         return total.to(x.dtype).view(x.shape)
+
+    def _of_all(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the shared expert makes of ``(tokens, hidden)``, zeros without one."""
+        if not any(self._shared):
+            return torch.zeros_like(tokens)
+        expert, gate = map(self.get_submodule, self._shared)
+        found: torch.Tensor = expert(tokens) * gate(tokens).sigmoid()
+        return found
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 class _Elsewhere(nn.Module):

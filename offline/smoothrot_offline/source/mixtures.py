@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of families with a mixture of experts."""
 
-from smoothrot_offline.source.architecture import Experts
-from smoothrot_offline.source.families import LLAMA, MISTRAL, OLMO2, QWEN3
+from smoothrot_offline.source.architecture import Experts, SharedExpert
+from smoothrot_offline.source.families import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
 
 MAX_EXPERTS = 1 << 16
 """Of all layers: several times the largest model's, and what names of tensors can be written out
@@ -21,6 +21,35 @@ MIXTRAL = MISTRAL.with_sparse_feed_forward(
         count="num_local_experts",
         intermediate="intermediate_size",
     ),
+)
+
+
+QWEN2_MOE = QWEN2.with_sparse_feed_forward(
+    Experts(
+        count="num_experts",
+        intermediate="moe_intermediate_size",
+        router="mlp.gate",
+        gate="mlp.experts.{e}.gate_proj",
+        normalizes="norm_topk_prob",
+        everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        shared=SharedExpert(
+            module="mlp.shared_expert",
+            intermediate="shared_expert_intermediate_size",
+            gate="mlp.shared_expert_gate",
+        ),
+    ),
+    up="mlp.experts.{e}.up_proj",
+    down="mlp.experts.{e}.down_proj",
+    model_type="qwen2_moe",
+    class_name="Qwen2MoeForCausalLM",
+    settings={
+        "hidden_act": ("silu",),
+        # vLLM's q, k and v always have one.
+        "qkv_bias": (True,),
+        # vLLM has one window for all layers, transformers in every other one.
+        "use_sliding_window": (False,),
+        "dual_chunk_attention_config": (None,),
+    },
 )
 
 
@@ -72,4 +101,4 @@ OLMOE = LLAMA.with_sparse_feed_forward(
 )
 
 
-MIXTURES = {table.model_type: table for table in (MIXTRAL, QWEN3_MOE, OLMOE)}
+MIXTURES = {table.model_type: table for table in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}

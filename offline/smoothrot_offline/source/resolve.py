@@ -119,7 +119,11 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         parsed.head_dim = hidden // heads
     if table.kinds:
         _check_kinds(table, parsed)
-    experts = 0 if table.experts is None else _count_experts(table.experts, parsed, layers)
+    experts = shared = 0
+    if table.experts is not None:
+        experts = _count_experts(table.experts, parsed, layers)
+        if table.experts.shared is not None:
+            shared = _size(parsed, table.experts.shared.intermediate)
     spec = ModelSpec(
         architecture=table.with_experts(experts),
         config=parsed,
@@ -139,6 +143,7 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         vocab=_size(parsed, "vocab_size"),
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
+        shared=shared,
     )
     for kind_of_layer in spec.tables:
         if kind_of_layer.linear_attention is not None:

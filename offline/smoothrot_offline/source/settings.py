@@ -127,7 +127,7 @@ def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
 def _check_one_window(spec: ModelSpec) -> None:
     window = getattr(spec.config, "sliding_window", None)
     kinds = set(spec.config.layer_types)
-    expected = "full_attention" if window is None else "sliding_attention"
+    expected = "sliding_attention" if window else "full_attention"
     if kinds != {expected}:
         use, layers = (
             getattr(spec.config, "use_sliding_window", None),

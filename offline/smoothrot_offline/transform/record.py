@@ -119,7 +119,7 @@ def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tenso
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(spec.layers):
         prefix = spec.layer_prefix(index)
-        shapes[f"{prefix}smoothing"] = spec.smoothed
+        shapes[f"{prefix}smoothing"] = (sum(spec.down_widths(index)),)
         if spec.rotates_heads(index):
             shapes[f"{prefix}heads"] = (spec.kv_heads, spec.head_dim, spec.head_dim)
         shapes |= {

@@ -74,8 +74,8 @@ Sides = dict[str, list[Factor]]
 class LayerScales:
     """Smoothing scales of one decoder layer, float64, positive.
 
-    ``down`` divides down_proj's input, ``(intermediate,)`` or, with experts, ``(experts,
-    intermediate)``; or None. ``norms`` divide what each norm named gives out, ``(hidden,)``.
+    ``down`` divides the input of each down_proj, one after another, ``(sum of down_widths,)``; or
+    None. ``norms`` divide what each norm named gives out, ``(hidden,)``.
 
     Raises:
         CheckpointError: a scale is zero, negative or not finite.
@@ -95,11 +95,12 @@ class LayerScales:
 
 
 def smoothing(spec: ModelSpec, index: int, scales: torch.Tensor) -> Sides:
-    """S: down_proj's input is divided by ``scales`` in what up_proj gives out."""
+    """S: the input of each down_proj is divided by its part of ``scales`` in what up_proj gives
+    out."""
     sides: Sides = {}
-    products = spec.layer_table(index).products
-    for (up, down), own in zip(products, scales.view(len(products), -1), strict=True):
-        sides[up] = [Factor(_scaled(1 / own), output=True, last=spec.intermediate)]
+    parts = scales.split(spec.down_widths(index))
+    for (up, down), own in zip(spec.layer_table(index).products, parts, strict=True):
+        sides[up] = [Factor(_scaled(1 / own), output=True, last=len(own))]
         sides[down] = [Factor(_scaled(own))]
     return sides
 
@@ -131,7 +132,7 @@ def norm_smoothing(table: Architecture, scales: Mapping[str, torch.Tensor]) -> S
 def online_residual_rotation(table: Architecture, block: int) -> Sides:
     """R1 where it cannot be folded: the server rotates what the norms give out as it stands."""
     return {
-        reader: [Factor(lambda rows: hadamard(rows, block), online=True)]
+        reader: [Factor(_turned(block), online=True)]
         for readers in table.readers.values()
         for reader in readers
     }
@@ -160,8 +161,8 @@ def head_rotation(spec: ModelSpec, index: int, matrices: torch.Tensor | None = N
     }
 
 
-def down_rotation(spec: ModelSpec, index: int, signs: torch.Tensor, block: int) -> Sides:
-    """R4: the signs go into the rows of up_proj, ``D (I (x) H)`` into the inputs of down_proj.
+def down_rotation(spec: ModelSpec, index: int, seed: int, online: Online) -> Sides:
+    """R4: random signs go into the rows of up_proj, ``D (I (x) H)`` into the inputs of down_proj.
 
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is
     the Hadamard transform of down_proj's input, without signs. The experts of a layer share the
@@ -169,11 +170,10 @@ def down_rotation(spec: ModelSpec, index: int, signs: torch.Tensor, block: int) 
     """
     sides: Sides = {}
     for up, down in spec.layer_table(index).products:
-        sides[up] = [Factor(_scaled(signs), output=True, last=spec.intermediate)]
-        sides[down] = [
-            Factor(_scaled(signs)),
-            Factor(lambda rows: hadamard(rows, block), online=True),
-        ]
+        if (rotation := online.rotation(down)) is not None:
+            signs = _scaled(random_signs(rotation.size, seed, f"R4/{index}"))
+            sides[up] = [Factor(signs, output=True, last=rotation.size)]
+            sides[down] = [Factor(signs), Factor(_turned(rotation.block), online=True)]
     return sides
 
 
@@ -239,8 +239,7 @@ class ModelTransform:
         if self.online.down_proj is not None:
             heads = None if self.heads is None else self.heads[index]
             found.append(head_rotation(spec, index, heads))
-            signs = random_signs(spec.intermediate, self.seed, f"R4/{index}")
-            found.append(down_rotation(spec, index, signs, self.online.down_proj.block))
+            found.append(down_rotation(spec, index, self.seed, self.online))
         return {
             linear: [factor for part in found for factor in part.get(linear, [])]
             for linear in table.linears
@@ -295,3 +294,7 @@ class ModelTransform:
 
 def _scaled(factors: torch.Tensor) -> Rows:
     return lambda rows: rows * factors.to(rows)
+
+
+def _turned(block: int) -> Rows:
+    return lambda rows: hadamard(rows, block)
