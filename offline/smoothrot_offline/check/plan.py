@@ -71,7 +71,7 @@ def memory_bytes(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: S
         else 0
     )
     chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
-    hidden = 4 * tokens * spec.hidden
+    hidden = 4 * tokens * spec.stream
     running = (
         (2 + 2 + 4) * sum(weights) + 4 * chunk * (4 * spec.intermediate + 10 * spec.hidden) + sample
     )
@@ -276,6 +276,7 @@ def _tp_refusal(spec: ModelSpec, schema: QuantizationSchema, size: int) -> str |
             for key in (keys.key_heads, keys.value_heads):
                 if (heads := getattr(spec.config, key)) % size:
                     return f"vLLM splits {key} {heads} only over a divisor of {heads}"
-    if spec.kv_heads % size and size % spec.kv_heads:
-        return f"vLLM neither splits nor repeats {spec.kv_heads} key-value heads over {size}"
+    for kv_heads, _ in map(spec.head_sizes, spec.tables):
+        if kv_heads % size and size % kv_heads:
+            return f"vLLM neither splits nor repeats {kv_heads} key-value heads over {size}"
     return None

@@ -20,7 +20,7 @@ def output_gradients(source: SourceModel, tokens: torch.Tensor, seed: int) -> li
         seed: of the draw.
 
     Returns:
-        For each decoder layer, in what it gives out, float32 ``(samples, seqlen, hidden)``.
+        For each decoder layer, in what it gives out, float32 ``(samples, seqlen, spec.stream)``.
     """
     decoder = Decoder(source)
 
@@ -47,6 +47,6 @@ def gradients_flop(spec: ModelSpec, seqlen: int) -> float:
 
 def gradients_bytes(spec: ModelSpec, tokens: int, seqlen: int) -> int:
     """Memory of :func:`output_gradients`: its result, and the graph of a layer and a sequence."""
-    kept = tokens * spec.hidden * (spec.layers + 1)
+    kept = tokens * spec.stream * (spec.layers + 1)
     graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.intermediate)
     return 4 * (kept + graph + 4 * seqlen * spec.vocab)

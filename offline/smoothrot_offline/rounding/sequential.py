@@ -30,8 +30,8 @@ class SequentialRounding:
     Args:
         runner: builds single decoder layers.
         schema: how each linear is quantized.
-        hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
-            tokens; it is changed.
+        hidden: float32 ``(samples, seqlen, spec.stream)``, the transformed embedding of the
+            calibration tokens; it is changed.
         asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos,
             arXiv 2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
             2210.17323).
@@ -212,7 +212,7 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool) -> float:
     """Floating-point operations of error-compensated rounding beside the passes of the tokens: an
     H, or two, of each input, and of each expert one that is factorized and inverted."""
     inputs = max(
-        sum(shape[1] ** 2 for shape in {spec.linear_shape(linear) for linear in table.linears})
+        sum(shape[1] ** 2 for shape in {spec.linear_shape(name, table) for name in table.linears})
         for table in spec.tables
     )
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
