@@ -14,6 +14,7 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -26,6 +27,7 @@ from transformers import (
     Olmo3Config,
     OlmoeConfig,
     Phi3Config,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -55,6 +57,9 @@ FAMILIES = {
     "smollm3": SmolLM3Config,
     "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
+    # As the small ones of the family, and as the large dense one.
+    "gemma4": Gemma4TextConfig,
+    "gemma4_large": Gemma4TextConfig,
     "mixtral": MixtralConfig,
     "qwen2_moe": Qwen2MoeConfig,
     "qwen3_moe": Qwen3MoeConfig,
@@ -96,10 +101,28 @@ GEMMA_SIZES: dict[str, Any] = {
     "sliding_window": 16,
     "query_pre_attn_scalar": 100,
 }
+# Heads are wider in layers of full attention.
+GEMMA4_SIZES: dict[str, Any] = {
+    "hidden_size": 160,
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "final_logit_softcapping": 10.0,
+    "hidden_size_per_layer_input": 0,
+}
 # Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of
 # each head of 32.
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
+    "gemma4": GEMMA4_SIZES
+    | {
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 512,
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4_large": GEMMA4_SIZES | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 10.0},
     "qwen3": {"head_dim": 64},
     # vLLM's kernels for CPUs take heads of 64 and 128 in linear attention.
@@ -199,6 +222,16 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+@torch.no_grad()
+def randomize_gemma4(model: PreTrainedModel) -> None:
+    """Random factors of layers, where there are any. Nothing divides the logits of attention there,
+    so query norms do, as in a trained model."""
+    if model.config.model_type == "gemma4_text":
+        for layer in model.model.layers:
+            layer.layer_scalar.uniform_(0.5, 1.0)
+            layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)
+
+
 def save_tiny_model(directory: Path, family: str) -> Path:
     """A random two-layer model that tensor parallelism can split in two, with embeddings tied and
     grouped heads.
@@ -232,6 +265,7 @@ def save_tiny_model(directory: Path, family: str) -> Path:
                 parameter.uniform_(0.5, 1.5).sub_(0.0 if "linear_attn" in name else offset)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
+        randomize_gemma4(model)
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -385,12 +385,11 @@ def check_shards(spec: ModelSpec, schema: QuantizationSchema, shards: int) -> No
     """
     unit = max(2, schema.weights.group_size)
     split = {
-        linear: shards if linear in table.writers else 1
+        (linear, spec.linear_shape(linear, table)[1]): shards if linear in table.writers else 1
         for table in spec.tables
         for linear in table.linears
     }
-    for linear, ranks in split.items():
-        inputs = spec.linear_shape(linear)[1]
+    for (linear, inputs), ranks in split.items():
         if inputs % (unit * ranks):
             raise ConfigError(
                 f"{linear}: {inputs} inputs over {ranks} shard(s): expected a whole number of runs"

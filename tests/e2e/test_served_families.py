@@ -25,6 +25,10 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     "phi3": ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq"),
     "gemma2": ("--activation-bits", "8"),
     "gemma3": (),
+    # Layers given more than the residual stream, keys and values shared; some layers of 8 bits.
+    "gemma4": ("--activation-bits", "8", "--keep-8bit", "auto:0.4"),
+    # Keys as values, in the same op as queries.
+    "gemma4_large": ("--activation-bits", "8", "--keep-8bit", "auto:0.6", "--rounding", "gptq"),
     # vLLM runs transformers' own model code.
     "smollm3": ("--activation-bits", "8"),
     "granite": ("--activation-bits", "8", "--lm-head-bits", "8"),

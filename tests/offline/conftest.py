@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, scaled_queries
+from tiny_models import FAMILIES, randomize_gemma4, scaled_queries
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothrot_offline.source.resolve import SUPPORTED
@@ -35,8 +35,27 @@ GEMMA_SIZES: dict[str, Any] = {
 WINDOWS: dict[str, Any] = {
     name: value for name, value in GEMMA_SIZES.items() if name != "query_pre_attn_scalar"
 }
+# Heads are wider in layers of full attention, and the last of each kind shares keys and values.
+GEMMA4_SIZES: dict[str, Any] = WINDOWS | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "global_head_dim": 20,
+    "final_logit_softcapping": 3.0,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
+    "gemma4": GEMMA4_SIZES
+    | {
+        "hidden_size_per_layer_input": 10,
+        "vocab_size_per_layer_input": 100,
+        "num_kv_shared_layers": 2,
+    },
+    "gemma4_large": GEMMA4_SIZES
+    | {
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+    },
     # Caps low enough to matter; a model of this family has no head of its own.
     "gemma2": (
         GEMMA_SIZES
@@ -113,6 +132,7 @@ def random_model(
                 parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    randomize_gemma4(model)
     return model.eval()
 
 

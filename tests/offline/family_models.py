@@ -59,6 +59,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "num_key_value_heads": 1,
     },
+    "gemma4": {"family": "gemma4"},
+    "gemma4, biases, tied, no window": {
+        "family": "gemma4",
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "layer_types": ["full_attention"] * 4,
+    },
+    "gemma4, one head for all": {
+        "family": "gemma4",
+        "num_kv_shared_layers": 1,
+        "num_key_value_heads": 1,
+        "global_head_dim": 12,
+        "hidden_size_per_layer_input": 0,
+    },
+    "gemma4_large": {"family": "gemma4_large"},
+    "gemma4, keys as values, shared, biases": {
+        "family": "gemma4_large",
+        "num_kv_shared_layers": 2,
+        "attention_bias": True,
+        "hidden_size_per_layer_input": 10,
+        "vocab_size_per_layer_input": 96,
+    },
     "mixtral": {"family": "mixtral"},
     "granite": {"family": "granite"},
     "granite, all biases, tied": {

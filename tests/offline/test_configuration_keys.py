@@ -38,6 +38,7 @@ SERVERS = {
     "olmoe": ["olmoe"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
+    "gemma4_text": ["gemma4"],
 }
 # The same of vision-language models, and the packages of transformers' classes. Their text towers
 # are those of the families above.
@@ -55,7 +56,9 @@ COMPOSITE_SERVERS = {
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
 # vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
 # Those of Qwen3.5 have layers with experts too, which model_type chooses.
+# That of Gemma 4 is read where rope_parameters has no kind of layers, which is refused.
 HARMLESS = {
+    "gemma4_text": {"rope_local_base_freq"},
     "qwen3": {"qk_norm"},
     "qwen3_5_text": {
         "decoder_sparse_step",
@@ -136,6 +139,17 @@ STRAY: list[tuple[str, str, Any]] = [
     ("exaone4", "sliding_window", None),
     ("exaone4", "layer_types", ["full_attention"] * 3),
     ("gemma3", "is_causal", False),
+    ("gemma4", "attn_logit_softcapping", 30.0),
+    ("gemma4", "use_bidirectional_attention", "all"),
+    ("gemma4", "use_double_wide_mlp", True),
+    ("gemma4", "num_kv_shared_layers", 4),
+    ("gemma4", "num_kv_shared_layers", 5),
+    ("gemma4", "vocab_size_per_layer_input", 95),
+    ("gemma4", "num_experts", 4),
+    ("gemma4", "enable_moe_block", True),
+    ("gemma4", "per_layer_config", {"1": {"intermediate_size": 76}}),
+    ("gemma4", "per_layer_config", {"1": {"head_dim": 20}}),
+    ("gemma4", "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
 ]
 
 

@@ -161,7 +161,7 @@ def test_eight_bit_inputs_are_not_clipped(make_model: MakeModel, tmp_path: Path)
     assert schema_of(tmp_path / "out").overrides == {}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gemma4"])
 def test_trial_loss_is_that_of_the_converted_model(
     make_model: MakeModel, tmp_path: Path, family: str
 ) -> None:

@@ -20,7 +20,7 @@ TOKEN = 4
 DRAWS = 100
 
 
-@pytest.mark.parametrize(("family", "changed"), [("llama", 0), ("gemma3", 2)])
+@pytest.mark.parametrize(("family", "changed"), [("llama", 0), ("gemma3", 2), ("gemma4", 1)])
 def test_the_cost_of_a_small_change_is_its_divergence(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str, changed: int
 ) -> None:
@@ -39,7 +39,8 @@ def test_the_cost_of_a_small_change_is_its_divergence(
                 hidden[0, TOKEN] += change
         return model.logits(hidden)
 
-    change = torch.randn(source.spec.hidden, generator=generator)
+    # Of keys and values that later layers share too.
+    change = torch.randn(source.spec.stream, generator=generator)
     change *= 0.02 * logits(None).norm() / change.norm()
     exact = divergence(logits(change), logits(None)) * TOKENS.numel()
 
@@ -55,7 +56,9 @@ def test_the_cost_of_a_small_change_is_its_divergence(
 MANY = torch.arange(2 * fisher.AT_ONCE * 8).view(-1, 8) * 7 % 96
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3_5", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["llama", "phi3", "gemma3", "qwen3_5", "mixtral", "qwen2_moe", "gemma4"]
+)
 def test_tokens_weigh_what_their_gradient_in_the_whole_model_says(
     make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

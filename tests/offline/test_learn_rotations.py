@@ -29,7 +29,7 @@ from smoothrot_offline.transform.record import read_transform
 from smoothrot_offline.transform.rotation import DenseRotation, Rotation, random_rotation
 
 MakeModel = Callable[..., Path]
-FAMILIES = ["llama", "phi3", "gemma3", "mixtral", "qwen3_5"]
+FAMILIES = ["llama", "phi3", "gemma3", "gemma4", "mixtral", "qwen3_5"]
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
 
 
@@ -146,7 +146,7 @@ def test_gradient_is_that_of_the_whole_graph(make_model: MakeModel, family: str)
     learner.backward(TOKENS, wanted)
     for name, free in learned.free.items():
         torch.testing.assert_close(free.grad, expected[name], rtol=1e-3, atol=1e-7, msg=name)
-    assert ("residual" in expected) == (family != "gemma3")
+    assert ("residual" in expected) == (family not in ("gemma3", "gemma4"))
     assert ("heads.0" in expected) == (family != "qwen3_5")
     assert "down.0" in expected
     assert any(name.startswith("norm.0") for name in expected)
@@ -202,8 +202,8 @@ def test_a_conversion_that_learns_is_still_the_model(
         expected, got = (
             load_model(path, torch.float32)(TOKENS).logits for path in (source, tmp_path / "out")
         )
-    # Linear attention of random weights is that sensitive, see test_function_is_kept.py.
-    bound = 0.2 if family == "qwen3_5" else 0.05
+    # Random weights of these are that sensitive, see test_function_is_kept.py.
+    bound = {"qwen3_5": 0.2, "gemma4": 0.1}.get(family, 0.05)
     assert (got - expected).norm() < bound * expected.norm()
     assert verify(tmp_path / "out").ok
 

@@ -39,7 +39,7 @@ def orthogonal(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("learned", [False, True], ids=["hadamard", "learned"])
 @pytest.mark.parametrize("smoothed", [False, True], ids=["no scales", "scales"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "qwen3_5"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "gemma4", "qwen3_5"])
 def test_transformed_factors_add_what_the_transformed_sum_adds(
     build_model: Callable[..., PreTrainedModel], family: str, smoothed: bool, learned: bool
 ) -> None:
@@ -85,6 +85,16 @@ def test_transformed_factors_add_what_the_transformed_sum_adds(
         added = new_b @ (new_a if rotation is None else hadamard(new_a, rotation.block))
         expected = adapted[f"{linear}.weight"] - layer[f"{linear}.weight"]
         assert (added - expected).norm() <= 1e-10 * expected.norm(), linear
+
+
+def test_an_adapter_of_keys_that_are_values_too_is_refused(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    convert(make_model("gemma4_large"), tmp_path / "base", make_config(scales="none"))
+    shapes = {"model.layers.1.self_attn.k_proj": (20, 72)}
+    adapter = save_adapter(tmp_path / "adapter", shapes)
+    with pytest.raises(UnsupportedModelError, match=r"outputs are those of self_attn\.v_proj too"):
+        convert_adapter(adapter, tmp_path / "out", tmp_path / "base")
 
 
 def save_adapter(directory: Path, linears: dict[str, tuple[int, int]], **config: Any) -> Path:

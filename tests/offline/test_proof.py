@@ -76,6 +76,16 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "logits",
     ),
     "biases forgotten": ("qwen2", {"biases": {}}, "tensor model.layers.0.self_attn.k_proj.bias"),
+    "keys taken for values, where heads have two widths": (
+        "gemma4",
+        {"value": "self_attn.k_proj"},
+        "layers.0.self_attn.o_proj",
+    ),
+    "the factor of layers forgotten": (
+        "gemma4",
+        {"parameters": {}},
+        "tensor model.layers.0.layer_scalar",
+    ),
     "head norms forgotten": ("qwen3", {"head_norms": ()}, "self_attn.k_norm.weight"),
     "a shared expert's writer left out": (
         "qwen2_moe",
@@ -123,7 +133,7 @@ def test_a_wrong_table_is_refused_before_anything_is_written(
 ) -> None:
     family, wrong, named = MISTAKES[mistake]
     source = make_model(family)
-    table = SUPPORTED[model_type := "gemma3_text" if family == "gemma3" else family]
+    table = SUPPORTED[model_type := f"{family}_text" if family.startswith("gemma") else family]
     monkeypatch.setitem(SUPPORTED, model_type, replace(table, **wrong))
     with pytest.raises(UnsupportedModelError) as refusal:
         convert(source, tmp_path / "out", make_config(**LEAST))

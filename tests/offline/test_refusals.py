@@ -270,3 +270,15 @@ def test_heads_that_draft_are_left_out_by_name(make_model: MakeModel, tmp_path: 
     assert note.startswith("not copied: 1 tensors of a head that drafts tokens, such as mtp.norm.w")
     convert(source, tmp_path / "out", plain)
     assert not any("mtp" in name for name in open_checkpoint(tmp_path / "out").tensors)
+
+
+def test_keys_and_values_that_no_layer_reads_are_left_out_by_name(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    source, name = make_model("gemma4"), "model.layers.2.self_attn.k_proj.weight"
+    edit_weights(source, lambda tensors: tensors.update({name: torch.ones(36, 72)}))
+    plain = make_config(scales="none")
+    (note,) = admit(open_checkpoint(source), plain).notes
+    assert note.startswith(f"not copied: 1 tensors such as {name}, of layers that share")
+    convert(source, tmp_path / "out", plain)
+    assert name not in open_checkpoint(tmp_path / "out").tensors

@@ -27,15 +27,15 @@ def test_the_halves_of_a_layer_make_the_whole(
 ) -> None:
     model = build_model(**MODELS[name])
     spec = resolve(model.config.to_dict())
-    weights = with_separate_experts(model, spec).model.layers[1].state_dict()
-    built, layer = LayerRunner(spec).build(1, weights)
-    halves = BuiltLayer(built, layer, spec, spec.layer_table(1), {})
-    hidden = torch.randn(2, 12, spec.hidden, generator=torch.Generator().manual_seed(0))
-    middle = halves.middle(hidden, halves.output_input(hidden))
-    torch.testing.assert_close(halves.finish(middle), output_of(built, hidden))
+    for index, source in enumerate(with_separate_experts(model, spec).model.layers):
+        built, layer = LayerRunner(spec).build(index, source.state_dict())
+        halves = BuiltLayer(built, layer, spec, spec.layer_table(index), {})
+        stream = torch.randn(2, 12, spec.stream, generator=torch.Generator().manual_seed(0))
+        middle = halves.middle(stream, halves.output_input(stream))
+        torch.testing.assert_close(halves.finish(middle), output_of(built, stream))
 
 
-@pytest.fixture(scope="module", params=["qwen2", "gemma3", "mixtral"])
+@pytest.fixture(scope="module", params=["qwen2", "gemma3", "gemma4", "mixtral"])
 def logit_errors(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, float]:

@@ -75,6 +75,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
         {"rounding": "gptq", "rotations": "learned", "rotation_steps": 2},
     ),
+    "keys and values shared": (
+        "gemma4",
+        {},
+        {"rounding": "gptaq", "keep_8bit": 0.2, "rotations": "learned", "rotation_steps": 2},
+    ),
     "experts": ("mixtral", SMALLER, {"rounding": "gptaq", "clip_search": True, "keep_8bit": 0.1}),
     "not rotated": ("gemma2", {}, {"rotate": False, "rounding": "gptq", "smooth_norms": True}),
 }

@@ -39,6 +39,7 @@ def made(
         ("llama", {"scales": "l2", "rotations": "learned", "rotation_steps": 5}, 21, 0),
         ("phi3", {"scales": "l2"}, 12, 0),
         ("gemma3", {"scales": "l2"}, 21, 0),
+        ("gemma4", {"scales": "l2"}, 17, 0),
     ],
     ids=[
         "rtn",
@@ -49,6 +50,7 @@ def made(
         "learned",
         "fused",
         "rotated online",
+        "keys and values shared",
     ],
 )
 def test_says_what_was_compared(

@@ -126,15 +126,19 @@ def random_orthogonal(*shape: int) -> torch.Tensor:
     ).Q
 
 
+def random_heads(spec: ModelSpec, index: int) -> torch.Tensor:
+    """R2 of the heads of layer ``index``, as different from kind to kind."""
+    kv_heads, head_dim = spec.head_sizes(spec.layer_table(index))
+    return random_orthogonal(kv_heads, head_dim, head_dim)
+
+
 def with_random_rotations(transform: ModelTransform) -> ModelTransform:
     """With orthogonal matrices of no structure where learned ones go, as different from layer to
     layer."""
     spec = transform.spec
-    heads = random_orthogonal(spec.layers, spec.kv_heads, spec.head_dim, spec.head_dim)
+    heads = [random_heads(spec, index) for index in range(spec.layers)]
     dense = DenseRotation(random_orthogonal(1, spec.hidden, spec.hidden))
-    return replace(
-        transform, residual=None if transform.residual is None else dense, heads=list(heads)
-    )
+    return replace(transform, residual=None if transform.residual is None else dense, heads=heads)
 
 
 @pytest.mark.parametrize("subject", NORMED, indirect=True)
@@ -147,7 +151,7 @@ def test_norm_fold_keeps_the_logits(subject: Subject) -> None:
         for name, t in subject.tensors.items()
         if name.endswith(tuple(f".{norm}.weight" for norm in table.norms))
     ]
-    assert len(folded) == 6
+    assert len(folded) == 2 * subject.spec.layers
     assert all((t + table.norm_offset == 1).all() for t in folded)
     assert subject.error() <= 1e-10
 
@@ -209,8 +213,9 @@ def test_any_orthogonal_matrix_will_do_for_r1(subject: Subject) -> None:
 
 def test_any_orthogonal_matrix_of_each_value_head_will_do_for_r2(subject: Subject) -> None:
     spec = subject.spec
-    matrices = random_orthogonal(spec.kv_heads, spec.head_dim, spec.head_dim)
-    subject.each_layer(lambda layer, index: fold(layer, head_rotation(spec, index, matrices)))
+    subject.each_layer(
+        lambda layer, index: fold(layer, head_rotation(spec, index, random_heads(spec, index)))
+    )
     assert subject.error() <= 1e-10
 
 

@@ -90,6 +90,66 @@ def test_settings_that_gemma_3_is_not_served_with_are_named(
     assert_unsupported(make_model("gemma3"), changes, words)
 
 
+GEMMA4_SLIDING = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA4_FULL = {"rope_type": "proportional", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts": 4}, r"mixture of experts \(num_experts = 4\): of those, only"),
+        ({"enable_moe_block": True}, "enable_moe_block: expected one of False.*True"),
+        (
+            {"use_double_wide_mlp": True},
+            "use_double_wide_mlp: expected False: the format knows one width.*True",
+        ),
+        (
+            {"num_kv_shared_layers": 4},
+            "num_kv_shared_layers: expected a layer of full_attention before the last 4",
+        ),
+        (
+            {"vocab_size_per_layer_input": 95},
+            "vocab_size_per_layer_input: expected at least vocab_size, 96.*95",
+        ),
+        (
+            {"per_layer_config": {"1": {"intermediate_size": 76}}},
+            "per_layer_config: intermediate_size: expected head_dim and num_key_value_heads alone",
+        ),
+        (
+            {"per_layer_config": {"1": {"head_dim": 20}}},
+            "per_layer_config: expected the same heads in all layers of full_attention, got 12 wide"
+            " with 3 for keys, 20 wide with 3 for keys",
+        ),
+        (
+            {"rope_parameters": GEMMA4_SLIDING},
+            "rope_parameters: expected those of full_attention by that name",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "sliding_attention": GEMMA4_SLIDING,
+                    "full_attention": GEMMA4_FULL | {"factor": 8.0},
+                }
+            },
+            "rope_parameters: factor: expected 1.0 .*got 8.0",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "sliding_attention": GEMMA4_SLIDING | {"partial_rotary_factor": 0.5},
+                    "full_attention": GEMMA4_FULL,
+                }
+            },
+            "rope_parameters: partial_rotary_factor: expected 1.0 .*got 0.5",
+        ),
+    ],
+)
+def test_settings_that_gemma_4_is_not_served_with_are_named(
+    make_model: MakeModel, changes: dict[str, Any], words: str
+) -> None:
+    assert_unsupported(make_model("gemma4"), changes, words)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [

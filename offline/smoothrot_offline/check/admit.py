@@ -57,7 +57,11 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
             f" none: an embedding model, which has no head ({checkpoint.renamed}). Convert a causal"
             " language model."
         )
-    unused = spec.drafts(checkpoint.tensors) + [head] * spec.tied
+    unused = [
+        *spec.drafts(checkpoint.tensors),
+        *spec.unread(checkpoint.tensors),
+        *[head] * spec.tied,
+    ]
     check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     stored_twice = spec.tied and head in checkpoint.tensors and checkpoint.path.is_dir()
     if stored_twice and not torch.equal(*checkpoint.load([head, embedding]).values()):
@@ -146,6 +150,11 @@ def admit_options(
             f" {min(drafts)}: the hidden states it reads are the original's. Speculate with"
             " --speculative-config by ngram or a draft model"
         )
+    if unread := spec.unread(checkpoint.tensors):
+        notes.append(
+            f"not copied: {len(unread)} tensors such as {min(unread)}, of layers that share"
+            " another's keys and values and read none of their own"
+        )
     if beside.left:
         notes.append(
             "not copied: " + ", ".join(f"{name} ({reason})" for name, reason in beside.left.items())
@@ -159,8 +168,9 @@ def rotation_blocks(
     """Width and block of each rotation, by its name in the rotation papers."""
     r1 = "R1" if folds_residual(spec, config) else "R1 online"
     widths = {r1: (spec.hidden, 1)}
-    if any(map(spec.rotates_heads, range(spec.layers))):
-        widths["R2"] = (spec.head_dim, 1)
+    for head_dim in spec.rotated_heads:
+        several = len(spec.rotated_heads) > 1
+        widths[f"R2 of heads of {head_dim}" if several else "R2"] = (head_dim, 1)
     widths["R4"] = (spec.intermediate, config.max_tp)
     for module, width in spec.other_widths().items():
         widths[f"R4 of {module}"] = (width, config.max_tp)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -15,12 +14,14 @@ from smoothrot_offline.source.layers import separate_experts
 from smoothrot_offline.source.models import make_model
 from smoothrot_offline.source.resolve import resolve
 
-HEAD_DIM = 16
+HEAD_DIM, OTHER_HEAD_DIM = 16, 32
 GROUPS = 2
 """Query heads of a key-value head, where the model has several."""
 KV_HEADS = 2
 # No two widths alike, so that one taken for the other is seen, and each with a Hadamard transform.
 HIDDEN, INTERMEDIATE, SHARED, VOCAB, EXPERTS, WINDOW = 80, 56, 40, 48, 3, 5
+LAYER_EMBEDDING = 12
+"""Of what each layer is given of a token."""
 DELTA_KEY, DELTA_VALUE = 6, 10
 """Widths of heads of linear attention."""
 _FACTORS = ("short_factor", "long_factor")
@@ -36,7 +37,7 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     config = spec.config.to_dict()
     kv_heads = min(spec.kv_heads, KV_HEADS)
     heads = kv_heads * min(spec.heads // spec.kv_heads, GROUPS)
-    own_width = getattr(spec.config, "head_dim", None) is not None
+    own_width = spec.config.is_heterogeneous or getattr(spec.config, "head_dim", None) is not None
     narrow = spec.architecture.head_dim_from_hidden or not own_width
     sizes = {
         "hidden_size": heads * HEAD_DIM if narrow else HIDDEN,
@@ -55,6 +56,11 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     for table in spec.tables:
         if (keys := table.linear_attention) is not None:
             sizes |= _small_linear_attention(keys, config)
+    if spec.layer_embedding:
+        sizes |= {
+            spec.architecture.layer_embedding: LAYER_EMBEDDING,
+            "vocab_size_per_layer_input": VOCAB,
+        }
     if config.get("sliding_window"):
         sizes["sliding_window"] = min(config["sliding_window"], WINDOW)
     by_layer = {
@@ -68,8 +74,20 @@ def miniature(spec: ModelSpec) -> ModelSpec:
         for key, value in config.items()
         if key not in ("auto_map", "quantization_config", "pad_token_id")
     }
+    if spec.architecture.kinds:
+        by_layer["kind"] = [spec.kind(index) for index in range(spec.layers)]
     chosen = _one_of_each_kind(by_layer, spec.layers)
-    layers = {key: [value[index] for index in chosen] for key, value in by_layer.items()}
+    if spec.architecture.shared_layers:
+        # Whose configuration makes the last layer one of full attention.
+        chosen = sorted({*chosen, spec.layers - 1})
+    layers: dict[str, Any] = {
+        key: [value[index] for index in chosen] for key, value in by_layer.items()
+    }
+    layers.pop("kind", None)
+    if spec.config.is_heterogeneous:
+        layers["per_layer_config"] = _small_heads(spec, chosen)
+    if shared := spec.architecture.shared_layers:
+        sizes[shared] = sum(spec.values_of(index) != index for index in chosen)
     rope = {"rope_parameters": _with_fewer_factors(config.get("rope_parameters"))}
     counts = {"num_hidden_layers": len(chosen)}
     small = left | sizes | tokens | layers | rope | counts
@@ -102,6 +120,21 @@ def _small_linear_attention(keys: LinearAttention, config: dict[str, Any]) -> di
         keys.key_head_dim: DELTA_KEY,
         keys.value_head_dim: DELTA_VALUE,
     }
+
+
+def _small_heads(spec: ModelSpec, chosen: list[int]) -> dict[int, dict[str, int]]:
+    """What is said of the heads of layers whose heads are not the first layer's."""
+    usual = spec.head_sizes(spec.layer_table(0))
+    found = {}
+    for place, index in enumerate(chosen):
+        kv_heads, head_dim = spec.head_sizes(spec.layer_table(index))
+        found[place] = {
+            "num_key_value_heads": min(usual.kv_heads, KV_HEADS)
+            if kv_heads == usual.kv_heads
+            else 1,
+            "head_dim": HEAD_DIM if head_dim == usual.head_dim else OTHER_HEAD_DIM,
+        }
+    return found
 
 
 def _one_of_each_kind(by_layer: dict[str, list[Any]], layers: int) -> list[int]:
@@ -159,11 +192,15 @@ def random_model(spec: ModelSpec, tied: bool) -> PreTrainedModel:
         separate_experts(model.get_submodule(table.layers).children(), table, spec.config)
         for name, parameter in model.named_parameters():
             _randomize(name, parameter, table.norm_offset)
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored:
+                _randomize(name, buffer, norm_offset=0.0)
     return model.eval()
 
 
 @torch.no_grad()
-def _randomize(name: str, parameter: nn.Parameter, norm_offset: float) -> None:
+def _randomize(name: str, parameter: torch.Tensor, norm_offset: float) -> None:
     if parameter.dim() > 1:
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
     elif name.endswith("bias"):

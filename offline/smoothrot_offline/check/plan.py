@@ -70,7 +70,7 @@ def memory_bytes(
     smoothed = max(sum(spec.down_widths(index)) for index in range(spec.layers))
     sample = 4 * 4 * min(tokens, SAMPLE_TOKENS) * smoothed if config.scales != "none" else 0
     chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
-    hidden = 4 * tokens * spec.hidden
+    hidden = 4 * tokens * spec.stream
     running = (
         (2 * loaded + 4) * sum(weights) + 4 * chunk * (4 * spec.widest + 10 * spec.hidden) + sample
     )
@@ -285,6 +285,7 @@ def _tp_refusal(spec: ModelSpec, schema: QuantizationSchema, size: int) -> str |
             for key in (keys.key_heads, keys.value_heads):
                 if (heads := getattr(spec.config, key)) % size:
                     return f"vLLM splits {key} {heads} only over a divisor of {heads}"
-    if spec.kv_heads % size and size % spec.kv_heads:
-        return f"vLLM neither splits nor repeats {spec.kv_heads} key-value heads over {size}"
+    for kv_heads, _ in map(spec.head_sizes, spec.tables):
+        if kv_heads % size and size % kv_heads:
+            return f"vLLM neither splits nor repeats {kv_heads} key-value heads over {size}"
     return None

@@ -66,7 +66,8 @@ def _loss(
             for rows in source.tensor(source.head_name).split(4096)
         ]
     )
-    states = source.final_norm(transform.final_norm(gamma).float())(hidden)[:, :-1].flatten(0, 1)
+    norm = source.final_norm(transform.final_norm(gamma).float())
+    states = norm(hidden[..., : source.spec.hidden])[:, :-1].flatten(0, 1)
     total = 0.0
     following = tokens[:, 1:].flatten().to(states.device)
     for rows, targets in zip(states.split(_LOGIT_ROWS), following.split(_LOGIT_ROWS), strict=True):

@@ -55,8 +55,8 @@ def smooth_layer(
         runner, config, schema: of the conversion; ``config.scales`` is not ``none``.
         index: which layer.
         layer: its tensors by names relative to it, as in the source.
-        hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads; replaced by what it
-            returns.
+        hidden: float32 ``(samples, seqlen, spec.stream)``, what the layer reads; replaced by what
+            it returns.
         observers: of other modules of the layer, while it runs.
     """
     spec = runner.spec

@@ -5,6 +5,7 @@ smoothing scales of its down_proj, the clip of each input, and which linears kee
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from math import prod
 
 import torch
 from torch import nn
@@ -187,9 +188,9 @@ class Study:
 
         Of an expert those are the tokens routed to it, ``(0, channels)`` if there are none.
         """
-        groups = [group for groups in table.scheme_groups() for group in groups]
+        spec, groups = self._source.spec, list(chain.from_iterable(table.scheme_groups()))
         seen = {
-            group[0]: [self._probe.new_empty(0, self._source.spec.linear_shape(group[0])[1])]
+            group[0]: [self._probe.new_empty(0, spec.linear_shape(group[0], table)[1])]
             for group in groups
         }
         stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1
@@ -281,7 +282,8 @@ def allocate(
     kept = _dearest(spec, config.keep_8bit, studies)
     overrides = dict(schema.overrides)
     for index, found in enumerate(studies):
-        for group in _scheme_groups(spec.layer_table(index)):
+        table = spec.layer_table(index)
+        for group in _scheme_groups(table):
             for linear in group:
                 name = spec.layer_prefix(index) + linear
                 scheme = schema.scheme(name)
@@ -294,6 +296,8 @@ def allocate(
                 )
                 if changed != scheme:
                     overrides[name] = changed
+                    if linear in table.repeated:
+                        overrides[spec.layer_prefix(index) + table.repeated[linear]] = changed
     return schema.model_copy(update={"overrides": overrides})
 
 
@@ -302,15 +306,11 @@ def _dearest(
 ) -> set[tuple[int, str]]:
     """``(layer, first linear of the group)`` of each group that keeps 8 bits."""
     weights = {
-        group[0]: sum(out * inputs for out, inputs in map(spec.linear_shape, group))
-        for table in spec.tables
+        (index, group[0]): sum(prod(spec.linear_shape(linear, table)) for linear in group)
+        for index, table in enumerate(map(spec.layer_table, range(spec.layers)))
         for group in _scheme_groups(table)
     }
-    left = fraction * sum(
-        weights[group[0]]
-        for index in range(spec.layers)
-        for group in _scheme_groups(spec.layer_table(index))
-    )
+    left = fraction * sum(weights.values())
     measured = (
         (index, group, cost)
         for index, found in enumerate(studies)
@@ -318,10 +318,11 @@ def _dearest(
     )
     kept = set()
     for _, index, group in sorted(
-        ((cost / weights[group], index, group) for index, group, cost in measured), reverse=True
+        ((cost / weights[index, group], index, group) for index, group, cost in measured),
+        reverse=True,
     ):
-        if weights[group] <= left:
-            left -= weights[group]
+        if weights[index, group] <= left:
+            left -= weights[index, group]
             kept.add((index, group))
     return kept
 

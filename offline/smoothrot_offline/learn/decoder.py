@@ -54,7 +54,7 @@ class Decoder:
         hidden: torch.Tensor,
         maps: Mapping[str, InputMap],
     ) -> torch.Tensor:
-        """What decoder layer ``index`` makes of ``hidden (samples, seqlen, hidden)``, float32.
+        """What decoder layer ``index`` makes of ``hidden (samples, seqlen, spec.stream)``, float32.
 
         Args:
             weights: the layer's tensors, by names relative to it.
@@ -68,10 +68,11 @@ class Decoder:
         return states
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Of ``states (samples, seqlen, hidden)``, what the last layer gives out: ``(samples *
+        """Of ``states (samples, seqlen, spec.stream)``, what the last layer gives out: ``(samples *
         seqlen, vocabulary)``."""
         with self.autocast():
-            found = nn.functional.linear(self._norm(states), self._head)
+            residual = states[..., : self.source.spec.hidden]
+            found = nn.functional.linear(self._norm(residual), self._head)
         return self.source.spec.capped(found).flatten(0, 1)
 
 
@@ -131,7 +132,7 @@ class FoldedDecoder(Decoder):
 
     def embedded(self, tokens: torch.Tensor, transform: ModelTransform) -> torch.Tensor:
         """What the first layer reads of int64 ``tokens (samples, seqlen)``: float32 ``(samples,
-        seqlen, hidden)``."""
+        seqlen, spec.stream)``."""
         return transform.embedding(self.source.embed(tokens))
 
     def folded_layer(

@@ -24,11 +24,11 @@ class Gradients:
     estimate of the ``KL`` it costs there: the mean of ``g g^T`` is Fisher's information.
 
     ``outputs`` has, for each decoder layer, the gradients in what it gives out, float32 ``(samples,
-    seqlen, hidden)``. ``weights`` has, for each layer and by the name of a linear in it, how much
-    each token counts in that one's rounding, float32 ``(tokens,)``: the root mean square,
-    over output channels, of the gradient in what it gives out, over that of all tokens. Its square
-    is what an error costs that is as large in each channel (GuidedQuant, arXiv 2505.07004). Linears
-    of experts are not among them.
+    seqlen, spec.stream)``. ``weights`` has, for each layer and by the name of a linear in it, how
+    much each token counts in that one's rounding, float32 ``(tokens,)``: the root mean square, over
+    output channels, of the gradient in what it gives out, over that of all tokens. Its square is
+    what an error costs that is as large in each channel (GuidedQuant, arXiv 2505.07004). Linears of
+    experts are not among them.
     """
 
     outputs: list[torch.Tensor]
@@ -136,7 +136,7 @@ def gradients_flop(spec: ModelSpec, seqlen: int) -> float:
 def gradients_bytes(spec: ModelSpec, tokens: int, seqlen: int) -> int:
     """Memory of :func:`model_gradients`: hidden states before every layer, outputs' gradients, the
     graph of a layer and a sequence, and a number for each token and linear."""
-    states = 2 * min(tokens, AT_ONCE * seqlen) * spec.hidden * (spec.layers + 1)
+    states = 2 * min(tokens, AT_ONCE * seqlen) * spec.stream * (spec.layers + 1)
     graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.widest)
     weights = tokens * sum(len([*_weighed(spec, index)]) for index in range(spec.layers))
     return 4 * (states + graph + weights + 4 * seqlen * spec.vocab)

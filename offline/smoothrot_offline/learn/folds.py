@@ -51,7 +51,7 @@ class LearnedFolds:
             self._starts[RESIDUAL] = transform.residual.rotate(identity)
         for index in range(spec.layers):
             if spec.rotates_heads(index) and transform.online.down_proj is not None:
-                start = head_matrices(spec.kv_heads, spec.head_dim).to(device)
+                start = head_matrices(*spec.head_sizes(spec.layer_table(index))).to(device)
                 self._starts[heads_of(index)] = start
         shapes = {name: start.shape for name, start in self._starts.items()}
         for index, own in enumerate(scales):

@@ -50,7 +50,7 @@ def learning_flop(spec: ModelSpec, config: ConvertConfig) -> float:
 def learning_bytes(spec: ModelSpec, config: ConvertConfig) -> int:
     """Memory of :func:`learn_folds`."""
     batch = BATCH * config.calib_seqlen
-    hidden = (batch * (spec.layers + 4) + config.calib_samples * config.calib_seqlen) * spec.hidden
+    hidden = (batch * (spec.layers + 4) + config.calib_samples * config.calib_seqlen) * spec.stream
     graph = 6 * sum(spec.layer_weights()) + batch * (24 * spec.hidden + 8 * spec.widest)
     logits = config.calib_seqlen * 4 * spec.vocab
     turns = 8 * spec.hidden**2
@@ -127,7 +127,7 @@ class Learner:
 
     @torch.no_grad()
     def original(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the original's last layer gives out, float32 ``(samples, seqlen, hidden)``."""
+        """What the original's last layer gives out, float32 ``(samples, seqlen, spec.stream)``."""
         hidden = self._source.embed(tokens)
         for index, layer in self._source.layers():
             with self._decoder.autocast():

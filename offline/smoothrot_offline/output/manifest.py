@@ -54,12 +54,13 @@ class LearnedRecord(_Record):
 
 class RotationRecord(_Record):
     """Hadamard block of each rotation, and the seed that the signs follow from. R1 is folded, or
-    else online in the readers' input; R2 is None if no layer has a place for it. ``sign_losses``
+    else online in the readers' input; R2 is None if no layer has a place for it, and has a block of
+    each width where heads differ by layer. ``sign_losses``
     are the held-out losses, in nats, of the seeds that were tried; empty if only one was.
     ``learned`` is None if the rotations are Hadamard transforms."""
 
     r1: int
-    r2: int | None
+    r2: int | list[int] | None
     r4: int
     seed: int
     sign_losses: dict[int, float] = {}

@@ -82,13 +82,13 @@ class Converter:
         slices = (self.transform.embedding(part.double()) for part in rows.split(HEAD_ROWS))
         stored = {name: _cast_rows(slices, rows.shape, self.source.dtype, name)}
         for kept in self.source.spec.kept:
-            tensor = self.transform.beside(kept, self.source.tensor(kept).double())
+            tensor = self.transform.beside(kept, self.source.tensor(kept))
             stored[kept] = cast(tensor, self.source.dtype, kept)
         return stored
 
     def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the converted model's first layer reads: float32 ``(samples, seqlen, hidden)`` of
-        int64 ``tokens``."""
+        """What the converted model's first layer reads: float32 ``(samples, seqlen,
+        spec.stream)`` of int64 ``tokens``."""
         return torch.cat(
             [
                 cast(
@@ -363,13 +363,10 @@ def _rotations(decisions: Decisions) -> RotationRecord | None:
     transform = decisions.transform
     if transform.online.down_proj is None:
         return None
+    r2 = [choose_block(head_dim).size for head_dim in transform.spec.rotated_heads]
     return RotationRecord(
         r1=choose_block(transform.spec.hidden).size,
-        r2=(
-            choose_block(transform.spec.head_dim).size
-            if any(map(transform.spec.rotates_heads, range(transform.spec.layers)))
-            else None
-        ),
+        r2=r2 if len(r2) > 1 else next(iter(r2), None),
         r4=transform.online.down_proj.block,
         seed=transform.seed,
         sign_losses=decisions.sign_losses,

@@ -31,8 +31,8 @@ class SequentialRounding:
     Args:
         runner: builds single decoder layers.
         schema: how each linear is quantized.
-        hidden: float32 ``(samples, seqlen, hidden)``, the transformed embedding of the calibration
-            tokens; it is changed.
+        hidden: float32 ``(samples, seqlen, spec.stream)``, the transformed embedding of the
+            calibration tokens; it is changed.
         asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos,
             arXiv 2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
             2210.17323).
@@ -227,7 +227,7 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool)
     that is factorized and inverted."""
 
     def gathered_of(table: Architecture) -> int:
-        shapes = [spec.linear_shape(linear) for linear in table.linears]
+        shapes = [spec.linear_shape(linear, table) for linear in table.linears]
         return sum(shape[1] ** 2 for shape in (shapes if weighed else set(shapes)))
 
     inputs = max(map(gathered_of, spec.tables))

@@ -11,6 +11,7 @@ from torch import nn
 
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.stream import LayerInStream
 from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm import ops, reference
 from smoothrot_vllm.format import ActivationScheme, LinearScheme, Online
@@ -70,7 +71,7 @@ def inputs_through(layer: nn.Module, maps: Mapping[str, InputMap]) -> Iterator[N
 
 
 def output_of(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """What the one layer of a built model makes of ``hidden (samples, seqlen, hidden)``."""
+    """What the one layer of a built model makes of ``hidden (samples, seqlen, spec.stream)``."""
     found: torch.Tensor = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
     return found
 
@@ -102,6 +103,7 @@ class BuiltLayer:
         self._layer = layer
         self._table = table
         self._residual_scale = spec.residual_scale
+        self._hidden = spec.hidden
         self._maps = maps
         posts = [layer.get_submodule(name) for name in table.post_norms] or [
             nn.Identity(),
@@ -117,7 +119,7 @@ class BuiltLayer:
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What q, k and v multiply by their weights, ``(samples, seqlen, hidden)``, when the
-        layer reads ``hidden``."""
+        layer reads ``hidden``, like all here ``(samples, seqlen, spec.stream)``."""
         query = self._table.readers[self._table.attention_norm][0]
         return self._stopped(query, lambda: output_of(self._model, hidden))
 
@@ -132,12 +134,19 @@ class BuiltLayer:
         added: torch.Tensor = self._after_attention(
             self._layer.get_submodule(self._table.output)(output_input)
         )
-        return hidden + added * self._residual_scale
+        if not isinstance(self._model, LayerInStream):
+            return hidden + added * self._residual_scale
+        stream, width = hidden, self._hidden
+        if self._model.is_source:
+            with inputs_through(self._layer, self._maps):
+                stream = output_of(self._model, hidden)
+        middle = hidden[..., :width] + added * self._residual_scale
+        return torch.cat([middle, stream[..., width:]], dim=-1)
 
     def feed_forward_input(self, linear: str, middle: torch.Tensor) -> torch.Tensor:
         """What a linear of the feed-forward, one that reads every token, multiplies by its
         weight."""
-        return self._stopped(linear, lambda: self._feed_forward(self._norm(middle)))
+        return self._stopped(linear, lambda: self._fed_forward(middle))
 
     def expert_inputs(
         self, middle: torch.Tensor, linears: Iterable[str], routing: torch.Tensor | None = None
@@ -172,15 +181,22 @@ class BuiltLayer:
             inputs_through(self._layer, self._maps),
             inputs_through(self._layer, {name: watching(name) for name in linears}),
         ):
-            self._feed_forward(self._norm(middle))
+            self._fed_forward(middle)
         handle.remove()
         return seen, routed[0]
 
     def finish(self, middle: torch.Tensor) -> torch.Tensor:
         """What the layer returns."""
         with inputs_through(self._layer, self._maps):
-            added: torch.Tensor = self._after_feed_forward(self._feed_forward(self._norm(middle)))
+            if isinstance(self._model, LayerInStream):
+                return self._model.after_attention(middle)
+            added: torch.Tensor = self._after_feed_forward(self._fed_forward(middle))
         return middle + added * self._residual_scale
+
+    def _fed_forward(self, middle: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward gives out."""
+        found: torch.Tensor = self._feed_forward(self._norm(middle[..., : self._hidden]))
+        return found
 
     def _stopped(self, linear: str, run: Callable[[], object]) -> torch.Tensor:
         """What ``linear`` multiplies by its weight while ``run`` runs; it is run no further."""

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 Shape = tuple[int, ...]
 
 EXPERT = "{e}"
 """Stands for an expert's number in a family's names."""
+
+
+def sharing(kind: str) -> str:
+    """The kind of layers that are as ``kind`` but for keys and values, which are another
+    layer's."""
+    return f"{kind} with shared keys and values"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,13 @@ class Experts:
     normalizes: str = ""
     everywhere: Mapping[str, Any] = field(default_factory=dict)
     shared: SharedExpert | None = None
+
+
+class HeadSizes(NamedTuple):
+    """How many heads keys and values have in a layer, and how wide all heads are there."""
+
+    kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,8 @@ class Architecture:
     """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
     """Both rotate a part of each head if told so."""
+    proportional_rope: bool = False
+    """Both know RoPE by the first of each head's frequencies alone, ``proportional``."""
     scaled_queries: bool = False
     """Queries grow with their position by ``llama_4_scaling_beta`` of the rotary parameters, which
     the server knows as a key of its own."""
@@ -128,6 +143,8 @@ class Architecture:
     """There is a norm between the residual stream and its readers."""
     post_norms: tuple[str, ...] = ()
     """Norms between a writer and the residual stream."""
+    ends_with_more: bool = False
+    """A layer does more behind its feed-forward than to add it to the residual stream."""
     head_norms: tuple[str, ...] = ()
     """Norms of single heads of queries and keys."""
     wide_norms: Mapping[str, str] = field(default_factory=dict)
@@ -155,8 +172,25 @@ class Architecture:
     ``post_norms`` and ``head_norms``. No transform concerns them, and they are kept in float32."""
     linear_attention: LinearAttention | None = None
     kinds: Mapping[str, Architecture] = field(default_factory=dict)
-    """The table of each kind of layer, by its name in ``layer_types``; empty where all layers have
-    the tensors that this one says."""
+    """The table of each kind of layer, by its name in ``layer_types``, or by :func:`sharing` of it
+    for layers that share keys and values; empty where all layers have the tensors that this one
+    says."""
+    of_config: Callable[[Architecture, Any], Architecture] | None = None
+    """Makes the table of one model from this one and its parsed configuration, where that decides
+    which tensors layers have."""
+    head_sizes: HeadSizes | None = None
+    """Of a kind of layer whose heads are not those that the model's configuration says of all."""
+    shared_layers: str = ""
+    """Configuration key of how many of the last layers compute no keys and values, but attend to
+    those of the last layer before them of their kind."""
+    layer_embedding: str = ""
+    """Configuration key of the width of what every layer is given of a token beside the residual
+    stream; 0 there is none."""
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Dimensions of the tensors beside the layers, by full name, that no transform concerns. They
+    stay 16-bit."""
+    repeated: Mapping[str, str] = field(default_factory=dict)
+    """Linears that the server computes once more under another name, which is not stored."""
     experts: Experts | None = None
     products: tuple[tuple[str, str], ...] = ()
     """Each ``up`` and its ``down`` in a layer: one pair, or that of each expert, then that of a

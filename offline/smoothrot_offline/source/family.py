@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from smoothrot_offline.source.architecture import Architecture, Shape
+from smoothrot_offline.source.architecture import Architecture, HeadSizes, Shape, sharing
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that these take
     import torch
@@ -26,7 +26,8 @@ class ModelSpec:
     ``intermediate`` is the width of down_proj's input, with ``experts`` that of each of them;
     ``shared`` the one of an expert beside them, 0 without one. Of a text tower ``config`` is its
     own, ``outer`` that around it; ``composite`` is the table of the whole, and ``kept`` has the
-    shapes of the tensors beside the tower.
+    shapes of the tensors beside the tower, or beside the layers. Where heads differ by layer,
+    ``kv_heads`` and ``head_dim`` are the first layer's.
     """
 
     architecture: Architecture
@@ -48,7 +49,8 @@ class ModelSpec:
     def down_widths(self, index: int) -> list[int]:
         """Width of the input of each down_proj of decoder layer ``index``, in the order of
         ``products``: that of its smoothing scales."""
-        return [self.linear_shape(down)[1] for _, down in self.layer_table(index).products]
+        table = self.layer_table(index)
+        return [self.linear_shape(down, table)[1] for _, down in table.products]
 
     @property
     def widest(self) -> int:
@@ -78,10 +80,47 @@ class ModelSpec:
     def _multiplier(self, key: str) -> float:
         return float(getattr(self.config, key)) if key else 1.0
 
+    def head_sizes(self, table: Architecture) -> HeadSizes:
+        """Key-value heads of a layer with this table, and the width of its heads."""
+        return table.head_sizes or HeadSizes(self.kv_heads, self.head_dim)
+
     @property
-    def values(self) -> int:
-        """Width of all value heads: the rows of ``value`` that R2 rotates."""
-        return self.kv_heads * self.head_dim
+    def stream(self) -> int:
+        """Width of all that a layer reads and gives out while layers run one by one: the residual
+        stream, what every layer is given of a token, and keys and values of
+        :attr:`shared_sources`."""
+        shared = (self.head_sizes(self.layer_table(index)) for index in self.shared_sources)
+        return (
+            self.hidden
+            + self.layers * self.layer_embedding
+            + sum(2 * kv_heads * head_dim for kv_heads, head_dim in shared)
+        )
+
+    @property
+    def layer_embedding(self) -> int:
+        """Width of what each layer is given of a token beside the residual stream."""
+        return self._size(self.architecture.layer_embedding)
+
+    @property
+    def shared_sources(self) -> list[int]:
+        """The layers whose keys and values later ones share."""
+        return sorted({self.values_of(index) for index in range(self._own_values, self.layers)})
+
+    @property
+    def _own_values(self) -> int:
+        """How many layers compute keys and values: the first ones."""
+        return self.layers - self._size(self.architecture.shared_layers)
+
+    def _size(self, key: str) -> int:
+        return int(getattr(self.config, key) or 0) if key else 0
+
+    def values_of(self, index: int) -> int:
+        """The layer whose keys and values decoder layer ``index`` attends to: itself, but where it
+        shares another's."""
+        if index < self._own_values:
+            return index
+        kinds = self.config.layer_types
+        return max(i for i in range(self._own_values) if kinds[i] == kinds[index])
 
     def token_flop(self, seqlen: int) -> float:
         """Floating-point operations of a token through all decoder layers, in a sequence of
@@ -91,7 +130,7 @@ class ModelSpec:
         total = 2 * (self.decoder_weights() - self.layers * idle)
         for table, count in self._tables():
             if table.linear_attention is None:
-                attention = 4 * seqlen * self.heads * self.head_dim
+                attention = 4 * seqlen * self.heads * self.head_sizes(table).head_dim
             else:  # the state of each head decays, is read twice and written once
                 sizes = self.dimensions(table)
                 attention = 7 * sizes["delta_value"] * sizes["delta_key_head"]
@@ -107,19 +146,24 @@ class ModelSpec:
         """The table of each kind of layer, and how many layers are of that kind."""
         if not self.architecture.kinds:
             return [(self.architecture, self.layers)]
-        counts = Counter(self.config.layer_types)
+        counts = Counter(map(self.kind, range(self.layers)))
         return [(self.architecture.kinds[kind], count) for kind, count in counts.items()]
+
+    def kind(self, index: int) -> str:
+        """The kind of decoder layer ``index``, of a family that has several."""
+        kind: str = self.config.layer_types[index]
+        return kind if index < self._own_values else sharing(kind)
 
     def layer_table(self, index: int) -> Architecture:
         """The table of decoder layer ``index``: the family's, or that of the layer's kind."""
         kinds = self.architecture.kinds
-        return kinds[self.config.layer_types[index]] if kinds else self.architecture
+        return kinds[self.kind(index)] if kinds else self.architecture
 
     def layer_weights(self) -> list[int]:
         """Weights of each linear of the decoder layer that has the most."""
         return max(
             (
-                [math.prod(self.linear_shape(linear)) for linear in table.linears]
+                [math.prod(self.linear_shape(linear, table)) for linear in table.linears]
                 for table in self.tables
             ),
             key=sum,
@@ -128,14 +172,20 @@ class ModelSpec:
     def decoder_weights(self) -> int:
         """Weights of all linears of all decoder layers."""
         return sum(
-            count * math.prod(self.linear_shape(linear))
+            count * math.prod(self.linear_shape(linear, table))
             for table, count in self._tables()
             for linear in table.linears
         )
 
     def rotates_heads(self, index: int) -> bool:
-        """Whether R2 can be folded into decoder layer ``index``."""
+        """Whether R2 can be folded into the values that decoder layer ``index`` computes."""
         return bool(self.layer_table(index).value)
+
+    @property
+    def rotated_heads(self) -> list[int]:
+        """Widths of the heads that R2 can be folded into."""
+        tables = (table for table in self.tables if table.value)
+        return sorted({self.head_sizes(table).head_dim for table in tables})
 
     def capped(self, logits: torch.Tensor) -> torch.Tensor:
         """What the model makes of the head's outputs, of any shape: divided by its divisor, and
@@ -148,19 +198,26 @@ class ModelSpec:
 
     def dimensions(self, table: Architecture) -> dict[str, int]:
         """What the names of dimensions in a table of this model stand for."""
-        query = self.heads * self.head_dim
+        kv_heads, head_dim = self.head_sizes(table)
+        query, values = self.heads * head_dim, kv_heads * head_dim
         sizes = {
             "hidden": self.hidden,
             "intermediate": self.intermediate,
             "query": query,
             "gated_query": 2 * query,
-            "value": self.values,
-            "query_key_value": query + 2 * self.values,
+            "value": values,
+            "query_key_value": query + 2 * values,
             "gate_up": 2 * self.intermediate,
             "experts": self.experts,
             "shared": self.shared,
             "one": 1,
         }
+        if width := self.layer_embedding:
+            sizes |= {
+                "layer_vocab": self.config.vocab_size_per_layer_input,
+                "layer_embedding": width,
+                "layer_embeddings": self.layers * width,
+            }
         if (keys := table.linear_attention) is not None:
             heads, width = (
                 getattr(self.config, key) for key in (keys.value_heads, keys.value_head_dim)
@@ -177,10 +234,10 @@ class ModelSpec:
             }
         return sizes
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """``(out_features, in_features)`` of a decoder linear, named relative to its layer, the
-        same in each layer that has it."""
-        table = next(table for table in self.tables if linear in table.linears)
+    def linear_shape(self, linear: str, table: Architecture | None = None) -> tuple[int, int]:
+        """``(out_features, in_features)`` of a decoder linear, named relative to a layer with this
+        table, the first that has it unless given."""
+        table = table or next(table for table in self.tables if linear in table.linears)
         sizes = self.dimensions(table)
         out, inputs = table.linears[linear]
         return sizes[out], sizes[inputs]
@@ -198,12 +255,13 @@ class ModelSpec:
     def unquantized(self) -> list[str]:
         """What stays 16-bit beside embedding and head, as ``quantization_config.ignore`` has it."""
         beside = () if self.composite is None else self.composite.kept
+        alone = (name.removesuffix(".weight") for name in self.architecture.beside)
         linears = (
             self.layer_prefix(index) + linear
             for index in range(self.layers)
             for linear in self.layer_table(index).unquantized
         )
-        return [*linears, *(f"{module}." for module in beside)]
+        return [*linears, *alone, *(f"{module}." for module in beside)]
 
     def parameters(self) -> set[str]:
         """Full names of the tensors of layers that no transform concerns."""
@@ -220,14 +278,18 @@ class ModelSpec:
     def layer_tensors(self, index: int) -> dict[str, Shape]:
         """Shape of each tensor of decoder layer ``index`` in the source, named relative to the
         layer."""
-        table, sizes = self.layer_table(index), self.dimensions(self.layer_table(index))
+        return self._tensors_of(self.layer_table(index))
+
+    def _tensors_of(self, table: Architecture) -> dict[str, Shape]:
+        sizes = self.dimensions(table)
         biased, shapes = self.biased(), dict[str, Shape]()
         for linear, (out, inputs) in table.linears.items():
             shapes[f"{linear}.weight"] = (sizes[out], sizes[inputs])
             if linear in biased:
                 shapes[f"{linear}.bias"] = (sizes[out],)
         shapes |= {f"{norm}.weight": (self.hidden,) for norm in (*table.norms, *table.post_norms)}
-        shapes |= {f"{norm}.weight": (self.head_dim,) for norm in table.head_norms}
+        width = self.head_sizes(table).head_dim
+        shapes |= {f"{norm}.weight": (width,) for norm in table.head_norms}
         shapes |= {
             f"{norm}.weight": (sizes[dimension],) for norm, dimension in table.wide_norms.items()
         }
@@ -251,6 +313,17 @@ class ModelSpec:
             shapes[f"{table.lm_head}.weight"] = (self.vocab, self.hidden)
         return shapes
 
+    def unread(self, tensors: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's ``tensors`` that make keys and values of layers which share
+        another's."""
+        found = set()
+        for index in range(self.layers):
+            if self.values_of(index) != index:
+                whole = self.architecture.kinds[self.config.layer_types[index]]
+                left = self._tensors_of(whole).keys() - self.layer_tensors(index).keys()
+                found |= {self.layer_prefix(index) + name for name in left}
+        return [name for name in tensors if name in found]
+
     def drafts(self, tensors: Iterable[str]) -> list[str]:
         """Those of a checkpoint's ``tensors`` that are of its draft heads."""
         return [name for name in tensors if name.startswith(self.architecture.drafts)]
@@ -259,8 +332,9 @@ class ModelSpec:
         """``(full name, out_features, in_features)`` of each linear of the output; the head
         unless it stays ``tied``."""
         for index in range(self.layers):
-            for linear in self.layer_table(index).linears:
-                yield self.layer_prefix(index) + linear, *self.linear_shape(linear)
+            table = self.layer_table(index)
+            for linear in table.linears:
+                yield self.layer_prefix(index) + linear, *self.linear_shape(linear, table)
         if not tied:
             yield self.architecture.lm_head, self.vocab, self.hidden
 

@@ -18,6 +18,7 @@ from smoothrot_offline.device import CPU
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.stream import LayerInStream
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 
 LayerTensors = dict[str, torch.Tensor]
@@ -59,7 +60,7 @@ class LayerRunner:
         Args:
             index: which layer.
             weights: its tensors by names relative to the layer, any float dtype.
-            hidden: float32 ``(samples, seqlen, hidden)``, what the layer reads.
+            hidden: float32 ``(samples, seqlen, spec.stream)``, what the layer reads.
             observers: by linear (named relative to the layer), called with what it reads.
 
         Raises:
@@ -98,12 +99,14 @@ class LayerRunner:
     def skeleton(self, index: int, device: torch.device = CPU) -> tuple[nn.Module, nn.Module]:
         """What :meth:`build` makes, before the layer has weights: those are on the meta device,
         everything else is on ``device``."""
-        model = self._empty(index)
+        model: nn.Module = self._empty(index)
         # The rotary tables are computed, not loaded, so they must be made again outside the meta
         # device. The frequencies are computed on the CPU for every device: another's powers can
         # differ in a last bit.
         model.rotary_emb = type(model.rotary_emb)(model.config).to(device)
         model.norm = nn.Identity()
+        if self.spec.architecture.ends_with_more:
+            model = LayerInStream(model, self.spec, index)
         return model.eval(), model.get_submodule(LAYER)
 
     def final_norm(self, weight: torch.Tensor) -> nn.Module:
@@ -115,6 +118,12 @@ class LayerRunner:
     def _empty(self, index: int) -> PreTrainedModel:
         """The base model with decoder layer ``index`` alone, on the meta device."""
         config = copy.deepcopy(self.spec.config)
+        if config.is_heterogeneous:
+            config.per_layer_config = None
+            heads = self.spec.head_sizes(self.spec.layer_table(index))
+            config.num_key_value_heads, config.head_dim = heads
+        if shared := self.spec.architecture.shared_layers:
+            setattr(config, shared, int(self.spec.values_of(index) != index))
         config.num_hidden_layers = 1
         for setting in _SETTINGS_BY_LAYER:
             if getattr(config, setting, None):
@@ -168,12 +177,33 @@ class SourceModel(LayerRunner):
         return self.checkpoint.load([name])[name]
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the first layer reads: float32 ``(samples, seqlen, hidden)`` of int64 ``tokens``.
+        """What the first layer reads: float32 ``(samples, seqlen, spec.stream)`` of int64
+        ``tokens``.
 
         Raises:
             ConfigError: see :func:`embed`.
         """
-        return embed(tokens, self.tensor(self.embedding_name), self.spec.embedding_scale)
+        spec = self.spec
+        hidden = embed(tokens, self.tensor(self.embedding_name), spec.embedding_scale)
+        if spec.stream == spec.hidden:
+            return hidden
+        stream = nn.functional.pad(hidden, (0, spec.stream - spec.hidden))
+        if width := spec.layer_embedding:
+            given = slice(spec.hidden, spec.hidden + spec.layers * width)
+            stream[..., given] = self._given_to_layers(tokens, hidden)
+        return stream
+
+    @torch.no_grad()
+    def _given_to_layers(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What all layers are given of tokens beside the residual stream, ``(samples, seqlen,
+        layers * width)``: of the token, and of its embedding ``hidden``."""
+        rows, projection, weight = (self.tensor(name) for name in self.spec.architecture.beside)
+        width = self.spec.layer_embedding
+        norm = self._empty(0).get_submodule("per_layer_projection_norm")
+        norm.load_state_dict({"weight": weight.float()}, assign=True)
+        projected = nn.functional.linear(hidden, projection.float()) * self.spec.hidden**-0.5
+        projected = norm(projected.unflatten(-1, (-1, width))).flatten(-2)
+        return (projected + embed(tokens, rows, width**0.5)) * 0.5**0.5
 
     def layer(self, index: int) -> LayerTensors:
         """The tensors of a decoder layer, by names relative to it, in their stored dtype.

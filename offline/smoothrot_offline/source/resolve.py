@@ -29,6 +29,7 @@ from smoothrot_offline.source.families import (
     SMOLLM3,
 )
 from smoothrot_offline.source.family import ModelSpec
+from smoothrot_offline.source.gemma4 import GEMMA4
 from smoothrot_offline.source.linear_attention import QWEN3_5
 from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
 from smoothrot_offline.source.packings.table import PACKINGS, find_packing
@@ -49,6 +50,7 @@ _TABLES = (
     SMOLLM3,
     GEMMA2,
     GEMMA3,
+    GEMMA4,
     GRANITE,
     SEED_OSS,
     HUNYUAN,
@@ -113,12 +115,16 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
     parsed = parse_config(config, table.model_type)
     layers = _size(parsed, "num_hidden_layers", MAX_LAYERS)
     hidden, heads = (_size(parsed, key) for key in ("hidden_size", "num_attention_heads"))
+    # Where heads differ by layer, only the configuration of a layer has theirs.
+    first = parsed.per_layer_config[0] if parsed.is_heterogeneous else parsed
     if (
-        getattr(parsed, "head_dim", 0) is None
+        getattr(first, "head_dim", 0) is None
     ):  # which some of transformers' classes take for a number
-        parsed.head_dim = hidden // heads
+        first.head_dim = hidden // heads
     if table.kinds:
         _check_kinds(table, parsed)
+    if table.of_config is not None:
+        table = table.of_config(table, parsed)
     experts = shared = 0
     if table.experts is not None:
         experts = _count_experts(table.experts, parsed, layers)
@@ -133,11 +139,11 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
             parsed, table.experts.intermediate if table.experts else "intermediate_size"
         ),
         heads=heads,
-        kv_heads=_size(parsed, "num_key_value_heads"),
+        kv_heads=_size(first, "num_key_value_heads"),
         # Qwen2's configuration class has no default for it.
         head_dim=(
-            _size(parsed, "head_dim")
-            if getattr(parsed, "head_dim", None) is not None
+            _size(first, "head_dim")
+            if getattr(first, "head_dim", None) is not None
             else hidden // heads
         ),
         vocab=_size(parsed, "vocab_size"),
@@ -148,13 +154,18 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
     for kind_of_layer in spec.tables:
         if kind_of_layer.linear_attention is not None:
             _check_linear_attention(kind_of_layer.linear_attention, parsed)
-    if spec.heads % spec.kv_heads:
-        raise UnsupportedModelError(
-            f"config.json: expected {spec.heads} attention heads to be a multiple of"
-            f" {spec.kv_heads} key-value heads."
-        )
+    for kv_heads, _ in map(spec.head_sizes, spec.tables):
+        if spec.heads % kv_heads:
+            raise UnsupportedModelError(
+                f"config.json: expected {spec.heads} attention heads to be a multiple of"
+                f" {kv_heads} key-value heads."
+            )
     check_settings(spec, config)
-    return spec
+    sizes = spec.dimensions(spec.architecture)
+    beside = spec.architecture.beside.items()
+    return replace(
+        spec, kept={name: tuple(sizes[dimension] for dimension in of) for name, of in beside}
+    )
 
 
 def _size(parsed: "PreTrainedConfig", key: str, most: int = MAX_SIZE) -> int:

@@ -30,6 +30,8 @@ SERVER_WIDE: dict[str, tuple[Any, ...]] = {
 """Keys that the server reads whatever the family, with the values that change nothing."""
 OUTER_WIDE = {key: values for key, values in SERVER_WIDE.items() if key != "text_config"}
 """Those of them that count around a text tower."""
+_BY_LAYER = ("is_heterogeneous", "per_layer_config")
+"""Those by which the table of one model is made, where its family's layers differ."""
 
 _ROPE_KEYS = ("mrope_section", "mrope_interleaved", "xdrope_section", "use_fope", "rope_dim")
 """Keys of rope_parameters that vLLM computes by and transformers does not."""
@@ -48,9 +50,11 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         UnsupportedModelError: a setting is not one that both compute; the message names its key.
     """
     parsed, table = spec.config, spec.architecture
+    by_layer = () if table.of_config is None else _BY_LAYER
+    wide = {key: values for key, values in SERVER_WIDE.items() if key not in by_layer}
     for rope in _rope_parameters(parsed.rope_parameters or {}):
         _check_rope(rope, table)
-    check_values(table.class_name, parsed, config, SERVER_WIDE, table.settings)
+    check_values(table.class_name, parsed, config, wide, table.settings)
     for key, other in table.same.items():
         if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
             raise _refused(
@@ -70,6 +74,10 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         _check_one_window(spec)
     if table.rope_in_windows:
         _check_rope_in_windows(spec)
+    if spec.shared_sources:
+        _check_width(spec)
+    if spec.layer_embedding:
+        _check_layer_vocabulary(spec)
     if table.scaled_queries:
         _check_scaled_queries(spec, config)
 
@@ -106,9 +114,12 @@ def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
             f" got {kind!r}."
         )
     keys = [key for key in _ROPE_KEYS if not (table.rotary_sections and key in _SECTION_KEYS)]
-    neutral: dict[str, Any] = dict.fromkeys(keys) | (
-        {} if table.partial_rotary else {"partial_rotary_factor": 1.0}
-    )
+    proportional = kind == "proportional"
+    neutral: dict[str, Any] = dict.fromkeys(keys)
+    if not (table.partial_rotary or (proportional and table.proportional_rope)):
+        neutral["partial_rotary_factor"] = 1.0
+    if proportional:
+        neutral["factor"] = 1.0
     for key, value in neutral.items():
         if parameters.get(key) not in (None, False, value):
             raise UnsupportedModelError(
@@ -150,6 +161,26 @@ def _check_rope_in_windows(spec: ModelSpec) -> None:
             "sliding_window and layer_types",
             "a window and layers of sliding_attention, or neither",
             f"{window} and {', '.join(sorted(kinds))}",
+        )
+
+
+def _check_width(spec: ModelSpec) -> None:
+    if spec.config.use_double_wide_mlp:
+        raise _refused(
+            spec.architecture.class_name,
+            "use_double_wide_mlp",
+            "False: the format knows one width of down_proj's input",
+            True,
+        )
+
+
+def _check_layer_vocabulary(spec: ModelSpec) -> None:
+    if (found := spec.config.vocab_size_per_layer_input) < spec.vocab:
+        raise _refused(
+            spec.architecture.class_name,
+            "vocab_size_per_layer_input",
+            f"at least vocab_size, {spec.vocab}",
+            found,
         )
 
 

@@ -93,8 +93,14 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
     adapted: set[tuple[int, str]] = set()
     for module, names in sorted(_modules(tensors).items()):
         index, linear = _place(module, recorded)
+        if values := spec.layer_table(index).repeated.get(linear):
+            raise UnsupportedModelError(
+                f"adapter of {module}: expected none, as its outputs are those of {values} too, and"
+                " the server would adapt only one of the two. Merge the adapter into the original"
+                " model, and convert that."
+            )
         a, b = (tensors[names[factor]] for factor in "AB")
-        _check(module, a, b, spec.linear_shape(linear))
+        _check(module, a, b, spec.linear_shape(linear, spec.layer_table(index)))
         new = transform_factors(recorded, index, linear, a.double(), b.double())
         for factor, old, result in zip("AB", (a, b), new, strict=True):
             transformed[names[factor]] = _cast(result, old.dtype, names[factor])

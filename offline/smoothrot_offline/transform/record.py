@@ -121,7 +121,8 @@ def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tenso
         prefix = spec.layer_prefix(index)
         shapes[f"{prefix}smoothing"] = (sum(spec.down_widths(index)),)
         if spec.rotates_heads(index):
-            shapes[f"{prefix}heads"] = (spec.kv_heads, spec.head_dim, spec.head_dim)
+            kv_heads, head_dim = spec.head_sizes(spec.layer_table(index))
+            shapes[f"{prefix}heads"] = (kv_heads, head_dim, head_dim)
         shapes |= {
             f"{prefix}{norm}.{of}": (spec.hidden,)
             for norm in spec.layer_table(index).norms

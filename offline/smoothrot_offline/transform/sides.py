@@ -139,8 +139,8 @@ def online_residual_rotation(table: Architecture, block: int) -> Sides:
 
 
 def head_rotation(spec: ModelSpec, index: int, matrices: torch.Tensor | None = None) -> Sides:
-    """R2: each head of the value projection is rotated, and undone in the output projection;
-    nothing in a layer without a place for it.
+    """R2: each head of the value projection is rotated, and undone in the output projection, of
+    each layer that shares the values too; nothing in a layer without a place for it.
 
     Attention mixes tokens, not the channels of a head, and its weights sum to one, so a value bias
     rotates like a value. Every query head of a group reads the same rotated value head.
@@ -149,16 +149,16 @@ def head_rotation(spec: ModelSpec, index: int, matrices: torch.Tensor | None = N
         matrices: orthogonal, float64 ``(kv_heads, head_dim, head_dim)``; None rotates every head by
             its Hadamard transform.
     """
-    if not spec.rotates_heads(index):
+    if not spec.rotates_heads(spec.values_of(index)):
         return {}
     table = spec.layer_table(index)
-    values, outputs = head_rotations(
-        spec.values, spec.heads * spec.head_dim, spec.head_dim, matrices
-    )
-    return {
-        table.value: [Factor(values.rotate, output=True, last=spec.values)],
-        table.output: [Factor(outputs.rotate)],
-    }
+    kv_heads, head_dim = spec.head_sizes(table)
+    width = kv_heads * head_dim
+    values, outputs = head_rotations(width, spec.heads * head_dim, head_dim, matrices)
+    sides = {table.output: [Factor(outputs.rotate)]}
+    if table.value:
+        sides[table.value] = [Factor(values.rotate, output=True, last=width)]
+    return sides
 
 
 def down_rotation(spec: ModelSpec, index: int, seed: int, online: Online) -> Sides:
@@ -192,7 +192,8 @@ def fold(layer: Tensors, sides: Sides) -> None:
 class ModelTransform:
     """What is folded into one model's weights. ``residual`` (R1) is None when the residual stream
     is not rotated; ``heads`` (R2) are the matrices of each layer, float64 ``(kv_heads, head_dim,
-    head_dim)``, None for a layer without a place for R2, or None for Hadamard transforms.
+    head_dim)``, None for a layer that computes no values or has no place for R2, or None for
+    Hadamard transforms.
 
     The transformed model computes the original's logits, if the server applies the ``online``
     rotations.
@@ -237,7 +238,7 @@ class ModelTransform:
         if self.online.readers is not None:
             found.append(online_residual_rotation(table, self.online.readers.block))
         if self.online.down_proj is not None:
-            heads = None if self.heads is None else self.heads[index]
+            heads = None if self.heads is None else self.heads[spec.values_of(index)]
             found.append(head_rotation(spec, index, heads))
             found.append(down_rotation(spec, index, self.seed, self.online))
         return {
@@ -269,12 +270,12 @@ class ModelTransform:
         return rows if self.residual is None else self.residual.rotate(rows)
 
     def beside(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A float64 tensor beside the text tower: the output of what writes into the residual
-        stream is rotated, everything else is as it was."""
+        """A tensor beside the text tower, or the layers: the output of what writes into the
+        residual stream is rotated, in float64; everything else is as it was."""
         composite = self.spec.composite
         if self.residual is None or composite is None or not composite.writes(name):
             return tensor
-        factor = Factor(self.residual.rotate, output=True)
+        factor, tensor = Factor(self.residual.rotate, output=True), tensor.double()
         return factor.of_bias(tensor) if name.endswith(".bias") else factor.of_weight(tensor)
 
     def head(self, rows: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
