@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import OWN_SIZES, byte_tokenizer
+from tiny_models import OWN_SIZES, byte_tokenizer, scaled_queries
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -30,6 +30,7 @@ CONFIGURATIONS: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen3_vl": Qwen3VLConfig,
     "qwen3_5": Qwen3_5Config,
     "mistral3": Mistral3Config,
+    "mistral3, ministral3": Mistral3Config,
     "idefics3": Idefics3Config,
     "smolvlm": SmolVLMConfig,
 }
@@ -102,6 +103,7 @@ TEXT: dict[str, dict[str, Any]] = {
     },
     "qwen3_5": OWN_SIZES["qwen3_5"],
     "mistral3": {"model_type": "mistral", "head_dim": 32},
+    "mistral3, ministral3": {"model_type": "ministral3", "head_dim": 32, **scaled_queries(8, 64.0)},
     "idefics3": {"model_type": "llama"},
     "smolvlm": {"model_type": "llama"},
 }
@@ -178,11 +180,18 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """What ``preprocessor_config.json`` and ``processor_config.json`` hold."""
 
 
+def model_type(family: str) -> str:
+    """That of the model around the text tower; some have several kinds of it."""
+    return family.partition(",")[0]
+
+
 def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     """The tiny models' tokenizer with the tokens that stand for images."""
     tokenizer = byte_tokenizer()
-    named = IMAGE_TOKENS[family]
-    tokenizer.add_tokens([*named.values(), *MORE_TOKENS.get(family, [])], special_tokens=True)
+    named = IMAGE_TOKENS[model_type(family)]
+    tokenizer.add_tokens(
+        [*named.values(), *MORE_TOKENS.get(model_type(family), [])], special_tokens=True
+    )
     return tokenizer
 
 
@@ -205,21 +214,22 @@ def composite_config(family: str) -> PreTrainedConfig:
         "tie_word_embeddings": True,
     }
     tokens = {
-        key: tokenizer.convert_tokens_to_ids(token) for key, token in IMAGE_TOKENS[family].items()
+        key: tokenizer.convert_tokens_to_ids(token)
+        for key, token in IMAGE_TOKENS[model_type(family)].items()
     }
     return CONFIGURATIONS[family](
         text_config=sizes | TEXT[family],
-        vision_config=VISION[family],
+        vision_config=VISION[model_type(family)],
         tie_word_embeddings=True,
         **tokens,
-        **OUTER.get(family, {}),
+        **OUTER.get(model_type(family), {}),
     )
 
 
 def random_composite(family: str) -> PreTrainedModel:
     """A random bfloat16 model, whose images matter as much as its text."""
     torch.manual_seed(0)
-    offset = COMPOSITES[family].text[0].norm_offset
+    offset = COMPOSITES[model_type(family)].text[0].norm_offset
     model: PreTrainedModel = AutoModelForImageTextToText.from_config(composite_config(family))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -245,10 +255,10 @@ def save_tiny_composite(directory: Path, family: str) -> Path:
     # Under these names Gemma's processor asks for them.
     tokens = {
         key.removesuffix("_index").removesuffix("_id"): token
-        for key, token in IMAGE_TOKENS[family].items()
+        for key, token in IMAGE_TOKENS[model_type(family)].items()
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": tokens}))
-    images, processor = PROCESSORS[family]
+    images, processor = PROCESSORS[model_type(family)]
     named = {"processor_class": processor["processor_class"]}
     (directory / "preprocessor_config.json").write_text(json.dumps(NORMALIZED | images | named))
     (directory / "processor_config.json").write_text(json.dumps(processor))

@@ -78,8 +78,7 @@ FAMILIES = {
 
 
 def scaled_queries(context: int, factor: float) -> dict[str, Any]:
-    """Settings of a model whose queries grow beyond ``context`` tokens, as transformers and as vLLM
-    read them."""
+    """Settings of a model whose queries grow beyond ``context`` tokens."""
     return {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -88,7 +87,6 @@ def scaled_queries(context: int, factor: float) -> dict[str, Any]:
             "original_max_position_embeddings": context,
             "llama_4_scaling_beta": 0.5,
         },
-        "llama_4_scaling": {"beta": 0.5, "original_max_position_embeddings": context},
     }
 
 

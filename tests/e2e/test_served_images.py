@@ -23,6 +23,7 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     "qwen2_5_vl": ("--activation-bits", "8"),
     "qwen3_vl": ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq"),
     "mistral3": ("--activation-bits", "8", "--lm-head-bits", "8"),
+    "mistral3, ministral3": ("--activation-bits", "8"),
     "idefics3": ("--activation-bits", "8"),
     "smolvlm": ("--activation-bits", "8", "--no-rotate"),
     "gemma3": ("--activation-bits", "8"),
@@ -32,6 +33,7 @@ PLACEHOLDERS = {
     "qwen2_5_vl": _QWEN_IMAGE,
     "qwen3_vl": _QWEN_IMAGE,
     "mistral3": "[IMG]",
+    "mistral3, ministral3": "[IMG]",
     "idefics3": "<image>",
     "smolvlm": "<image>",
 }

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from stored import load_weights
 from tiny_composites import (
+    CONFIGURATIONS,
     IMAGE_TOKENS,
     composite_config,
+    model_type,
     random_composite,
     save_tiny_composite,
     tokenizer_for,
@@ -38,7 +40,7 @@ from smoothrot_vllm.errors import CheckpointError, UnsupportedModelError
 from smoothrot_vllm.format import parse_schema
 
 WEIGHTS = "model.safetensors"
-ROTATED = [family for family, table in COMPOSITES.items() if table.writers]
+ROTATED = [family for family in CONFIGURATIONS if COMPOSITES[model_type(family)].writers]
 # Other layouts of the same tensors: as transformers names its modules, and as former ones did.
 LAYOUTS: dict[str, dict[str, str]] = {
     "gemma3": {
@@ -98,8 +100,8 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], ob
 def inputs_of(family: str) -> dict[str, Any]:
     """Tokens with an image amid them, as the processors of the tiny models make them."""
     tokenizer = tokenizer_for(family)
-    key = next(iter(IMAGE_TOKENS[family]))
-    token = tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[family][key])
+    key = next(iter(IMAGE_TOKENS[model_type(family)]))
+    token = tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[model_type(family)][key])
     tokens = torch.tensor([[*range(20, 30), *[token] * 4, *range(40, 50)]])
     generator = torch.Generator().manual_seed(7)
     shape: tuple[int, ...] = (1, 3, 32, 32)
@@ -111,13 +113,13 @@ def inputs_of(family: str) -> dict[str, Any]:
     if family.startswith("qwen"):
         found["image_grid_thw"] = torch.tensor([[1, 4, 4]])
         found["mm_token_type_ids"] = (tokens == token).int()
-    if family == "mistral3":
+    if model_type(family) == "mistral3":
         found["image_sizes"] = torch.tensor([[32, 32]])
     return found
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", COMPOSITES)
+@pytest.mark.parametrize("family", CONFIGURATIONS)
 def test_the_table_of_each_model_is_proven(family: str, tied: bool) -> None:
     found = composite_config(family).to_dict() | {"tie_word_embeddings": tied}
     # Qwen's class takes the text tower's word for it as well.
@@ -136,7 +138,7 @@ def test_a_wrong_table_is_refused(mistake: str, monkeypatch: pytest.MonkeyPatch)
     assert named in str(refusal.value)
 
 
-@pytest.mark.parametrize("family", COMPOSITES)
+@pytest.mark.parametrize("family", CONFIGURATIONS)
 def test_text_and_images_are_answered_nearly_as_by_the_source(family: str, tmp_path: Path) -> None:
     source = save_tiny_composite(tmp_path / "source", family)
     before = {name: file.read_bytes() for name, file in files(source).items()}
@@ -156,7 +158,9 @@ def test_text_and_images_are_answered_nearly_as_by_the_source(family: str, tmp_p
     spec = resolve(composite_config(family).to_dict())
     linears = {name for name, _, _ in spec.output_linears(tied=True)}
     assert quantized == linears - set(spec.unquantized())
-    assert all(name.startswith(f"{COMPOSITES[family].tower}.layers.") for name in quantized)
+    assert all(
+        name.startswith(f"{COMPOSITES[model_type(family)].tower}.layers.") for name in quantized
+    )
     seen = inputs_of(family)
     with torch.no_grad():
         for inputs in ({"input_ids": seen["input_ids"][:, :10]}, seen):
@@ -176,11 +180,11 @@ def files(directory: Path) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("family", COMPOSITES)
+@pytest.mark.parametrize("family", CONFIGURATIONS)
 def test_what_is_beside_the_text_tower_is_stored_as_it_was(family: str, tmp_path: Path) -> None:
     source = save_tiny_composite(tmp_path / "source", family)
     convert(source, tmp_path / "out", config())
-    table, spec = COMPOSITES[family], resolve(composite_config(family).to_dict())
+    table, spec = COMPOSITES[model_type(family)], resolve(composite_config(family).to_dict())
     original = {
         table.stored_name(name): tensor for name, tensor in load_file(source / WEIGHTS).items()
     }
@@ -286,9 +290,9 @@ def test_distillation_leaves_what_is_beside(tmp_path: Path) -> None:
         ),
         (
             "mistral3",
-            lambda content: content["text_config"].update(model_type="ministral3"),
-            "text_config: model_type: expected one of mistral within"
-            " Mistral3ForConditionalGeneration, got 'ministral3'",
+            lambda content: content["text_config"].update(model_type="qwen3"),
+            "text_config: model_type: expected one of mistral, ministral3 within"
+            " Mistral3ForConditionalGeneration, got 'qwen3'",
         ),
         (
             "qwen2_5_vl",

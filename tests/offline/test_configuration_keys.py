@@ -4,6 +4,7 @@ compute the same model."""
 
 import ast
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
 from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_offline.source.settings import SERVER_WIDE
@@ -121,7 +124,6 @@ STRAY: list[tuple[str, str, Any]] = [
     ("ernie4_5", "qkv_bias", True),
     ("ernie4_5", "bias", True),
     ("ernie4_5", "sliding_window", 8),
-    ("ministral3", "llama_4_scaling", None),
     ("ministral3", "llama_4_scaling", {"beta": 0.1, "original_max_position_embeddings": 8}),
     ("ministral3", "attention_bias", True),
     ("olmo2", "sliding_window", 8),
@@ -309,17 +311,17 @@ def test_rotary_settings_that_transformers_does_not_compute_are_refused(
         resolve(config | {"rope_parameters": config["rope_parameters"] | rope})
 
 
-@pytest.mark.parametrize(
-    ("rope", "context"),
-    [({"llama_4_scaling_beta": 0.0}, 64), ({}, 8)],
-    ids=["without growth", "within the original context"],
-)
-def test_queries_that_never_grow_need_no_key_of_the_servers(
-    build_model: Callable[..., PreTrainedModel], rope: dict[str, Any], context: int
+def test_what_the_server_reads_by_another_key_is_written_for_it(
+    make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = build_model("ministral3").config.to_dict() | {"architectures": None}
-    config["rope_parameters"] |= rope
-    resolve(config | {"llama_4_scaling": None, "max_position_embeddings": context})
+    source = make_model("ministral3")
+    assert "llama_4_scaling" not in json.loads((source / "config.json").read_text())
+    convert(source, tmp_path / "out", make_config(scales="none"))
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    rope = written["rope_parameters"]
+    context = "original_max_position_embeddings"
+    assert written["llama_4_scaling"] == {"beta": 0.5, context: rope[context]}
+    resolve({key: value for key, value in written.items() if key != "quantization_config"})
 
 
 @pytest.mark.parametrize(

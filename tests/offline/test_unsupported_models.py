@@ -220,8 +220,8 @@ def test_settings_that_gemma_4_is_not_served_with_are_named(
         ),
         (
             "ministral3",
-            {"llama_4_scaling": None},
-            "llama_4_scaling: expected .*beta.*0.5.*Add it to config.json.*got None",
+            {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 8}},
+            "llama_4_scaling: expected none, or .*beta.*0.5.* as in rope_parameters.*got.*0.1",
         ),
         (
             "exaone4",

@@ -36,6 +36,7 @@ from smoothrot_offline.rounding.rtn import HEAD_ROWS, QuantizedWeight, quantize_
 from smoothrot_offline.source.checkpoint import file_digest
 from smoothrot_offline.source.headers import CONFIG_NAME
 from smoothrot_offline.source.layers import LayerTensors, SourceModel, tokens_digest
+from smoothrot_offline.source.settings import server_keys
 from smoothrot_offline.transform.record import transform_tensors
 from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.errors import CheckpointError, OutputError
@@ -307,6 +308,9 @@ def describe_model(
     configuration |= _stored_keys(converter, configuration, ["dtype"])
     if isinstance(inner := configuration.get("text_config"), dict):
         configuration["text_config"] = inner | _stored_keys(converter, inner, [])
+        configuration["text_config"] |= server_keys(spec)
+    else:
+        configuration |= server_keys(spec)
     configuration["transformers_weights"] = TRANSFORMERS_WEIGHTS
     configuration["quantization_config"] = schema.model_dump(mode="json")
     directory.write_json(CONFIG_NAME, configuration)

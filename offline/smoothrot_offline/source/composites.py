@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from smoothrot_offline.source.composite import Composite, SmallImage
-from smoothrot_offline.source.families import GEMMA3, LLAMA, MISTRAL, QWEN2, QWEN3
+from smoothrot_offline.source.families import GEMMA3, LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from smoothrot_offline.source.linear_attention import QWEN3_5
 
 _IMAGE_TOKEN = 3
@@ -51,7 +51,7 @@ MISTRAL3 = replace(
     GEMMA3_VISION,
     model_type="mistral3",
     class_name="Mistral3ForConditionalGeneration",
-    text=(MISTRAL,),
+    text=(MISTRAL, MINISTRAL3),
     writers=("model.multi_modal_projector.linear_2",),
     renamed={
         "language_model.model.": "model.language_model.",

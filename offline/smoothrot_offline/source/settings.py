@@ -192,20 +192,24 @@ def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
             raise _refused(
                 spec.architecture.class_name, f"rope_parameters: {key}", "a number", rope.get(key)
             )
-    expected = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
-    found = config.get("llama_4_scaling")
-    changes_nothing = (
-        not expected["beta"] or spec.config.max_position_embeddings <= expected[context]
-    )
-    if found != expected and not (found is None and changes_nothing):
+    expected, found = server_keys(spec)["llama_4_scaling"], config.get("llama_4_scaling")
+    if found not in (None, expected):
         raise _refused(
             spec.architecture.class_name,
             "llama_4_scaling",
-            f"{expected}, which the server reads in place of rope_parameters'"
-            " llama_4_scaling_beta: it would not scale queries, and answer wrongly beyond the"
-            " original context. Add it to config.json",
+            f"none, or {expected} as in rope_parameters",
             found,
         )
+
+
+def server_keys(spec: ModelSpec) -> dict[str, Any]:
+    """What the server reads by keys of its own where transformers reads others: a conversion writes
+    both into the text model's configuration."""
+    if not spec.architecture.scaled_queries:
+        return {}
+    rope, context = spec.config.rope_parameters, "original_max_position_embeddings"
+    scaling = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
+    return {"llama_4_scaling": scaling}
 
 
 def _refused(class_name: str, key: str, expected: str, found: Any) -> UnsupportedModelError:
