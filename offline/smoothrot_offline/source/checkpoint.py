@@ -82,7 +82,7 @@ class Checkpoint:
             CheckpointError: a tensor is missing or cannot be read, or holds a NaN or an infinity,
                 or a packed weight a value that its packing does not have.
         """
-        wanted = list(names)
+        wanted = list(dict.fromkeys(names))
         stored = self._read(wanted)
         loaded = {}
         for name in wanted:

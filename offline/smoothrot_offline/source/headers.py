@@ -93,6 +93,8 @@ def is_local(model: str) -> bool:
         CheckpointError: it can be neither.
     """
     path = Path(model)
+    if path.is_file() and path.suffix == ".gguf":
+        _refuse_gguf(path.parent, [path])
     if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(model)):
         raise CheckpointError(
             f"{model}: expected a directory with {CONFIG_NAME} and safetensors, or a hub id like"
@@ -124,7 +126,10 @@ def read_config(model: str) -> dict[str, Any]:
         CheckpointError: as :func:`resolve_source`; or it is no JSON object.
     """
     if is_local(model):
-        return read_json(Path(model) / CONFIG_NAME, ADVICE)
+        path = Path(model)
+        if not (path / CONFIG_NAME).exists():
+            _refuse_gguf(path, sorted(path.glob("*.gguf")))
+        return read_json(path / CONFIG_NAME, ADVICE)
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(model):
@@ -266,9 +271,23 @@ def _local_tensors(path: Path) -> dict[str, TensorInfo]:
             f"{path}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code"
             " when opened. Save the model as safetensors first (transformers: save_pretrained)."
         )
+    _refuse_gguf(path, sorted(path.glob("*.gguf")))
     raise CheckpointError(
         f"{path}: neither {SINGLE_NAME} nor {INDEX_NAME} nor another *.safetensors is there."
     )
+
+
+def _refuse_gguf(path: Path, files: list[Path]) -> None:
+    """Refuse a directory whose weights are the GGUF ``files``, if there are any: transformers reads
+    such a model as a whole, and a conversion a layer at a time."""
+    if files:
+        raise CheckpointError(
+            f"{path}: expected safetensors, got GGUF ({files[0].name}). Convert the 16-bit"
+            " original; or save the model as safetensors first, which takes all of it in memory:"
+            f" AutoModelForCausalLM.from_pretrained({str(path)!r}, gguf_file={files[0].name!r},"
+            " dtype='bfloat16', quantization_config=GgufConfig(dequantize=True))"
+            ".save_pretrained(...) with transformers, and its tokenizer likewise."
+        )
 
 
 def _indexed_tensors(path: Path) -> dict[str, TensorInfo]:
