@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3VLConfig,
     SmolVLMConfig,
 )
@@ -29,6 +30,7 @@ CONFIGURATIONS: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2_5_vl": Qwen2_5_VLConfig,
     "qwen3_vl": Qwen3VLConfig,
     "qwen3_5": Qwen3_5Config,
+    "qwen3_5_moe": Qwen3_5MoeConfig,
     "mistral3": Mistral3Config,
     "mistral3, ministral3": Mistral3Config,
     "idefics3": Idefics3Config,
@@ -66,6 +68,7 @@ IMAGE_TOKENS: dict[str, dict[str, str]] = {
     "qwen2_5_vl": QWEN_TOKENS,
     "qwen3_vl": QWEN_TOKENS,
     "qwen3_5": QWEN_TOKENS,
+    "qwen3_5_moe": QWEN_TOKENS,
     "mistral3": {"image_token_index": "[IMG]"},
     "idefics3": {"image_token_id": "<image>"},
     "smolvlm": {"image_token_id": "<image>"},
@@ -102,6 +105,8 @@ TEXT: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3_5": OWN_SIZES["qwen3_5"],
+    # Every token goes through all experts: no rounding error sends one elsewhere.
+    "qwen3_5_moe": OWN_SIZES["qwen3_5_moe"] | {"num_experts_per_tok": 8},
     "mistral3": {"model_type": "mistral", "head_dim": 32},
     "mistral3, ministral3": {"model_type": "ministral3", "head_dim": 32, **scaled_queries(8, 64.0)},
     "idefics3": {"model_type": "llama"},
@@ -112,6 +117,7 @@ VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": QWEN_ENCODER | {"window_size": 32, "fullatt_block_indexes": [1]},
     "qwen3_vl": QWEN_ENCODER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
     "qwen3_5": QWEN_ENCODER | {"num_position_embeddings": 16},
+    "qwen3_5_moe": QWEN_ENCODER | {"num_position_embeddings": 16},
     "mistral3": ENCODER | {"model_type": "pixtral", "head_dim": 32},
     "idefics3": ENCODER,
     "smolvlm": ENCODER,
@@ -153,6 +159,10 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"processor_class": "Qwen2_5_VLProcessor"},
     ),
     "qwen3_vl": (
+        {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
+        {"processor_class": "Qwen3VLProcessor"},
+    ),
+    "qwen3_5_moe": (
         {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
         {"processor_class": "Qwen3VLProcessor"},
     ),

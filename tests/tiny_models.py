@@ -31,9 +31,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -63,6 +65,8 @@ FAMILIES = {
     "mixtral": MixtralConfig,
     "qwen2_moe": Qwen2MoeConfig,
     "qwen3_moe": Qwen3MoeConfig,
+    "qwen3_next": Qwen3NextConfig,
+    "qwen3_5_moe": Qwen3_5MoeTextConfig,
     "granite": GraniteConfig,
     "seed_oss": SeedOssConfig,
     "hunyuan_v1_dense": HunYuanDenseV1Config,
@@ -110,6 +114,21 @@ GEMMA4_SIZES: dict[str, Any] = {
     "final_logit_softcapping": 10.0,
     "hidden_size_per_layer_input": 0,
 }
+# vLLM's kernels for CPUs take heads of 64 and 128 in linear attention.
+DELTA_SIZES: dict[str, Any] = {
+    "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+SHARED_SIZES = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 224,
+}
 # Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of
 # each head of 32.
 OWN_SIZES: dict[str, dict[str, Any]] = {
@@ -123,15 +142,9 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma4_large": GEMMA4_SIZES | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "gemma2": GEMMA_SIZES | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 10.0},
     "qwen3": {"head_dim": 64},
-    # vLLM's kernels for CPUs take heads of 64 and 128 in linear attention.
-    "qwen3_5": {
-        "head_dim": 64,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-    },
+    "qwen3_5": DELTA_SIZES,
+    "qwen3_5_moe": DELTA_SIZES | SHARED_SIZES,
+    "qwen3_next": DELTA_SIZES | SHARED_SIZES | {"tie_word_embeddings": False},
     "phi3": {
         "pad_token_id": 0,
         "original_max_position_embeddings": 256,
@@ -149,12 +162,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
     },
     "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 96,
-        "shared_expert_intermediate_size": 224,
-    },
+    "qwen2_moe": SHARED_SIZES,
     "qwen3_moe": {
         "head_dim": 64,
         "num_experts": 8,

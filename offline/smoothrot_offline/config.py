@@ -339,10 +339,11 @@ def make_schema(spec: ModelSpec, config: ConvertConfig) -> QuantizationSchema:
         WeightScheme,
     )
 
-    if config.lm_head_bits < 16 and spec.architecture.head_is_embedding:
+    if config.lm_head_bits < 16 and not spec.architecture.quantizes_head:
+        weights = "embedding" if spec.architecture.head_is_embedding else "head"
         raise ConfigError(
             f"--lm-head-bits {config.lm_head_bits}: expected 16, as the server computes the logits"
-            f" of {spec.architecture.class_name} from the 16-bit embedding. Leave the option out."
+            f" of {spec.architecture.class_name} from the 16-bit {weights}. Leave the option out."
         )
     if config.smooth_norms and not spec.architecture.norms:
         raise ConfigError(

@@ -157,7 +157,7 @@ def configure(
         ConfigError: an option is out of range.
     """
     preset = PAPER if name == "paper-compat" else PRESETS[name]
-    head = {"lm_head_bits": 16} if spec.architecture.head_is_embedding else {}
+    head = {} if spec.architecture.quantizes_head else {"lm_head_bits": 16}
     # Shifts error from 4-bit inputs to the weights; next to 8-bit inputs, whose error is small, it
     # would only harm those.
     smooths = explicit.get("activation_bits", 4) == 4 and spec.architecture.norms

@@ -42,6 +42,20 @@ GEMMA4_SIZES: dict[str, Any] = WINDOWS | {
     "global_head_dim": 20,
     "final_logit_softcapping": 3.0,
 }
+DELTA_SIZES: dict[str, Any] = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 10,
+    "linear_value_head_dim": 12,
+}
+SHARED_SIZES = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 76,
+    "shared_expert_intermediate_size": 112,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     "gemma4": GEMMA4_SIZES
@@ -66,23 +80,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         }
     ),
     "qwen3": {"head_dim": 12},
-    "qwen3_5": {
-        "head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 6,
-        "linear_key_head_dim": 10,
-        "linear_value_head_dim": 12,
-    },
+    "qwen3_5": DELTA_SIZES,
+    "qwen3_5_moe": DELTA_SIZES | SHARED_SIZES,
+    "qwen3_next": DELTA_SIZES | SHARED_SIZES,
     "phi3": {"pad_token_id": 0},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 76},
     "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 76,
-        "shared_expert_intermediate_size": 112,
-    },
+    "qwen2_moe": SHARED_SIZES,
     "qwen3_moe": {
         "head_dim": 12,
         "num_experts": 6,

@@ -145,6 +145,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "tie_word_embeddings": True,
     },
+    "qwen3_next": {"family": "qwen3_next"},
+    "qwen3_next, weights of experts as they are, one key-value head": {
+        "family": "qwen3_next",
+        "norm_topk_prob": False,
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+    },
+    "qwen3_5_moe": {"family": "qwen3_5_moe"},
+    "qwen3_5_moe, tied": {"family": "qwen3_5_moe", "tie_word_embeddings": True},
     "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }
 

@@ -70,6 +70,9 @@ def options(**changes: Any) -> dict[str, Any]:
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("qwen3_moe", {}),
         ("qwen3_moe", {"norm_topk_prob": True}),
+        ("qwen3_next", {}),
+        ("qwen3_next", {"norm_topk_prob": False}),
+        ("qwen3_5_moe", {}),
     ],
 )
 def test_separate_experts_compute_what_transformers_does(
@@ -81,6 +84,7 @@ def test_separate_experts_compute_what_transformers_does(
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe"])
 def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
     make_model: MakeModel, family: str
 ) -> None:

@@ -33,7 +33,14 @@ def fuse(source: Path, shard: str = "1GB") -> Path:
 
 
 @pytest.mark.parametrize(
-    ("family", "shard"), [("mixtral", "1GB"), ("qwen3_moe", "60KB"), ("olmoe", "1GB")]
+    ("family", "shard"),
+    [
+        ("mixtral", "1GB"),
+        ("qwen2_moe", "1GB"),
+        ("qwen3_moe", "60KB"),
+        ("qwen3_5_moe", "1GB"),
+        ("olmoe", "1GB"),
+    ],
 )
 def test_fused_experts_give_the_bytes_of_separate_ones(
     make_model: MakeModel, tmp_path: Path, family: str, shard: str

@@ -262,12 +262,22 @@ def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> N
     assert spec.biased() == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
 
 
-def test_heads_that_draft_are_left_out_by_name(make_model: MakeModel, tmp_path: Path) -> None:
-    source = make_model("qwen3_5")
-    edit_weights(source, lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(72)}))
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("qwen3_5", "mtp.norm.weight", (72,)),
+        ("qwen3_next", "mtp.layers.0.mlp.experts.0.up_proj.weight", (76, 72)),
+        ("qwen3_5_moe", "mtp.layers.0.mlp.experts.gate_up_proj", (6, 152, 72)),
+    ],
+)
+def test_heads_that_draft_are_left_out_by_name(
+    make_model: MakeModel, tmp_path: Path, family: str, name: str, shape: tuple[int, ...]
+) -> None:
+    source = make_model(family)
+    edit_weights(source, lambda tensors: tensors.update({name: torch.ones(shape)}))
     plain = make_config(scales="none")
-    (note,) = admit(open_checkpoint(source), plain).notes
-    assert note.startswith("not copied: 1 tensors of a head that drafts tokens, such as mtp.norm.w")
+    notes = admit(open_checkpoint(source), plain).notes
+    assert f"not copied: 1 tensors of a head that drafts tokens, such as {name}: " in notes[-1]
     convert(source, tmp_path / "out", plain)
     assert not any("mtp" in name for name in open_checkpoint(tmp_path / "out").tensors)
 

@@ -145,9 +145,10 @@ def admit_options(
             if factors.size < min(size, SMALL_BLOCK)
         ]
     if drafts := spec.drafts(checkpoint.tensors):
+        stored = {checkpoint.tensors[name].stored for name in drafts}
         notes.append(
-            f"not copied: {len(drafts)} tensors of a head that drafts tokens, such as"
-            f" {min(drafts)}: the hidden states it reads are the original's. Speculate with"
+            f"not copied: {len(stored)} tensors of a head that drafts tokens, such as"
+            f" {min(stored)}: the hidden states it reads are the original's. Speculate with"
             " --speculative-config by ngram or a draft model"
         )
     if unread := spec.unread(checkpoint.tensors):

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from smoothrot_offline.check.inspect import group_scale_problem
 from smoothrot_offline.device import CPU
+from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.checkpoint import DTYPES, open_checkpoint
 from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.headers import INDEX_NAME, SINGLE_NAME
@@ -273,19 +274,26 @@ def _tensors_under_other_names(
 def _attention(config: PreTrainedConfig) -> str | None:
     """The implementation of attention that computes all settings of a family: its default leaves
     Gemma 2's cap out."""
-    composite = COMPOSITES.get(config.model_type)
-    table = SUPPORTED.get(config.model_type) if composite is None else composite.text[0]
+    table = _table(config)
     return None if table is None else table.attention
+
+
+def _table(config: PreTrainedConfig) -> Architecture | None:
+    """The table of a model's family, or that of its text tower's where it is within the model."""
+    composite = COMPOSITES.get(config.model_type)
+    if composite is None:
+        return SUPPORTED.get(config.model_type)
+    return composite.place(composite.text[0])
 
 
 def _separate_experts(model: PreTrainedModel) -> bool:
     """Give a model with experts a module for each stored linear; False for any other."""
-    table = SUPPORTED.get(model.config.model_type)
+    table, config = _table(model.config), model.config.get_text_config()
     if table is None or table.experts is None:
         return False
-    separate_experts(model.get_submodule(table.layers), table, model.config)
+    separate_experts(model.get_submodule(table.layers), table, config)
     # transformers would look for what its own routers return.
-    model.config.output_router_logits = False
+    config.output_router_logits = False
     return True
 
 

@@ -162,6 +162,8 @@ class Architecture:
     """Classes by which ``auto_map`` names Python code that transformers has its own version of."""
     head_is_embedding: bool = False
     """The server has no head beside the embedding."""
+    plain_head: bool = False
+    """The server does not quantize the head."""
     drafts: tuple[str, ...] = ()
     """Beginnings of the full names of heads that predict further tokens from hidden states. They
     are no part of the model, and left out."""
@@ -220,6 +222,11 @@ class Architecture:
     def quantized_readers(self) -> tuple[str, ...]:
         """All of ``readers`` but the 16-bit ones."""
         return tuple(chain.from_iterable(map(self._quantized, self.readers.values())))
+
+    @property
+    def quantizes_head(self) -> bool:
+        """Whether the server can compute the logits from codes."""
+        return not (self.head_is_embedding or self.plain_head)
 
     @property
     def rotates_residual(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from smoothrot_offline.source.composite import Composite, SmallImage
 from smoothrot_offline.source.families import GEMMA3, LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
 from smoothrot_offline.source.linear_attention import QWEN3_5
+from smoothrot_offline.source.mixtures import QWEN3_5_MOE
 
 _IMAGE_TOKEN = 3
 _SIDE = 16
@@ -184,5 +185,21 @@ QWEN3_5_VISION = replace(
     ),
 )
 
-_TABLES = (GEMMA3_VISION, QWEN2_5_VL, QWEN3_VL, QWEN3_5_VISION, MISTRAL3, IDEFICS3, SMOLVLM)
+QWEN3_5_MOE_VISION = replace(
+    QWEN3_5_VISION,
+    model_type="qwen3_5_moe",
+    class_name="Qwen3_5MoeForConditionalGeneration",
+    text=(QWEN3_5_MOE,),
+)
+
+_TABLES = (
+    GEMMA3_VISION,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_5_VISION,
+    QWEN3_5_MOE_VISION,
+    MISTRAL3,
+    IDEFICS3,
+    SMOLVLM,
+)
 COMPOSITES = {table.model_type: table for table in _TABLES}

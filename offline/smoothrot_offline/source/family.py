@@ -222,14 +222,17 @@ class ModelSpec:
             heads, width = (
                 getattr(self.config, key) for key in (keys.value_heads, keys.value_head_dim)
             )
-            key_width = getattr(self.config, keys.key_head_dim)
+            key_heads, key_width = (
+                getattr(self.config, key) for key in (keys.key_heads, keys.key_head_dim)
+            )
             sizes |= {
                 "delta_heads": heads,
                 "delta_key_head": key_width,
                 "delta_value_head": width,
                 "delta_value": heads * width,
-                "delta_query_key_value": 2 * getattr(self.config, keys.key_heads) * key_width
-                + heads * width,
+                "delta_query_key_value": (queries := 2 * key_heads * key_width) + heads * width,
+                "delta_query_key_value_gate": queries + 2 * heads * width,
+                "two_delta_heads": 2 * heads,
                 "delta_kernel": getattr(self.config, keys.kernel),
             }
         return sizes

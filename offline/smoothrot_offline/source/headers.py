@@ -164,8 +164,9 @@ def read_headers(model: str | Path) -> Headers:
     composite = COMPOSITES.get(model_type)
     if composite is not None:
         tensors = {composite.stored_name(name): info for name, info in tensors.items()}
-    elif model_type in MIXTURES:
-        tensors = separated(tensors, MIXTURES[model_type])
+    table = MIXTURES.get(model_type) if composite is None else composite.text[0]
+    if table is not None:
+        tensors = separated(tensors, table)
     return Headers(path, config, tensors, renamed)
 
 

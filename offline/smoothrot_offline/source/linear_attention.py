@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of Qwen3.5, whose layers have linear or full attention."""
+"""The tables of Qwen3.5 and, but for its experts, of Qwen3-Next: their layers have linear or full
+attention."""
 
 from dataclasses import replace
 
@@ -71,4 +72,32 @@ _DELTA_ATTENTION = replace(
 QWEN3_5 = replace(
     _GATED_ATTENTION,
     kinds={"full_attention": _GATED_ATTENTION, "linear_attention": _DELTA_ATTENTION},
+)
+
+
+# Queries, keys, values and gates of a group of heads stand together, in both classes.
+_FUSED_DELTA_LINEARS = {
+    "linear_attn.in_proj_qkvz": ("delta_query_key_value_gate", "hidden"),
+    "linear_attn.in_proj_ba": ("two_delta_heads", "hidden"),
+}
+QWEN3_NEXT_DENSE = replace(
+    _GATED_ATTENTION,
+    rotary_sections=False,
+    plain_head=True,
+    # vLLM has no tied head.
+    settings=_GATED_ATTENTION.settings | {"tie_word_embeddings": (False,)},
+    kinds={
+        "full_attention": _GATED_ATTENTION,
+        "linear_attention": replace(
+            _DELTA_ATTENTION,
+            linears={
+                name: shape
+                for name, shape in _DELTA_ATTENTION.linears.items()
+                if name not in _DELTA_LINEARS
+            }
+            | _FUSED_DELTA_LINEARS,
+            readers=LLAMA.readers | {"input_layernorm": tuple(_FUSED_DELTA_LINEARS)},
+            sixteen_bit=("linear_attn.in_proj_ba",),
+        ),
+    },
 )

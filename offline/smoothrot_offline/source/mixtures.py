@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of families with a mixture of experts."""
 
-from smoothrot_offline.source.architecture import Experts, SharedExpert
+from dataclasses import replace
+from typing import Any
+
+from smoothrot_offline.source.architecture import Architecture, Experts, SharedExpert
 from smoothrot_offline.source.families import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
+from smoothrot_offline.source.linear_attention import QWEN3_5, QWEN3_NEXT_DENSE
 
 MAX_EXPERTS = 1 << 16
 """Of all layers: several times the largest model's, and what names of tensors can be written out
@@ -24,20 +28,22 @@ MIXTRAL = MISTRAL.with_sparse_feed_forward(
 )
 
 
+_QWEN_EXPERTS = Experts(
+    count="num_experts",
+    intermediate="moe_intermediate_size",
+    router="mlp.gate",
+    gate="mlp.experts.{e}.gate_proj",
+    normalizes="norm_topk_prob",
+    everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
+)
+_SHARED_EXPERT = SharedExpert(
+    module="mlp.shared_expert",
+    intermediate="shared_expert_intermediate_size",
+    gate="mlp.shared_expert_gate",
+)
+
 QWEN2_MOE = QWEN2.with_sparse_feed_forward(
-    Experts(
-        count="num_experts",
-        intermediate="moe_intermediate_size",
-        router="mlp.gate",
-        gate="mlp.experts.{e}.gate_proj",
-        normalizes="norm_topk_prob",
-        everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
-        shared=SharedExpert(
-            module="mlp.shared_expert",
-            intermediate="shared_expert_intermediate_size",
-            gate="mlp.shared_expert_gate",
-        ),
-    ),
+    replace(_QWEN_EXPERTS, shared=_SHARED_EXPERT),
     up="mlp.experts.{e}.up_proj",
     down="mlp.experts.{e}.down_proj",
     model_type="qwen2_moe",
@@ -54,14 +60,7 @@ QWEN2_MOE = QWEN2.with_sparse_feed_forward(
 
 
 QWEN3_MOE = QWEN3.with_sparse_feed_forward(
-    Experts(
-        count="num_experts",
-        intermediate="moe_intermediate_size",
-        router="mlp.gate",
-        gate="mlp.experts.{e}.gate_proj",
-        normalizes="norm_topk_prob",
-        everywhere={"mlp_only_layers": [], "decoder_sparse_step": 1},
-    ),
+    _QWEN_EXPERTS,
     up="mlp.experts.{e}.up_proj",
     down="mlp.experts.{e}.down_proj",
     model_type="qwen3_moe",
@@ -69,6 +68,38 @@ QWEN3_MOE = QWEN3.with_sparse_feed_forward(
     layer_types=False,
     one_window=False,
     settings={**QWEN3.settings, "shared_expert_intermediate_size": (0, None)},
+)
+
+
+def _sparse_qwen(table: Architecture, experts: Experts, **own: Any) -> Architecture:
+    """The table of a model with layers of several kinds of attention, each with experts."""
+    place = {"up": "mlp.experts.{e}.up_proj", "down": "mlp.experts.{e}.down_proj"}
+    sparse = {
+        kind: one.with_sparse_feed_forward(experts, **place) for kind, one in table.kinds.items()
+    }
+    return table.with_sparse_feed_forward(experts, **place, **own, kinds=sparse)
+
+
+QWEN3_NEXT = _sparse_qwen(
+    QWEN3_NEXT_DENSE,
+    replace(_QWEN_EXPERTS, shared=_SHARED_EXPERT),
+    model_type="qwen3_next",
+    class_name="Qwen3NextForCausalLM",
+)
+
+
+QWEN3_5_MOE = _sparse_qwen(
+    QWEN3_5,
+    replace(_QWEN_EXPERTS, normalizes="", everywhere={}, shared=_SHARED_EXPERT),
+    model_type="qwen3_5_moe_text",
+    class_name="Qwen3_5MoeForCausalLM",
+    settings={
+        **QWEN3_5.settings,
+        # vLLM's class, that of Qwen3-Next as well, reads these.
+        "norm_topk_prob": (True, None),
+        "mlp_only_layers": ([], None),
+        "decoder_sparse_step": (1, None),
+    },
 )
 
 
@@ -101,4 +132,7 @@ OLMOE = LLAMA.with_sparse_feed_forward(
 )
 
 
-MIXTURES = {table.model_type: table for table in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}
+MIXTURES = {
+    table.model_type: table
+    for table in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, OLMOE)
+}
