@@ -359,6 +359,7 @@ def test_flags_that_change_nothing_are_let_pass(
         "qkv_bias": False,
         "logit_scale": 1,
         "is_causal": True,
+        "num_experts": 1,
         "quantization_config": None,
     }
     assert (

@@ -263,7 +263,8 @@ def supported_table(config: dict[str, Any], packed: bool = False) -> Architectur
             f"{names} needs its own Python code (auto_map in config.json: {own_code}), which is"
             " never run. Convert a model whose architecture transformers itself implements."
         )
-    experts = next((key for key in _EXPERT_KEYS if config.get(key)), None)
+    # Dense models of some families say that they have one.
+    experts = next((key for key in _EXPERT_KEYS if config.get(key) not in (None, 0, 1)), None)
     if experts is not None and (table is None or table.experts is None):
         mixtures = ", ".join(known.class_name for known in _TABLES if known.experts is not None)
         raise UnsupportedModelError(
