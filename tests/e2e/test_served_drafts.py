@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """EAGLE heads in vLLM's engine: as many of their tokens are kept on a converted model as on the
-16-bit one that they were trained on, and none changes an answer."""
+16-bit one that they were trained on, and none changes an answer.
+
+With R1 online the head is the original one, with R1 folded a transformed one.
+"""
 
 import json
 import os
@@ -10,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import COMMAND, run_forked
 from test_served_families import ENVIRONMENT
-from tiny_models import convert
-from trained_heads import EagleHead, Language, save_head, save_model, trained_head, trained_model
+from tiny_heads import EagleHead, Language, save_head, save_model, trained_head, trained_model
+from tiny_models import byte_tokenizer, convert
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]
 
 ENGINE = Path(__file__).with_name("engine_in_process.py")
-CALIBRATION = ("--calib", "generated", "--calib-samples", "4", "--calib-seqlen", "64")
+CALIBRATION = ("--calib-samples", "32", "--calib-seqlen", "64")
 OPTIONS = (*CALIBRATION, "--activation-bits", "8", "--lm-head-bits", "8")
 CONVERSIONS = {
     "W8A8": ("--weight-bits", "8"),
-    "W4A8": ("--weight-bits", "4", "--group-size", "32"),
+    "W4A8": ("--weight-bits", "4", "--group-size", "32", "--rounding", "gptq"),
 }
-CONVERTED = [f"{bits} online" for bits in CONVERSIONS]
-DRAFTED, PROMPTS, PROMPT, TOKENS = 3, 32, 24, 48
+CONVERTED = [f"{bits} {residual}" for bits in CONVERSIONS for residual in ("online", "folded")]
+DRAFTED, PROMPTS, PROMPT, TOKENS = 3, 96, 24, 48
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +45,23 @@ def directories(language: Language, tmp_path_factory: pytest.TempPathFactory) ->
     found = {name: save_head(head, model.config, folder / name) for name, head in heads.items()} | {
         "source": save_model(model, folder / "source")
     }
-    for bits, own in CONVERSIONS.items():
-        found[f"{bits} online"] = convert(
-            found["source"], folder / bits, *OPTIONS, *own, "--residual", "online"
-        )
+    text = folder / "text.txt"
+    text.write_text("\n".join(byte_tokenizer().batch_decode(language.texts(64, 256))))
+    for name in CONVERTED:
+        bits, residual = name.split()
+        options = (*OPTIONS, "--calib", str(text), *CONVERSIONS[bits], "--residual", residual)
+        found[name] = convert(found["source"], folder / name.replace(" ", "-"), *options)
+        found[f"{name} head"] = found["head"]
+        if residual == "folded":
+            found[f"{name} head"] = transformed(found["head"], folder / f"{bits}-head", found[name])
     return found
+
+
+def transformed(head: Path, out: Path, base: Path) -> Path:
+    """``smoothrot-convert draft`` as a user types it."""
+    result = run_forked(COMMAND, "draft", head, out, "--base", base)
+    assert result.returncode == 0, result.stderr
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +73,11 @@ def results(
     cases: dict[str, tuple[str, str | None]] = {
         name: (name, None) for name in ("source", *CONVERTED)
     }
-    cases |= {f"{name}, drafted": (name, "head") for name in ("source", *CONVERTED)}
+    cases |= {f"{name}, drafted": (name, f"{name} head") for name in CONVERTED}
+    cases["source, drafted"] = ("source", "head")
     cases["untrained head"] = ("source", "untrained")
+    cases["head of a converted model"] = ("source", "W8A8 folded head")
+    cases["original head"] = ("W8A8 folded", "head")
     given = {
         name: {
             "model": str(directories[model]),
@@ -81,7 +100,7 @@ def results(
         capture_output=True,
         text=True,
         check=False,
-        timeout=800,
+        timeout=1400,
     )
     assert out.exists(), done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, dict[str, Any]] = json.loads(out.read_text())
@@ -127,3 +146,10 @@ def test_drafts_of_hidden_states_change_no_answer(
     results: dict[str, dict[str, Any]], name: str
 ) -> None:
     assert results[f"{name}, drafted"]["found"]["tokens"] == results[name]["found"]["tokens"]
+
+
+def test_a_head_in_another_basis_than_the_model_is_refused(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    assert "was transformed for another model" in results["head of a converted model"]["error"]
+    assert "Transform an EAGLE head" in results["original head"]["error"]

@@ -22,6 +22,7 @@ TARGETS = (
         "converted",
         "transform",
         "adapter",
+        "draft_head",
         "journal",
     ),
     *(

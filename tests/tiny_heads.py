@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from tiny_models import byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 SYMBOLS, RULE, LENGTH, BATCH = 32, 0.9, 64, 24
-FIRST = 65
-"""The language's first symbol, as a token of the tests' tokenizer."""
+FIRST = 32
+"""The language's first symbol, as a token of the tests' tokenizer: an A."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,19 @@ class EagleHead(nn.Module):
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([LlamaDecoderLayer(config, 0)])
         self.layers[0].input_layernorm = nn.Identity()
+        self._rotary = LlamaRotaryEmbedding(config)
 
-    def forward(
-        self, model: LlamaForCausalLM, tokens: torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Hidden states that follow ``hidden (batch, length, size)``, of ``tokens (batch,
-        length)``."""
-        length = tokens.shape[1]
-        embedded = model.model.embed_tokens(tokens)
-        positions = torch.arange(length)[None]
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states that follow ``hidden (batch, length, size)`` and the tokens whose embedding
+        ``embedded`` of the same shape is."""
+        length = hidden.shape[1]
         mask = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)
-        out = self.layers[0](
+        out: torch.Tensor = self.layers[0](
             self.fc(torch.cat([embedded, hidden], -1)),
             attention_mask=mask[None, None],
-            position_embeddings=model.model.rotary_emb(hidden, positions),
+            position_embeddings=self._rotary(hidden, torch.arange(length)[None]),
         )
-        return out if isinstance(out, torch.Tensor) else out[0]
+        return out
 
 
 def trained_model(language: Language) -> LlamaForCausalLM:
@@ -110,12 +107,12 @@ def trained_head(model: LlamaForCausalLM, language: Language) -> EagleHead:
         texts = language.texts(BATCH, LENGTH)
         hidden = model.model(texts).last_hidden_state
         target = hidden[:, 1:]
-        found = head(model, texts[:, 1:], hidden[:, :-1])
+        found = head(model.model.embed_tokens(texts[:, 1:]), hidden[:, :-1])
         answers = model.lm_head(target).softmax(-1)
         said = model.lm_head(found).log_softmax(-1)
         return nn.functional.smooth_l1_loss(found, target) - (answers * said).sum(-1).mean()
 
-    train(head, loss, 100)
+    train(head, loss, 150)
     return head
 
 
