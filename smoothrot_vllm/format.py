@@ -29,12 +29,19 @@ transformers takes it for a file's name and ends with a ValueError that quotes i
 it does not know it would only warn, and go on with random linears.
 """
 TRANSFORM_NAME = "smoothrot_transform.st"
-"""What LoRA adapters are transformed by; in safetensors format, under a suffix that no loader
-takes for weights."""
+"""What LoRA adapters and draft heads are transformed by; in safetensors format, under a suffix that
+no loader takes for weights."""
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's, beside the weights of a LoRA adapter."""
 ADAPTER_BASE = "smoothrot_transform_sha256"
-"""Key of ``adapter_config.json``: digest of the transform that the adapter was given."""
+"""Key of ``adapter_config.json``, or of a draft head's ``config.json``: digest of the transform
+that the adapter or the head was given."""
+DRAFT_ARCHITECTURE = "EagleSmoothRotLlamaForCausalLM"
+"""``architectures`` of a transformed draft head, which the plugin has the class of. vLLM puts
+``Eagle`` before names that do not begin with it."""
+DRAFT_OUTPUT = "to_base"
+"""The linear that a draft head has got by its transform: from its own hidden states to those of the
+base's output head."""
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 """Names of the linears that read the residual stream through a norm, and of the fusions of them."""
 DOWN = ("down_proj", "w2")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``smoothrot-convert``: plan, run, verify, inspect, lora, eval, analyze, report.
+"""The command ``smoothrot-convert`` and its verbs.
 
 Results go to stdout, everything else to stderr; with ``--json`` stdout is one JSON object. Exit
 code 1 is a refusal or a failure, in one line on stderr; 2 is a wrong command line. Heavy imports
@@ -50,14 +50,17 @@ def _fraction(value: str | float) -> float:
         ) from None
 
 
-Model = Annotated[
-    str, typer.Argument(help="Directory of the model, or its hub id.", show_default=False)
-]
-Out = Annotated[
+def _argument(text: str) -> Any:
+    return typer.Argument(help=text, show_default=False)
+
+
+Model = Annotated[str, _argument("Directory of the model, or its hub id.")]
+Out = Annotated[Path, _argument("Directory to make; it appears when it is complete.")]
+Converted = Annotated[Path, _argument("Converted directory.")]
+Base = Annotated[
     Path,
-    typer.Argument(help="Directory to make; it appears when it is complete.", show_default=False),
+    typer.Option(help="Converted directory that it will be served with.", show_default=False),
 ]
-Converted = Annotated[Path, typer.Argument(help="Converted directory.", show_default=False)]
 PresetOption = Annotated[
     Literal["auto", "fast", "balanced", "best", "paper-compat", "none"],
     typer.Option(
@@ -211,16 +214,9 @@ def inspect(directory: Converted, as_json: Json = False, debug: Debug = False) -
 
 @app.command()
 def lora(
-    adapter: Annotated[
-        Path, typer.Argument(help="PEFT LoRA adapter of the original model.", show_default=False)
-    ],
+    adapter: Annotated[Path, _argument("PEFT LoRA adapter of the original model.")],
     out: Out,
-    base: Annotated[
-        Path,
-        typer.Option(
-            help="Converted directory that the adapter will be served with.", show_default=False
-        ),
-    ],
+    base: Base,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -230,6 +226,22 @@ def lora(
 
         done = convert_adapter(adapter, out, base)
         show(done.summary(), f"{out}: {done.linears} linears of {done.layers} layers, for {base}")
+
+
+@app.command()
+def draft(
+    head: Annotated[Path, _argument("EAGLE head of the original model.")],
+    out: Out,
+    base: Base,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Transform HEAD, trained on the original model, into the draft head OUT of a converted one."""
+    with reporting(as_json, debug) as show:
+        from smoothrot_offline.transform.draft import convert_head
+
+        done = convert_head(head, out, base)
+        show(done.summary(), f"{out}: a head of {done.layers} layer(s), for {base}")
 
 
 @app.command("eval")

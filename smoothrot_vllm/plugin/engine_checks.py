@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.format import QuantizationSchema
+from smoothrot_vllm.format import DRAFT_ARCHITECTURE, QuantizationSchema
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -82,8 +82,15 @@ def _two_way_images(config: "VllmConfig") -> object:
 
 
 def _draft(config: "VllmConfig") -> object:
-    method = None if config.speculative_config is None else config.speculative_config.method
-    return None if method in TOKEN_DRAFTS else method
+    speculative = config.speculative_config
+    if speculative is None or speculative.method in TOKEN_DRAFTS:
+        return None
+    # Its class asks whether it is a head of this very conversion.
+    transformed = (
+        speculative.method == "eagle"
+        and speculative.draft_model_config.architectures == [DRAFT_ARCHITECTURE]
+    )
+    return None if transformed else speculative.method
 
 
 def _hidden_states_connector(config: "VllmConfig") -> object:
@@ -159,7 +166,8 @@ REFUSALS = (
         "--speculative-config",
         _draft,
         f"this method reads hidden states, and {_ROTATED}",
-        f"Take one of {', '.join(TOKEN_DRAFTS)}. {_CONVERT_ONLINE}",
+        f"Transform an EAGLE head of a Llama with smoothrot-convert draft, or take one of"
+        f" {', '.join(TOKEN_DRAFTS)}. {_CONVERT_ONLINE}",
         rotated_only=True,
     ),
     Refusal(

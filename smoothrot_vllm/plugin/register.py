@@ -20,6 +20,9 @@ SUPPORTED_VLLM = ((0, 32), (0, 33))
 ALLOW_ANY_VLLM = "SMOOTHROT_ALLOW_ANY_VLLM"
 """Environment variable that turns the refusal of other versions into a warning when it is ``1``."""
 
+DRAFT_CLASS = "smoothrot_vllm.plugin.draft:TransformedEagleHead"
+"""As vLLM's registry takes a class that it is to import when a head is served."""
+
 WITHOUT_CUDA = "+cpu"
 """End of the version of a build without CUDA kernels."""
 
@@ -55,8 +58,9 @@ def warn_without_cuda() -> None:
 
 
 def register() -> None:
-    """Register ``SmoothRotConfig`` with vLLM as the quantization method ``smoothrot``, and apply
-    the :mod:`~smoothrot_vllm.plugin.patches` that serving it needs.
+    """Register ``SmoothRotConfig`` with vLLM as the quantization method ``smoothrot``, register the
+    class of transformed draft heads, and apply the :mod:`~smoothrot_vllm.plugin.patches` that
+    serving a converted model needs.
 
     Under another vLLM than :data:`SUPPORTED_VLLM` converted models are refused, and all others
     served as if there were no plugin, unless ``SMOOTHROT_ALLOW_ANY_VLLM=1`` is set.
@@ -71,13 +75,15 @@ def register() -> None:
         logger.warning("%s; going on because %s=1: answers may be wrong", problem, ALLOW_ANY_VLLM)
 
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.models import ModelRegistry
     from vllm.platforms import current_platform
 
-    from smoothrot_vllm.format import QUANT_METHOD
+    from smoothrot_vllm.format import DRAFT_ARCHITECTURE, QUANT_METHOD
     from smoothrot_vllm.plugin import patches
     from smoothrot_vllm.plugin.quant_config import SmoothRotConfig
 
     register_quantization_config(QUANT_METHOD)(SmoothRotConfig)
+    ModelRegistry.register_model(DRAFT_ARCHITECTURE, DRAFT_CLASS)
     patches.apply()
     if current_platform.is_cuda():
         warn_without_cuda()

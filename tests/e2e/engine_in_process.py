@@ -115,6 +115,21 @@ def requests(llm: LLM, prompts: list[list[int]]) -> Any:
     }
 
 
+def drafted(llm: LLM, data: dict[str, Any]) -> Any:
+    """Greedy continuations of some length, and how many drafts were made and how many of their
+    tokens kept."""
+    found = run(llm, data["prompts"], sampling(data["tokens"]))
+    counted: Any = {metric.name: metric for metric in llm.get_metrics()}
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in found],
+        **{
+            name: counted[f"vllm:spec_decode_num_{name}"].value
+            for name in ("drafts", "accepted_tokens")
+            if f"vllm:spec_decode_num_{name}" in counted
+        },
+    }
+
+
 def embeddings(llm: LLM, prompts: list[list[int]]) -> Any:
     """Of a model that is served for pooling."""
     outputs = llm.embed(
@@ -169,6 +184,7 @@ USES: dict[str, Callable[[LLM, Any], Any]] = {
         twice,
         first_logprobs,
         requests,
+        drafted,
         embeddings,
         embedded_prompts,
         saved_sharded,

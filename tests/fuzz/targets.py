@@ -5,7 +5,8 @@ starts from."""
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from smoothrot_offline.source.checkpoint import check_source, file_digest, open_
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_offline.source.text import adds_bos, family_needs_bos, read_text, tokenize
 from smoothrot_offline.source.tokenizers import load_tokenizer
+from smoothrot_offline.transform.draft import convert_head
 from smoothrot_offline.transform.lora import convert_adapter
 from smoothrot_offline.transform.record import read_transform
 from smoothrot_vllm.errors import SmoothRotError
@@ -140,6 +142,10 @@ def prepare(root: Path) -> None:
     (root / "adapter/adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
     )
+    (root / "head").mkdir()
+    tensors = {"fc.weight": torch.ones(32, 64), "layers.0.mlp.up_proj.weight": torch.ones(96, 32)}
+    save_file(tensors, root / "head/model.safetensors")
+    shutil.copy(source / "config.json", root / "head")
     (root / "texts").mkdir()
     (root / "texts/plain.txt").write_text(
         "Some text of the kind that models read.\nAnd é 漢字.\n" * 3
@@ -324,19 +330,28 @@ def run_transform(folder: Path) -> None:
 
 
 def run_adapter(folder: Path) -> None:
-    out = folder.with_name("adapter-out")
-    try:
+    with _whole_or_none(folder, "adapter_config.json", "adapter_model.safetensors") as out:
         _quietly(
             lambda: check_adapter(folder, "0" * 64),
             lambda: convert_adapter(folder, out, folder.with_name("converted")),
         )
+
+
+def run_head(folder: Path) -> None:
+    with _whole_or_none(folder, "config.json", "model.safetensors") as out:
+        convert_head(folder, out, folder.with_name("converted"))
+
+
+@contextmanager
+def _whole_or_none(folder: Path, *files: str) -> Iterator[Path]:
+    """Where an output of these files is made; nothing else is left behind."""
+    out = folder.with_name(f"{folder.name}-out")
+    try:
+        yield out
     finally:
         left = [path.name for path in folder.parent.iterdir() if path.name.startswith(out.name)]
         if out.is_dir():
-            assert sorted(file.name for file in out.iterdir()) == [
-                "adapter_config.json",
-                "adapter_model.safetensors",
-            ]
+            assert sorted(file.name for file in out.iterdir()) == list(files)
             shutil.rmtree(out)
             left.remove(out.name)
         assert not left, f"half an output: {left}"
@@ -447,6 +462,7 @@ TARGETS = (
     Target("converted", 0.01, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,
     Target("adapter", 0.01, "adapter", _one_of("*.json", "*.safetensors"), run_adapter),
+    Target("draft_head", 0.01, "head", _one_of("*.json", "*.safetensors"), run_head),
     Target(
         "journal", 0.02, "out.partial", _one_of("*.jsonl", "*.jsonl", "*.safetensors"), run_journal
     ),

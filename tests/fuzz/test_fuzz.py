@@ -27,6 +27,7 @@ TARGETS = (
         "converted",
         "transform",
         "adapter",
+        "draft_head",
         "journal",
     ),
     *(

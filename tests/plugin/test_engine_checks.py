@@ -18,7 +18,12 @@ from vllm.model_executor.model_loader import LoadFormats
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from smoothrot_vllm.errors import ConfigError
-from smoothrot_vllm.format import Online, OnlineHadamard, QuantizationSchema
+from smoothrot_vllm.format import (
+    DRAFT_ARCHITECTURE,
+    Online,
+    OnlineHadamard,
+    QuantizationSchema,
+)
 from smoothrot_vllm.plugin.engine_checks import (
     CPU_CACHE_DTYPES,
     LOAD_FORMATS,
@@ -69,9 +74,16 @@ def engine(**changes: Any) -> Any:
     return SimpleNamespace(**parts | changes)
 
 
+def drafting(method: str, architecture: str) -> Any:
+    """As ``--speculative-config`` makes it."""
+    return SimpleNamespace(
+        method=method, draft_model_config=SimpleNamespace(architectures=[architecture])
+    )
+
+
 @pytest.mark.parametrize("method", sorted(literals(SpeculativeMethod)))
 def test_only_drafts_from_tokens_go_with_a_rotated_residual_stream(method: str) -> None:
-    config = engine(speculative_config=SimpleNamespace(method=method))
+    config = engine(speculative_config=drafting(method, "LlamaForCausalLM"))
     check_engine(config, UNFOLDED)
     if method in TOKEN_DRAFTS:
         check_engine(config, FOLDED)
@@ -80,6 +92,12 @@ def test_only_drafts_from_tokens_go_with_a_rotated_residual_stream(method: str) 
         ConfigError, match=f"--speculative-config: .*got {method}: this method reads hidden states"
     ):
         check_engine(config, FOLDED)
+
+
+def test_a_transformed_head_drafts_from_rotated_hidden_states_by_eagle() -> None:
+    check_engine(engine(speculative_config=drafting("eagle", DRAFT_ARCHITECTURE)), FOLDED)
+    with pytest.raises(ConfigError, match="got eagle3: this method reads"):
+        check_engine(engine(speculative_config=drafting("eagle3", DRAFT_ARCHITECTURE)), FOLDED)
 
 
 @pytest.mark.parametrize("load_format", sorted({*literals(LoadFormats), "a_plugins_own"}))

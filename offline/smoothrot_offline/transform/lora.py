@@ -15,15 +15,21 @@ from typing import Any
 
 import torch
 
-from smoothrot_offline.output.directory import OutputDirectory
-from smoothrot_offline.source.checkpoint import file_digest
-from smoothrot_offline.transform.record import RecordedTransform, read_transform
+from smoothrot_offline.transform.companions import (
+    cast_back,
+    check_floats,
+    read_base,
+    read_untransformed,
+    read_weights,
+    refuse_value,
+    write_companion,
+)
+from smoothrot_offline.transform.record import RecordedTransform
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
-from smoothrot_vllm.foreign_files import read_json, read_tensors
-from smoothrot_vllm.format import ADAPTER_BASE, ADAPTER_CONFIG, TRANSFORM_NAME
+from smoothrot_vllm.format import ADAPTER_CONFIG
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_ADVICE = "Save or download the adapter again."
+_MERGE = "Merge the adapter into the original model, and convert that."
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -75,20 +81,14 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
         UnsupportedModelError: a factor belongs to no decoder linear of the base.
     """
     config = _plain_config(adapter)
-    recorded = read_transform(base)
+    recorded = read_base(base, "adapter", _MERGE)
     spec = recorded.transform.spec
-    if spec.composite is not None:
-        raise UnsupportedModelError(
-            f"{base}: {spec.architecture.class_name} sees images; adapters are transformed for text"
-            " models only. Merge the adapter into the original model, and convert that."
-        )
     if spec.experts:
         raise UnsupportedModelError(
             f"{base}: {spec.architecture.class_name} has experts; adapters are"
-            " transformed for dense models only. Merge the adapter into the original model, and"
-            " convert that."
+            f" transformed for dense models only. {_MERGE}"
         )
-    tensors = _read_factors(adapter / WEIGHTS_NAME)
+    tensors = read_weights(adapter / WEIGHTS_NAME, "adapter")
     transformed: dict[str, torch.Tensor] = {}
     adapted: set[tuple[int, str]] = set()
     for module, names in sorted(_modules(tensors).items()):
@@ -103,13 +103,9 @@ def convert_adapter(adapter: Path, out: Path, base: Path) -> AdapterConversion:
         _check(module, a, b, spec.linear_shape(linear, spec.layer_table(index)))
         new = transform_factors(recorded, index, linear, a.double(), b.double())
         for factor, old, result in zip("AB", (a, b), new, strict=True):
-            transformed[names[factor]] = _cast(result, old.dtype, names[factor])
+            transformed[names[factor]] = cast_back(result, old.dtype, names[factor])
         adapted.add((index, linear))
-    digest = file_digest(base / TRANSFORM_NAME)
-    with OutputDirectory(out) as directory:
-        directory.write_json(ADAPTER_CONFIG, config | {ADAPTER_BASE: digest})
-        directory.write_tensors(WEIGHTS_NAME, transformed)
-        directory.commit()
+    digest = write_companion(out, base, (ADAPTER_CONFIG, config), (WEIGHTS_NAME, transformed))
     return AdapterConversion(len(adapted), len({index for index, _ in adapted}), digest)
 
 
@@ -134,24 +130,21 @@ def transform_factors(
             b = factor.of_weight(b)
         elif not factor.online:
             a = factor.of_weight(a)
-    return a.contiguous(), b.contiguous()
+    return a, b
 
 
 def _plain_config(adapter: Path) -> dict[str, Any]:
     path = adapter / ADAPTER_CONFIG
-    config = read_json(path, _ADVICE)
-    if ADAPTER_BASE in config:
-        raise ConfigError(
-            f"{path}: already transformed, as its {ADAPTER_BASE} says. Give the adapter it was made"
-            " from."
-        )
+    config = read_untransformed(path, "adapter")
     for key, plain in _PLAIN.items():
-        if config.get(key, plain[0]) not in plain:
-            raise ConfigError(
-                f"{path}: {key}: expected {plain[0]!r}, got {config[key]!r}. Only"
-                " plain LoRA adapters can be transformed: train without it, or merge the adapter"
-                " into the 16-bit model and convert that."
-            )
+        refuse_value(
+            path,
+            key,
+            plain,
+            config.get(key, plain[0]),
+            "Only plain LoRA adapters can be transformed: train without it, or merge the adapter"
+            " into the 16-bit model and convert that.",
+        )
     initial = config.get("init_lora_weights", True)
     if isinstance(initial, str) and initial.lower().startswith(_OWN_BASE):
         raise ConfigError(
@@ -160,15 +153,6 @@ def _plain_config(adapter: Path) -> dict[str, Any]:
             " path_initial_model_for_weight_conversion."
         )
     return config
-
-
-def _read_factors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: expected the adapter's tensors, found no such file. Save the adapter with"
-            " safe_serialization; pickles are never read."
-        )
-    return read_tensors(path, _ADVICE)
 
 
 def _modules(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, str]]:
@@ -218,18 +202,4 @@ def _check(module: str, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]
             " model."
         )
     for factor, tensor in (("A", a), ("B", b)):
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{module}.lora_{factor}: expected finite floats, got others. Train the adapter"
-                " again."
-            )
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    cast = tensor.to(dtype)
-    if not cast.isfinite().all():
-        raise CheckpointError(
-            f"{name}: exceeds the range of {dtype} after the transform. Save the adapter as"
-            " float32."
-        )
-    return cast
+        check_floats(tensor, f"{module}.lora_{factor}")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``smoothrot_transform.st``: what a conversion folded into the weights, for what has to be folded
-alike later (LoRA adapters).
+alike later (LoRA adapters, draft heads).
 
 Signs and Hadamard transforms follow from the manifest's configuration and seed. Stored is what does
 not: smoothing scales, the weights of the norms that were folded, learned rotations.
@@ -30,8 +30,8 @@ RESIDUAL = "residual"
 class RecordedTransform:
     """A conversion's transform read back.
 
-    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name; ``scales``
-    are S by layer.
+    ``norms`` are the weights that folded norms had, ``(hidden,)`` by full module name, the final
+    norm's among them; ``scales`` are S by layer.
     """
 
     transform: ModelTransform
@@ -44,9 +44,11 @@ def transform_tensors(
 ) -> dict[str, torch.Tensor]:
     """Tensors of the file: ``residual`` and ``{layer}heads`` where learned,
     ``{layer}smoothing``, ``{norm}.smoothing``, and the weights of the folded norms."""
-    spec, found = transform.spec, {}
+    spec, found = transform.spec, dict[str, torch.Tensor]()
     if isinstance(transform.residual, DenseRotation):
         found[RESIDUAL] = transform.residual.blocks
+    if transform.residual is not None:
+        found |= checkpoint.load([f"{norm}.weight" for norm in folded_norms(spec)])
     for index, study in enumerate(studies):
         prefix = spec.layer_prefix(index)
         if study.scales.down is not None:
@@ -56,11 +58,17 @@ def transform_tensors(
         }
         if transform.heads is not None and (heads := transform.heads[index]) is not None:
             found[f"{prefix}heads"] = heads.contiguous()
-        if transform.residual is not None:
-            found |= checkpoint.load(
-                [f"{prefix}{norm}.weight" for norm in spec.layer_table(index).norms]
-            )
     return found
+
+
+def folded_norms(spec: ModelSpec) -> list[str]:
+    """Full names of the norms whose weights move into what reads them, where R1 is folded."""
+    layers = (
+        spec.layer_prefix(index) + norm
+        for index in range(spec.layers)
+        for norm in spec.layer_table(index).norms
+    )
+    return [*layers, spec.architecture.final_norm]
 
 
 def read_transform(directory: Path) -> RecordedTransform:
@@ -104,7 +112,7 @@ def read_transform(directory: Path) -> RecordedTransform:
         transform = replace(transform, heads=[tensors.get(f"{prefix}heads") for prefix in norms_of])
     norms = {}
     if transform.residual is not None:
-        names = [f"{prefix}{norm}" for prefix, own in norms_of.items() for norm in own]
+        names = folded_norms(spec)
         _refuse_missing(path, tensors, [f"{name}.weight" for name in names])
         norms = {name: tensors[f"{name}.weight"] for name in names}
     return RecordedTransform(
@@ -116,7 +124,9 @@ def read_transform(directory: Path) -> RecordedTransform:
 
 def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse tensors that are no part of this model's transform, or of other shapes."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{norm}.weight": (spec.hidden,) for norm in folded_norms(spec)
+    }
     for index in range(spec.layers):
         prefix = spec.layer_prefix(index)
         shapes[f"{prefix}smoothing"] = (sum(spec.down_widths(index)),)
@@ -124,9 +134,7 @@ def _check_shapes(path: Path, spec: ModelSpec, tensors: Mapping[str, torch.Tenso
             kv_heads, head_dim = spec.head_sizes(spec.layer_table(index))
             shapes[f"{prefix}heads"] = (kv_heads, head_dim, head_dim)
         shapes |= {
-            f"{prefix}{norm}.{of}": (spec.hidden,)
-            for norm in spec.layer_table(index).norms
-            for of in ("smoothing", "weight")
+            f"{prefix}{norm}.smoothing": (spec.hidden,) for norm in spec.layer_table(index).norms
         }
     for name, tensor in tensors.items():
         found = tuple(tensor.shape)

@@ -284,6 +284,12 @@ class ModelTransform:
         offset = self.spec.architecture.norm_offset
         return rows if self.residual is None else self.residual.rotate(rows * (gamma + offset))
 
+    def hidden(self, rows: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """What the final norm gives out, float64 ``(rows, hidden)``, as the transformed model's
+        gives it out; ``gamma (hidden,)`` is the weight it had. :meth:`head` reads it so."""
+        offset = self.spec.architecture.norm_offset
+        return rows if self.residual is None else self.residual.rotate(rows / (gamma + offset))
+
     def final_norm(self, gamma: torch.Tensor) -> torch.Tensor:
         """What is left of the final norm's stored weight."""
         return (
