@@ -103,6 +103,7 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         ("not smoothed", (*QUAROT, "--no-smooth-norms")),
         other,
         ("GPTAQ, scales search", ("--rounding", "gptaq", "--scales", "search")),
+        ("tokens counted alike", ("--hessian", "layer")),
         ("learned rotations", LEARNED),
         ("not distilled", NOT_DISTILLED),
         ("per channel, no 8-bit layers", PER_CHANNEL),

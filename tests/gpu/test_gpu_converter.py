@@ -25,8 +25,8 @@ OPTIONS: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"lm_head_bits": 4, "smooth_norms": True},
     "best": {
-        "rounding": "gptaq",
-        "scales": "search",
+        "rounding": "gptq",
+        "hessian": "model",
         "smooth_norms": True,
         "clip_search": True,
         "keep_8bit": 0.1,

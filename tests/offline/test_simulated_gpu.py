@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "act_order": False,
         },
     ),
+    "by the model's loss": ("qwen2", {}, {"rounding": "gptaq", "hessian": "model"}),
     "learned scales and rotations": (
         "llama",
         {},
