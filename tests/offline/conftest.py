@@ -50,10 +50,11 @@ DELTA_SIZES: dict[str, Any] = {
     "linear_key_head_dim": 10,
     "linear_value_head_dim": 12,
 }
+# Transformers multiplies experts in whole runs of 16 bytes.
 SHARED_SIZES = {
     "num_experts": 6,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 76,
+    "moe_intermediate_size": 80,
     "shared_expert_intermediate_size": 112,
 }
 OWN_SIZES: dict[str, dict[str, Any]] = {

@@ -125,8 +125,7 @@ def test_eight_bit_experts_with_linear_attention_keep_the_function(
     make_model: MakeModel, tmp_path: Path, family: str, options: dict[str, object]
 ) -> None:
     """Rotated only: without, the noise above sends a token here and there to another expert."""
-    # Transformers multiplies experts in whole runs of 16 bytes.
-    source = make_model(family, dtype=torch.float16, moe_intermediate_size=80)
+    source = make_model(family, dtype=torch.float16)
     assert error_at_eight_bits(source, tmp_path / "out", **options) < 0.2
 
 
