@@ -86,7 +86,7 @@ def open_converted(directory: Path) -> tuple[Checkpoint, ModelSpec, Quantization
         ConfigError: its ``quantization_config`` is not valid.
         UnsupportedModelError: its architecture is unknown.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, unpack=False)
     quantization = checkpoint.config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
