@@ -13,7 +13,6 @@ from smoothrot_offline.config import ConvertConfig, make_schema, stays_tied
 from smoothrot_offline.output.manifest import Manifest, read_manifest
 from smoothrot_offline.source.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.headers import read_config
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import (
@@ -87,14 +86,13 @@ def open_converted(directory: Path) -> tuple[Checkpoint, ModelSpec, Quantization
         ConfigError: its ``quantization_config`` is not valid.
         UnsupportedModelError: its architecture is unknown.
     """
-    # First, as how the weights of another format are packed is of no interest here.
-    quantization = read_config(str(directory)).get("quantization_config")
+    checkpoint = open_checkpoint(directory, unpack=False)
+    quantization = checkpoint.config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(
             f"{directory}: expected quantization_config with quant_method {QUANT_METHOD!r} in"
             " config.json."
         )
-    checkpoint = open_checkpoint(directory)
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     return checkpoint, resolve(plain), parse_schema(quantization)
 

@@ -166,9 +166,9 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_headers(model: str) -> Checkpoint:
-    """Configuration and headers of a model given as a path or a hub id; of a hub model, no weight
-    is fetched.
+def open_headers(model: str, unpack: bool = True) -> Checkpoint:
+    """:func:`open_checkpoint` of a model given as a path or a hub id; of a hub model, no weight is
+    fetched.
 
     Raises:
         CheckpointError: as :func:`~smoothrot_offline.source.headers.read_headers`, or the tensors
@@ -176,11 +176,16 @@ def open_headers(model: str) -> Checkpoint:
         UnsupportedModelError: as :func:`find_packing`.
     """
     found = read_headers(model)
-    return _unpacked(Checkpoint(found.path, found.config, found.tensors, renamed=found.renamed))
+    stored = Checkpoint(found.path, found.config, found.tensors, renamed=found.renamed)
+    return _unpacked(stored) if unpack else stored
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, unpack: bool = True) -> Checkpoint:
     """Read configuration and headers; no weight is read.
+
+    Args:
+        path: of the directory.
+        unpack: whether packed weights take the place of what they are stored as, as in a source.
 
     Raises:
         CheckpointError, UnsupportedModelError: as :func:`open_headers`, or there is no directory.
@@ -189,7 +194,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: expected a directory with {CONFIG_NAME} and safetensors; there is none."
         )
-    return open_headers(str(path))
+    return open_headers(str(path), unpack)
 
 
 def check_source(
