@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "keys and values shared": (
         "gemma4",
         {},
-        {"rounding": "gptaq", "keep_8bit": 0.2, "rotations": "learned", "rotation_steps": 2},
+        {"rounding": "gptaq", "keep_8bit": 0.2, "smooth_norms": True},
     ),
     "experts": ("mixtral", SMALLER, {"rounding": "gptaq", "clip_search": True, "keep_8bit": 0.1}),
     "not rotated": ("gemma2", {}, {"rotate": False, "rounding": "gptq", "smooth_norms": True}),

@@ -37,6 +37,22 @@ MakeModel = Callable[..., Path]
             },
             "mixture of experts",
         ),
+        (
+            {
+                "model_type": "gpt_oss",
+                "architectures": ["GptOssForCausalLM"],
+                "num_local_experts": 4,
+            },
+            "GptOssForCausalLM is a mixture of experts",
+        ),
+        (
+            {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]},
+            "Gemma3nForCausalLM .model_type 'gemma3n_text'. is not supported",
+        ),
+        (
+            {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"]},
+            "Gemma4ForConditionalGeneration .model_type 'gemma4'. is not supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),
         ({"quantization_config": {"quant_method": "hqq"}}, "already quantized.*hqq"),
@@ -114,6 +130,14 @@ GEMMA4_FULL = {"rope_type": "proportional", "rope_theta": 1e6}
         (
             {"per_layer_config": {"1": {"intermediate_size": 76}}},
             "per_layer_config: intermediate_size: expected head_dim and num_key_value_heads alone",
+        ),
+        (
+            {"per_layer_config": {"1": {"head_dim": 0}}},
+            "head_dim: expected a whole number from 1 to 2147483647, got 0",
+        ),
+        (
+            {"hidden_size_per_layer_input": -10},
+            "hidden_size_per_layer_input: expected a whole number from 1",
         ),
         (
             {"per_layer_config": {"1": {"head_dim": 20}}},

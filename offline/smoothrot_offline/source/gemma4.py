@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from smoothrot_offline.source.architecture import Architecture, HeadSizes, sharing
 from smoothrot_offline.source.families import GEMMA3
+from smoothrot_offline.source.settings import check_size
 from smoothrot_vllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # the table must be there without the seconds that it takes
@@ -62,7 +63,10 @@ def _head_sizes(parsed: "PreTrainedConfig", kind: str) -> HeadSizes:
                 f" layer {index}."
             )
     found = {
-        HeadSizes(layer.num_key_value_heads, layer.head_dim)
+        HeadSizes(
+            check_size("num_key_value_heads", layer.num_key_value_heads),
+            check_size("head_dim", layer.head_dim),
+        )
         for layer, own in zip(parsed.per_layer_config, parsed.layer_types, strict=True)
         if own == kind
     }

@@ -33,7 +33,13 @@ from smoothrot_offline.source.gemma4 import GEMMA4
 from smoothrot_offline.source.linear_attention import QWEN3_5
 from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
 from smoothrot_offline.source.packings.table import PACKINGS, find_packing
-from smoothrot_offline.source.settings import OUTER_WIDE, check_settings, check_values
+from smoothrot_offline.source.settings import (
+    MAX_SIZE,
+    OUTER_WIDE,
+    check_settings,
+    check_size,
+    check_values,
+)
 from smoothrot_vllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # a refusal by name must not wait for it
@@ -64,8 +70,6 @@ _TABLES = (
     *MIXTURES.values(),
 )
 SUPPORTED = {table.model_type: table for table in _TABLES}
-MAX_SIZE = (1 << 31) - 1
-"""Of a width or a count in a configuration."""
 MAX_LAYERS = 1 << 12
 _MODEL_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 """Keys of ``auto_map`` that name code which says what the model computes. No other code that it
@@ -160,6 +164,8 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
                 f"config.json: expected {spec.heads} attention heads to be a multiple of"
                 f" {kv_heads} key-value heads."
             )
+    if spec.layer_embedding:
+        _size(parsed, spec.architecture.layer_embedding)
     check_settings(spec, config)
     sizes = spec.dimensions(spec.architecture)
     beside = spec.architecture.beside.items()
@@ -169,13 +175,7 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
 
 
 def _size(parsed: "PreTrainedConfig", key: str, most: int = MAX_SIZE) -> int:
-    found = getattr(parsed, key)
-    if type(found) is not int or not 1 <= found <= most:
-        raise UnsupportedModelError(
-            f"config.json: {key}: expected a whole number from 1 to {most}, got {found!r}. Fetch"
-            " config.json again."
-        )
-    return found
+    return check_size(key, getattr(parsed, key), most)
 
 
 def _check_kinds(table: Architecture, parsed: "PreTrainedConfig") -> None:

@@ -37,6 +37,22 @@ _ROPE_KEYS = ("mrope_section", "mrope_interleaved", "xdrope_section", "use_fope"
 """Keys of rope_parameters that vLLM computes by and transformers does not."""
 _SECTION_KEYS = _ROPE_KEYS[:2]
 """Those of them that both compute by, where positions are those of images."""
+MAX_SIZE = (1 << 31) - 1
+"""Of a width or a count in a configuration."""
+
+
+def check_size(key: str, found: object, most: int = MAX_SIZE) -> int:
+    """A width or a count of a configuration.
+
+    Raises:
+        UnsupportedModelError: it is no whole number from 1 to ``most``; the message names its key.
+    """
+    if type(found) is not int or not 1 <= found <= most:
+        raise UnsupportedModelError(
+            f"config.json: {key}: expected a whole number from 1 to {most}, got {found!r}. Fetch"
+            " config.json again."
+        )
+    return found
 
 
 def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
