@@ -11,17 +11,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.decide.stages import Decisions
-from smoothrot_offline.decide.study import LayerStudy
 from smoothrot_offline.device import CPU, device_kind
+from smoothrot_offline.output.decisions import pack_decisions, record_or_none, unpack_decisions
 from smoothrot_offline.output.directory import (
     JOURNAL_NAME,
     OutputDirectory,
@@ -34,21 +32,15 @@ from smoothrot_offline.output.directory import (
 from smoothrot_offline.output.manifest import (
     DistillationRecord,
     LayerRecord,
-    LearnedRecord,
-    SmoothingRecord,
     TensorRecord,
     package_versions,
 )
 from smoothrot_offline.source.checkpoint import Checkpoint, file_digest
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import CONFIG_NAME, WORK_PREFIX
-from smoothrot_offline.transform.rotation import DenseRotation
-from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 from smoothrot_vllm.errors import CheckpointError, ResumeError
 from smoothrot_vllm.foreign_files import parse_json, read_tensors
-from smoothrot_vllm.format import QuantizationSchema
 
-Record = TypeVar("Record", bound=BaseModel)
 _FILE = re.compile(WORK_PREFIX + r"[\w-]{1,64}\.safetensors")
 
 
@@ -138,7 +130,7 @@ class Journal:
 
     def finish_decisions(self, found: Decisions) -> None:
         """Keep what was decided on a calibrated model."""
-        facts, tensors = _packed(found)
+        facts, tensors = pack_decisions(found)
         self._decisions = {"decisions": facts, **self._keep("decisions", tensors)}
         self._append(self._decisions)
 
@@ -154,7 +146,7 @@ class Journal:
         kept = self._load(self._decisions).items()
         tensors = {name: tensor.to(device) for name, tensor in kept}
         try:
-            return _unpacked(self._decisions["decisions"], tensors, spec, config)
+            return unpack_decisions(self._decisions["decisions"], tensors, spec, config)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             reason = " ".join(repr(error).split())
             raise ResumeError(
@@ -310,7 +302,7 @@ class Journal:
             self._hidden = None if entry["hidden"] is None else _kept(entry["hidden"])
             if not self.done and not self._replaced:
                 self._check_part(records)
-            self._add(records, _or_none(LayerRecord, entry["layer"]))
+            self._add(records, record_or_none(LayerRecord, entry["layer"]))
         elif "distillation" in entry:
             self._distillation = _kept(entry)
         elif "done" not in entry:
@@ -363,93 +355,3 @@ def _kept(entry: dict[str, Any]) -> dict[str, Any]:
             f"expected a plain file name and a SHA-256, got {entry['file']!r}, {entry['sha256']!r}"
         )
     return entry
-
-
-def _packed(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Decisions on a calibrated model as a JSON object and named tensors, which
-    :func:`_unpacked` takes."""
-    tensors = {"tokens": found.calibration}
-    for index, study in enumerate(found.studies):
-        if study.scales.down is not None:
-            tensors[f"scales.{index}"] = study.scales.down
-        tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
-    for index, weights in enumerate(found.token_weights):
-        tensors |= {f"weights.{index}.{linear}": own for linear, own in weights.items()}
-    if isinstance(found.transform.residual, DenseRotation):
-        tensors["residual"] = found.transform.residual.blocks
-    tensors |= {
-        f"heads.{index}": matrices
-        for index, matrices in enumerate(found.transform.heads or [])
-        if matrices is not None
-    }
-    facts = {
-        "schema": found.schema.model_dump(mode="json"),
-        "seed": found.transform.seed,
-        "sign_losses": list(found.sign_losses.items()),
-        "learned": found.learned and found.learned.model_dump(mode="json"),
-        "studies": [
-            {
-                "smoothing": study.smoothing and study.smoothing.model_dump(mode="json"),
-                "clips": study.clips,
-                "sensitivity": study.sensitivity,
-                "experts": [record and record.model_dump(mode="json") for record in study.experts],
-            }
-            for study in found.studies
-        ],
-    }
-    return facts, {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _unpacked(
-    facts: dict[str, Any], tensors: dict[str, torch.Tensor], spec: ModelSpec, config: ConvertConfig
-) -> Decisions:
-    transform = ModelTransform.of(spec, config.model_copy(update={"seed": facts["seed"]}))
-    if "residual" in tensors:
-        transform = replace(transform, residual=DenseRotation(tensors["residual"]))
-    heads = [tensors.get(f"heads.{index}") for index in range(spec.layers)]
-    if any(matrices is not None for matrices in heads):
-        transform = replace(transform, heads=heads)
-    studies = [
-        LayerStudy(
-            _unpacked_scales(tensors, index, spec),
-            _or_none(SmoothingRecord, study["smoothing"]),
-            study["clips"],
-            study["sensitivity"],
-            [_or_none(SmoothingRecord, record) for record in study["experts"]],
-        )
-        for index, study in enumerate(facts["studies"])
-    ]
-    learned = _or_none(LearnedRecord, facts["learned"])
-    schema = QuantizationSchema.model_validate(facts["schema"])
-    return Decisions(
-        tensors["tokens"],
-        studies,
-        schema,
-        transform,
-        dict(facts["sign_losses"]),
-        learned,
-        token_weights=_unpacked_weights(tensors, spec) if config.weighs_tokens else [],
-    )
-
-
-def _unpacked_weights(
-    tensors: dict[str, torch.Tensor], spec: ModelSpec
-) -> list[dict[str, torch.Tensor]]:
-    return [
-        {
-            linear: tensors[name]
-            for linear in spec.layer_table(index).linears
-            if (name := f"weights.{index}.{linear}") in tensors
-        }
-        for index in range(spec.layers)
-    ]
-
-
-def _unpacked_scales(tensors: dict[str, torch.Tensor], index: int, spec: ModelSpec) -> LayerScales:
-    names = {norm: f"scales.{index}.{norm}" for norm in spec.layer_table(index).norms}
-    smoothed = {norm: tensors[name] for norm, name in names.items() if name in tensors}
-    return LayerScales(tensors.get(f"scales.{index}"), smoothed)
-
-
-def _or_none(kind: type[Record], value: Any) -> Record | None:
-    return None if value is None else kind.model_validate(value)
