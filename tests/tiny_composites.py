@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import OWN_SIZES, byte_tokenizer, scaled_queries
+from tiny_models import OWN_SIZES, byte_tokenizer, randomize_gemma4, scaled_queries
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma4Config,
     Idefics3Config,
     Mistral3Config,
     PreTrainedConfig,
@@ -27,6 +28,8 @@ from smoothrot_offline.source.composites import COMPOSITES
 
 CONFIGURATIONS: dict[str, Callable[..., PreTrainedConfig]] = {
     "gemma3": Gemma3Config,
+    "gemma4": Gemma4Config,
+    "gemma4, large": Gemma4Config,
     "qwen2_5_vl": Qwen2_5_VLConfig,
     "qwen3_vl": Qwen3VLConfig,
     "qwen3_5": Qwen3_5Config,
@@ -65,6 +68,15 @@ IMAGE_TOKENS: dict[str, dict[str, str]] = {
         "boi_token_index": "<start_of_image>",
         "eoi_token_index": "<end_of_image>",
     },
+    "gemma4": {
+        "image_token_id": "<|image|>",
+        "boi_token_id": "<|image>",
+        "eoi_token_id": "<image|>",
+        "audio_token_id": "<|audio|>",
+        "boa_token_id": "<|audio>",
+        "eoa_token_index": "<audio|>",
+        "video_token_id": "<|video|>",
+    },
     "qwen2_5_vl": QWEN_TOKENS,
     "qwen3_vl": QWEN_TOKENS,
     "qwen3_5": QWEN_TOKENS,
@@ -88,6 +100,10 @@ TEXT: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "query_pre_attn_scalar": 100,
     },
+    # With what layers are given beside the residual stream, and without.
+    "gemma4": OWN_SIZES["gemma4"] | {"pad_token_id": 0},
+    "gemma4, large": OWN_SIZES["gemma4_large"]
+    | {"pad_token_id": 0, "use_bidirectional_attention": "vision"},
     "qwen2_5_vl": {
         "rope_parameters": {
             "rope_type": "default",
@@ -112,8 +128,21 @@ TEXT: dict[str, dict[str, Any]] = {
     "idefics3": {"model_type": "llama"},
     "smolvlm": {"model_type": "llama"},
 }
+# The fewest tokens of an image that Gemma's processors take.
+_GEMMA4_IMAGES = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": ENCODER | {"vision_use_head": False},
+    "gemma4": ENCODER
+    | {
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 64,
+        "use_clipped_linears": True,
+        "standardize": True,
+        # vLLM reads it, transformers' processor has its own.
+        "default_output_length": _GEMMA4_IMAGES["max_soft_tokens"],
+    },
     "qwen2_5_vl": QWEN_ENCODER | {"window_size": 32, "fullatt_block_indexes": [1]},
     "qwen3_vl": QWEN_ENCODER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
     "qwen3_5": QWEN_ENCODER | {"num_position_embeddings": 16},
@@ -122,12 +151,21 @@ VISION: dict[str, dict[str, Any]] = {
     "idefics3": ENCODER,
     "smolvlm": ENCODER,
 }
+AUDIO: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [16, 8],
+    "output_proj_dims": 48,
+}
 OUTER: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "mistral3": {"spatial_merge_size": 2},
     "idefics3": {"scale_factor": 2, "pad_token_id": 0},
     "smolvlm": {"scale_factor": 2, "pad_token_id": 0},
 }
+HEARS = ("gemma4",)
+"""Families whose small model has a tower for sound."""
 _QWEN_IMAGES = {
     "patch_size": PATCH,
     "temporal_patch_size": 2,
@@ -153,6 +191,15 @@ PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "size": {"height": SIDE, "width": SIDE},
         },
         {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+    ),
+    "gemma4": (
+        {"image_processor_type": "Gemma4ImageProcessor", "do_normalize": False} | _GEMMA4_IMAGES,
+        {
+            "processor_class": "Gemma4Processor",
+            "image_seq_length": 70,
+            "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
+            "video_processor": {"video_processor_type": "Gemma4VideoProcessor"} | _GEMMA4_IMAGES,
+        },
     ),
     "qwen2_5_vl": (
         {"image_processor_type": "Qwen2VLImageProcessor"} | _QWEN_IMAGES,
@@ -231,6 +278,7 @@ def composite_config(family: str) -> PreTrainedConfig:
         text_config=sizes | TEXT[family],
         vision_config=VISION[model_type(family)],
         tie_word_embeddings=True,
+        **({"audio_config": AUDIO} if family in HEARS else {}),
         **tokens,
         **OUTER.get(model_type(family), {}),
     )
@@ -254,6 +302,12 @@ def random_composite(family: str) -> PreTrainedModel:
                 parameter.normal_(std=0.3)
             else:
                 parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("_min", "_max")):
+                buffer.fill_(2.0 if name.endswith("_max") else -2.0)
+            elif name.endswith(("std_bias", "std_scale")):
+                buffer.uniform_(0.5, 1.5)
+        randomize_gemma4(model)
     return model.bfloat16()
 
 

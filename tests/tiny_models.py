@@ -232,8 +232,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def randomize_gemma4(model: PreTrainedModel) -> None:
     """Random factors of layers, where there are any. Nothing divides the logits of attention there,
     so query norms do, as in a trained model."""
-    if model.config.model_type == "gemma4_text":
-        for layer in model.model.layers:
+    if model.config.get_text_config().model_type == "gemma4_text":
+        for layer in model.get_decoder().layers:
             layer.layer_scalar.uniform_(0.5, 1.0)
             layer.self_attn.q_norm.weight.mul_(layer.self_attn.head_dim**-0.5)
 

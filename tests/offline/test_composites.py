@@ -109,9 +109,15 @@ def inputs_of(family: str) -> dict[str, Any]:
         shape = (1, 1, 3, 32, 32)
     if family.startswith("qwen"):
         shape = (16, 384)
+    if model_type(family) == "gemma4":
+        shape = (1, 16, 192)
     found = {"input_ids": tokens, "pixel_values": torch.randn(shape, generator=generator)}
     if family.startswith("qwen"):
         found["image_grid_thw"] = torch.tensor([[1, 4, 4]])
+        found["mm_token_type_ids"] = (tokens == token).int()
+    if model_type(family) == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+        found["image_position_ids"] = places[None]
         found["mm_token_type_ids"] = (tokens == token).int()
     if model_type(family) == "mistral3":
         found["image_sizes"] = torch.tensor([[32, 32]])

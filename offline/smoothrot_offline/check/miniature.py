@@ -98,11 +98,14 @@ def miniature(spec: ModelSpec) -> ModelSpec:
         return resolve(small)
     assert spec.outer is not None
     image, outer = spec.composite.image, spec.outer.to_dict()
+    small |= {key: values[0] for key, values in spec.composite.text_settings.items()}
     around = {
         "text_config": small,
         "vision_config": outer["vision_config"] | _of_text(image.vision, small),
         "architectures": None,
     }
+    if outer.get("audio_config"):
+        around["audio_config"] = outer["audio_config"] | image.audio
     return resolve(outer | around | _of_text(image.outer, small))
 
 
@@ -194,7 +197,8 @@ def random_model(spec: ModelSpec, tied: bool) -> PreTrainedModel:
             _randomize(name, parameter, table.norm_offset)
         stored = model.state_dict()
         for name, buffer in model.named_buffers():
-            if name in stored:
+            # What is without bounds is not clipped.
+            if name in stored and buffer.isfinite().all():
                 _randomize(name, buffer, norm_offset=0.0)
     return model.eval()
 

@@ -20,6 +20,7 @@ class SmallImage:
     text as value names the key of the text tower's configuration whose value it is. ``pixels`` is
     the shape of the image, ``tokens`` how many it is in the text, ``beside`` what else the model
     is called with; ``types`` names the argument that tells tokens of images from those of text.
+    ``audio`` are keys of ``audio_config``, of a model that has one.
     """
 
     vision: Mapping[str, Any]
@@ -28,6 +29,7 @@ class SmallImage:
     tokens: int
     beside: Mapping[str, Any] = field(default_factory=dict)
     types: str = ""
+    audio: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Composite:
     tower: str
     """Module of the text tower: its embedding, layers and final norm."""
     kept: tuple[str, ...]
-    """Modules beside it, which stay 16-bit: the vision tower, the projector."""
+    """Modules beside it, which stay 16-bit: the towers of images and of sound, the projectors."""
     image: SmallImage
     writers: tuple[str, ...] = ()
     """Patterns of the linears among those that write into the residual stream."""
@@ -50,6 +52,8 @@ class Composite:
     stored; the first that fits counts."""
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """As those of an :class:`Architecture`, of the configuration around the text tower's."""
+    text_settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """As ``settings``, of the text tower's configuration: what matters to images alone."""
 
     def place(self, table: Architecture) -> Architecture:
         """The table of a text tower's family with the names that it has within this model."""
@@ -60,6 +64,10 @@ class Composite:
             layers=f"{self.tower}.layers",
             embedding=f"{self.tower}.embed_tokens",
             final_norm=f"{self.tower}.norm",
+            beside={
+                f"{self.tower}.{name.removeprefix('model.')}": of
+                for name, of in table.beside.items()
+            },
         )
 
     def stored_name(self, name: str) -> str:

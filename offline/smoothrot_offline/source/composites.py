@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from smoothrot_offline.source.composite import Composite, SmallImage
 from smoothrot_offline.source.families import GEMMA3, LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3
+from smoothrot_offline.source.gemma4 import GEMMA4
 from smoothrot_offline.source.linear_attention import QWEN3_5
 from smoothrot_offline.source.mixtures import QWEN3_5_MOE
 
@@ -44,6 +45,40 @@ GEMMA3_VISION = Composite(
         pixels=(1, 3, _SIDE, _SIDE),
         tokens=4,
         types="token_type_ids",
+    ),
+)
+
+GEMMA4_VISION = Composite(
+    model_type="gemma4",
+    class_name="Gemma4ForConditionalGeneration",
+    text=(GEMMA4,),
+    tower="model.language_model",
+    kept=("model.vision_tower", "model.embed_vision", "model.audio_tower", "model.embed_audio"),
+    # Where an image is, layers are given what they are of this token in transformers, of token 0
+    # in vLLM.
+    text_settings={"pad_token_id": (0,)},
+    image=SmallImage(
+        vision=_ENCODER
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 4,
+        },
+        outer={"image_token_id": _IMAGE_TOKEN, "video_token_id": 4, "audio_token_id": 5},
+        # Patches.
+        pixels=(1, 16, 3 * 4 * 4),
+        tokens=4,
+        beside={"image_position_ids": [[[x, y] for y in range(4) for x in range(4)]]},
+        types="mm_token_type_ids",
+        audio={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": 24,
+        },
     ),
 )
 
@@ -194,6 +229,7 @@ QWEN3_5_MOE_VISION = replace(
 
 _TABLES = (
     GEMMA3_VISION,
+    GEMMA4_VISION,
     QWEN2_5_VL,
     QWEN3_VL,
     QWEN3_5_VISION,

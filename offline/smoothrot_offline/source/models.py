@@ -8,6 +8,7 @@ that names the file and what to do. foreign_tokenizers.py is the same door's oth
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
@@ -150,7 +151,9 @@ def beside_text(outer: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     config = copy.deepcopy(outer)
     config.text_config.num_hidden_layers = 0
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # What all layers are given together has no width without any.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
             model = make_model(config, attn_implementation="eager")
     except Exception as error:
         raise UnsupportedModelError(

@@ -95,21 +95,28 @@ def resolve(config: dict[str, Any]) -> ModelSpec:
         return _resolve_text(config, table)
     outer = parse_config(config, composite.model_type)
     check_values(composite.class_name, outer, config, OUTER_WIDE, composite.settings)
+    if outer.vision_config is None:
+        raise UnsupportedModelError(
+            f"config.json: vision_config: expected one, without which the server has no"
+            f" {composite.class_name}, got none. Fetch config.json again."
+        )
     # Of transformers' classes the one around the text tower ties the head.
     text = outer.text_config.to_dict() | {"tie_word_embeddings": outer.tie_word_embeddings}
     spec = _resolve_text(text, table)
-    kept = {
+    check_values(composite.class_name, outer.text_config, text, {}, composite.text_settings)
+    beside = {
         name: shape
         for module, shape in beside_text(outer).items()
         if composite.keeps(name := composite.stored_name(module))
     }
-    for name, shape in kept.items():
+    for name, shape in beside.items():
         if composite.writes(name) and shape[0] != spec.hidden:
             raise UnsupportedModelError(
                 f"config.json: vision_config: expected images as wide as text, {spec.hidden}, got"
                 f" {shape[0]} outputs of {name.rpartition('.')[0]}."
             )
     placed = composite.place(spec.architecture)
+    kept = dict(zip(placed.beside, spec.kept.values(), strict=True)) | beside
     return replace(spec, architecture=placed, composite=composite, outer=outer, kept=kept)
 
 
