@@ -249,6 +249,9 @@ def tokenizer_for(family: str) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens(
         [*named.values(), *MORE_TOKENS.get(model_type(family), [])], special_tokens=True
     )
+    if model_type(family) == "gemma4":
+        # Its processor pads.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

@@ -160,7 +160,7 @@ REFUSALS = (
         "--limit-mm-per-prompt",
         _two_way_images,
         "vLLM's attention for CPUs looks back alone, and answers about images wrongly",
-        """Serve text alone with --limit-mm-per-prompt '{"image": 0}'.""",
+        """Serve text alone with --limit-mm-per-prompt '{"image": 0, "video": 0}'.""",
     ),
     Refusal(
         "--speculative-config",

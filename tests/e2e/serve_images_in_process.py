@@ -2,12 +2,12 @@
 """Several vision-language checkpoints served by vLLM's own engine, one after another, in this one
 process, which starts but once.
 
-Reads ``{directory: {"prompts": [text, ...], "images": number}}`` from standard input as JSON. Each
-of the first ``images`` prompts has a random image. Writes to the file that is its argument, for
-each prompt, the inputs that transformers' own processor makes of it, and the tokens that vLLM read
-and continued with: ``{directory: [{"inputs": {...}, "prompt": [...], "tokens": [...], "logprobs":
-[...]}, ...]}``. With no images the model is served for text alone. Where vLLM ends with an error,
-``{directory: error}``.
+Reads ``{directory: {"prompts": [text, ...], "images": number, "videos": bool}}`` from standard
+input as JSON. Each of the first ``images`` prompts has a random image. Writes to the file that is
+its argument, for each prompt, the inputs that transformers' own processor makes of it, and the
+tokens that vLLM read and continued with: ``{directory: [{"inputs": {...}, "prompt": [...],
+"tokens": [...], "logprobs": [...]}, ...]}``. With no images, and no ``videos``, the model is served
+for text alone. Where vLLM ends with an error, ``{directory: error}``.
 """
 
 import json
@@ -24,7 +24,9 @@ TOKENS = 4
 SIDE = 32
 
 
-def continuations(directory: str, prompts: list[str], images: int) -> list[dict[str, Any]]:
+def continuations(
+    directory: str, prompts: list[str], images: int, videos: bool = True
+) -> list[dict[str, Any]]:
     """Greedy continuations, ends of text included."""
     random = np.random.default_rng(0)
     pictures = [
@@ -32,6 +34,8 @@ def continuations(directory: str, prompts: list[str], images: int) -> list[dict[
         for _ in range(images)
     ]
     limits: dict[str, int] = {"image": 1 if images else 0}
+    if not videos:
+        limits["video"] = 0
     llm = LLM(
         directory,
         dtype="float32",

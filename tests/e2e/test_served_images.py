@@ -27,6 +27,8 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     "idefics3": ("--activation-bits", "8"),
     "smolvlm": ("--activation-bits", "8", "--no-rotate"),
     "gemma3": ("--activation-bits", "8"),
+    "gemma4": ("--activation-bits", "8"),
+    "gemma4, large": ("--activation-bits", "8"),
 }
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 PLACEHOLDERS = {
@@ -36,7 +38,10 @@ PLACEHOLDERS = {
     "mistral3, ministral3": "[IMG]",
     "idefics3": "<image>",
     "smolvlm": "<image>",
+    "gemma4": "<|image|>",
 }
+TWO_WAY = {"gemma3": "<start_of_image>", "gemma4, large": "<|image|>"}
+"""Those that attend to an image in both directions, and what stands for one."""
 IMAGES, TEXTS = 18, 12
 ENGINE = Path(__file__).with_name("serve_images_in_process.py")
 ENVIRONMENT = {
@@ -56,7 +61,7 @@ def prompts(family: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Converted directories by family; ``seeing gemma3`` is that of Gemma 3."""
+    """Converted directories by family; those of ``TWO_WAY`` also as ``seeing`` ones."""
     folder = tmp_path_factory.mktemp("images")
     calibration = ("--calib", "generated", "--calib-samples", "4", "--calib-seqlen", "64")
     found = {
@@ -68,8 +73,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for family, options in CONVERSIONS.items()
     }
-    (folder / "seeing").symlink_to(found["gemma3"])
-    return found | {"seeing gemma3": folder / "seeing"}
+    for family in TWO_WAY:
+        found[f"seeing {family}"] = folder / f"seeing {family}"
+        found[f"seeing {family}"].symlink_to(found[family])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +87,12 @@ def answers(converted: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         str(converted[family]): {
             "prompts": prompts(family),
             "images": IMAGES if family in PLACEHOLDERS else 0,
+            "videos": family not in TWO_WAY,
         }
         for family in CONVERSIONS
     }
-    asked[str(converted["seeing gemma3"])] = {"prompts": ["<start_of_image>"], "images": 1}
+    for family, image in TWO_WAY.items():
+        asked[str(converted[f"seeing {family}"])] = {"prompts": [image], "images": 1}
     path = os.pathsep.join(filter(None, [str(vision_packages()), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [sys.executable, str(ENGINE), str(out)],
@@ -126,7 +135,8 @@ def test_text_and_images_are_answered_as_by_the_reference(
         assert max(differences[kind]) < SAFE_MARGIN
 
 
+@pytest.mark.parametrize("family", TWO_WAY)
 def test_images_attended_to_in_both_directions_are_refused_on_cpus(
-    answers: dict[str, Any],
+    answers: dict[str, Any], family: str
 ) -> None:
-    assert "--limit-mm-per-prompt: not with this converted model" in answers["seeing gemma3"]
+    assert "--limit-mm-per-prompt: not with this converted model" in answers[f"seeing {family}"]

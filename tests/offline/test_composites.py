@@ -72,6 +72,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"writers": ("model.multi_modal_projector.linear_3",)},
         "lm_head behind an image",
     ),
+    "a tower for sound forgotten": (
+        "gemma4",
+        {"kept": ("model.vision_tower", "model.embed_vision", "model.embed_audio")},
+        "tensor model.audio_tower.layers.0.feed_forward1.ffw_layer_1.input_max: expected none",
+    ),
     "a vision tower forgotten": (
         "idefics3",
         {"kept": ("model.connector",)},
@@ -293,6 +298,16 @@ def test_distillation_leaves_what_is_beside(tmp_path: Path) -> None:
             "gemma3",
             lambda content: content["text_config"].update(attn_logit_softcapping=50.0),
             "attn_logit_softcapping: expected one of None.*50",
+        ),
+        (
+            "gemma4",
+            lambda content: content.update(vision_config=None),
+            "vision_config: expected one, without which.*Gemma4ForConditionalGeneration",
+        ),
+        (
+            "gemma4",
+            lambda content: content["text_config"].update(pad_token_id=1),
+            "pad_token_id: expected one of 0.*Gemma4ForConditionalGeneration.*1",
         ),
         (
             "mistral3",
