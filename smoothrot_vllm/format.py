@@ -42,8 +42,13 @@ DRAFT_ARCHITECTURE = "EagleSmoothRotLlamaForCausalLM"
 DRAFT_OUTPUT = "to_base"
 """The linear that a draft head has got by its transform: from its own hidden states to those of the
 base's output head."""
-READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
-"""Names of the linears that read the residual stream through a norm, and of the fusions of them."""
+READERS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_qkvz"),
+    *("gate_proj", "up_proj", "gate_up_proj"),
+)
+"""Names of the quantized linears that read the residual stream through a norm, and of the fusions
+of them."""
 DOWN = ("down_proj", "w2")
 """Names of the linear that reads the gated product; the second is that of Mixtral's experts."""
 WEIGHT_PACKED = "weight_packed"

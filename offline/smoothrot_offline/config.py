@@ -317,9 +317,8 @@ def online_rotations(spec: ModelSpec, config: ConvertConfig) -> Online:
     for reader in (reader for table in spec.tables for reader in table.quantized_readers):
         if spec.experts or online.rotation(reader) is None:
             raise ConfigError(
-                "--residual online: expected linears whose input the server can rotate, q, k, v,"
-                f" gate and up of a dense model; {reader} reads the residual stream as well. Use"
-                " --residual folded."
+                "--residual online: expected linears whose input the server can rotate, those of a"
+                f" dense model; {reader} reads the residual stream as well. Use --residual folded."
             )
     return online
 

@@ -25,7 +25,12 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 # Rounded for what they read, layers of both kinds.
 GROUPS = ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq")
 CONVERSIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "qwen3_5": {"per channel": ("--activation-bits", "8"), "in groups": GROUPS},
+    "qwen3_5": {
+        "per channel": ("--activation-bits", "8"),
+        "in groups": GROUPS,
+        # But for the small 16-bit projections, which read what is not rotated.
+        "R1 online": (*GROUPS, "--residual", "online"),
+    },
     # Experts, and one beside them that every token goes through.
     "qwen3_5_moe": {"in groups": GROUPS},
     # Projections that are stored fused.

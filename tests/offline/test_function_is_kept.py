@@ -101,8 +101,8 @@ def test_eight_bit_gemma_4_computes_what_the_source_does(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}],
-    ids=["default", "plain", "tp2-head8"],
+    [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}, {"residual": "online"}],
+    ids=["default", "plain", "tp2-head8", "online"],
 )
 def test_eight_bit_linear_attention_computes_what_the_source_does(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object]

@@ -141,7 +141,7 @@ def test_shared_head_that_differs_is_refused(make_model: MakeModel) -> None:
         convert(source, source.parent / "out", make_config(scales="none"))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_5"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "qwen3_5_moe"])
 def test_what_a_server_cannot_rotate_is_not_left_to_it(make_model: MakeModel, family: str) -> None:
     error = refusal(make_model(family), residual="online")
     assert isinstance(error, ConfigError)

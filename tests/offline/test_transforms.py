@@ -176,9 +176,7 @@ def test_r1_online_keeps_the_logits_and_the_norms(subject: Subject) -> None:
     subject.each_layer(
         lambda layer, i: fold(layer, online_residual_rotation(spec.layer_table(i), block))
     )
-    readers = [
-        reader for table in spec.tables for group in table.readers.values() for reader in group
-    ]
+    readers = {reader for table in spec.tables for reader in table.quantized_readers}
     changed = {
         name for name, tensor in subject.tensors.items() if not torch.equal(tensor, before[name])
     }

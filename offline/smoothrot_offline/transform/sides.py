@@ -130,12 +130,9 @@ def norm_smoothing(table: Architecture, scales: Mapping[str, torch.Tensor]) -> S
 
 
 def online_residual_rotation(table: Architecture, block: int) -> Sides:
-    """R1 where it cannot be folded: the server rotates what the norms give out as it stands."""
-    return {
-        reader: [Factor(_turned(block), online=True)]
-        for readers in table.readers.values()
-        for reader in readers
-    }
+    """R1 where it cannot be folded: the server rotates what the norms give out as it stands, but
+    for 16-bit readers."""
+    return {reader: [Factor(_turned(block), online=True)] for reader in table.quantized_readers}
 
 
 def head_rotation(spec: ModelSpec, index: int, matrices: torch.Tensor | None = None) -> Sides:
