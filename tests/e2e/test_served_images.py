@@ -114,11 +114,16 @@ def test_text_and_images_are_answered_as_by_the_reference(
 ) -> None:
     assert isinstance(answers[family], list), answers[family]
     reference = Reference(converted[family])
+    outer = reference.model.config
+    places = {getattr(outer, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
     differences: dict[str, list[float]] = {"image": [], "text": []}
     for answer in answers[family]:
         inputs = {name: torch.tensor(value) for name, value in answer["inputs"].items()}
         prompt = inputs.pop("input_ids")[0].tolist()
         assert answer["prompt"] == prompt
+        # Written, transformers takes such a token for a place to fill, vLLM for a token.
+        if not places.isdisjoint(answer["tokens"]):
+            continue
         kind = "image" if "pixel_values" in inputs else "text"
         # All tokens are attended to; of an image as large as the model's all pixels are.
         seen = {name: inputs[name] for name in inputs if "mask" not in name}
