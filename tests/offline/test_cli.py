@@ -419,7 +419,9 @@ def test_plan_and_inspect_show_what_the_server_rotates(
     assert invoke_json("verify", tmp_path / "out")["ok"]
     assert invoke_json("inspect", tmp_path / "out")["output_bytes"] == planned["output_bytes"]
     shown = " ".join(invoke("inspect", tmp_path / "out").stdout.split())
-    assert "152 in blocks of 152; input of q, k, v, gate and up, 72 in blocks of 72" in shown
+    assert (
+        "152 in blocks of 152; input of the residual stream's readers, 72 in blocks of 72" in shown
+    )
 
 
 def test_eval_prints_what_the_evaluation_measures(

@@ -146,10 +146,15 @@ def admit_options(
         ]
     if drafts := spec.drafts(checkpoint.tensors):
         stored = {checkpoint.tensors[name].stored for name in drafts}
+        reason = (
+            "the hidden states it reads are the original's"
+            if folds_residual(spec, config)
+            else "no converted model holds one"
+        )
         notes.append(
             f"not copied: {len(stored)} tensors of a head that drafts tokens, such as"
-            f" {min(stored)}: the hidden states it reads are the original's. Speculate with"
-            " --speculative-config by ngram or a draft model"
+            f" {min(stored)}: {reason}. Speculate with --speculative-config by ngram or a draft"
+            " model"
         )
     if unread := spec.unread(checkpoint.tensors):
         notes.append(

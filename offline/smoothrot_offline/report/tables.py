@@ -125,7 +125,7 @@ def _online_rotations(online: Online) -> str:
     inputs = {
         "down_proj input": online.down_proj,
         **{f"that within {module}": rotation for module, rotation in online.within.items()},
-        "input of q, k, v, gate and up": online.readers,
+        "input of the residual stream's readers": online.readers,
     }
     return (
         "; ".join(
