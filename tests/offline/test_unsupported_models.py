@@ -49,10 +49,6 @@ MakeModel = Callable[..., Path]
             {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]},
             "Gemma3nForCausalLM .model_type 'gemma3n_text'. is not supported",
         ),
-        (
-            {"model_type": "gemma4", "architectures": ["Gemma4ForConditionalGeneration"]},
-            "Gemma4ForConditionalGeneration .model_type 'gemma4'. is not supported",
-        ),
         ({"hidden_act": "gelu"}, "hidden_act: expected one of silu.*gelu"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "own Python code"),
         ({"quantization_config": {"quant_method": "hqq"}}, "already quantized.*hqq"),
