@@ -93,6 +93,13 @@ def _draft(config: "VllmConfig") -> object:
     return None if transformed else speculative.method
 
 
+def _own_head(config: "VllmConfig") -> object:
+    speculative = config.speculative_config
+    if speculative is None or not str(speculative.method).endswith("mtp"):
+        return None
+    return speculative.method if speculative.model == config.model_config.model else None
+
+
 def _hidden_states_connector(config: "VllmConfig") -> object:
     transfer = config.kv_transfer_config
     if transfer is None:
@@ -161,6 +168,12 @@ REFUSALS = (
         _two_way_images,
         "vLLM's attention for CPUs looks back alone, and answers about images wrongly",
         """Serve text alone with --limit-mm-per-prompt '{"image": 0, "video": 0}'.""",
+    ),
+    Refusal(
+        "--speculative-config",
+        _own_head,
+        "the head of the original model that drafts (mtp.*) is no part of a converted one",
+        f"Take one of {', '.join(TOKEN_DRAFTS)}.",
     ),
     Refusal(
         "--speculative-config",

@@ -56,6 +56,7 @@ def engine(**changes: Any) -> Any:
     them."""
     parts: dict[str, Any] = {
         "model_config": SimpleNamespace(
+            model="model",
             runner_type="generate",
             convert_type="none",
             enable_prompt_embeds=False,
@@ -74,11 +75,20 @@ def engine(**changes: Any) -> Any:
     return SimpleNamespace(**parts | changes)
 
 
-def drafting(method: str, architecture: str) -> Any:
+def drafting(method: str, architecture: str, model: str = "head") -> Any:
     """As ``--speculative-config`` makes it."""
     return SimpleNamespace(
-        method=method, draft_model_config=SimpleNamespace(architectures=[architecture])
+        method=method,
+        model=model,
+        draft_model_config=SimpleNamespace(architectures=[architecture]),
     )
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_heads_that_a_conversion_left_out_draft_for_none(online: bool) -> None:
+    config = engine(speculative_config=drafting("mtp", "Qwen3_5MTP", "model"))
+    with pytest.raises(ConfigError, match=r"got mtp: the head .* \(mtp.\*\) is no part of"):
+        check_engine(config, UNFOLDED if online else FOLDED)
 
 
 @pytest.mark.parametrize("method", sorted(literals(SpeculativeMethod)))
