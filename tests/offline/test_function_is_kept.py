@@ -101,8 +101,14 @@ def test_eight_bit_gemma_4_computes_what_the_source_does(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rotate": False}, {"max_tp": 2, "lm_head_bits": 8}, {"residual": "online"}],
-    ids=["default", "plain", "tp2-head8", "online"],
+    [
+        {},
+        {"rotate": False},
+        {"max_tp": 2, "lm_head_bits": 8},
+        {"residual": "online"},
+        {"residual": "online", "smooth_norms": True},
+    ],
+    ids=["default", "plain", "tp2-head8", "online", "online-smoothed"],
 )
 def test_eight_bit_linear_attention_computes_what_the_source_does(
     make_model: MakeModel, tmp_path: Path, options: dict[str, object]
