@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored import load_weights
 
+from smoothrot_offline.check.verify import verify
+from smoothrot_offline.config import make_config
+from smoothrot_offline.convert import convert
+from smoothrot_offline.decide import stages
 from smoothrot_offline.distill.divergence import divergence
 from smoothrot_offline.learn import decoder, fisher
 from smoothrot_offline.learn.decoder import Decoder
@@ -102,3 +107,26 @@ def test_tokens_weigh_what_their_gradient_in_the_whole_model_says(
             torch.testing.assert_close(
                 weights[linear] ** 2, expected / expected.mean(), rtol=2e-3, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma4", "qwen3_5", "qwen2_moe"])
+def test_each_linear_is_rounded_by_its_own_weights(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    source, packed = make_model(family), dict[str, dict[str, torch.Tensor]]()
+    monkeypatch.setattr(stages, "load_calibration", lambda *_: MANY)
+    calibration = {"calib_samples": len(MANY), "calib_seqlen": MANY.shape[1]}
+    for hessian in ("layer", "model"):
+        out = tmp_path / f"by-{hessian}"
+        options = {"rounding": "gptq", "hessian": hessian, "activation_bits": 8}
+        convert(source, out, make_config(**calibration | options))
+        assert verify(out).ok
+        weights = load_weights(out)
+        packed[hessian] = {name: codes for name, codes in weights.items() if "packed" in name}
+    changed = {
+        name
+        for name, codes in packed["model"].items()
+        if not torch.equal(codes, packed["layer"][name])
+    }
+    # Experts are given other tokens by a router that reads what the others give out.
+    assert changed >= {name for name in packed["model"] if ".experts." not in name}
