@@ -224,6 +224,12 @@ def _layers(
             rounding.restore(source.checkpoint.placed(kept))
     for index, loaded in source.layers(left):
         step(f"layer {index + 1} of {layers}")
-        done = converter.layer(index, loaded, None if rounding is None else rounding.layer)
+        round_layer = None
+        if rounding is not None:
+            moments = decisions.output_moments[index] if decisions.output_moments else {}
+            round_layer = partial(
+                rounding.layer, output_moments=converter.output_moments(index, loaded, moments)
+            )
+        done = converter.layer(index, loaded, round_layer)
         hidden = None if rounding is None else rounding.state()
         journal.finish_part(journal.write_part(done.tensors), done.record, hidden)

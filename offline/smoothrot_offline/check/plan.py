@@ -80,10 +80,12 @@ def memory_bytes(
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)
-    if config.keep_8bit or config.weighs_tokens:
+    if config.keep_8bit or config.rounds_for_model:
         probe = min(tokens, PROBE_SAMPLES * config.calib_seqlen)
-        differentiated = tokens if config.weighs_tokens else probe
-        running += gradients_bytes(spec, differentiated, config.calib_seqlen)
+        differentiated = tokens if config.rounds_for_model else probe
+        running += gradients_bytes(
+            spec, differentiated, config.calib_seqlen, config.rounds_for_model
+        )
     if config.rounding != "rtn":
         copies = 2 if config.asymmetric else 1
         # The second hidden states; H and what factorizing it takes, in float64, and C and its
@@ -120,7 +122,7 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         costs.append(
             Cost(
                 1,
-                rounding_flop(spec, tokens, asymmetric, config.weighs_tokens),
+                rounding_flop(spec, tokens, asymmetric, config.rounds_for_model),
                 1.5 * (2 if asymmetric else 1),
             )
         )

@@ -45,7 +45,7 @@ class Decisions:
     ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
     overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
     loss of each seed tried, in nats; ``learned`` what learning led to, if there was any.
-    ``output_gradients`` and ``token_weights`` are those of
+    ``output_gradients``, ``token_weights`` and ``output_moments`` are those of
     :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding; empty if
     that does not ask for them.
     """
@@ -59,6 +59,7 @@ class Decisions:
     held_out: torch.Tensor | None = None
     output_gradients: list[torch.Tensor] = field(default_factory=list)
     token_weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    output_moments: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     @property
     def calibration(self) -> torch.Tensor:
@@ -134,20 +135,29 @@ class LossGradients:
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """The way there and back."""
         tokens = self._sequences(config) * config.calib_seqlen
-        return Cost(flop=tokens * gradients_flop(spec, config.calib_seqlen))
+        per_token = gradients_flop(spec, config.calib_seqlen, config.rounds_for_model)
+        return Cost(flop=tokens * per_token)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
         """Take them."""
         tokens = found.calibration[: self._sequences(config)]
         outputs = PROBE_SAMPLES if config.keep_8bit else 0
-        gradients = model_gradients(source, tokens, config.seed, step, outputs)
+        gradients = model_gradients(
+            source,
+            tokens,
+            config.seed,
+            step,
+            outputs=outputs,
+            linears=config.rounds_for_model,
+        )
         found.output_gradients = gradients.outputs
-        if config.weighs_tokens:
+        if config.rounds_for_model:
             found.token_weights = gradients.weights
+            found.output_moments = gradients.moments
 
     @staticmethod
     def _sequences(config: ConvertConfig) -> int:
-        if config.weighs_tokens:
+        if config.rounds_for_model:
             return config.calib_samples
         return min(config.calib_samples, PROBE_SAMPLES) if config.keep_8bit else 0
 

@@ -119,6 +119,12 @@ class Converter:
         quantized, error = store(parts, weight.shape, scheme.weights, table.lm_head)
         return stored | quantized, error
 
+    def output_moments(
+        self, index: int, loaded: LayerTensors, moments: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Those of the converted layer, of those of the original one by linear."""
+        return self.transform.output_moments(index, loaded, self.studies[index].scales, moments)
+
     def layer(
         self, index: int, loaded: LayerTensors, round_layer: RoundLayer | None = None
     ) -> FinishedLayer:

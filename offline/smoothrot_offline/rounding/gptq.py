@@ -3,6 +3,7 @@
 layers' errors, and the statistics of the inputs that both need."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
@@ -80,6 +81,8 @@ _log = logging.getLogger(__name__)
 
 _BLOCK = 128
 _DAMPING_STEP = 10.0
+_FEWEST_ROWS = 32
+_OUTPUT_BLOCKS = 32
 
 
 def quantize_gptq(
@@ -91,6 +94,7 @@ def quantize_gptq(
     damping: float = 0.01,
     cross: torch.Tensor | None = None,
     qronos: bool = False,
+    outputs: torch.Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Round one input channel after the other, each rounding error made up for by the channels
@@ -107,6 +111,11 @@ def quantize_gptq(
     the first channel for the others as they are in W: ``w_1 + (W C)_1 / H_11`` (section 3, equation
     of q_1).
 
+    With ``outputs`` it minimizes ``tr(O (W - Q) H (W - Q)^T)``: what errors of several output
+    channels cost together (YAQA, arXiv 2505.22988). Output channels are then rounded in blocks one
+    after the other, from the largest diagonal of O to the smallest, and each block makes up for the
+    errors of those before it, as input channels do.
+
     Args:
         weight: ``(N, K)``, any float dtype, in the basis of the run-time input.
         hessian: symmetric positive semi-definite ``(K, K)``; see :class:`HessianAccumulator`.
@@ -118,6 +127,8 @@ def quantize_gptq(
         cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration
             text (GPTAQ takes a quarter). None for plain GPTQ.
         qronos: take the first step of Qronos; needs ``cross``.
+        outputs: O, symmetric positive semi-definite ``(N, N)``: the second moment of the loss's
+            gradient in what the linear gives out. None is the identity.
         name: the tensor's name, for messages.
 
     Raises:
@@ -125,7 +136,8 @@ def quantize_gptq(
         CheckpointError: the weight, the Hessian or the correction is not finite.
     """
     check_weight(weight, scheme, name)
-    if not hessian.isfinite().all() or (cross is not None and not cross.isfinite().all()):
+    statistics = [hessian, *(one for one in (cross, outputs) if one is not None)]
+    if not all(one.isfinite().all() for one in statistics):
         raise CheckpointError(
             f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration"
             " text."
@@ -148,14 +160,55 @@ def quantize_gptq(
         check_weight(weight, scheme, name)
     scales = search_scales(weight, scheme)
     steps = scales.steps.repeat_interleave(weight.shape[1] // scales.steps.shape[1], dim=1)
-    codes = _round_in_order(
-        weight.float()[:, order],
-        steps[:, order],
-        inverse_root.float(),
-        quant_max(scheme.bits),
-        first,
-    )
+    wanted, steps, inverse_root = weight.float()[:, order], steps[:, order], inverse_root.float()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows, moved in _output_blocks(wanted, steps, codes, outputs, damping, name):
+        codes[rows] = _round_in_order(
+            moved,
+            steps[rows],
+            inverse_root,
+            quant_max(scheme.bits),
+            None if first is None else first[rows] + moved[:, 0] - wanted[rows, 0],
+        )
     return QuantizedWeight(codes[:, order.argsort()], *scales)
+
+
+def _output_blocks(
+    weight: torch.Tensor,
+    steps: torch.Tensor,
+    codes: torch.Tensor,
+    outputs: torch.Tensor | None,
+    damping: float,
+    name: str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows to be rounded together, and their weights as the errors of earlier rows move them: all
+    at once for ``outputs`` None.
+
+    With ``O = U U^T``, U upper triangular, the loss is that of ``U^T E`` row by row, where E is the
+    error: a block b leaves least of its rows of it at ``E_b = -(U_ab U_bb^-1)^T E_a``, a being the
+    rows before it.
+
+    Args:
+        weight, steps: ``(N, K)``.
+        codes: of the rows that were given, once the next are asked for.
+        outputs, damping, name: see :func:`quantize_gptq`.
+    """
+    if outputs is None:
+        yield torch.arange(len(weight), device=weight.device), weight
+        return
+    outputs = _with_inactive_channels(outputs)
+    order = outputs.diagonal().argsort(descending=True, stable=True)
+    _, upper = _upper_factor(outputs[order][:, order], damping, name)
+    upper = upper.float()
+    errors = torch.zeros_like(weight)
+    for first in range(0, len(weight), size := max(_FEWEST_ROWS, len(weight) // _OUTPUT_BLOCKS)):
+        block = slice(first, first + size)
+        feedback = torch.linalg.solve_triangular(
+            upper[block, block], upper[:first, block], upper=True, left=False
+        )
+        rows = order[block]
+        yield rows, weight[rows] + feedback.T @ errors[:first]
+        errors[block] = weight[rows] - codes[rows] * steps[rows]
 
 
 def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
@@ -170,11 +223,17 @@ def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
 def _factorize(
     hessian: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorization.
+    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorization:
+    with ``H = U U^T`` it is ``U^-1``, and no inverse is formed and factorized again."""
+    damped, upper = _upper_factor(hessian, damping, name)
+    return damped, _inverse_of_upper(upper)
 
-    Factorizing H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
-    U^-1``: no inverse is formed and factorized again.
-    """
+
+def _upper_factor(
+    hessian: torch.Tensor, damping: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damped H, and the upper-triangular U with ``H = U U^T``: the Cholesky factor of H with both
+    axes reversed."""
     mean = hessian.diagonal().mean()
     while True:
         damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
@@ -182,8 +241,7 @@ def _factorize(
         )
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper = lower.flip(0, 1)
-            return damped, _inverse_of_upper(upper)
+            return damped, lower.flip(0, 1)
         damping = max(damping, 1e-6) * _DAMPING_STEP
         _log.warning(
             "%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal",

@@ -79,12 +79,20 @@ class SequentialRounding:
         self._hidden = state["hidden"]
         self._exact = state.get("exact", self._hidden)
 
-    def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, QuantizedWeight]:
+    def layer(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        output_moments: Mapping[str, torch.Tensor],
+    ) -> dict[str, QuantizedWeight]:
         """Round decoder layer ``index`` and move the hidden states past it.
 
         Args:
             index: which layer; call in order.
             tensors: the transformed layer's tensors by names relative to it, any float dtype.
+            output_moments: by linear, what ``outputs`` of
+                :func:`~smoothrot_offline.rounding.gptq.quantize_gptq` is; output channels of a
+                linear that is not named are rounded each by itself.
 
         Returns:
             The codes and scales of each quantized linear, named relative to the layer.
@@ -124,7 +132,10 @@ class SequentialRounding:
                 first = last
             for linear in quantized:
                 rounded[linear] = self._round(
-                    prefix + linear, tensors[f"{linear}.weight"], statistics[own[linear]]
+                    prefix + linear,
+                    tensors[f"{linear}.weight"],
+                    statistics[own[linear]],
+                    outputs=output_moments.get(linear),
                 )
                 copies[0].set_weight(linear, rounded[linear].dequantize())
 
@@ -189,14 +200,21 @@ class SequentialRounding:
                     few[expert] = seen.tokens
                 for linear in group:
                     name = self._spec.layer_prefix(index) + linear
+                    shortage = channels / max(1, seen.tokens)
                     rounded[linear] = self._round(
-                        name, tensors[f"{linear}.weight"], seen, channels / max(1, seen.tokens)
+                        name, tensors[f"{linear}.weight"], seen, shortage=shortage
                     )
                     served.set_weight(linear, rounded[linear].dequantize())
         _warn_of_few_tokens(index, few)
 
     def _round(
-        self, name: str, weight: torch.Tensor, statistics: HessianAccumulator, shortage: float = 1.0
+        self,
+        name: str,
+        weight: torch.Tensor,
+        statistics: HessianAccumulator,
+        *,
+        shortage: float = 1.0,
+        outputs: torch.Tensor | None = None,
     ) -> QuantizedWeight:
         """Round for what was gathered; ``shortage`` above one multiplies the damping."""
         scheme = self._schema.scheme(name)
@@ -210,6 +228,7 @@ class SequentialRounding:
             damping=self._damping * max(1.0, shortage),
             cross=None if cross is None else cross * self._propagation,
             qronos=self._qronos,
+            outputs=outputs,
             name=f"{name}.weight",
         )
 

@@ -245,11 +245,36 @@ class ModelTransform:
 
     def layer(self, index: int, tensors: Tensors, scales: LayerScales) -> None:
         """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S."""
-        table = self.spec.layer_table(index)
-        gammas = {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.norms}
+        gammas = self._gammas(index, tensors)
         fold(tensors, self.sides(index, gammas, scales))
         for norm, gamma in self.norms(gammas, scales).items():
-            tensors[f"{norm}.weight"] = gamma - table.norm_offset
+            tensors[f"{norm}.weight"] = gamma - self.spec.layer_table(index).norm_offset
+
+    def _gammas(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """What each norm of a layer multiplies by."""
+        table = self.spec.layer_table(index)
+        return {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.norms}
+
+    def output_moments(
+        self,
+        index: int,
+        tensors: Mapping[str, torch.Tensor],
+        scales: LayerScales,
+        moments: Mapping[str, torch.Tensor],
+    ) -> Tensors:
+        """Second moments of the gradients in what linears of decoder layer ``index`` give out, as
+        the transformed ones give it out: ``M^-1 O M^-T`` where ``y`` becomes ``y M``.
+
+        Args:
+            tensors: the layer's, not transformed.
+            scales: S.
+            moments: by linear, ``(out, out)``.
+        """
+        sides = self.sides(index, self._gammas(index, tensors), scales)
+        return {
+            linear: _of_changed_output(moment.double(), sides[linear])
+            for linear, moment in moments.items()
+        }
 
     def norms(
         self, gammas: Mapping[str, torch.Tensor], scales: LayerScales
@@ -294,6 +319,15 @@ class ModelTransform:
             if self.residual is None
             else torch.full_like(gamma, 1 - self.spec.architecture.norm_offset)
         )
+
+
+def _of_changed_output(moment: torch.Tensor, factors: Sequence[Factor]) -> torch.Tensor:
+    changed = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    for factor in factors:
+        if factor.output:
+            changed = factor.of_weight(changed)
+    half = torch.linalg.solve(changed.T, moment)
+    return torch.linalg.solve(changed.T, half.T)
 
 
 def _scaled(factors: torch.Tensor) -> Rows:
