@@ -9,10 +9,12 @@ Each stage says how many steps it reports, what it costs, and does it.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ConvertConfig, folds_residual
 from smoothrot_offline.decide.policies import policy_flop
 from smoothrot_offline.decide.signs import trial_loss
@@ -45,7 +47,7 @@ class Decisions:
     ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
     overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
     loss of each seed tried, in nats; ``learned`` what learning led to, if there was any.
-    ``output_gradients`` and ``token_weights`` are those of
+    ``output_gradients``, of this rank's sequences, and ``token_weights`` are those of
     :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding; empty if
     that does not ask for them.
     """
@@ -112,7 +114,8 @@ class CalibrationText:
         if not config.needs_calibration:
             return
         held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 or config.learns_rotations else 0
-        tokens = load_calibration(
+        load = partial(
+            load_calibration,
             config.calib,
             source.checkpoint.path,
             config.calib_samples,
@@ -121,6 +124,7 @@ class CalibrationText:
             source.device,
             held_out,
         )
+        tokens = ranks.from_first(load)
         found.tokens, found.held_out = tokens.tensor_split([config.calib_samples])
 
 

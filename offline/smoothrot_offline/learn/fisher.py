@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from smoothrot_offline import ranks
 from smoothrot_offline.learn.decoder import Decoder, way_back, way_there
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import LayerTensors, SourceModel
+from smoothrot_offline.transform.rotation import seed_for
 
 AT_ONCE = 8
 """Sequences whose hidden states, before every layer, are held together."""
@@ -23,12 +25,12 @@ class Gradients:
     For a small change ``e`` of what a layer gives out at a token, ``(g e)^2 / 2`` is an unbiased
     estimate of the ``KL`` it costs there: the mean of ``g g^T`` is Fisher's information.
 
-    ``outputs`` has, for each decoder layer, the gradients in what it gives out, float32 ``(samples,
-    seqlen, spec.stream)``. ``weights`` has, for each layer and by the name of a linear in it, how
-    much each token counts in that one's rounding, float32 ``(tokens,)``: the root mean square, over
-    output channels, of the gradient in what it gives out, over that of all tokens. Its square is
-    what an error costs that is as large in each channel (GuidedQuant, arXiv 2505.07004). Linears of
-    experts are not among them.
+    ``outputs`` has, for each decoder layer, the gradients in what it gives out of this rank's
+    sequences, float32 ``(samples, seqlen, spec.stream)``. ``weights`` has, for each layer and by
+    the name of a linear in it, how much each token counts in that one's rounding, float32
+    ``(tokens,)``: the root mean square, over output channels, of the gradient in what it gives out,
+    over that of all tokens. Its square is what an error costs that is as large in each channel
+    (GuidedQuant, arXiv 2505.07004). Linears of experts are not among them.
     """
 
     outputs: list[torch.Tensor]
@@ -37,7 +39,7 @@ class Gradients:
 
 def gradient_steps(samples: int) -> int:
     """How often :func:`model_gradients` reports progress."""
-    return -(-samples // AT_ONCE)
+    return -(-samples // (AT_ONCE * ranks.count()))
 
 
 def model_gradients(
@@ -51,11 +53,14 @@ def model_gradients(
 
     Args:
         source: the original model.
-        tokens: int64 ``(samples, seqlen)``.
-        seed: of the draw.
+        tokens: int64 ``(samples, seqlen)``; each rank takes its share.
+        seed: of the draws, together with a sequence's number.
         step: told of every :data:`AT_ONCE` sequences.
-        outputs: of how many of the sequences the gradients in the layers' outputs are kept.
+        outputs: of how many of the sequences, the first ones, the gradients in the layers' outputs
+            are kept.
     """
+    numbers = ranks.share(torch.arange(len(tokens)))
+    tokens, outputs = ranks.share(tokens), len(ranks.share(torch.arange(outputs)))
     decoder = Decoder(source)
     layers = range(source.spec.layers)
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -69,13 +74,15 @@ def model_gradients(
         with _squared_gradients(decoder.module(index), squares[index]):
             return decoder.layer(index, layer, hidden, {})
 
-    generator = torch.Generator().manual_seed(seed)
     for first in range(0, len(tokens), AT_ONCE):
         batch = tokens[first : first + AT_ONCE]
         step(f"gradients of the original's predictions, {first + len(batch)} of {len(tokens)}")
         read = way_there(source, source.embed(batch), run, at_once=1)
         states = read.pop().requires_grad_()
-        for one in states.split(1):
+        for number, one in zip(
+            numbers[first : first + AT_ONCE].tolist(), states.split(1), strict=True
+        ):
+            generator = torch.Generator().manual_seed(seed_for(seed, f"next tokens/{number}"))
             log = decoder.logits(one).float().log_softmax(-1)
             drawn = log.detach().exp().cpu().multinomial(1, generator=generator).to(log.device)
             log.gather(-1, drawn).sum().backward()
@@ -83,10 +90,11 @@ def model_gradients(
         *found, _ = way_back(source, read, run, states.grad, at_once=1)
         for own, gradient in zip(kept, reversed(found), strict=True):
             own.append(gradient[: max(0, outputs - first)])
-    return Gradients(
-        [torch.cat(own) for own in kept],
-        [{linear: _weights(torch.cat(parts)) for linear, parts in own.items()} for own in squares],
-    )
+    weights = [
+        {linear: _weights(torch.cat(parts).view(tokens.shape)) for linear, parts in own.items()}
+        for own in squares
+    ]
+    return Gradients([torch.cat(own) for own in kept], weights)
 
 
 def _weighed(spec: ModelSpec, index: int) -> Iterable[str]:
@@ -122,6 +130,8 @@ def _squared_gradients(layer: nn.Module, squares: dict[str, list[torch.Tensor]])
 
 
 def _weights(squares: torch.Tensor) -> torch.Tensor:
+    """Of all tokens, from a rank's own ``(samples, seqlen)``."""
+    squares = ranks.gathered(squares).flatten()
     # The root, as a hundredth of the tokens has nearly all of the squares: they alone are too few
     # to round for.
     return (squares / squares.mean().clamp_min(torch.finfo(torch.float32).tiny)).sqrt()

@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.rounding.rtn import QuantizedWeight, check_weight
 from smoothrot_offline.rounding.scales import search_scales
 from smoothrot_vllm.errors import CheckpointError
@@ -59,6 +60,12 @@ class HessianAccumulator:
         if self._cross is not None:
             assert full_precision is not None
             self._cross += (full_precision.flatten(0, -2).float() - x).T @ weighed
+
+    def reduce(self) -> None:
+        """Take in what the other ranks have added."""
+        ranks.add(self._hessian, *([] if self._cross is None else [self._cross]))
+        (tokens,) = ranks.summed(self._tokens)
+        self._tokens = int(tokens)
 
     @property
     def tokens(self) -> int:

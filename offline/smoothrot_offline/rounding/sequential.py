@@ -11,9 +11,11 @@ ones before it produce.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.rounding.gptq import HessianAccumulator, quantize_gptq
 from smoothrot_offline.rounding.rtn import QuantizedWeight
 from smoothrot_offline.rounding.served import BuiltLayer, quantizers, rotations
@@ -32,7 +34,7 @@ class SequentialRounding:
         runner: builds single decoder layers.
         schema: how each linear is quantized.
         hidden: float32 ``(samples, seqlen, spec.stream)``, the transformed embedding of the
-            calibration tokens; it is changed.
+            calibration tokens, of this rank's sequences; it is changed.
         asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos,
             arXiv 2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
             2210.17323).
@@ -114,7 +116,7 @@ class SequentialRounding:
                 key: HessianAccumulator(
                     tensors[f"{key}.weight"].shape[1], self._asymmetric, self._hidden.device
                 )
-                for key in set(own.values())
+                for key in dict.fromkeys(own.values())
             }
             first = 0
             for chunk in inputs:
@@ -122,11 +124,20 @@ class SequentialRounding:
                 for key, found in statistics.items():
                     found.add(*chunk, weights=weights[key][first:last] if key in weights else None)
                 first = last
-            for linear in quantized:
-                rounded[linear] = self._round(
-                    prefix + linear, tensors[f"{linear}.weight"], statistics[own[linear]]
+            for found in statistics.values():
+                found.reduce()
+            pieces = (
+                partial(
+                    self._round,
+                    prefix + linear,
+                    tensors[f"{linear}.weight"],
+                    statistics[own[linear]],
                 )
-                copies[0].set_weight(linear, rounded[linear].dequantize())
+                for linear in quantized
+            )
+            for linear, done in zip(quantized, ranks.shared_out(pieces), strict=True):
+                rounded[linear] = done
+                copies[0].set_weight(linear, done.dequantize())
 
         def inputs_of(
             part: Callable[[BuiltLayer, torch.Tensor], torch.Tensor],
@@ -183,17 +194,33 @@ class SequentialRounding:
                 ]
                 for first, x in inputs.items():
                     statistics[first].add(x, *(target[first] for target in targets))
-            for expert, group in enumerate(groups):
-                seen = statistics.pop(group[0])
-                if seen.tokens < channels:
-                    few[expert] = seen.tokens
-                for linear in group:
-                    name = self._spec.layer_prefix(index) + linear
-                    rounded[linear] = self._round(
-                        name, tensors[f"{linear}.weight"], seen, channels / max(1, seen.tokens)
-                    )
-                    served.set_weight(linear, rounded[linear].dequantize())
+            pieces = self._expert_pieces(index, tensors, groups, statistics, few)
+            linears = [linear for group in groups for linear in group]
+            for linear, done in zip(linears, ranks.shared_out(pieces), strict=True):
+                rounded[linear] = done
+                served.set_weight(linear, done.dequantize())
         _warn_of_few_tokens(index, few)
+
+    def _expert_pieces(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        groups: Sequence[tuple[str, ...]],
+        statistics: dict[str, HessianAccumulator],
+        few: dict[int, int],
+    ) -> Iterator[Callable[[], QuantizedWeight]]:
+        """The rounding of each linear; ``statistics``, by the first of a group, are let go of, and
+        ``few`` gets the tokens of experts that had too few."""
+        for expert, group in enumerate(groups):
+            seen = statistics.pop(group[0])
+            seen.reduce()
+            channels = tensors[f"{group[0]}.weight"].shape[1]
+            if seen.tokens < channels:
+                few[expert] = seen.tokens
+            for linear in group:
+                name, weight = self._spec.layer_prefix(index) + linear, tensors[f"{linear}.weight"]
+                shortage = channels / max(1, seen.tokens)
+                yield partial(self._round, name, weight, seen, shortage)
 
     def _round(
         self, name: str, weight: torch.Tensor, statistics: HessianAccumulator, shortage: float = 1.0
