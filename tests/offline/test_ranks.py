@@ -19,6 +19,7 @@ from simulated_gpu import simulated_gpu
 from tiny_models import BIN, SHORT_TEXT, save_tiny_model
 
 from smoothrot_offline import ranks
+from smoothrot_offline.decide.policies import InputStatistics
 from smoothrot_offline.device import choose_device
 from smoothrot_offline.output.directory import JOURNAL_NAME
 from smoothrot_vllm.errors import ConfigError
@@ -257,6 +258,24 @@ def test_torchrun_itself_starts_a_conversion(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(out)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_together_sample_the_tokens_of_one_process(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    samples, seqlen = 7, 1500
+    tokens = torch.arange(samples * seqlen, dtype=torch.float32).view(samples, seqlen, 1)
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    found = []
+    for rank in range(count):
+        monkeypatch.setattr(ranks, "number", lambda rank=rank: rank)
+        statistics = InputStatistics(1, samples * seqlen, seqlen=seqlen)
+        for chunk in ranks.share(tokens).split(2):
+            statistics.update(chunk.flatten(0, -2))
+        found.append(statistics.sample)
+    assert statistics.stride == 5
+    assert torch.cat(found).flatten().sort().values.tolist() == list(range(0, tokens.numel(), 5))
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
