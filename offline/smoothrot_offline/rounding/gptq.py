@@ -137,14 +137,17 @@ def quantize_gptq(
             f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration"
             " text."
         )
-    hessian = _with_inactive_channels(hessian)
+    # Channels never seen active are rounded to nearest and touch no other.
     diagonal = hessian.diagonal()
+    diagonal = diagonal.where(diagonal > 0, 1.0)
     order = (
         diagonal.argsort(descending=True, stable=True)
         if act_order
         else torch.arange(len(diagonal), device=weight.device)
     )
-    damped, inverse_root = _factorize(hessian[order][:, order], damping, name)
+    damped, inverse_root = _factorize(
+        hessian[order[:, None], order], diagonal[order], damping, name
+    )
     first = None
     if cross is not None:
         if qronos:
@@ -165,32 +168,23 @@ def quantize_gptq(
     return QuantizedWeight(codes[:, order.argsort()], *scales)
 
 
-def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
-    """A copy with 1 on the diagonal of channels never seen active: they are rounded to nearest
-    and touch no other."""
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    return hessian
-
-
 def _factorize(
-    hessian: torch.Tensor, damping: float, name: str
+    hessian: torch.Tensor, diagonal: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorization.
+    """H with another diagonal, damped, in place; and the upper-triangular R with ``H^-1 = R^T R``,
+    from one Cholesky factorization.
 
     Factorizing H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
     U^-1``: no inverse is formed and factorized again.
     """
-    mean = hessian.diagonal().mean()
+    mean = diagonal.mean()
     while True:
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
-            damping * mean
-        )
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        hessian.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
             upper = lower.flip(0, 1)
-            return damped, _inverse_of_upper(upper)
+            del lower  # of the size of H
+            return hessian, _inverse_of_upper(upper)
         damping = max(damping, 1e-6) * _DAMPING_STEP
         _log.warning(
             "%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal",
