@@ -182,6 +182,7 @@ def _parts(rows: torch.Tensor) -> list[torch.Tensor]:
         rows.contiguous() if rank == number() else rows.new_empty(length, *rows.shape[1:])
         for rank, length in enumerate(lengths)
     ]
+    _meet()  # every rank has the memory
     with _reaching_all():
         for rank, part in enumerate(parts):
             dist.broadcast(part, rank)

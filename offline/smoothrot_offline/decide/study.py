@@ -90,8 +90,8 @@ class Study:
         self._schema = schema
         self._transform = transform
         self._hidden = hidden = source.embed(ranks.share(tokens))
-        probe, own = tokens[:PROBE_SAMPLES], len(ranks.share(tokens[:PROBE_SAMPLES]))
-        self._probe = transform.embedding(hidden[:own].double()).float()
+        probe = tokens[:PROBE_SAMPLES]
+        self._probe = transform.embedding(hidden[: len(ranks.share(probe))].double()).float()
         self._probe_tokens = probe.numel()
         self._gradients = gradients
 
