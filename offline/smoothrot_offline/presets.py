@@ -3,9 +3,11 @@
 reasonable time."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from smoothrot_offline import ranks
 from smoothrot_offline.check.plan import estimate_seconds
 from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
@@ -130,7 +132,8 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
         return Choice(config, f"preset {name}, as asked for", notes)
     for candidate in reversed(PRESETS):
         config, notes = configure(candidate, explicit, spec, packing)
-        seconds = estimate_seconds(checkpoint, config)
+        # Of all ranks alike, as it follows from speeds measured for a moment.
+        seconds = ranks.from_first(partial(estimate_seconds, checkpoint, config))
         if seconds <= REASONABLE_SECONDS:
             break
     return Choice(

@@ -19,6 +19,7 @@ from smoothrot_offline.report.model import load_model
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.layers import SourceModel
 from smoothrot_offline.source.resolve import resolve
+from smoothrot_offline.transform.rotation import seed_for
 from smoothrot_offline.transform.sides import LayerScales, ModelTransform
 
 TOKENS = torch.arange(10)[None] * 7 % 96
@@ -101,8 +102,8 @@ def test_linears_have_their_gradients_in_the_whole_model(
         }
         for linear, parts in own.items():
             watch(model.get_submodule(spec.layer_prefix(index) + linear), parts)
-    generator = torch.Generator().manual_seed(3)
-    for one in MANY.split(1):
+    for number, one in enumerate(MANY.split(1)):
+        generator = torch.Generator().manual_seed(seed_for(3, f"next tokens/{number}"))
         log = model(one, use_cache=False).logits[0].log_softmax(-1)
         drawn = log.detach().exp().multinomial(1, generator=generator)
         log.gather(-1, drawn).sum().backward()

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import ConvertConfig, folds_residual, make_schema
+from smoothrot_offline.decide.study import PROBE_SAMPLES
 from smoothrot_offline.device import CPU
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
@@ -119,6 +121,7 @@ def admit_options(
             f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy."
             " Leave the option out, or use --device cpu."
         )
+    _admit_ranks(config)
     if config.distill_steps and checkpoint.packing is not None:
         raise ConfigError(
             f"--distill-steps {config.distill_steps}: expected 16-bit weights, as the original runs"
@@ -166,6 +169,26 @@ def admit_options(
             "not copied: " + ", ".join(f"{name} ({reason})" for name, reason in beside.left.items())
         )
     return Admitted(spec, schema, beside, notes)
+
+
+def _admit_ranks(config: ConvertConfig) -> None:
+    """Refuse ranks that would have nothing to do.
+
+    Raises:
+        ConfigError: there are more than sequences, or nothing is calibrated.
+    """
+    if ranks.count() > 1 and not config.needs_calibration:
+        raise ConfigError(
+            f"{ranks.count()} ranks: expected a conversion that calibrates, which is what they"
+            f" share, got {config.described()}. Run it without torchrun."
+        )
+    most = min(config.calib_samples, PROBE_SAMPLES)
+    if ranks.count() > most:
+        raise ConfigError(
+            f"{ranks.count()} ranks: expected at most {most}, a calibration sequence for each:"
+            f" --calib-samples is {config.calib_samples}, and clips and 8-bit layers are measured"
+            f" on {PROBE_SAMPLES}. Start fewer with torchrun's --nproc-per-node."
+        )
 
 
 def rotation_blocks(

@@ -9,10 +9,12 @@ Each stage says how many steps it reports, what it costs, and does it.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ConvertConfig, folds_residual
 from smoothrot_offline.decide.policies import policy_flop
 from smoothrot_offline.decide.signs import trial_loss
@@ -45,9 +47,9 @@ class Decisions:
     ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
     overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
     loss of each seed tried, in nats; ``learned`` what learning led to, if there was any.
-    ``output_gradients``, ``token_weights`` and ``output_moments`` are those of
-    :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding; empty if
-    that does not ask for them.
+    ``output_gradients``, of this rank's sequences, ``token_weights`` and ``output_moments`` are
+    those of :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding;
+    empty if that does not ask for them.
     """
 
     tokens: torch.Tensor | None
@@ -113,7 +115,8 @@ class CalibrationText:
         if not config.needs_calibration:
             return
         held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 or config.learns_rotations else 0
-        tokens = load_calibration(
+        load = partial(
+            load_calibration,
             config.calib,
             source.checkpoint.path,
             config.calib_samples,
@@ -122,6 +125,7 @@ class CalibrationText:
             source.device,
             held_out,
         )
+        tokens = ranks.from_first(load)
         found.tokens, found.held_out = tokens.tensor_split([config.calib_samples])
 
 

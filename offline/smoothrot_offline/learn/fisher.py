@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from smoothrot_offline import ranks
 from smoothrot_offline.learn.decoder import Decoder, way_back, way_there
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.layers import LayerTensors, SourceModel
+from smoothrot_offline.transform.rotation import seed_for
 
 AT_ONCE = 8
 """Sequences whose hidden states, before every layer, are held together."""
@@ -26,12 +28,12 @@ class Gradients:
     For a small change ``e`` of what a layer gives out at a token, ``(g e)^2 / 2`` is an unbiased
     estimate of the ``KL`` it costs there: the mean of ``g g^T`` is Fisher's information.
 
-    ``outputs`` has, for each decoder layer, the gradients in what it gives out, float32 ``(samples,
-    seqlen, spec.stream)``. ``weights`` has, for each layer and by the name of a linear in it, how
-    much each token counts in that one's rounding, float32 ``(tokens,)``: the root mean square, over
-    output channels, of the gradient in what it gives out, over that of all tokens. Its square is
-    what an error costs that is as large in each channel (GuidedQuant, arXiv 2505.07004). Linears of
-    experts are not among them.
+    ``outputs`` has, for each decoder layer, the gradients in what it gives out of this rank's
+    sequences, float32 ``(samples, seqlen, spec.stream)``. ``weights`` has, for each layer and by
+    the name of a linear in it, how much each token counts in that one's rounding, float32
+    ``(tokens,)``: the root mean square, over output channels, of the gradient in what it gives out,
+    over that of all tokens. Its square is what an error costs that is as large in each channel
+    (GuidedQuant, arXiv 2505.07004). Linears of experts are not among them.
 
     ``moments`` has, of linears as ``weights`` has them with at most :data:`MOST_OUTPUTS` outputs,
     ``sum_t g_t g_t^T / |g_t|`` of the gradients in what they give out, in units of its mean
@@ -46,7 +48,7 @@ class Gradients:
 
 def gradient_steps(samples: int) -> int:
     """How often :func:`model_gradients` reports progress."""
-    return -(-samples // AT_ONCE)
+    return -(-samples // (AT_ONCE * ranks.count()))
 
 
 def model_gradients(
@@ -62,12 +64,15 @@ def model_gradients(
 
     Args:
         source: the original model.
-        tokens: int64 ``(samples, seqlen)``.
-        seed: of the draw.
+        tokens: int64 ``(samples, seqlen)``; each rank takes its share.
+        seed: of the draws, together with a sequence's number.
         step: told of every :data:`AT_ONCE` sequences.
-        outputs: of how many of the sequences the gradients in the layers' outputs are kept.
+        outputs: of how many of the sequences, the first ones, the gradients in the layers' outputs
+            are kept.
         linears: take weights and moments; they are empty otherwise.
     """
+    numbers = ranks.share(torch.arange(len(tokens)))
+    tokens, outputs = ranks.share(tokens), len(ranks.share(torch.arange(outputs)))
     decoder = Decoder(source)
     layers = range(source.spec.layers)
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -81,13 +86,15 @@ def model_gradients(
         with _watched(decoder.module(index), seen[index]):
             return decoder.layer(index, layer, hidden, {})
 
-    generator = torch.Generator().manual_seed(seed)
     for first in range(0, len(tokens), AT_ONCE):
         batch = tokens[first : first + AT_ONCE]
         step(f"gradients of the original's predictions, {first + len(batch)} of {len(tokens)}")
         read = way_there(source, source.embed(batch), run, at_once=1)
         states = read.pop().requires_grad_()
-        for one in states.split(1):
+        for number, one in zip(
+            numbers[first : first + AT_ONCE].tolist(), states.split(1), strict=True
+        ):
+            generator = torch.Generator().manual_seed(seed_for(seed, f"next tokens/{number}"))
             log = decoder.logits(one).float().log_softmax(-1)
             drawn = log.detach().exp().cpu().multinomial(1, generator=generator).to(log.device)
             log.gather(-1, drawn).sum().backward()
@@ -97,7 +104,7 @@ def model_gradients(
             own.append(gradient[: max(0, outputs - first)])
     return Gradients(
         [torch.cat(own) for own in kept],
-        [{linear: one.weights() for linear, one in own.items()} for own in seen],
+        [{linear: one.weights(tokens) for linear, one in own.items()} for own in seen],
         [
             {linear: moment for linear, one in own.items() if (moment := one.moment()) is not None}
             for own in seen
@@ -132,15 +139,17 @@ class _Seen:
             product = (tokens / _positive(squares).sqrt()[:, None]).T @ tokens
             self._moment = product if self._moment is None else self._moment.add_(product)
 
-    def weights(self) -> torch.Tensor:
-        """See :class:`Gradients`."""
-        squares = torch.cat(self._squares)
+    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See :class:`Gradients`; ``tokens (samples, seqlen)`` are this rank's own."""
+        own = torch.cat(self._squares).view(tokens.shape)
+        squares = ranks.gathered(own).flatten()
         return (squares / _positive(squares.mean())).sqrt()
 
     def moment(self) -> torch.Tensor | None:
         """See :class:`Gradients`."""
         if self._moment is None:
             return None
+        ranks.add(self._moment)
         return self._moment / _positive(self._moment.diagonal().mean())
 
 
@@ -178,12 +187,18 @@ def gradients_flop(spec: ModelSpec, seqlen: int, linears: bool) -> float:
 
 def gradients_bytes(spec: ModelSpec, tokens: int, seqlen: int, linears: bool) -> int:
     """Memory of :func:`model_gradients`: hidden states before every layer, outputs' gradients, the
-    graph of a layer and a sequence, and of linears a number for each token, and moments."""
+    graph of a layer and a sequence, and of linears a number for each token. Not
+    :func:`moments_bytes`, which stay."""
     states = 2 * min(tokens, AT_ONCE * seqlen) * spec.stream * (spec.layers + 1)
     graph = 4 * sum(spec.layer_weights()) + seqlen * (24 * spec.hidden + 8 * spec.widest)
     weighed = sum(len([*_weighed(spec, index)]) for index in range(spec.layers))
-    kept = tokens * weighed + _moment_entries(spec) if linears else 0
-    return 4 * (states + graph + kept + 4 * seqlen * spec.vocab)
+    numbers = tokens * weighed if linears else 0
+    return 4 * (states + graph + numbers + 4 * seqlen * spec.vocab)
+
+
+def moments_bytes(spec: ModelSpec) -> int:
+    """Of the moments that :func:`model_gradients` gives."""
+    return 4 * _moment_entries(spec)
 
 
 def _moment_entries(spec: ModelSpec) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.rounding.rtn import QuantizedWeight, check_weight
 from smoothrot_offline.rounding.scales import search_scales
 from smoothrot_vllm.errors import CheckpointError
@@ -61,6 +62,12 @@ class HessianAccumulator:
             assert full_precision is not None
             self._cross += (full_precision.flatten(0, -2).float() - x).T @ weighed
 
+    def reduce(self) -> None:
+        """Take in what the other ranks have added."""
+        ranks.add(self._hessian, *([] if self._cross is None else [self._cross]))
+        (tokens,) = ranks.summed(self._tokens)
+        self._tokens = int(tokens)
+
     @property
     def tokens(self) -> int:
         """How many were added."""
@@ -81,6 +88,7 @@ _log = logging.getLogger(__name__)
 
 _BLOCK = 128
 _DAMPING_STEP = 10.0
+_OUTPUT_DAMPING = 0.1
 _FEWEST_ROWS = 32
 _OUTPUT_BLOCKS = 32
 
@@ -142,14 +150,15 @@ def quantize_gptq(
             f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration"
             " text."
         )
-    hessian = _with_inactive_channels(hessian)
-    diagonal = hessian.diagonal()
+    diagonal = _of_active_channels(hessian)
     order = (
         diagonal.argsort(descending=True, stable=True)
         if act_order
         else torch.arange(len(diagonal), device=weight.device)
     )
-    damped, inverse_root = _factorize(hessian[order][:, order], damping, name)
+    damped, inverse_root = _factorize(
+        hessian[order[:, None], order], diagonal[order], damping, name
+    )
     first = None
     if cross is not None:
         if qronos:
@@ -162,7 +171,7 @@ def quantize_gptq(
     steps = scales.steps.repeat_interleave(weight.shape[1] // scales.steps.shape[1], dim=1)
     wanted, steps, inverse_root = weight.float()[:, order], steps[:, order], inverse_root.float()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for rows, moved in _output_blocks(wanted, steps, codes, outputs, damping, name):
+    for rows, moved in _output_blocks(wanted, steps, codes, outputs, name):
         codes[rows] = _round_in_order(
             moved,
             steps[rows],
@@ -178,7 +187,6 @@ def _output_blocks(
     steps: torch.Tensor,
     codes: torch.Tensor,
     outputs: torch.Tensor | None,
-    damping: float,
     name: str,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Rows to be rounded together, and their weights as the errors of earlier rows move them: all
@@ -191,14 +199,14 @@ def _output_blocks(
     Args:
         weight, steps: ``(N, K)``.
         codes: of the rows that were given, once the next are asked for.
-        outputs, damping, name: see :func:`quantize_gptq`.
+        outputs, name: see :func:`quantize_gptq`.
     """
     if outputs is None:
         yield torch.arange(len(weight), device=weight.device), weight
         return
-    outputs = _with_inactive_channels(outputs)
-    order = outputs.diagonal().argsort(descending=True, stable=True)
-    _, upper = _upper_factor(outputs[order][:, order], damping, name)
+    diagonal = _of_active_channels(outputs)
+    order = diagonal.argsort(descending=True, stable=True)
+    _, upper = _upper_factor(outputs[order[:, None], order], diagonal[order], _OUTPUT_DAMPING, name)
     upper = upper.float()
     errors = torch.zeros_like(weight)
     for first in range(0, len(weight), size := max(_FEWEST_ROWS, len(weight) // _OUTPUT_BLOCKS)):
@@ -211,37 +219,34 @@ def _output_blocks(
         errors[block] = weight[rows] - codes[rows] * steps[rows]
 
 
-def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
-    """A copy with 1 on the diagonal of channels never seen active: they are rounded to nearest
-    and touch no other."""
-    hessian = hessian.clone()
+def _of_active_channels(hessian: torch.Tensor) -> torch.Tensor:
+    """The diagonal, with 1 for channels never seen active: they are rounded to nearest and touch no
+    other."""
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    return hessian
+    return diagonal.where(diagonal > 0, 1.0)
 
 
 def _factorize(
-    hessian: torch.Tensor, damping: float, name: str
+    hessian: torch.Tensor, diagonal: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorization:
-    with ``H = U U^T`` it is ``U^-1``, and no inverse is formed and factorized again."""
-    damped, upper = _upper_factor(hessian, damping, name)
+    """H with another diagonal, damped, in place; and the upper-triangular R with ``H^-1 = R^T R``,
+    from one Cholesky factorization: with ``H = U U^T`` it is ``U^-1``, and no inverse is formed and
+    factorized again."""
+    damped, upper = _upper_factor(hessian, diagonal, damping, name)
     return damped, _inverse_of_upper(upper)
 
 
 def _upper_factor(
-    hessian: torch.Tensor, damping: float, name: str
+    hessian: torch.Tensor, diagonal: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped H, and the upper-triangular U with ``H = U U^T``: the Cholesky factor of H with both
-    axes reversed."""
-    mean = hessian.diagonal().mean()
+    """H with another diagonal, damped, in place; and the upper-triangular U with ``H = U U^T``: the
+    Cholesky factor of H with both axes reversed."""
+    mean = diagonal.mean()
     while True:
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
-            damping * mean
-        )
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        hessian.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            return damped, lower.flip(0, 1)
+            return hessian, lower.flip(0, 1)
         damping = max(damping, 1e-6) * _DAMPING_STEP
         _log.warning(
             "%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal",
