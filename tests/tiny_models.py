@@ -17,6 +17,7 @@ from transformers import (
     Gemma4TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
@@ -78,7 +79,24 @@ FAMILIES = {
     "olmo3": Olmo3Config,
     "exaone4": Exaone4Config,
     "olmoe": OlmoeConfig,
+    "gpt_oss": GptOssConfig,
 }
+
+
+def yarn(context: int, factor: float) -> dict[str, Any]:
+    """Settings of a model that was trained on ``context`` tokens and reads ``factor`` times as
+    many."""
+    return {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": factor,
+            "original_max_position_embeddings": context,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    }
 
 
 def scaled_queries(context: int, factor: float) -> dict[str, Any]:
@@ -196,6 +214,14 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "intermediate_size": 96,
         "tie_word_embeddings": False,
+    },
+    "gpt_oss": {
+        "head_dim": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "tie_word_embeddings": False,
+        **yarn(128, 4.0),
     },
     "olmo2": {"hidden_size": 160, "head_dim": 64},
     "olmo3": {

@@ -167,6 +167,12 @@ def configure(
     norms = {} if smooths else {"smooth_norms": False}
     options = preset.options | head | norms | {"preset": name}
     notes = []
+    if not spec.architecture.scales_products and "scales" not in explicit:
+        options |= {"scales": "none", "smooth_norms": False}
+        notes.append(
+            f"preset {name}: nothing is smoothed: experts of {spec.architecture.class_name} compute"
+            " (up + 1) * glu of a clamped up, which no scale commutes with"
+        )
     obstacle = _obstacle_to_distilling(spec, explicit, packing)
     if obstacle and options.get("distill_steps") and "distill_steps" not in explicit:
         options["distill_steps"] = 0

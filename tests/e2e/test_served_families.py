@@ -58,6 +58,11 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
         "--smooth-norms",
     ),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
+    # With biases and limits, which no scale passes through.
+    "gpt_oss": (
+        *("--activation-bits", "8", "--scales", "none"),
+        *("--group-size", "32", "--rounding", "gptq"),
+    ),
 }
 # Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, experts that tokens
 # are routed to have an op of their own.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, randomize_gemma4, scaled_queries
+from tiny_models import FAMILIES, randomize_gemma4, scaled_queries, yarn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothrot_offline.source.resolve import SUPPORTED
@@ -107,6 +107,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 12, "pad_token_id": 0},
     "glm4": {"head_dim": 12, "pad_token_id": 0},
     "ministral3": {"head_dim": 12, **scaled_queries(8, 2.0)},
+    "gpt_oss": {
+        "head_dim": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        **yarn(16, 4.0),
+    },
     "olmo2": {"head_dim": 12},
     "olmo3": WINDOWS,
     "exaone4": WINDOWS,

@@ -2,12 +2,13 @@
 """Models with experts whose every linear is a module of its own."""
 
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from smoothrot_offline.source.experts import separate_experts
 from smoothrot_offline.source.family import ModelSpec
-from smoothrot_offline.source.layers import separate_experts
 
 
 def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
@@ -20,6 +21,9 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
     separate_experts(model.model.layers, spec.architecture, model.config)
     for index, old in enumerate(stacked):
         prefix = spec.layer_prefix(index)
+        if experts.interleaved:
+            _take_interleaved(model, spec, prefix, old)
+            continue
         model.get_submodule(prefix + experts.router).weight.data = old.gate.weight.data
         weights = dict[str, torch.Tensor]()
         for e, (up, down) in enumerate(spec.architecture.products[: spec.experts]):
@@ -38,3 +42,21 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
         for name, weight in weights.items():
             model.get_submodule(prefix + name).weight.data = weight.contiguous()
     return model
+
+
+def _take_interleaved(model: PreTrainedModel, spec: ModelSpec, prefix: str, old: Any) -> None:
+    """The weights and biases of gpt-oss' feed-forward."""
+    table = spec.architecture
+    assert table.experts is not None
+    model.get_submodule(prefix + table.experts.router).load_state_dict(old.router.state_dict())
+    stacks = old.experts
+    for e, (up, down) in enumerate(table.products):
+        gate = table.experts.gate.replace("{e}", str(e))
+        for name, stack, rows in (
+            (gate, "gate_up_proj", slice(0, None, 2)),
+            (up, "gate_up_proj", slice(1, None, 2)),
+            (down, "down_proj", slice(None)),
+        ):
+            linear = model.get_submodule(prefix + name)
+            linear.weight.data = getattr(stacks, stack).data[e, :, rows].T.contiguous()
+            linear.bias.data = getattr(stacks, f"{stack}_bias").data[e, rows].contiguous()

@@ -41,6 +41,7 @@ SERVERS = {
     "ministral3": ["mistral", "llama"],
     "exaone4": ["exaone4"],
     "olmoe": ["olmoe"],
+    "gpt_oss": ["gpt_oss"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
     "gemma4_text": ["gemma4"],
@@ -65,7 +66,9 @@ SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "d
 # Those of Qwen3.5 have layers with experts too, which model_type chooses.
 # That of Gemma 4 is read where rope_parameters has no kind of layers, which is refused.
 # Around it are one that marks where audio ends in a prompt, and one that sizes a made-up image.
+# That of gpt-oss finds there what its own checkpoints of quantized experts are.
 HARMLESS = {
+    "gpt_oss": {"quantization_config"},
     "gemma4_text": {"rope_local_base_freq"},
     "gemma4": {"eoa_token_id", "num_channels"},
     "qwen3": {"qk_norm"},

@@ -73,6 +73,7 @@ def options(**changes: Any) -> dict[str, Any]:
         ("qwen3_next", {}),
         ("qwen3_next", {"norm_topk_prob": False}),
         ("qwen3_5_moe", {}),
+        ("gpt_oss", {}),
     ],
 )
 def test_separate_experts_compute_what_transformers_does(
@@ -84,7 +85,7 @@ def test_separate_experts_compute_what_transformers_does(
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe", "gpt_oss"])
 def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
     make_model: MakeModel, family: str
 ) -> None:

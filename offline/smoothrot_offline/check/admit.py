@@ -110,6 +110,12 @@ def admit_options(
 ) -> Admitted:
     """:func:`admit` of a model that :func:`admit_model` has let pass."""
     schema = make_schema(spec, config)
+    if config.scales != "none" and not spec.architecture.scales_products:
+        raise ConfigError(
+            f"--scales {config.scales}: expected none, as experts of"
+            f" {spec.architecture.class_name} compute (up + 1) * glu of a clamped up, which no"
+            " scale commutes with. Use --scales none."
+        )
     if workers > 1 and config.rounding != "rtn":
         raise ConfigError(
             f"--workers {workers}: expected 1 with --rounding {config.rounding}, which rounds each"

@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+if TYPE_CHECKING:  # it imports torch
+    from smoothrot_vllm.reference import Activation
 
 Shape = tuple[int, ...]
 
@@ -43,6 +46,10 @@ class Experts:
     linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
     which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
     values of keys that say that every layer has experts. ``shared`` is an expert beside them.
+    ``activation`` is what makes one of an expert's gate and up; ``biased`` says that an expert's
+    linears and the router have biases. ``interleaved`` says that transformers stores fused
+    experts ``(experts, inputs, outputs)``, gates and ups taking turns, ``gives_scores`` that its
+    feed-forward gives out a pair, the router's scores second.
     """
 
     count: str
@@ -52,6 +59,10 @@ class Experts:
     normalizes: str = ""
     everywhere: Mapping[str, Any] = field(default_factory=dict)
     shared: SharedExpert | None = None
+    activation: Activation = "silu"
+    biased: bool = False
+    interleaved: bool = False
+    gives_scores: bool = False
 
 
 class HeadSizes(NamedTuple):
@@ -114,7 +125,8 @@ class Architecture:
     a sum over tokens is between the two, which leaves no place for R2."""
     output: str
     up: str
-    """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x."""
+    """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x, if
+    :attr:`scales_products`."""
     down: str
     """Consumes that product."""
     settings: Mapping[str, tuple[Any, ...]]
@@ -139,6 +151,9 @@ class Architecture:
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
     """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
+    alternating_yarn: bool = False
+    """The server reads neither ``layer_types`` nor the kind of RoPE: every other layer has a
+    window, from the first on, and RoPE is YaRN."""
     pre_norms: bool = True
     """There is a norm between the residual stream and its readers."""
     post_norms: tuple[str, ...] = ()
@@ -229,6 +244,12 @@ class Architecture:
         return not (self.head_is_embedding or self.plain_head)
 
     @property
+    def scales_products(self) -> bool:
+        """Whether down reads a product that is linear in what up gives out, so that S and the signs
+        of R4 can be folded there."""
+        return self.experts is None or self.experts.activation == "silu"
+
+    @property
     def rotates_residual(self) -> bool:
         """Whether R1 can be folded. A norm between a writer and the residual stream does not
         commute with a rotation."""
@@ -251,6 +272,10 @@ class Architecture:
             readers={
                 norm: tuple(e for name in names for e in each(name))
                 for norm, names in self.readers.items()
+            },
+            biases={
+                flag: tuple(expert for name in names for expert in each(name))
+                for flag, names in self.biases.items()
             },
             writers=tuple(expert for name in self.writers for expert in each(name)),
             products=(
@@ -285,9 +310,13 @@ class Architecture:
             }
             downs[shared_down] = ("hidden", "shared")
         kept = {name: shape for name, shape in table.linears.items() if name in attention}
+        biases = dict(table.biases)
+        if experts.biased:
+            biases[""] = (*biases.get("", ()), *gated, *downs)
         return replace(
             table,
             linears=kept | gated | downs,
+            biases=biases,
             readers={**table.readers, table.mlp_norm: tuple(gated)},
             writers=(table.output, *downs),
         )

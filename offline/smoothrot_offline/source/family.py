@@ -209,6 +209,7 @@ class ModelSpec:
             "query_key_value": query + 2 * values,
             "gate_up": 2 * self.intermediate,
             "experts": self.experts,
+            "heads": self.heads,
             "shared": self.shared,
             "one": 1,
         }

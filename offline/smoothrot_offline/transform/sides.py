@@ -163,14 +163,17 @@ def down_rotation(spec: ModelSpec, index: int, seed: int, online: Online) -> Sid
 
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is
     the Hadamard transform of down_proj's input, without signs. The experts of a layer share the
-    signs.
+    signs. A product that is not linear in ``up`` is rotated without any.
     """
     sides: Sides = {}
-    for up, down in spec.layer_table(index).products:
+    table = spec.layer_table(index)
+    for up, down in table.products:
         if (rotation := online.rotation(down)) is not None:
-            signs = _scaled(random_signs(rotation.size, seed, f"R4/{index}"))
-            sides[up] = [Factor(signs, output=True, last=rotation.size)]
-            sides[down] = [Factor(signs), Factor(_turned(rotation.block), online=True)]
+            sides[down] = [Factor(_turned(rotation.block), online=True)]
+            if table.scales_products:
+                signs = _scaled(random_signs(rotation.size, seed, f"R4/{index}"))
+                sides[up] = [Factor(signs, output=True, last=rotation.size)]
+                sides[down].insert(0, Factor(signs))
     return sides
 
 
