@@ -32,23 +32,17 @@ from smoothrot_offline.transform.rotation import hadamard
 from smoothrot_vllm.errors import SmoothRotError
 from smoothrot_vllm.format import QuantizationSchema, WeightScheme, check_tensor_parallel
 
-_UNUSABLE = 2 << 30
-"""What the allocator cannot use again, at most; blocks of a gibibyte go back to the system at once,
-and so does more than two at its end. Below that as much again as is used, measured: up to 0.6 of it
-without calibration on layers of 17 to 63 million weights, up to 0.72 in 14 conversions with
-calibration on layers of 2 million."""
-
 TIME_METHOD = (
     "FLOP of every pass over calibration tokens over the rate of a float32 matrix product, weights"
     " over the rate of folding and quantizing a sample on one process, bytes over the rate of"
     " SHA-256, all three measured for a moment on this machine now"
 )
 MEMORY_METHOD = (
-    "this process now, plus twice, but not more than 2 GiB more: the calibration's hidden states,"
-    " gradients' moments, and the largest of a decoder layer run in float32, that layer with a"
-    " gradient, folded in float64 with the samples that rotations are learned from, or rounded with"
-    " its Hessians, the embedding or the head with a slice of rows in float64; or the whole model,"
-    " if it generates the text"
+    "this process now, the moments of gradients, plus twice: the calibration's hidden states, and"
+    " the largest of a decoder layer run in float32, that layer with a gradient, folded in float64"
+    " with the samples that rotations are learned from, or rounded, its Hessians counting once, the"
+    " embedding or the head with a slice of rows in float64; or the whole model, if it generates"
+    " the text"
 )
 
 
@@ -82,7 +76,7 @@ def memory_bytes(
     # The source's layer, the next one, the float64 one, and what a rotation holds of its largest
     # linear beside it: with signs, after each of two factors, transposed. Then what is stored.
     folding = (2 * loaded + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
-    gradients = rounding = 0
+    gradients = rounding = matrices = 0
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)
@@ -97,7 +91,7 @@ def memory_bytes(
         # The second hidden states.
         hidden *= 1 + copies
         rounding = (2 * loaded + 8 + 4 * copies) * sum(weights) + activations
-        rounding += _rounding_bytes(spec, chunk, config.asymmetric)
+        matrices = _rounding_bytes(spec, chunk, config.asymmetric)
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
     if spec.kept:
@@ -105,13 +99,16 @@ def memory_bytes(
         embedding += before.other + after.other
     learning = learning_bytes(spec, config) if config.learns_rotations else 0
     running = running if tokens else 0
-    stages = (gradients, running, learning + folding, rounding, head, embedding)
-    moments = moments_bytes(spec) if config.rounds_for_model else 0
-    converting = hidden + moments + max(stages)
+    stages = (gradients, running, learning + folding, rounding + matrices // 2, head, embedding)
+    converting = hidden + max(stages)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
     resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    used = max(converting, generating)
-    return resident_now + max(used + min(used, _UNUSABLE), distillation_bytes(spec, config))
+    # What the allocator cannot use again, measured: up to 0.6 of it without calibration on layers
+    # of 17 to 63 million weights, up to 0.72 in 14 conversions with calibration on layers of 2
+    # million. Matrices of one size take each other's place.
+    working = max(2 * max(converting, generating), distillation_bytes(spec, config))
+    moments = moments_bytes(spec) if config.rounds_for_model else 0
+    return resident_now + moments + working
 
 
 def _rounding_bytes(spec: ModelSpec, chunk: int, asymmetric: bool) -> int:
