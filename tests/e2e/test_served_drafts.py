@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import COMMAND, run_forked
 from test_served_families import ENVIRONMENT
-from tiny_heads import EagleHead, Language, save_head, save_model, trained_head, trained_model
+from tiny_heads import EagleHead, Language, save_head, save_model, train_head, trained_model
 from tiny_models import byte_tokenizer, convert
+from transformers import LlamaConfig
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]
 
@@ -40,8 +42,10 @@ def language() -> Language:
 def directories(language: Language, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The source, its conversions and heads."""
     folder = tmp_path_factory.mktemp("drafts")
-    model = trained_model(language)
-    heads = {"head": trained_head(model, language), "untrained": EagleHead(model.config)}
+    model = trained_model(language, LlamaConfig)
+    torch.manual_seed(1)
+    heads = {"head": EagleHead(model.config), "untrained": EagleHead(model.config)}
+    train_head(heads["head"], model, language, steps=150)
     found = {name: save_head(head, model.config, folder / name) for name, head in heads.items()} | {
         "source": save_model(model, folder / "source")
     }

@@ -51,7 +51,7 @@ def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
     Raises:
         ConfigError, UnsupportedModelError: the options do not fit the model.
     """
-    spec = resolve(checkpoint.config)
+    spec = resolve(checkpoint.config, checkpoint.tensors)
     after = output_sizes(
         spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
     )
@@ -98,7 +98,7 @@ def memory_bytes(
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
     if spec.kept:
-        # What is beside a text tower is stored with the embedding.
+        # What is beside a text tower or the layers is stored with the embedding.
         embedding += before.other + after.other
     learning = learning_bytes(spec, config) if config.learns_rotations else 0
     converting = hidden + max(running if tokens else 0, learning + folding, head, embedding)
