@@ -5,13 +5,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import byte_tokenizer
+from tiny_models import FAMILIES, OWN_SIZES, byte_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from smoothrot_offline.source.resolve import SUPPORTED
@@ -105,26 +104,24 @@ class MtpHead(nn.Module):
         return self.norm(out)
 
 
-def trained_model(
-    language: Language, kind: type[PreTrainedConfig], **sizes: Any
-) -> PreTrainedModel:
+def trained_model(language: Language, family: str, steps: int) -> PreTrainedModel:
     """A two-layer model that has learned the language, with norm weights far from one."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    config = kind(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        initializer_range=0.08,
-        **sizes,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.08,
+    }
+    config = FAMILIES[family](**sizes | OWN_SIZES.get(family, {}))
     model = AutoModelForCausalLM.from_config(config)
     offset = SUPPORTED[config.model_type].norm_offset
     with torch.no_grad():
@@ -136,7 +133,7 @@ def trained_model(
         texts = language.texts(BATCH, LENGTH)
         return model(texts, labels=texts).loss
 
-    train(model, loss, 400)
+    train(model, loss, steps)
     return model
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
 
 
+_TRANSFORMED = "SmoothRot"
+"""Put before the name of vLLM's class."""
+
+
 class TransformedEagleHead(EagleLlamaForCausalLM):
     """An EAGLE head whose hidden states are taken to those of a model with R1 folded, for that
     model's output head and for the head's own next step.
@@ -94,22 +98,19 @@ def use_transformed_class(draft: "ModelConfig") -> None:
     """
     from vllm.model_executor.models import ModelRegistry
 
-    (name,) = draft.hf_config.architectures
-    if issubclass(
-        original := ModelRegistry.resolve_model_cls([name], draft)[0], TransformedOwnHead
-    ):
-        return
-    transformed = f"SmoothRot{name}"
+    # It is transformed already where a worker is made once more.
+    original = cast(list[str], draft.hf_config.architectures)[0].removeprefix(_TRANSFORMED)
+    transformed = _TRANSFORMED + original
     if transformed not in ModelRegistry.models:
-        made = type(transformed, (TransformedOwnHead, original), {})
-        ModelRegistry.register_model(transformed, made)
+        base, _ = ModelRegistry.resolve_model_cls([original], draft)
+        ModelRegistry.register_model(transformed, type(transformed, (TransformedOwnHead, base), {}))
     draft.hf_config.architectures = [transformed]
 
 
 def _add_linear(head: torch.nn.Module, name: str, config: "VllmConfig", prefix: str) -> None:
     """Add a linear of hidden size by hidden size to a head, where its loader looks for all its
     tensors."""
-    size = head.config.hidden_size
+    size = config.model_config.get_hidden_size()
     linear = ReplicatedLinear(
         size,
         size,

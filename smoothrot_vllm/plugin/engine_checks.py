@@ -85,7 +85,7 @@ def _two_way_images(config: "VllmConfig") -> object:
 
 def _draft(config: "VllmConfig") -> object:
     speculative = config.speculative_config
-    if speculative is None or speculative.method in TOKEN_DRAFTS or drafts_by_own_head(config):
+    if speculative is None or speculative.method in TOKEN_DRAFTS or own_head(config):
         return None
     # Its class asks whether it is a head of this very conversion.
     transformed = (
@@ -95,18 +95,12 @@ def _draft(config: "VllmConfig") -> object:
     return None if transformed else speculative.method
 
 
-def drafts_by_own_head(config: "VllmConfig") -> bool:
-    """Whether the served model's own head is to draft, from the same directory."""
+def own_head(config: "VllmConfig") -> str | None:
+    """The method by which the served model's own head is to draft, from the same directory."""
     speculative = config.speculative_config
-    return (
-        speculative is not None
-        and str(speculative.method).endswith("mtp")
-        and speculative.model == config.model_config.model
-    )
-
-
-def _own_head(config: "VllmConfig") -> object:
-    return config.speculative_config.method if drafts_by_own_head(config) else None
+    if speculative is None or not str(speculative.method).endswith("mtp"):
+        return None
+    return speculative.method if speculative.model == config.model_config.model else None
 
 
 def _holds_own_head(schema: QuantizationSchema) -> bool:
@@ -189,7 +183,7 @@ REFUSALS = (
     ),
     Refusal(
         "--speculative-config",
-        _own_head,
+        own_head,
         f"it holds no head that drafts ({OWN_HEAD}*), as what it was converted from held none",
         f"Convert a checkpoint that holds one, or take one of {', '.join(TOKEN_DRAFTS)}.",
         unless=_holds_own_head,

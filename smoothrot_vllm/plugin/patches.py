@@ -94,7 +94,7 @@ def _watch_workers() -> None:
     def initialize_and_watch(self: "WorkerWrapperBase") -> None:
         config = self.vllm_config.quant_config
         if isinstance(config, SmoothRotConfig):
-            _choose_draft_class(self.vllm_config, config)
+            choose_draft_class(self.vllm_config, config)
         initialize(self)
         if isinstance(config, SmoothRotConfig):
             runner: Any = self.worker.model_runner
@@ -105,11 +105,12 @@ def _watch_workers() -> None:
     WorkerWrapperBase.init_device = initialize_and_watch  # type: ignore[method-assign]
 
 
-def _choose_draft_class(vllm_config: "VllmConfig", config: "SmoothRotConfig") -> None:
-    from smoothrot_vllm.plugin.engine_checks import drafts_by_own_head, keeps_hidden_states
+def choose_draft_class(vllm_config: "VllmConfig", config: "SmoothRotConfig") -> None:
+    """Where R1 is folded, have the model's own head made by a class with its added linears."""
+    from smoothrot_vllm.plugin.engine_checks import keeps_hidden_states, own_head
 
     speculative = vllm_config.speculative_config
-    if speculative is None or not drafts_by_own_head(vllm_config):
+    if speculative is None or own_head(vllm_config) is None:
         return
     if not keeps_hidden_states(config.stored):
         from smoothrot_vllm.plugin.draft import use_transformed_class

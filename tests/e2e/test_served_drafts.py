@@ -18,7 +18,6 @@ from forked import COMMAND, run_forked
 from test_served_families import ENVIRONMENT
 from tiny_heads import EagleHead, Language, save_head, save_model, train_head, trained_model
 from tiny_models import byte_tokenizer, convert
-from transformers import LlamaConfig
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]
 
@@ -42,7 +41,7 @@ def language() -> Language:
 def directories(language: Language, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The source, its conversions and heads."""
     folder = tmp_path_factory.mktemp("drafts")
-    model = trained_model(language, LlamaConfig)
+    model = trained_model(language, "llama", steps=400)
     torch.manual_seed(1)
     heads = {"head": EagleHead(model.config), "untrained": EagleHead(model.config)}
     train_head(heads["head"], model, language, steps=150)
@@ -96,11 +95,18 @@ def results(
         }
         for name, (model, head) in cases.items()
     }
-    out = tmp_path_factory.mktemp("results") / "results.json"
+    return run_engines(given, tmp_path_factory.mktemp("results"))
+
+
+def run_engines(
+    cases: dict[str, dict[str, Any]], folder: Path, **environment: str
+) -> dict[str, dict[str, Any]]:
+    """What came of each case of the engine's script."""
+    out = folder / "results.json"
     done = subprocess.run(
         [sys.executable, str(ENGINE), str(out)],
-        input=json.dumps(given),
-        env=os.environ | ENVIRONMENT,
+        input=json.dumps(cases),
+        env=os.environ | ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         check=False,
