@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 W8A8 = ("--weight-bits", "8", "--activation-bits", "8")
 W4A8 = ("--activation-bits", "8", "--group-size", "32", "--rounding", "gptq")
-CONVERSIONS = {
+CONVERSIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "qwen3_5": {
         f"{bits} {residual}": (*options, "--lm-head-bits", "8", "--residual", residual)
         for bits, options in {"W8A8": W8A8, "W4A8": W4A8}.items()

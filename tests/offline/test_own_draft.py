@@ -122,6 +122,17 @@ def test_a_head_is_transformed_with_its_model(
     assert compare_with_source(out, source).problems == []
 
 
+def test_without_rotations_the_linears_that_are_added_change_nothing(
+    make_drafting: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, out = make_drafting(), tmp_path / "out"
+    convert(source, out, make_config(scales="none", rotate=False))
+    after = own_head(out)
+    assert torch.equal(after.pop(INPUT), torch.eye(72).bfloat16())
+    assert torch.equal(after.pop(OUTPUT), torch.eye(72).bfloat16())
+    assert all(torch.equal(after[name], tensor) for name, tensor in own_head(source).items())
+
+
 def notes(source: Path, config: Any) -> list[str]:
     return admit(open_checkpoint(source), config).notes
 

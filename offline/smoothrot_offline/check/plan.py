@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.check.admit import admit_model, admit_options, rotation_blocks
 from smoothrot_offline.check.inspect import Sizes, measure, output_sizes
-from smoothrot_offline.config import ConvertConfig, check_shards
+from smoothrot_offline.config import ConvertConfig, check_shards, folds_residual
 from smoothrot_offline.decide.policies import SAMPLE_TOKENS
 from smoothrot_offline.decide.stages import STAGES, Cost
 from smoothrot_offline.decide.study import PROBE_SAMPLES
@@ -100,6 +100,10 @@ def memory_bytes(
     if spec.kept:
         # What is beside a text tower or the layers is stored with the embedding.
         embedding += before.other + after.other
+    if spec.draft is not None and folds_residual(spec, config):
+        # fc, what it becomes and the linears that are added, in float64, and what folding them
+        # takes.
+        embedding += 9 * 8 * spec.hidden**2
     learning = learning_bytes(spec, config) if config.learns_rotations else 0
     converting = hidden + max(running if tokens else 0, learning + folding, head, embedding)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0

@@ -388,8 +388,7 @@ class ModelSpec:
         for name in self.parameters():
             tensors[name] = (tensors[name][0], torch.float32)
         if schema.online.readers is None:
-            square = ((self.hidden, self.hidden), dtype)
-            tensors |= dict.fromkeys(self.added_to_draft(), square)
+            tensors |= dict.fromkeys(self.added_to_draft(), ((self.hidden, self.hidden), dtype))
         for name, out, inputs in self.output_linears(tied):
             scheme = schema.scheme(name)
             if scheme is None:

@@ -92,7 +92,8 @@ def resolve(config: dict[str, Any], names: Iterable[str] = ()) -> ModelSpec:
     head = spec.architecture.draft
     if head is None or not any(map(head.has, names)):
         return spec
-    layers = check_size(head.layers, getattr(spec.config, head.layers, 1), MAX_LAYERS)
+    most = min(MAX_LAYERS, MAX_EXPERTS // max(1, spec.experts))
+    layers = check_size(head.layers, getattr(spec.config, head.layers, 1), most)
     return spec.with_draft(head, layers)
 
 
