@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from refusal import edit_config, edit_weights, refusal
+from simulated_gpu import GPU, simulated_gpu
 from stored import load_weights
 from test_draft import drafts, learned, rotated
 from tiny_composites import save_tiny_composite
@@ -120,6 +121,20 @@ def test_a_head_is_transformed_with_its_model(
     assert "mtp." in inspect(out).quantization.ignore
     assert verify(out).ok
     assert compare_with_source(out, source).problems == []
+
+
+def test_a_head_is_transformed_on_a_gpu_to_the_bits_of_the_cpus(
+    make_drafting: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = make_drafting(), make_config(scales="none")
+    convert(source, tmp_path / "cpu", config)
+    # The small model of a proof runs on the CPU wherever the conversion does.
+    monkeypatch.setattr("smoothrot_offline.check.admit.prove", lambda _: None)
+    with simulated_gpu(monkeypatch):
+        convert(source, tmp_path / "gpu", config, device=GPU)
+    expected, found = own_head(tmp_path / "cpu"), own_head(tmp_path / "gpu")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_without_rotations_the_linears_that_are_added_change_nothing(
