@@ -151,8 +151,8 @@ def convert(
             describe(tensors=tensors)
             if config.distill_steps:
                 if not journal.distilled:
-                    # Text alone says nothing of what images pass through.
-                    left = {*spec.parameters(), *spec.kept}
+                    # Text alone says nothing of what images or drafts pass through.
+                    left = {*spec.parameters(), *spec.kept, *spec.added_to_draft()}
                     trained = {name: record for name, record in tensors.items() if name not in left}
                     with directory.openable() as rounded:
                         journal.finish_distillation(

@@ -119,9 +119,8 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
     if name == "none":
         return Choice(make_config(**explicit), "options as given, no preset")
     try:
-        spec = resolve(checkpoint.config)
-        left = [*spec.drafts(checkpoint.tensors), *spec.unread(checkpoint.tensors)]
-        unused = [f"{spec.architecture.lm_head}.weight", *left]
+        spec = resolve(checkpoint.config, checkpoint.tensors)
+        unused = [f"{spec.architecture.lm_head}.weight", *spec.unread(checkpoint.tensors)]
         check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     except SmoothRotError:
         # What is wrong with the model is for the conversion to say, or for the plan.

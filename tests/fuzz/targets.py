@@ -302,7 +302,7 @@ def run_model_config(folder: Path) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(content, dict):
-        spec = resolve(content)
+        spec = resolve(content, ["mtp."])
         make_schema(spec, OPTIONS)
         spec.source_tensors()
 

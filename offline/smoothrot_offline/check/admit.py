@@ -11,12 +11,14 @@ from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import ConvertConfig, folds_residual, make_schema
 from smoothrot_offline.decide.study import PROBE_SAMPLES
 from smoothrot_offline.device import CPU
+from smoothrot_offline.source.architecture import DraftHead
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import SideFiles, side_files
 from smoothrot_offline.source.layers import check_seqlen
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.source.text import check_calibration
+from smoothrot_offline.transform.draft import refuse_removed_channels
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import QuantizationSchema
 from smoothrot_vllm.hadamard import HadamardFactors, choose_block
@@ -48,7 +50,7 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
         CheckpointError: a tensor is missing, unexpected, of another shape or dtype, or the head
             differs.
     """
-    spec = resolve(checkpoint.config)
+    spec = resolve(checkpoint.config, checkpoint.tensors)
     prove(spec)
     head, embedding = (
         f"{name}.weight" for name in (spec.architecture.lm_head, spec.architecture.embedding)
@@ -59,11 +61,7 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
             f" none: an embedding model, which has no head ({checkpoint.renamed}). Convert a causal"
             " language model."
         )
-    unused = [
-        *spec.drafts(checkpoint.tensors),
-        *spec.unread(checkpoint.tensors),
-        *[head] * spec.tied,
-    ]
+    unused = [*spec.unread(checkpoint.tensors), *[head] * spec.tied]
     check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     stored_twice = spec.tied and head in checkpoint.tensors and checkpoint.path.is_dir()
     if stored_twice and not torch.equal(*checkpoint.load([head, embedding]).values()):
@@ -94,7 +92,8 @@ def admit(
     """Check a conversion; the arguments are those of :func:`~smoothrot_offline.convert.convert`.
 
     Raises:
-        UnsupportedModelError, CheckpointError: as :func:`admit_model`.
+        UnsupportedModelError, CheckpointError: as :func:`admit_model`, or a channel of hidden
+            states is missing that the draft head reads.
         ConfigError: the options do not fit the model or each other, or the calibration text cannot
             be had.
     """
@@ -153,18 +152,8 @@ def admit_options(
             for name, (size, factors) in rotation_blocks(spec, config).items()
             if factors.size < min(size, SMALL_BLOCK)
         ]
-    if drafts := spec.drafts(checkpoint.tensors):
-        stored = {checkpoint.tensors[name].stored for name in drafts}
-        reason = (
-            "the hidden states it reads are the original's"
-            if folds_residual(spec, config)
-            else "no converted model holds one"
-        )
-        notes.append(
-            f"not copied: {len(stored)} tensors of a head that drafts tokens, such as"
-            f" {min(stored)}: {reason}. Speculate with --speculative-config by ngram or a draft"
-            " model"
-        )
+    if spec.draft is not None:
+        notes.append(_admit_draft(checkpoint, spec, spec.draft, config))
     if unread := spec.unread(checkpoint.tensors):
         notes.append(
             f"not copied: {len(unread)} tensors such as {min(unread)}, of layers that share"
@@ -195,6 +184,28 @@ def _admit_ranks(config: ConvertConfig) -> None:
             f" --calib-samples is {config.calib_samples}, and clips and 8-bit layers are measured"
             f" on {PROBE_SAMPLES}. Start fewer with torchrun's --nproc-per-node."
         )
+
+
+def _admit_draft(
+    checkpoint: Checkpoint, spec: ModelSpec, head: DraftHead, config: ConvertConfig
+) -> str:
+    """What is to be said of a model's own draft head.
+
+    Raises:
+        CheckpointError: R1 is to be folded behind a final norm that removes channels.
+    """
+    kept = f"{head.module}.*: the head that drafts tokens stays 16-bit"
+    if config.rotate and not folds_residual(spec, config):
+        return f"{kept}, as it is"
+    norm = f"{spec.architecture.final_norm}.weight"
+    online = "" if spec.experts else "--residual online keeps it as it is"
+    if checkpoint.path.is_dir():
+        advice = f"Remove {head.module}.* from the checkpoint{online and f', or {online}'}."
+        refuse_removed_channels(spec, checkpoint.load([norm])[norm].double(), advice)
+    return (
+        f"{kept}, with two linears more for the hidden states of a converted model"
+        f"{online and f'; {online}'}"
+    )
 
 
 def rotation_blocks(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.check.admit import admit_model, admit_options, rotation_blocks
 from smoothrot_offline.check.inspect import Sizes, measure, output_sizes
-from smoothrot_offline.config import ConvertConfig, check_shards
+from smoothrot_offline.config import ConvertConfig, check_shards, folds_residual
 from smoothrot_offline.decide.policies import SAMPLE_TOKENS
 from smoothrot_offline.decide.stages import STAGES, Cost
 from smoothrot_offline.decide.study import PROBE_SAMPLES
@@ -52,7 +52,7 @@ def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
     Raises:
         ConfigError, UnsupportedModelError: the options do not fit the model.
     """
-    spec = resolve(checkpoint.config)
+    spec = resolve(checkpoint.config, checkpoint.tensors)
     after = output_sizes(
         spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
     )
@@ -95,8 +95,12 @@ def memory_bytes(
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
     if spec.kept:
-        # What is beside a text tower is stored with the embedding.
+        # What is beside a text tower or the layers is stored with the embedding.
         embedding += before.other + after.other
+    if spec.draft is not None and folds_residual(spec, config):
+        # fc, what it becomes and the linears that are added, in float64, and what folding them
+        # takes.
+        embedding += 9 * 8 * spec.hidden**2
     learning = learning_bytes(spec, config) if config.learns_rotations else 0
     running = running if tokens else 0
     stages = (gradients, running, learning + folding, rounding + matrices // 2, head, embedding)

@@ -86,6 +86,33 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
+class DraftHead:
+    """A head that predicts further tokens from what the final norm gives out and from their
+    embeddings (multi-token prediction). A checkpoint of the family may have it or not.
+
+    ``layers`` is the configuration key of how many decoder layers it has, one without the key, and
+    ``kind`` which they are. ``tensors`` are the dimensions of the others, named relative to
+    ``module``.
+    """
+
+    layers: str
+    module: str = "mtp"
+    kind: str = "full_attention"
+    tensors: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "fc.weight": ("hidden", "two_hidden"),
+            "pre_fc_norm_embedding.weight": ("hidden",),
+            "pre_fc_norm_hidden.weight": ("hidden",),
+            "norm.weight": ("hidden",),
+        }
+    )
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor or a module by its full name is one of the head."""
+        return name.startswith(f"{self.module}.")
+
+
+@dataclass(frozen=True)
 class Multipliers:
     """Configuration keys of single numbers that a model computes with, "" where it has none. They
     commute with every fold.
@@ -179,9 +206,8 @@ class Architecture:
     """The server has no head beside the embedding."""
     plain_head: bool = False
     """The server does not quantize the head."""
-    drafts: tuple[str, ...] = ()
-    """Beginnings of the full names of heads that predict further tokens from hidden states. They
-    are no part of the model, and left out."""
+    draft: DraftHead | None = None
+    """It stays 16-bit."""
     sixteen_bit: tuple[str, ...] = ()
     """Linears beside a router that are too small to quantize."""
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
