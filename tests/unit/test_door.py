@@ -73,10 +73,11 @@ def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
 EXPECTED_LOADS = [
     ("offline/smoothrot_offline/output/journal.py", "json.loads"),
     ("offline/smoothrot_offline/output/model.py", "pickle.loads"),
+    ("offline/smoothrot_offline/ranks.py", "torch.load"),
     ("offline/smoothrot_offline/source/layers.py", "AutoModel.from_config"),
 ]
-"""A layer of a configuration that went through the door, and what the same process has just
-written."""
+"""A layer of a configuration that went through the door, and what the same process, or another of
+the same torchrun, has just written."""
 DOORS = ("foreign_files.py", "source/models.py", "source/tokenizers.py")
 
 
