@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
@@ -78,6 +79,7 @@ FAMILIES = {
     "olmo3": Olmo3Config,
     "exaone4": Exaone4Config,
     "olmoe": OlmoeConfig,
+    "glm4_moe": Glm4MoeConfig,
 }
 
 
@@ -197,6 +199,19 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 96,
         "tie_word_embeddings": False,
     },
+    "glm4_moe": {
+        "head_dim": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 96,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "tie_word_embeddings": False,
+    },
     "olmo2": {"hidden_size": 160, "head_dim": 64},
     "olmo3": {
         "hidden_size": 160,
@@ -271,6 +286,9 @@ def save_tiny_model(directory: Path, family: str) -> Path:
                 parameter.uniform_(0.5, 1.5).sub_(0.0 if "linear_attn" in name else offset)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.1)
         randomize_gemma4(model)
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -58,6 +58,8 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
         "--smooth-norms",
     ),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
+    # Behind a layer without experts; groups of them.
+    "glm4_moe": ("--activation-bits", "8", "--rounding", "gptq", "--hessian", "model"),
 }
 # Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, experts that tokens
 # are routed to have an op of their own.
@@ -75,6 +77,7 @@ FUSED = {
     "olmo3",
     "exaone4",
     "qwen2_moe",
+    "glm4_moe",
 }
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")

@@ -85,6 +85,17 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": DELTA_SIZES | SHARED_SIZES,
     "qwen3_next": DELTA_SIZES | SHARED_SIZES,
     "phi3": {"pad_token_id": 0},
+    # A layer without experts, then two with them; groups of experts, of which one is left out.
+    "glm4_moe": {
+        "head_dim": 12,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 80,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 76},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": SHARED_SIZES,
@@ -137,6 +148,9 @@ def random_model(
                 parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.1)
     randomize_gemma4(model)
     return model.eval()
 

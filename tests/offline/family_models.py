@@ -155,6 +155,21 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": {"family": "qwen3_5_moe"},
     "qwen3_5_moe, tied": {"family": "qwen3_5_moe", "tie_word_embeddings": True},
+    "glm4_moe": {"family": "glm4_moe"},
+    "glm4_moe, head norms, biases, weights of experts as they are": {
+        "family": "glm4_moe",
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 2,
+    },
+    "glm4_moe, experts in every layer and in one group": {
+        "family": "glm4_moe",
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "n_shared_experts": 1,
+        "num_key_value_heads": 1,
+    },
     "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }
 

@@ -41,6 +41,7 @@ SERVERS = {
     "ministral3": ["mistral", "llama"],
     "exaone4": ["exaone4"],
     "olmoe": ["olmoe"],
+    "glm4_moe": ["glm4_moe"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
     "gemma4_text": ["gemma4"],
@@ -132,6 +133,17 @@ STRAY: list[tuple[str, str, Any]] = [
     ("glm", "sliding_window", 8),
     ("glm4", "num_nextn_predict_layers", 1),
     ("glm4", "sliding_window", 8),
+    ("glm4_moe", "sliding_window", 8),
+    ("glm4_moe", "tie_word_embeddings", True),
+    ("glm4_moe", "layer_types", ["full_attention"] * 3),
+    ("glm4_moe", "hidden_act", "gelu"),
+    ("glm4_moe", "first_k_dense_replace", 3),
+    ("glm4_moe", "n_shared_experts", 0),
+    ("glm4_moe", "n_group", 4),
+    ("glm4_moe", "n_group", 6),
+    ("glm4_moe", "topk_group", 3),
+    ("glm4_moe", "num_experts_per_tok", 4),
+    ("glm4_moe", "per_layer_config", {"1": {"head_dim": 20}}),
     ("ernie4_5", "use_bias", True),
     ("ernie4_5", "attention_bias", True),
     ("ernie4_5", "mlp_bias", True),
@@ -337,6 +349,17 @@ def test_what_the_server_reads_by_another_key_is_written_for_it(
     context = "original_max_position_embeddings"
     assert written["llama_4_scaling"] == {"beta": 0.5, context: rope[context]}
     resolve({key: value for key, value in written.items() if key != "quantization_config"})
+
+
+def test_a_width_of_heads_that_the_server_has_no_default_for_is_written(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model("glm4_moe", head_dim=8)
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("head_dim") == config["hidden_size"] // config["num_attention_heads"]
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out", make_config(scales="none"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == 8
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,8 @@ def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> N
         ("qwen3_5", "mtp.norm.weight", (72,)),
         ("qwen3_next", "mtp.layers.0.mlp.experts.0.up_proj.weight", (76, 72)),
         ("qwen3_5_moe", "mtp.layers.0.mlp.experts.gate_up_proj", (6, 152, 72)),
+        ("glm4_moe", "model.layers.3.eh_proj.weight", (72, 144)),
+        ("glm4_moe", "model.layers.3.mlp.experts.gate_up_proj", (6, 160, 72)),
     ],
 )
 def test_heads_that_draft_are_left_out_by_name(
@@ -280,7 +282,16 @@ def test_heads_that_draft_are_left_out_by_name(
     expected = f"not copied: 1 tensors of a head that drafts tokens, such as {name}: the hidden"
     assert expected in notes[-1]
     convert(source, tmp_path / "out", plain)
-    assert not any("mtp" in name for name in open_checkpoint(tmp_path / "out").tensors)
+    left = ("mtp.", "model.layers.3.")
+    assert not any(name.startswith(left) for name in open_checkpoint(tmp_path / "out").tensors)
+
+
+def test_layers_behind_the_last_that_are_no_draft_head_are_refused(make_model: MakeModel) -> None:
+    source = make_model("glm4_moe")
+    name = "model.layers.4.eh_proj.weight"
+    edit_weights(source, lambda tensors: tensors.update({name: torch.ones(72, 144)}))
+    with pytest.raises(CheckpointError, match=name):
+        admit(open_checkpoint(source), make_config(scales="none"))
 
 
 def test_a_head_that_drafts_is_left_out_with_r1_online_too(

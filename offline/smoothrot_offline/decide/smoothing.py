@@ -66,9 +66,10 @@ def smooth_layer(
         spec.layer_table(index),
         spec.down_widths(index),
     )
-    routed = tokens * spec.config.num_experts_per_tok // spec.experts if spec.experts else tokens
+    experts = spec.experts_in(index)
+    routed = tokens * spec.config.num_experts_per_tok // experts if experts else tokens
     statistics = {
-        down: InputStatistics(width, routed if number < spec.experts else tokens, hidden.device)
+        down: InputStatistics(width, routed if number < experts else tokens, hidden.device)
         for number, ((_, down), width) in enumerate(zip(table.products, widths, strict=True))
     }
     runner.run(

@@ -146,7 +146,7 @@ class SequentialRounding:
             del attended
             for group in table.common_groups():
                 round_group(group, inputs_of(_reading(group[0])))
-            if self._spec.experts:
+            if table.experts is not None:
                 self._round_experts(index, tensors, copies, rounded)
             for chunk in self._chunks():
                 for copy, hidden in zip(copies, chunk, strict=True):
@@ -233,7 +233,8 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool)
     inputs = max(map(gathered_of, spec.tables))
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
     gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
-    return gathered + 2 * spec.layers * spec.experts * (spec.hidden**3 + spec.intermediate**3) / 3
+    inverted = spec.sparse_layers * spec.experts * (spec.hidden**3 + spec.intermediate**3)
+    return gathered + 2 * inverted / 3
 
 
 def _reading(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:

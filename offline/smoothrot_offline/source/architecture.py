@@ -12,6 +12,8 @@ Shape = tuple[int, ...]
 
 EXPERT = "{e}"
 """Stands for an expert's number in a family's names."""
+DENSE, SPARSE = "dense", "sparse"
+"""Kinds of layers of a family whose first ones have no experts."""
 
 
 def sharing(kind: str) -> str:
@@ -25,13 +27,34 @@ class SharedExpert:
     """What every token goes through beside the experts that are chosen for it.
 
     ``module`` is its name, whose linears are called like those of an expert; ``intermediate`` the
-    configuration key of its width; ``gate`` the linear whose sigmoid its output is multiplied by,
-    which stays 16-bit.
+    configuration key of its width, or with ``count`` that of one of so many that stand side by side
+    in it; ``gate`` the linear whose sigmoid its output is multiplied by, which stays 16-bit ("" =
+    none).
     """
 
     module: str
     intermediate: str
-    gate: str
+    gate: str = ""
+    count: str = ""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How experts are chosen for a token by what the router gives out, and what their outputs are
+    multiplied by: softmax over all experts, or with ``sigmoid`` of each by itself.
+
+    ``correction`` is a tensor of the router that is added to these scores for the choice alone.
+    Experts stand in as many groups as the configuration key ``groups`` says; only those of the
+    ``kept_groups`` groups of the largest sums of their ``of_group`` best scores are chosen. ``scale``
+    is the key of what the weights are multiplied by at last. "" stands for what there is none of.
+    """
+
+    sigmoid: bool = False
+    correction: str = ""
+    groups: str = ""
+    kept_groups: str = ""
+    of_group: int = 1
+    scale: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,8 @@ class Experts:
     width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
     linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
     which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
-    values of keys that say that every layer has experts. ``shared`` is an expert beside them.
+    values of keys that say that every layer has experts. ``dense`` is the key of how many of the
+    first layers have none, "" where all have. ``shared`` is an expert beside them.
     """
 
     count: str
@@ -51,7 +75,9 @@ class Experts:
     gate: str
     normalizes: str = ""
     everywhere: Mapping[str, Any] = field(default_factory=dict)
+    dense: str = ""
     shared: SharedExpert | None = None
+    routing: Routing = Routing()
 
 
 class HeadSizes(NamedTuple):
@@ -139,6 +165,8 @@ class Architecture:
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
     """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
+    named_head_dim: bool = False
+    """The server has no width of heads unless it is given."""
     pre_norms: bool = True
     """There is a norm between the residual stream and its readers."""
     post_norms: tuple[str, ...] = ()
@@ -167,6 +195,8 @@ class Architecture:
     drafts: tuple[str, ...] = ()
     """Beginnings of the full names of heads that predict further tokens from hidden states. They
     are no part of the model, and left out."""
+    draft_layers: str = ""
+    """Configuration key of how many layers behind the last one are such heads."""
     sixteen_bit: tuple[str, ...] = ()
     """Linears beside a router that are too small to quantize."""
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -278,11 +308,9 @@ class Architecture:
         table = replace(self, up=up, down=down, experts=experts, **own)
         if experts.shared is not None:
             ((shared_gate, shared_up, shared_down),) = table._shared_linears()
-            gated |= {
-                shared_gate: ("shared", "hidden"),
-                shared_up: ("shared", "hidden"),
-                experts.shared.gate: ("one", "hidden"),
-            }
+            gated |= {shared_gate: ("shared", "hidden"), shared_up: ("shared", "hidden")}
+            if experts.shared.gate:
+                gated[experts.shared.gate] = ("one", "hidden")
             downs[shared_down] = ("hidden", "shared")
         kept = {name: shape for name, shape in table.linears.items() if name in attention}
         return replace(
@@ -291,6 +319,16 @@ class Architecture:
             readers={**table.readers, table.mlp_norm: tuple(gated)},
             writers=(table.output, *downs),
         )
+
+    def behind_dense_layers(self, dense: Architecture) -> Self:
+        """The table of a family whose layers have experts, as here, but the first, which are as in
+        ``dense``."""
+        widths = {"intermediate": "dense"}
+        linears = {
+            name: (widths.get(out, out), widths.get(inputs, inputs))
+            for name, (out, inputs) in dense.linears.items()
+        }
+        return replace(self, kinds={DENSE: replace(dense, linears=linears), SPARSE: self})
 
     @property
     def feed_forward(self) -> str:
@@ -345,8 +383,9 @@ class Architecture:
         expert."""
         if self.experts is None:
             return self.sixteen_bit
-        shared = () if self.experts.shared is None else (self.experts.shared.gate,)
-        return (*self.sixteen_bit, self.experts.router, *shared)
+        shared = self.experts.shared
+        gate = (shared.gate,) if shared is not None and shared.gate else ()
+        return (*self.sixteen_bit, self.experts.router, *gate)
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first,

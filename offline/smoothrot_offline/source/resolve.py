@@ -5,7 +5,7 @@ everything else by name."""
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from smoothrot_offline.source.architecture import Architecture, Experts, LinearAttention
+from smoothrot_offline.source.architecture import Architecture, Experts, LinearAttention, Routing
 from smoothrot_offline.source.composite import Composite
 from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.families import (
@@ -132,15 +132,18 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         getattr(first, "head_dim", 0) is None
     ):  # which some of transformers' classes take for a number
         first.head_dim = hidden // heads
-    if table.kinds:
+    if table.kinds and (table.experts is None or not table.experts.dense):
         _check_kinds(table, parsed)
     if table.of_config is not None:
         table = table.of_config(table, parsed)
-    experts = shared = 0
+    experts = shared = dense = 0
     if table.experts is not None:
         experts = _count_experts(table.experts, parsed, layers)
-        if table.experts.shared is not None:
-            shared = _size(parsed, table.experts.shared.intermediate)
+        if (beside := table.experts.shared) is not None:
+            shared = _size(parsed, beside.intermediate)
+            shared *= _size(parsed, beside.count) if beside.count else 1
+        if table.experts.dense:
+            dense = _size(parsed, "intermediate_size")
     spec = ModelSpec(
         architecture=table.with_experts(experts),
         config=parsed,
@@ -161,6 +164,7 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
         shared=shared,
+        dense=dense,
     )
     for kind_of_layer in spec.tables:
         if kind_of_layer.linear_attention is not None:
@@ -174,10 +178,9 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
     if spec.layer_embedding:
         _size(parsed, spec.architecture.layer_embedding)
     check_settings(spec, config)
-    sizes = spec.dimensions(spec.architecture)
-    beside = spec.architecture.beside.items()
+    sizes, kept = spec.dimensions(spec.architecture), spec.architecture.beside.items()
     return replace(
-        spec, kept={name: tuple(sizes[dimension] for dimension in of) for name, of in beside}
+        spec, kept={name: tuple(sizes[dimension] for dimension in of) for name, of in kept}
     )
 
 
@@ -223,7 +226,26 @@ def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) ->
                 f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a"
                 " model that mixes layers with and without experts is not converted."
             )
+    first = getattr(parsed, experts.dense) if experts.dense else 0
+    if type(first) is not int or not 0 <= first < layers:
+        raise UnsupportedModelError(
+            f"config.json: {experts.dense}: expected how many of the first layers have no experts,"
+            f" fewer than num_hidden_layers = {layers}, got {first!r}. Fetch config.json again."
+        )
+    if experts.routing.groups:
+        _check_groups(experts.routing, parsed, count, chosen)
     return int(count)
+
+
+def _check_groups(routing: Routing, parsed: "PreTrainedConfig", count: int, chosen: int) -> None:
+    groups, kept = (_size(parsed, key) for key in (routing.groups, routing.kept_groups))
+    of_group = count // groups
+    if count % groups or of_group < routing.of_group or kept > groups or kept * of_group < chosen:
+        raise UnsupportedModelError(
+            f"config.json: expected {routing.groups}, {groups}, to divide {count} experts into"
+            f" groups of {routing.of_group} or more, and {routing.kept_groups}, {kept}, of them to"
+            f" hold num_experts_per_tok, {chosen}. Fetch config.json again."
+        )
 
 
 def supported_table(config: dict[str, Any], packed: bool = False) -> Architecture:

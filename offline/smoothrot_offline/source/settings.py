@@ -66,7 +66,7 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         UnsupportedModelError: a setting is not one that both compute; the message names its key.
     """
     parsed, table = spec.config, spec.architecture
-    by_layer = () if table.of_config is None else _BY_LAYER
+    by_layer = _BY_LAYER if any(kind.head_sizes for kind in spec.tables) else ()
     wide = {key: values for key, values in SERVER_WIDE.items() if key not in by_layer}
     for rope in _rope_parameters(parsed.rope_parameters or {}):
         _check_rope(rope, table)
@@ -221,11 +221,12 @@ def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
 def server_keys(spec: ModelSpec) -> dict[str, Any]:
     """What the server reads by keys of its own where transformers reads others: a conversion writes
     both into the text model's configuration."""
-    if not spec.architecture.scaled_queries:
-        return {}
-    rope, context = spec.config.rope_parameters, "original_max_position_embeddings"
-    scaling = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
-    return {"llama_4_scaling": scaling}
+    keys: dict[str, Any] = {"head_dim": spec.head_dim} if spec.architecture.named_head_dim else {}
+    if spec.architecture.scaled_queries:
+        rope, context = spec.config.rope_parameters, "original_max_position_embeddings"
+        scaling = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
+        keys["llama_4_scaling"] = scaling
+    return keys
 
 
 def _refused(class_name: str, key: str, expected: str, found: Any) -> UnsupportedModelError:
