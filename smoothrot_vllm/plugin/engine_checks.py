@@ -172,7 +172,8 @@ REFUSALS = (
     Refusal(
         "--speculative-config",
         _own_head,
-        "the head of the original model that drafts (mtp.*) is no part of a converted one",
+        "the head of the original model that drafts (mtp.*, or layers behind the last) is no part"
+        " of a converted one",
         f"Take one of {', '.join(TOKEN_DRAFTS)}.",
     ),
     Refusal(

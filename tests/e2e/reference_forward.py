@@ -84,8 +84,8 @@ class Greedy:
 
     ``margin`` is the smallest lead of a chosen token over the runner-up, in nats; ``tie_distance``
     that of the function of this name over all 4-bit inputs; ``routing_margin`` the smallest lead of
-    a chosen expert, or group of them, over another by what they are chosen by. A code of 8 bits that falls on the other side of a
-    tie moves the answer little.
+    a chosen expert, or group of them, over another by what they are chosen by. A code of 8 bits
+    that falls on the other side of a tie moves the answer little.
     """
 
     tokens: list[int]

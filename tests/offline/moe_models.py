@@ -6,8 +6,8 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
-from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.experts import separate_experts
+from smoothrot_offline.source.family import ModelSpec
 
 
 def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:

@@ -20,8 +20,9 @@ from smoothrot_offline.source.architecture import Multipliers
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_vllm.errors import UnsupportedModelError
 
-LLAMA, GEMMA3, QWEN2, QWEN2_MOE, QWEN3, PHI3 = (
-    SUPPORTED[name] for name in ("llama", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "phi3")
+LLAMA, GEMMA3, QWEN2, QWEN2_MOE, QWEN3, PHI3, GLM4_MOE = (
+    SUPPORTED[name]
+    for name in ("llama", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "phi3", "glm4_moe")
 )
 LEAST: dict[str, Any] = {"scales": "none", "rounding": "rtn"}
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -101,6 +102,24 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
             }
         },
         "layers.0.mlp.shared_expert_gate",
+    ),
+    "a writer of layers without experts left out": (
+        "glm4_moe",
+        {
+            "kinds": GLM4_MOE.kinds
+            | {"dense": replace(GLM4_MOE.kinds["dense"], writers=("self_attn.o_proj",))}
+        },
+        "layers.1.self_attn.q_proj",
+    ),
+    "layers without experts forgotten": (
+        "glm4_moe",
+        {"kinds": dict.fromkeys(GLM4_MOE.kinds, GLM4_MOE.kinds["sparse"])},
+        "tensor model.layers.0.mlp.down_proj.weight",
+    ),
+    "the correction of a router's choice forgotten": (
+        "glm4_moe",
+        {"kinds": GLM4_MOE.kinds | {"sparse": replace(GLM4_MOE.kinds["sparse"], parameters={})}},
+        "tensor model.layers.1.mlp.gate.e_score_correction_bias",
     ),
     "values not last": ("phi3", {"value": "mlp.gate_up_proj"}, "layers.0.self_attn.o_proj"),
 }

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from smoothrot_offline.check.miniature import InFloat64
 from smoothrot_offline.config import make_config, online_rotations
-from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.experts import separate_experts
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.transform.rotation import (
     DenseRotation,

@@ -9,8 +9,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from smoothrot_offline.source.architecture import DENSE, Experts, LinearAttention
-from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.experts import separate_experts
+from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.models import make_model
 from smoothrot_offline.source.resolve import resolve
 

@@ -23,8 +23,8 @@ from smoothrot_offline.device import CPU
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.checkpoint import DTYPES, open_checkpoint
 from smoothrot_offline.source.composites import COMPOSITES
-from smoothrot_offline.source.headers import INDEX_NAME, SINGLE_NAME
 from smoothrot_offline.source.experts import separate_experts
+from smoothrot_offline.source.headers import INDEX_NAME, SINGLE_NAME
 from smoothrot_offline.source.models import load_causal_lm, load_config
 from smoothrot_offline.source.resolve import SUPPORTED
 from smoothrot_vllm import reference

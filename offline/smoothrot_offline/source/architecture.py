@@ -44,9 +44,10 @@ class Routing:
     multiplied by: softmax over all experts, or with ``sigmoid`` of each by itself.
 
     ``correction`` is a tensor of the router that is added to these scores for the choice alone.
-    Experts stand in as many groups as the configuration key ``groups`` says; only those of the
-    ``kept_groups`` groups of the largest sums of their ``of_group`` best scores are chosen. ``scale``
-    is the key of what the weights are multiplied by at last. "" stands for what there is none of.
+    Experts stand in as many groups as the configuration key ``groups`` says; of so many as
+    ``kept_groups`` says, whose sums of their ``of_group`` best scores are the largest, they are
+    chosen. ``scale`` is the key of what the weights are multiplied by at last. "" stands for what
+    there is none of.
     """
 
     sigmoid: bool = False
