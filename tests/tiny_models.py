@@ -10,6 +10,8 @@ from forked import COMMAND, run_forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
@@ -80,6 +82,9 @@ FAMILIES = {
     "exaone4": Exaone4Config,
     "olmoe": OlmoeConfig,
     "glm4_moe": Glm4MoeConfig,
+    # As the Lite model of the family, whose queries have no latent state, and as V3.
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
 }
 
 
@@ -130,6 +135,32 @@ SHARED_SIZES = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 224,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+}
+# vLLM's kernel for CPUs takes these ranks and parts with RoPE alone.
+LATENT_SIZES: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 48,
+    "rope_parameters": YARN,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "tie_word_embeddings": False,
 }
 # Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of
 # each head of 32.
@@ -212,6 +243,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "tie_word_embeddings": False,
     },
+    "deepseek_v2": LATENT_SIZES | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT_SIZES | {"q_lora_rank": 48, "n_group": 2, "topk_group": 1},
     "olmo2": {"hidden_size": 160, "head_dim": 64},
     "olmo3": {
         "hidden_size": 160,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, randomize_gemma4, scaled_queries
+from tiny_models import FAMILIES, YARN, randomize_gemma4, scaled_queries
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothrot_offline.source.resolve import SUPPORTED
@@ -57,6 +57,20 @@ SHARED_SIZES = {
     "moe_intermediate_size": 80,
     "shared_expert_intermediate_size": 112,
 }
+LATENT_SIZES: dict[str, Any] = {
+    "num_key_value_heads": 9,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 12,
+    "rope_parameters": YARN,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 80,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     "gemma4": GEMMA4_SIZES
@@ -96,6 +110,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "routed_scaling_factor": 1.5,
     },
+    "deepseek_v2": LATENT_SIZES | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT_SIZES | {"q_lora_rank": 28, "n_group": 2, "topk_group": 1},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 76},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": SHARED_SIZES,

@@ -84,6 +84,12 @@ def options(**changes: Any) -> dict[str, Any]:
         ("glm4_moe", {"norm_topk_prob": False, "first_k_dense_replace": 0}),
         ("glm4_moe", {"n_group": 3, "topk_group": 2, "n_shared_experts": 1}),
         ("glm4_moe", {"n_group": 1, "use_qk_norm": True}),
+        ("deepseek_v2", {}),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+        ),
+        ("deepseek_v3", {}),
     ],
 )
 def test_separate_experts_compute_what_transformers_does(

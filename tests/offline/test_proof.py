@@ -16,7 +16,7 @@ from smoothrot_offline.check.miniature import EXPERTS, GROUPS, VOCAB, miniature
 from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.source.architecture import Multipliers
+from smoothrot_offline.source.parts import Multipliers
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_vllm.errors import UnsupportedModelError
 

@@ -8,10 +8,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from smoothrot_offline.source.architecture import DENSE, Experts, LinearAttention
+from smoothrot_offline.source.architecture import DENSE
 from smoothrot_offline.source.experts import separate_experts
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.models import make_model
+from smoothrot_offline.source.parts import Experts, LatentAttention, LinearAttention
 from smoothrot_offline.source.resolve import resolve
 
 HEAD_DIM, OTHER_HEAD_DIM = 16, 32
@@ -24,6 +25,8 @@ SHARED_COUNT = 2
 """Experts of the width of the others that stand side by side in a shared one."""
 LAYER_EMBEDDING = 12
 """Of what each layer is given of a token."""
+LATENT, LATENT_QUERIES, LATENT_KEYS, LATENT_ROTARY = 20, 28, 12, 8
+"""Widths of latent states, and of what is in a head beside its values."""
 DELTA_KEY, DELTA_VALUE = 6, 10
 """Widths of heads of linear attention."""
 _FACTORS = ("short_factor", "long_factor")
@@ -55,6 +58,8 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     for table in spec.tables:
         if (keys := table.linear_attention) is not None:
             sizes |= _small_linear_attention(keys, config)
+    if (latent := spec.tables[0].latent_attention) is not None:
+        sizes |= _small_latent_attention(latent, config)
     if spec.layer_embedding:
         sizes |= {
             spec.architecture.layer_embedding: LAYER_EMBEDDING,
@@ -130,6 +135,19 @@ def _small_experts(experts: Experts, config: PreTrainedConfig) -> dict[str, int]
         sizes[experts.shared.count] = SHARED_COUNT
     elif experts.shared is not None:
         sizes[experts.shared.intermediate] = SHARED
+    return sizes
+
+
+def _small_latent_attention(keys: LatentAttention, config: dict[str, Any]) -> dict[str, int]:
+    sizes = {
+        keys.rank: LATENT,
+        keys.keys: LATENT_KEYS,
+        keys.rotary: LATENT_ROTARY,
+        keys.values: HEAD_DIM,
+        "head_dim": LATENT_ROTARY,  # which transformers computes RoPE by
+    }
+    if config[keys.query_rank] is not None:
+        sizes[keys.query_rank] = LATENT_QUERIES
     return sizes
 
 

@@ -135,9 +135,11 @@ class SequentialRounding:
             for chunk in self._chunks():
                 yield [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]
 
-        qkv, output, *_ = table.input_groups()
+        qkv, *inner, output = table.attention_groups()
         with torch.no_grad():
             round_group(qkv, inputs_of(BuiltLayer.attention_input))
+            for group in inner:
+                round_group(group, inputs_of(_attending(group[0])))
             attended = list(inputs_of(BuiltLayer.output_input))
             round_group(output, attended)
             for chunk, inputs in zip(self._chunks(), attended, strict=True):
@@ -235,6 +237,10 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool)
     gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
     inverted = spec.sparse_layers * spec.experts * (spec.hidden**3 + spec.intermediate**3)
     return gathered + 2 * inverted / 3
+
+
+def _attending(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:
+    return lambda copy, hidden: copy.attention_part_input(linear, hidden)
 
 
 def _reading(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:

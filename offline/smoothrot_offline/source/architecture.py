@@ -6,7 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
+
+from smoothrot_offline.source.parts import (
+    Experts,
+    HeadSizes,
+    LatentAttention,
+    LinearAttention,
+    Multipliers,
+)
 
 Shape = tuple[int, ...]
 
@@ -20,100 +28,6 @@ def sharing(kind: str) -> str:
     """The kind of layers that are as ``kind`` but for keys and values, which are another
     layer's."""
     return f"{kind} with shared keys and values"
-
-
-@dataclass(frozen=True)
-class SharedExpert:
-    """What every token goes through beside the experts that are chosen for it.
-
-    ``module`` is its name, whose linears are called like those of an expert; ``intermediate`` the
-    configuration key of its width, or with ``count`` that of one of so many that stand side by side
-    in it; ``gate`` the linear whose sigmoid its output is multiplied by, which stays 16-bit ("" =
-    none).
-    """
-
-    module: str
-    intermediate: str
-    gate: str = ""
-    count: str = ""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """How experts are chosen for a token by what the router gives out, and what their outputs are
-    multiplied by: softmax over all experts, or with ``sigmoid`` of each by itself.
-
-    ``correction`` is a tensor of the router that is added to these scores for the choice alone.
-    Experts stand in as many groups as the configuration key ``groups`` says; of so many as
-    ``kept_groups`` says, whose sums of their ``of_group`` best scores are the largest, they are
-    chosen. ``scale`` is the key of what the weights are multiplied by at last. "" stands for what
-    there is none of.
-    """
-
-    sigmoid: bool = False
-    correction: str = ""
-    groups: str = ""
-    kept_groups: str = ""
-    of_group: int = 1
-    scale: str = ""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """What the table of a family with a mixture of experts says beside the names of its linears.
-
-    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the
-    width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
-    linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
-    which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
-    values of keys that say that every layer has experts. ``dense`` is the key of how many of the
-    first layers have none, "" where all have. ``shared`` is an expert beside them.
-    """
-
-    count: str
-    intermediate: str
-    router: str
-    gate: str
-    normalizes: str = ""
-    everywhere: Mapping[str, Any] = field(default_factory=dict)
-    dense: str = ""
-    shared: SharedExpert | None = None
-    routing: Routing = Routing()
-
-
-class HeadSizes(NamedTuple):
-    """How many heads keys and values have in a layer, and how wide all heads are there."""
-
-    kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class LinearAttention:
-    """Configuration keys of the sizes of layers whose attention is a recurrence over a state, the
-    gated delta rule: how many key and value heads, their widths, and how many tokens the
-    convolution before it sees."""
-
-    key_heads: str
-    value_heads: str
-    key_head_dim: str
-    value_head_dim: str
-    kernel: str
-
-
-@dataclass(frozen=True)
-class Multipliers:
-    """Configuration keys of single numbers that a model computes with, "" where it has none. They
-    commute with every fold.
-
-    ``embedding`` multiplies what the first layer reads, embeddings given from outside too;
-    ``residual`` what a writer adds to the residual stream; ``logits`` divides what the head gives
-    out.
-    """
-
-    embedding: str = ""
-    residual: str = ""
-    logits: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +61,8 @@ class Architecture:
     settings: Mapping[str, tuple[Any, ...]]
     """Values of a configuration key that transformers and the server both compute, the one of a
     key that is not there first."""
+    inner: tuple[tuple[str, ...], ...] = ()
+    """Linears of attention that read something of its own: groups of those that read the same."""
     same: Mapping[str, str] = field(default_factory=dict)
     """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
@@ -166,6 +82,8 @@ class Architecture:
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
     """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
+    server_keys: Mapping[str, Any] = field(default_factory=dict)
+    """What the server must be told, and transformers' class always computes."""
     named_head_dim: bool = False
     """The server has no width of heads unless it is given."""
     pre_norms: bool = True
@@ -182,7 +100,7 @@ class Architecture:
     """A norm multiplies by this plus its stored weight."""
     scaled_embedding: bool = False
     """The embedding is multiplied by the square root of the hidden size."""
-    multipliers: Multipliers = Multipliers()
+    multipliers: Multipliers = field(default_factory=Multipliers)
     layer_types: bool = False
     """The configuration chooses each layer's kind of attention."""
     attention: str = "sdpa"
@@ -204,6 +122,7 @@ class Architecture:
     """Dimensions of the tensors of a layer that are neither linears nor norms of ``readers``,
     ``post_norms`` and ``head_norms``. No transform concerns them, and they are kept in float32."""
     linear_attention: LinearAttention | None = None
+    latent_attention: LatentAttention | None = None
     kinds: Mapping[str, Architecture] = field(default_factory=dict)
     """The table of each kind of layer, by its name in ``layer_types``, or by :func:`sharing` of it
     for layers that share keys and values; empty where all layers have the tensors that this one
@@ -299,7 +218,7 @@ class Architecture:
             up, down: of an expert.
             own: other fields that differ.
         """
-        attention = {self.value, self.output, *self.readers[self.attention_norm]}
+        attention = {self.value, *chain.from_iterable(self.attention_groups())}
         gated = {
             experts.router: ("experts", "hidden"),
             experts.gate: ("intermediate", "hidden"),
@@ -371,9 +290,8 @@ class Architecture:
         if self.experts is None:
             return [[self._quantized(group)] for group in self.input_groups()]
         gated, down = self.expert_groups()
-        attention = self._quantized(self.readers[self.attention_norm])
-        common = [[group] for group in self.common_groups()]
-        return [[attention], [(self.output,)], *common, gated + down]
+        common = [*self.attention_groups(), *self.common_groups()]
+        return [*([self._quantized(group)] for group in common), gated + down]
 
     def _quantized(self, group: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(linear for linear in group if linear not in self.sixteen_bit)
@@ -391,5 +309,9 @@ class Architecture:
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first,
         then the feed-forward."""
-        read = [self.readers[self.attention_norm], (self.output,), self.readers[self.mlp_norm]]
-        return [*read, *((down,) for _, down in self.products)]
+        downs = ((down,) for _, down in self.products)
+        return [*self.attention_groups(), self.readers[self.mlp_norm], *downs]
+
+    def attention_groups(self) -> list[tuple[str, ...]]:
+        """Those of attention."""
+        return [self.readers[self.attention_norm], *self.inner, (self.output,)]

@@ -33,12 +33,23 @@ def dimensions(spec: ModelSpec, table: Architecture) -> dict[str, int]:
             "layer_embedding": width,
             "layer_embeddings": spec.layers * width,
         }
-    if (keys := table.linear_attention) is not None:
+    if (latent := table.latent_attention) is not None:
+        keys, rotary, rank = (
+            getattr(spec.config, key) for key in (latent.keys, latent.rotary, latent.rank)
+        )
+        sizes |= {
+            "latent_query": spec.heads * (keys + rotary),
+            "query_rank": getattr(spec.config, latent.query_rank) or 0,
+            "rank": rank,
+            "rank_rotary": rank + rotary,
+            "keys_values": spec.heads * (keys + head_dim),
+        }
+    if (delta := table.linear_attention) is not None:
         heads, width = (
-            getattr(spec.config, key) for key in (keys.value_heads, keys.value_head_dim)
+            getattr(spec.config, key) for key in (delta.value_heads, delta.value_head_dim)
         )
         key_heads, key_width = (
-            getattr(spec.config, key) for key in (keys.key_heads, keys.key_head_dim)
+            getattr(spec.config, key) for key in (delta.key_heads, delta.key_head_dim)
         )
         sizes |= {
             "delta_heads": heads,
@@ -48,6 +59,6 @@ def dimensions(spec: ModelSpec, table: Architecture) -> dict[str, int]:
             "delta_query_key_value": (queries := 2 * key_heads * key_width) + heads * width,
             "delta_query_key_value_gate": queries + 2 * heads * width,
             "two_delta_heads": 2 * heads,
-            "delta_kernel": getattr(spec.config, keys.kernel),
+            "delta_kernel": getattr(spec.config, delta.kernel),
         }
     return sizes

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from smoothrot_offline.source.architecture import Architecture, Experts
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.parts import Experts
 
 
 class Expert(nn.Module):

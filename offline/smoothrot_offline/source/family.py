@@ -9,15 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from smoothrot_offline.source.architecture import (
-    DENSE,
-    SPARSE,
-    Architecture,
-    HeadSizes,
-    Shape,
-    sharing,
-)
+from smoothrot_offline.source.architecture import DENSE, SPARSE, Architecture, Shape, sharing
 from smoothrot_offline.source.dimensions import dimensions
+from smoothrot_offline.source.parts import HeadSizes
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that these take
     import torch

@@ -4,12 +4,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from smoothrot_offline.source.architecture import (
-    Architecture,
-    Experts,
-    Routing,
-    SharedExpert,
-)
+from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.families import (
     LLAMA,
     MISTRAL,
@@ -19,6 +14,7 @@ from smoothrot_offline.source.families import (
     WITHOUT_WINDOWS,
 )
 from smoothrot_offline.source.linear_attention import QWEN3_5, QWEN3_NEXT_DENSE
+from smoothrot_offline.source.parts import Experts, Routing, SharedExpert
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that it takes
     from transformers import PreTrainedConfig

@@ -5,9 +5,10 @@ everything else by name."""
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from smoothrot_offline.source.architecture import Architecture, Experts, LinearAttention, Routing
+from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.composite import Composite
 from smoothrot_offline.source.composites import COMPOSITES
+from smoothrot_offline.source.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from smoothrot_offline.source.families import (
     ERNIE,
     EXAONE4,
@@ -33,6 +34,7 @@ from smoothrot_offline.source.gemma4 import GEMMA4
 from smoothrot_offline.source.linear_attention import QWEN3_5
 from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
 from smoothrot_offline.source.packings.table import PACKINGS, find_packing
+from smoothrot_offline.source.parts import Experts, LatentAttention, LinearAttention, Routing
 from smoothrot_offline.source.settings import (
     MAX_SIZE,
     OUTER_WIDE,
@@ -68,6 +70,8 @@ _TABLES = (
     OLMO3,
     EXAONE4,
     *MIXTURES.values(),
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 )
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_LAYERS = 1 << 12
@@ -166,6 +170,9 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         shared=shared,
         dense=dense,
     )
+    if (latent := table.latent_attention) is not None:
+        spec = replace(spec, head_dim=_size(parsed, latent.values))
+        _check_latent_attention(latent, parsed)
     for kind_of_layer in spec.tables:
         if kind_of_layer.linear_attention is not None:
             _check_linear_attention(kind_of_layer.linear_attention, parsed)
@@ -194,6 +201,20 @@ def _check_kinds(table: Architecture, parsed: "PreTrainedConfig") -> None:
             raise UnsupportedModelError(
                 f"config.json: layer_types: expected one of {', '.join(table.kinds)} for each layer"
                 f" of {table.class_name}, got {kind!r} for layer {index}."
+            )
+
+
+def _check_latent_attention(keys: LatentAttention, parsed: "PreTrainedConfig") -> None:
+    for key in (keys.rank, keys.keys, keys.rotary):
+        _size(parsed, key)
+    if getattr(parsed, keys.query_rank) is not None:
+        _size(parsed, keys.query_rank)
+    for key, same in (("num_key_value_heads", "num_attention_heads"), ("head_dim", keys.rotary)):
+        expected, found = getattr(parsed, same), getattr(parsed, key)
+        if found != expected:
+            raise UnsupportedModelError(
+                f"config.json: {key}: expected {same}, {expected}, got {found!r}. Fetch config.json"
+                " again."
             )
 
 

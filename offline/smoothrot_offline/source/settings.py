@@ -70,6 +70,8 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
     wide = {key: values for key, values in SERVER_WIDE.items() if key not in by_layer}
     for rope in _rope_parameters(parsed.rope_parameters or {}):
         _check_rope(rope, table)
+        if any(kind.latent_attention for kind in spec.tables):
+            _check_latent_rope(rope)
     check_values(table.class_name, parsed, config, wide, table.settings)
     for key, other in table.same.items():
         if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
@@ -142,6 +144,28 @@ def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
                 f"config.json: rope_parameters: {key}: expected {value or 'none'} (the server and"
                 f" transformers do not compute the same by it), got {parameters[key]!r}."
             )
+
+
+def _check_latent_rope(parameters: dict[str, Any]) -> None:
+    """The server has one scaling for all kinds of RoPE but the default, yarn."""
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "yarn"):
+        raise UnsupportedModelError(
+            f"config.json: rope_type: expected default or yarn (the server takes any other for"
+            f" yarn), got {kind!r}."
+        )
+    for key in ("attention_factor", "attn_factor", "truncate"):
+        if parameters.get(key) is not None:
+            raise UnsupportedModelError(
+                f"config.json: rope_parameters: {key}: expected none (the server and transformers"
+                f" do not compute the same by it), got {parameters[key]!r}."
+            )
+    one, all_dim = (parameters.get(key) for key in ("mscale", "mscale_all_dim"))
+    if bool(one) != bool(all_dim):
+        raise UnsupportedModelError(
+            "config.json: rope_parameters: mscale and mscale_all_dim: expected both or neither"
+            f" (transformers ignores one alone), got {one!r} and {all_dim!r}."
+        )
 
 
 def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
@@ -221,7 +245,9 @@ def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
 def server_keys(spec: ModelSpec) -> dict[str, Any]:
     """What the server reads by keys of its own where transformers reads others: a conversion writes
     both into the text model's configuration."""
-    keys: dict[str, Any] = {"head_dim": spec.head_dim} if spec.architecture.named_head_dim else {}
+    keys = dict(spec.architecture.server_keys)
+    if spec.architecture.named_head_dim:
+        keys["head_dim"] = spec.head_dim
     if spec.architecture.scaled_queries:
         rope, context = spec.config.rope_parameters, "original_max_position_embeddings"
         scaling = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of DeepSeek V2 and V3: experts behind layers without them, and attention whose keys
+and values are made of a narrow latent state."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.families import LLAMA, WITHOUT_WINDOWS
+from smoothrot_offline.source.mixtures import GLM4_MOE
+from smoothrot_offline.source.parts import LatentAttention, Routing
+from smoothrot_vllm.errors import UnsupportedModelError
+
+if TYPE_CHECKING:  # the tables must be there without the seconds that it takes
+    from transformers import PreTrainedConfig
+
+_QUERY, _QUERY_A, _QUERY_B = (f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj"))
+_LATENT, _KEYS_VALUES = "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"
+
+_DENSE = replace(
+    LLAMA,
+    linears={
+        _QUERY_A: ("query_rank", "hidden"),
+        _QUERY_B: ("latent_query", "query_rank"),
+        _LATENT: ("rank_rotary", "hidden"),
+        _KEYS_VALUES: ("keys_values", "rank"),
+        **{
+            name: shape
+            for name, shape in LLAMA.linears.items()
+            if name not in LLAMA.readers["input_layernorm"]
+        },
+    },
+    biases={},
+    readers=LLAMA.readers | {"input_layernorm": (_QUERY_A, _LATENT)},
+    value=_KEYS_VALUES,
+    inner=((_QUERY_B,),),
+    wide_norms={"self_attn.q_a_layernorm": "query_rank", "self_attn.kv_a_layernorm": "rank"},
+    # The server multiplies its weight into queries and into what attention gives out.
+    sixteen_bit=(_KEYS_VALUES,),
+    latent_attention=LatentAttention(
+        query_rank="q_lora_rank",
+        rank="kv_lora_rank",
+        keys="qk_nope_head_dim",
+        rotary="qk_rope_head_dim",
+        values="v_head_dim",
+    ),
+    same={},
+)
+
+
+def _of_config(table: Architecture, parsed: "PreTrainedConfig") -> Architecture:
+    """The table of one model, whose queries are made of a latent state only if it has a rank."""
+    if parsed.q_lora_rank is not None:
+        return table
+    kinds = {kind: _without_query_rank(one) for kind, one in table.kinds.items()}
+    return replace(_without_query_rank(table), kinds=kinds)
+
+
+def _of_config_v2(table: Architecture, parsed: "PreTrainedConfig") -> Architecture:
+    """:func:`_of_config`.
+
+    Raises:
+        UnsupportedModelError: experts have groups that only the server chooses by.
+    """
+    if parsed.topk_method == "greedy" and parsed.n_group != 1:
+        raise UnsupportedModelError(
+            f"config.json: n_group: expected 1 with topk_method greedy (the server chooses by"
+            f" groups, transformers does not), got {parsed.n_group!r}. Fetch config.json again."
+        )
+    return _of_config(table, parsed)
+
+
+def _without_query_rank(table: Architecture) -> Architecture:
+    left = {name: of for name, of in table.linears.items() if name not in (_QUERY_A, _QUERY_B)}
+    return replace(
+        table,
+        linears={_QUERY: ("latent_query", "hidden")} | left,
+        readers=table.readers | {"input_layernorm": (_QUERY, _LATENT)},
+        inner=(),
+        wide_norms={"self_attn.kv_a_layernorm": "rank"},
+    )
+
+
+_SETTINGS: dict[str, tuple[object, ...]] = {
+    **WITHOUT_WINDOWS,
+    "hidden_act": ("silu",),
+    # transformers' class alone has biases then.
+    "attention_bias": (False,),
+    # The norms of latent states have this one in transformers' class, and the model's in vLLM's.
+    "rms_norm_eps": (1e-6,),
+    # vLLM has no tied head.
+    "tie_word_embeddings": (False,),
+}
+_PLACE = {"up": GLM4_MOE.up, "down": GLM4_MOE.down}
+assert GLM4_MOE.experts is not None
+
+DEEPSEEK_V3 = _DENSE.with_sparse_feed_forward(
+    GLM4_MOE.experts,
+    **_PLACE,
+    model_type="deepseek_v3",
+    class_name="DeepseekV3ForCausalLM",
+    parameters=GLM4_MOE.parameters,
+    draft_layers="num_nextn_predict_layers",
+    of_config=_of_config,
+    settings={
+        **_SETTINGS,
+        "rope_interleave": (True,),
+        "topk_method": ("noaux_tc", None),
+        "scoring_func": ("sigmoid", None),
+    },
+    server_keys={"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+).behind_dense_layers(_DENSE)
+
+
+DEEPSEEK_V2 = _DENSE.with_sparse_feed_forward(
+    replace(
+        GLM4_MOE.experts,
+        routing=Routing(groups="n_group", kept_groups="topk_group", scale="routed_scaling_factor"),
+    ),
+    **_PLACE,
+    model_type="deepseek_v2",
+    class_name="DeepseekV2ForCausalLM",
+    of_config=_of_config_v2,
+    settings={
+        **_SETTINGS,
+        "mlp_bias": (False,),
+        # transformers' class never makes the weights of a token's experts sum to one.
+        "norm_topk_prob": (False, None),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "scoring_func": ("softmax", None),
+    },
+).behind_dense_layers(_DENSE)
