@@ -90,6 +90,12 @@ _SETTINGS: dict[str, tuple[object, ...]] = {
     "rms_norm_eps": (1e-6,),
     # vLLM has no tied head.
     "tie_word_embeddings": (False,),
+    # vLLM's class, that of later models as well, reads these.
+    "moe_layer_freq": (1,),
+    "moe_router_dtype": (None, "float32"),
+    "index_topk": (None,),
+    "llama_4_scaling": (None,),
+    "rswa_window": (None,),
 }
 _PLACE = {"up": GLM4_MOE.up, "down": GLM4_MOE.down}
 assert GLM4_MOE.experts is not None
