@@ -65,23 +65,22 @@ COMPOSITE_SERVERS = {
 # Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods
 # of the configuration.
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
+INDEXER = {
+    "index_head_dim",
+    "index_n_heads",
+    "index_skip_topk_offset",
+    "index_topk_freq",
+    "index_topk_pattern",
+    "indexer_rope_interleave",
+}
 # vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
 # Those of Qwen3.5 have layers with experts too, which model_type chooses.
 # That of Gemma 4 is read where rope_parameters has no kind of layers, which is refused.
 # Around it are one that marks where audio ends in a prompt, and one that sizes a made-up image.
 # Those of DeepSeek are read with index_topk alone, which is refused.
 HARMLESS = {
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3"),
-        {
-            "index_head_dim",
-            "index_n_heads",
-            "index_skip_topk_offset",
-            "index_topk_freq",
-            "index_topk_pattern",
-            "indexer_rope_interleave",
-        },
-    ),
+    "deepseek_v2": INDEXER,
+    "deepseek_v3": INDEXER,
     "gemma4_text": {"rope_local_base_freq"},
     "gemma4": {"eoa_token_id", "num_channels"},
     "qwen3": {"qk_norm"},

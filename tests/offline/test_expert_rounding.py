@@ -25,7 +25,7 @@ from smoothrot_offline.source.resolve import resolve
 
 MakeModel = Callable[..., Path]
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")
 
 
 def options(**changes: Any) -> dict[str, Any]:

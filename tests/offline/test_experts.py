@@ -38,14 +38,16 @@ FAMILIES = {
     "qwen3_moe": "mlp.experts.{}.down_proj",
     # Behind a layer without experts.
     "glm4_moe": "mlp.experts.{}.down_proj",
+    "deepseek_v2": "mlp.experts.{}.down_proj",
 }
 """Name of an expert's down_proj by family."""
 SHARED = {
     "qwen2_moe": "mlp.shared_expert.down_proj",
     "glm4_moe": "mlp.shared_experts.down_proj",
+    "deepseek_v2": "mlp.shared_experts.down_proj",
 }
 """That of the expert that every token goes through, where there is one."""
-SPARSE = {"glm4_moe": {"first_k_dense_replace": 0}}
+SPARSE = {name: {"first_k_dense_replace": 0} for name in ("glm4_moe", "deepseek_v2")}
 """What gives the first layer experts."""
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
 
@@ -101,7 +103,7 @@ def test_separate_experts_compute_what_transformers_does(
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe", "deepseek_v3"])
 def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
     make_model: MakeModel, family: str
 ) -> None:

@@ -29,7 +29,17 @@ from smoothrot_offline.transform.record import read_transform
 from smoothrot_offline.transform.rotation import DenseRotation, Rotation, random_rotation
 
 MakeModel = Callable[..., Path]
-FAMILIES = ["llama", "phi3", "gemma3", "gemma4", "mixtral", "qwen2_moe", "glm4_moe", "qwen3_5"]
+FAMILIES = [
+    "llama",
+    "phi3",
+    "gemma3",
+    "gemma4",
+    "mixtral",
+    "qwen2_moe",
+    "glm4_moe",
+    "deepseek_v2",
+    "qwen3_5",
+]
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 96
 
 

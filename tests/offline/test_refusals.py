@@ -270,6 +270,7 @@ def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> N
         ("qwen3_5_moe", "mtp.layers.0.mlp.experts.gate_up_proj", (6, 152, 72)),
         ("glm4_moe", "model.layers.3.eh_proj.weight", (72, 144)),
         ("glm4_moe", "model.layers.3.mlp.experts.gate_up_proj", (6, 160, 72)),
+        ("deepseek_v3", "model.layers.3.eh_proj.weight", (72, 144)),
     ],
 )
 def test_heads_that_draft_are_left_out_by_name(

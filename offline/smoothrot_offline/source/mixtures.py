@@ -2,7 +2,7 @@
 """The tables of families with a mixture of experts."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.families import (
@@ -11,13 +11,10 @@ from smoothrot_offline.source.families import (
     OLMO2,
     QWEN2,
     QWEN3,
-    WITHOUT_WINDOWS,
 )
+from smoothrot_offline.source.grouped_mixtures import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from smoothrot_offline.source.linear_attention import QWEN3_5, QWEN3_NEXT_DENSE
-from smoothrot_offline.source.parts import Experts, Routing, SharedExpert
-
-if TYPE_CHECKING:  # the tables must be there without the seconds that it takes
-    from transformers import PreTrainedConfig
+from smoothrot_offline.source.parts import Experts, SharedExpert
 
 MAX_EXPERTS = 1 << 16
 """Of all layers: several times the largest model's, and what names of tensors can be written out
@@ -143,60 +140,17 @@ OLMOE = LLAMA.with_sparse_feed_forward(
 )
 
 
-def _with_head_norms(table: Architecture, parsed: "PreTrainedConfig") -> Architecture:
-    """The table of one model, which has norms of queries and keys if it says so."""
-    norms = QWEN3.head_norms if parsed.use_qk_norm else ()
-    kinds = {kind: replace(one, head_norms=norms) for kind, one in table.kinds.items()}
-    return replace(table, head_norms=norms, kinds=kinds)
-
-
-_GLM_DENSE = replace(
-    LLAMA,
-    biases={"attention_bias": LLAMA.readers["input_layernorm"]},
-    same={},
-    partial_rotary=True,
-)
-
-GLM4_MOE = _GLM_DENSE.with_sparse_feed_forward(
-    Experts(
-        count="n_routed_experts",
-        intermediate="moe_intermediate_size",
-        router="mlp.gate",
-        gate="mlp.experts.{e}.gate_proj",
-        normalizes="norm_topk_prob",
-        dense="first_k_dense_replace",
-        shared=SharedExpert(
-            module="mlp.shared_experts",
-            intermediate="moe_intermediate_size",
-            count="n_shared_experts",
-        ),
-        routing=Routing(
-            sigmoid=True,
-            correction="e_score_correction_bias",
-            groups="n_group",
-            kept_groups="topk_group",
-            of_group=2,
-            scale="routed_scaling_factor",
-        ),
-    ),
-    up="mlp.experts.{e}.up_proj",
-    down="mlp.experts.{e}.down_proj",
-    model_type="glm4_moe",
-    class_name="Glm4MoeForCausalLM",
-    parameters={"mlp.gate.e_score_correction_bias": ("experts",)},
-    draft_layers="num_nextn_predict_layers",
-    of_config=_with_head_norms,
-    settings={
-        **WITHOUT_WINDOWS,
-        "hidden_act": ("silu",),
-        # vLLM has no tied head.
-        "tie_word_embeddings": (False,),
-    },
-    named_head_dim=True,
-).behind_dense_layers(_GLM_DENSE)
-
-
 MIXTURES = {
     table.model_type: table
-    for table in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, OLMOE, GLM4_MOE)
+    for table in (
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
+        OLMOE,
+        GLM4_MOE,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+    )
 }

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.composite import Composite
 from smoothrot_offline.source.composites import COMPOSITES
-from smoothrot_offline.source.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from smoothrot_offline.source.families import (
     ERNIE,
     EXAONE4,
@@ -70,8 +69,6 @@ _TABLES = (
     OLMO3,
     EXAONE4,
     *MIXTURES.values(),
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
 )
 SUPPORTED = {table.model_type: table for table in _TABLES}
 MAX_LAYERS = 1 << 12

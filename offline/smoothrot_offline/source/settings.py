@@ -151,8 +151,8 @@ def _check_latent_rope(parameters: dict[str, Any]) -> None:
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise UnsupportedModelError(
-            f"config.json: rope_parameters: rope_type: expected default or yarn (the server takes any other for"
-            f" yarn), got {kind!r}."
+            "config.json: rope_parameters: rope_type: expected default or yarn (the server takes"
+            f" any other for yarn), got {kind!r}."
         )
     for key in ("attention_factor", "attn_factor", "truncate"):
         if parameters.get(key) is not None:

@@ -1,18 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of DeepSeek V2 and V3: experts behind layers without them, and attention whose keys
-and values are made of a narrow latent state."""
+"""The tables of GLM-4.5 and of DeepSeek V2 and V3: experts, chosen by groups of them, are behind
+layers that have none. Keys and values of DeepSeek are made of a narrow latent state."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smoothrot_offline.source.architecture import Architecture
-from smoothrot_offline.source.families import LLAMA, WITHOUT_WINDOWS
-from smoothrot_offline.source.mixtures import GLM4_MOE
-from smoothrot_offline.source.parts import LatentAttention, Routing
+from smoothrot_offline.source.families import LLAMA, QWEN3, WITHOUT_WINDOWS
+from smoothrot_offline.source.parts import Experts, LatentAttention, Routing, SharedExpert
 from smoothrot_vllm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that it takes
     from transformers import PreTrainedConfig
+
+
+def _with_head_norms(table: Architecture, parsed: "PreTrainedConfig") -> Architecture:
+    """The table of one model, which has norms of queries and keys if it says so."""
+    norms = QWEN3.head_norms if parsed.use_qk_norm else ()
+    kinds = {kind: replace(one, head_norms=norms) for kind, one in table.kinds.items()}
+    return replace(table, head_norms=norms, kinds=kinds)
+
+
+_GLM_DENSE = replace(
+    LLAMA,
+    biases={"attention_bias": LLAMA.readers["input_layernorm"]},
+    same={},
+    partial_rotary=True,
+)
+
+GLM4_MOE = _GLM_DENSE.with_sparse_feed_forward(
+    Experts(
+        count="n_routed_experts",
+        intermediate="moe_intermediate_size",
+        router="mlp.gate",
+        gate="mlp.experts.{e}.gate_proj",
+        normalizes="norm_topk_prob",
+        dense="first_k_dense_replace",
+        shared=SharedExpert(
+            module="mlp.shared_experts",
+            intermediate="moe_intermediate_size",
+            count="n_shared_experts",
+        ),
+        routing=Routing(
+            sigmoid=True,
+            correction="e_score_correction_bias",
+            groups="n_group",
+            kept_groups="topk_group",
+            of_group=2,
+            scale="routed_scaling_factor",
+        ),
+    ),
+    up="mlp.experts.{e}.up_proj",
+    down="mlp.experts.{e}.down_proj",
+    model_type="glm4_moe",
+    class_name="Glm4MoeForCausalLM",
+    parameters={"mlp.gate.e_score_correction_bias": ("experts",)},
+    draft_layers="num_nextn_predict_layers",
+    of_config=_with_head_norms,
+    settings={
+        **WITHOUT_WINDOWS,
+        "hidden_act": ("silu",),
+        # vLLM has no tied head.
+        "tie_word_embeddings": (False,),
+    },
+    named_head_dim=True,
+).behind_dense_layers(_GLM_DENSE)
+
 
 _QUERY, _QUERY_A, _QUERY_B = (f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj"))
 _LATENT, _KEYS_VALUES = "self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj"
