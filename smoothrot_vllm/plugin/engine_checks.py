@@ -276,7 +276,7 @@ def check_rope(config: "VllmConfig") -> None:
         return
     if (kind := model.hf_text_config.rope_parameters["rope_type"]) == "default":
         raise UnsupportedModelError(
-            f"config.json: rope_parameters: rope_type: expected yarn where latent states"
-            f" (kv_lora_rank) are served on a CPU, got {kind}, which vLLM's kernel for CPUs computes"
-            " wrongly for them. Serve the model on a GPU."
+            "config.json: rope_parameters: rope_type: expected yarn where latent states"
+            f" (kv_lora_rank) are served on a CPU, got {kind}, which vLLM's kernel for CPUs"
+            " computes wrongly for them. Serve the model on a GPU."
         )

@@ -166,6 +166,8 @@ def random_model(
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
+                # Which the published models have in float32.
+                buffer.data = buffer.to(torch.promote_types(dtype, torch.float32))
                 buffer.normal_(std=0.1)
     randomize_gemma4(model)
     return model.eval()
