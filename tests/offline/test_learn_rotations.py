@@ -213,7 +213,7 @@ def test_a_conversion_that_learns_is_still_the_model(
             load_model(path, torch.float32)(TOKENS).logits for path in (source, tmp_path / "out")
         )
     # Random weights of these are that sensitive, see test_function_is_kept.py.
-    bound = {"qwen3_5": 0.2, "gemma4": 0.1, "glm4_moe": 0.2}.get(family, 0.05)
+    bound = {"qwen3_5": 0.2, "gemma4": 0.1, "glm4_moe": 0.2, "deepseek_v2": 0.1}.get(family, 0.05)
     assert (got - expected).norm() < bound * expected.norm()
     assert verify(tmp_path / "out").ok
 
