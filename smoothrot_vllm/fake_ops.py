@@ -29,7 +29,8 @@ def _hadamard_quant_fake(
 
 
 @torch.library.register_fake("smoothrot::silu_mul_hadamard_quant")
-def _silu_mul_hadamard_quant_fake(
+@torch.library.register_fake("smoothrot::swigluoai_hadamard_quant")
+def _gated_quant_fake(
     gate_up: torch.Tensor, block: int, clip: float, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _quant_fake(gate_up[:, : gate_up.shape[1] // 2], clip, bits)
@@ -112,5 +113,8 @@ def _experts_fake(
     act_bits: int,
     weight_bits: int,
     group_size: int,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    activation: str = "silu",
 ) -> torch.Tensor:
     return x.new_empty((x.shape[0], w2_scale.shape[1]))

@@ -39,6 +39,9 @@ that the adapter or the head was given."""
 DRAFT_ARCHITECTURE = "EagleSmoothRotLlamaForCausalLM"
 """``architectures`` of a transformed draft head, which the plugin has the class of. vLLM puts
 ``Eagle`` before names that do not begin with it."""
+DRAFT_INPUT = "from_base"
+"""The linear that a model's own draft head has got by its transform: from what the final norm gives
+out to what that of the original would."""
 DRAFT_OUTPUT = "to_base"
 """The linear that a draft head has got by its transform: from its own hidden states to those of the
 base's output head."""

@@ -12,6 +12,8 @@ import torch
 
 TILE_TOKENS = 64
 """Tokens of one expert that a tile holds at most, csrc/common/types.h."""
+_ACTIVATIONS = {"silu": "silu_mul_hadamard_quant", "swigluoai": "swigluoai_hadamard_quant"}
+"""The op of each :data:`reference.Activation`."""
 
 
 def most_tiles(rows: int, experts: int) -> int:
@@ -85,6 +87,9 @@ def grouped_experts(
     act_bits: int,
     weight_bits: int,
     group_size: int,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    activation: str = "silu",
 ) -> torch.Tensor:
     """:func:`reference.experts` by the ops of the device: codes and integer sums bit for bit, sums
     over experts in its order.
@@ -92,7 +97,7 @@ def grouped_experts(
     Args:
         library: the namespace of the ops.
         x, weights, chosen, w13, w13_scale, w2, w2_scale, clip: as for :func:`ops.experts`.
-        act_bits, weight_bits, group_size: as there.
+        act_bits, weight_bits, group_size, w13_bias, w2_bias, activation: as there.
         block: as there; it must have been prepared for the device.
 
     Returns:
@@ -104,9 +109,8 @@ def grouped_experts(
     route = Route.of(chosen, len(w13))
     numbers = (act_bits, weight_bits, group_size)
     codes, scale = library.quant(x, clip, act_bits)
-    both = library.gemm_experts(
-        codes[route.token], scale[route.token], w13, w13_scale, route.tiles, x.dtype, *numbers
-    )
-    own = library.silu_mul_hadamard_quant(both, block, clip, act_bits)
-    down = library.gemm_experts(*own, w2, w2_scale, route.tiles, torch.float32, *numbers)
+    first = (codes[route.token], scale[route.token], w13, w13_scale, w13_bias)
+    both = library.gemm_experts(*first, route.tiles, x.dtype, *numbers)
+    own = getattr(library, _ACTIVATIONS[activation])(both, block, clip, act_bits)
+    down = library.gemm_experts(*own, w2, w2_scale, w2_bias, route.tiles, torch.float32, *numbers)
     return library.combine_experts(down, route.sources, weights.gather(1, route.slots), x.dtype)

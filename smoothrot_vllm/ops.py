@@ -212,6 +212,18 @@ def silu_mul_hadamard_quant(
     return _call(_OPS.silu_mul_hadamard_quant, gate_up, prepared, clip, bits)
 
 
+def swigluoai_hadamard_quant(
+    gate_up: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quant` of gpt-oss' activation, :func:`reference.swigluoai_hadamard_quant`; on
+    a CPU only.
+
+    Arguments, results and errors are those of :func:`silu_mul_hadamard_quant`.
+    """
+    prepared = prepare_rotation(block, gate_up.device) if block else 0
+    return _call(_OPS.swigluoai_hadamard_quant, gate_up, prepared, clip, bits)
+
+
 def rms_norm_quant(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -383,6 +395,9 @@ def experts(
     act_bits: int,
     weight_bits: int,
     group_size: int,
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    activation: str = "silu",
 ) -> torch.Tensor:
     """The experts of a mixture, :func:`reference.experts`: the input is quantized once, then each
     expert computes its own tokens.
@@ -395,6 +410,8 @@ def experts(
         w13, w2: what :func:`prepack_weight` makes of all experts' stored codes.
         w13_scale, w2_scale: as given to :func:`prepack_weight`; only their shapes are read on a
             CPU.
+        w13_bias, w2_bias: ``biases`` there; None on a GPU.
+        activation: a :data:`reference.Activation`; ``silu`` on a GPU.
 
     Returns:
         ``(T, N)`` in the dtype of ``x``.
@@ -414,7 +431,10 @@ def experts(
             group_size,
         ),
     )
-    result: torch.Tensor = _call(grouped_experts, _OPS, x, weights, chosen, *stacks, *numbers)
+    biases = (w13_bias, w2_bias)
+    result: torch.Tensor = _call(
+        grouped_experts, _OPS, x, weights, chosen, *stacks, *numbers, *biases, activation
+    )
     return result
 
 

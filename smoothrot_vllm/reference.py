@@ -5,6 +5,8 @@ Slow on purpose. The kernels' tests, the converter's checks and the served model
 against these functions.
 """
 
+from typing import Literal
+
 import torch
 
 from smoothrot_vllm.errors import UnsupportedModelError
@@ -252,6 +254,28 @@ def silu_mul_hadamard_quant(
     return hadamard_quant(x, block, clip, bits) if block else quant(x, clip, bits)
 
 
+Activation = Literal["silu", "swigluoai"]
+"""What makes one of an expert's gate and up; vLLM's names."""
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+"""Of ``swigluoai``: factor within the sigmoid, bound of gate and up."""
+
+
+def swigluoai_hadamard_quant(
+    gate_up: torch.Tensor, block: int, clip: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`hadamard_quant` of ``(up + 1) * (gate / (1 + exp(-1.702 * gate)))``, of a gate of at
+    most 7 and an up held in [-7, 7]: gpt-oss' activation, in float32 and rounded once to the dtype
+    of ``gate_up``.
+
+    Arguments, results and errors are those of :func:`silu_mul_hadamard_quant`.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    glu = gate / (1.0 + _exp(-(gate * SWIGLU_ALPHA)))
+    x = ((up + 1.0) * glu).to(gate_up.dtype)
+    return hadamard_quant(x, block, clip, bits) if block else quant(x, clip, bits)
+
+
 QuantizedExperts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Codes, scales and group scales of one linear of all experts, stacked."""
 
@@ -266,13 +290,15 @@ def experts(
     clip: float,
     act_bits: int,
     weight_bits: int,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activation: Activation = "silu",
 ) -> torch.Tensor:
-    """Each token's weighted sum over its experts of ``down(silu(gate(x)) * up(x))``, every linear
+    """Each token's weighted sum over its experts of ``down(act(gate(x), up(x)))``, every linear
     quantized as in :func:`gemm`.
 
-    What gate and up give is rounded to the dtype of ``x``, and so are SiLU and product, see
-    :func:`silu_mul_hadamard_quant`; what down gives is weighed and summed in float32, in the order
-    of the experts, and rounded once.
+    What gate and up give is rounded to the dtype of ``x``, and so is the activation, see
+    :func:`silu_mul_hadamard_quant` and :func:`swigluoai_hadamard_quant`; what down gives is weighed
+    and summed in float32, in the order of the experts, and rounded once.
 
     Args:
         x: ``(T, K)``, float32, bfloat16 or float16.
@@ -284,19 +310,22 @@ def experts(
             group scales ``(E, N, G)`` or None.
         block: Hadamard block that rotates down's input, 0 for none.
         clip: of both inputs.
+        biases: of gate above up, ``(E, 2 F)``, and of down, ``(E, N)``, of any float dtype.
 
     Returns:
         ``(T, N)`` in the dtype of ``x``.
     """
     codes, scale = quant(x, clip, act_bits)
+    activate = swigluoai_hadamard_quant if activation == "swigluoai" else silu_mul_hadamard_quant
     total = torch.zeros(x.shape[0], down[0].shape[1], device=x.device)
     bits = (act_bits, weight_bits)
     for expert in range(len(gate_up[0])):
         w13, w2 = _expert_of(gate_up, expert), _expert_of(down, expert)
         token, place = (chosen == expert).nonzero(as_tuple=True)
-        both = gemm(codes[token], scale[token], *w13, None, x.dtype, *bits)
-        own, own_scale = silu_mul_hadamard_quant(both, block, clip, act_bits)
-        y = gemm(own, own_scale, *w2, None, torch.float32, *bits)
+        b13, b2 = (None, None) if biases is None else (bias[expert] for bias in biases)
+        both = gemm(codes[token], scale[token], *w13, b13, x.dtype, *bits)
+        own, own_scale = activate(both, block, clip, act_bits)
+        y = gemm(own, own_scale, *w2, b2, torch.float32, *bits)
         total.index_add_(0, token, y * weights[token, place, None])
     return total.to(x.dtype)
 

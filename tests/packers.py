@@ -13,6 +13,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 Tensors = dict[str, torch.Tensor]
 Pack = Callable[[torch.Tensor], tuple[torch.Tensor, Tensors]]
@@ -23,13 +24,23 @@ of their names the tensors that are stored."""
 def pack_linears(source: Path, quantization: dict[str, Any], pack: Pack) -> Tensors:
     """Put packed weights in place of a checkpoint's linears; returns what they are worth."""
     worth: Tensors = {}
-    weight_map: dict[str, str] = {}
-    for file in source.glob("*.safetensors"):
-        tensors = load_file(file)
+
+    def change(tensors: Tensors) -> None:
         for name in [name for name in tensors if name.endswith("_proj.weight")]:
             worth[name], stored = pack(tensors.pop(name))
             module = name.removesuffix("weight")
             tensors |= {module + part: tensor.contiguous() for part, tensor in stored.items()}
+
+    _repack(source, quantization, change)
+    return worth
+
+
+def _repack(source: Path, quantization: dict[str, Any], change: Callable[[Tensors], None]) -> None:
+    """Change the tensors of each file of a checkpoint, and what ``config.json`` says of them."""
+    weight_map: dict[str, str] = {}
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
         save_file(tensors, file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
     index = source / "model.safetensors.index.json"
@@ -38,7 +49,6 @@ def pack_linears(source: Path, quantization: dict[str, Any], pack: Pack) -> Tens
     config = source / "config.json"
     content = json.loads(config.read_text()) | {"quantization_config": quantization}
     config.write_text(json.dumps(content))
-    return worth
 
 
 @dataclass(frozen=True)
@@ -281,3 +291,27 @@ def compressed_config(
         "sparsity_config": {},
         "transform_config": {},
     } | changes
+
+
+MXFP4_CONFIG = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+}
+"""What gpt-oss says in ``config.json``."""
+
+
+def pack_mxfp4(source: Path) -> Tensors:
+    """Put MXFP4 in place of the fused experts of a gpt-oss; returns what transformers makes of
+    it."""
+    worth: Tensors = {}
+
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, out = tensors.pop(name).shape
+            blocks = torch.randint(0, 256, (experts, out, inputs // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(120, 126, blocks.shape[:-1], dtype=torch.uint8)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            worth[name] = convert_moe_packed_tensors(blocks, scales)
+
+    _repack(source, MXFP4_CONFIG, change)
+    return worth

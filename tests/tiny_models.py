@@ -20,6 +20,7 @@ from transformers import (
     Glm4Config,
     Glm4MoeConfig,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
@@ -85,7 +86,24 @@ FAMILIES = {
     # As the Lite model of the family, whose queries have no latent state, and as V3.
     "deepseek_v2": DeepseekV2Config,
     "deepseek_v3": DeepseekV3Config,
+    "gpt_oss": GptOssConfig,
 }
+
+
+def yarn(context: int, factor: float, **own: Any) -> dict[str, Any]:
+    """Settings of a model that was trained on ``context`` tokens and reads ``factor`` times as
+    many; ``own`` are further rotary parameters of its family."""
+    return {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": factor,
+            "original_max_position_embeddings": context,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            **own,
+        },
+    }
 
 
 def scaled_queries(context: int, factor: float) -> dict[str, Any]:
@@ -136,16 +154,6 @@ SHARED_SIZES = {
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 224,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.707,
-    "mscale_all_dim": 0.707,
-}
 # vLLM's kernel for CPUs takes these ranks and parts with RoPE alone.
 LATENT_SIZES: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -153,7 +161,7 @@ LATENT_SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 48,
-    "rope_parameters": YARN,
+    **yarn(16, 4.0, mscale=0.707, mscale_all_dim=0.707),
     "first_k_dense_replace": 1,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -245,6 +253,14 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": LATENT_SIZES | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT_SIZES | {"q_lora_rank": 48, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {
+        "head_dim": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "tie_word_embeddings": False,
+        **yarn(128, 4.0, truncate=False),
+    },
     "olmo2": {"hidden_size": 160, "head_dim": 64},
     "olmo3": {
         "hidden_size": 160,

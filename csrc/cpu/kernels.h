@@ -19,7 +19,12 @@ struct Rotation {
   const uint8_t* signs;
 };
 
-enum class Source { plain, silu_mul, rms_norm };
+enum class Source { plain, silu_mul, swigluoai, rms_norm };
+
+// Whether rows are gates before ups, twice as wide as what is quantized.
+static inline bool is_gated(Source source) {
+  return source == Source::silu_mul || source == Source::swigluoai;
+}
 
 // Of an RMS norm before the quantization.
 struct NormArgs {
@@ -29,7 +34,7 @@ struct NormArgs {
 };
 
 struct QuantArgs {
-  const void* x;  // [rows][inputs], contiguous; [rows][2 * inputs], gate before up, for silu_mul
+  const void* x;  // [rows][inputs], contiguous; [rows][2 * inputs], gate before up, if is_gated
   Float dtype;
   int64_t inputs;
   const Rotation* rotation;  // null: none

@@ -8,11 +8,11 @@
 #include <limits>
 
 #include "../common/float16.h"
+#include "gated.h"
 #include "hadamard.h"
 #include "kernels.h"
 #include "rms_norm.h"
 #include "rows.h"
-#include "silu_mul.h"
 #include "unroll.h"
 
 namespace smoothrot {
@@ -93,9 +93,9 @@ template <class S>
 float quant_made_row(const QuantArgs& q, int64_t row, const Scratch& scratch, int8_t* codes) {
   if (q.source == Source::rms_norm) load_normed_row<S>(q, row, scratch.values);
   const auto load = [&](int64_t i, int64_t count) {
-    if (q.source == Source::silu_mul) {
+    if (is_gated(q.source)) {
       const int64_t gate = row * 2 * q.inputs + i;
-      load_gated<S>(q.x, q.dtype, gate, gate + q.inputs, count, scratch.values + i);
+      load_gated<S>(q, gate, gate + q.inputs, count, scratch.values + i);
     } else if (q.source == Source::plain) {
       load_row<S>(q.x, q.dtype, row * q.inputs + i, count, scratch.values + i);
     }

@@ -270,9 +270,11 @@ Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor
 }
 
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
-                    const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
-                    int64_t act_bits, int64_t weight_bits, int64_t group_size) {
+                    const Tensor& weight_scale, std::optional<Tensor> bias, const Tensor& tiles,
+                    ScalarType out_dtype, int64_t act_bits, int64_t weight_bits,
+                    int64_t group_size) {
   constexpr const char* op = "gemm_experts";
+  if (bias) refuse(op, "bias", "expected none, as no kernel for GPUs adds one.");
   const Device device(op, "codes", codes);
   const int64_t inputs = check_codes(op, device, codes, scale, act_bits);
   const Float dtype = float_type(op, "out_dtype", out_dtype);

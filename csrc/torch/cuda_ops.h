@@ -34,10 +34,11 @@ Tensor silu_mul_linear(const Tensor& gate_up, const Tensor& packed, const Tensor
                        int64_t weight_bits, int64_t group_size);
 // gemm where the tokens of an expert are neighbors: packed and weight_scale are stacked by expert,
 // tiles is int32 (3, any): of each tile its expert, its first token and the end of its expert's
-// tokens.
+// tokens. A bias is refused.
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
-                    const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
-                    int64_t act_bits, int64_t weight_bits, int64_t group_size);
+                    const Tensor& weight_scale, std::optional<Tensor> bias, const Tensor& tiles,
+                    ScalarType out_dtype, int64_t act_bits, int64_t weight_bits,
+                    int64_t group_size);
 // Of each token the sum of rows[sources] * weights, (tokens, top_k) each, in the order of sources.
 Tensor combine_experts(const Tensor& rows, const Tensor& sources, const Tensor& weights,
                        ScalarType out_dtype);

@@ -54,8 +54,9 @@ void store_row(const float* values, int64_t count, Float dtype, void* out, int64
 }
 
 Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& packed,
-                    const Tensor& weight_scale, const Tensor& tiles, ScalarType out_dtype,
-                    int64_t act_bits, int64_t weight_bits, int64_t group_size) {
+                    const Tensor& weight_scale, std::optional<Tensor> bias, const Tensor& tiles,
+                    ScalarType out_dtype, int64_t act_bits, int64_t weight_bits,
+                    int64_t group_size) {
   constexpr const char* op = "gemm_experts";
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
@@ -71,6 +72,13 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
   const WeightLayout w = check_weight(op, torch::stable::select(weight_scale, 0, 0), inputs,
                                       group_size, weight_bits, act_bits);
   check_packed(op, torch::stable::select(packed, 0, 0), w);
+  const uint8_t* biases = nullptr;
+  Float bias_dtype = Float::f32;
+  if (bias) {
+    bias_dtype = float_type(op, "bias", bias->scalar_type());
+    check_tensor(op, "bias", *bias, bias->scalar_type(), {experts, w.columns});
+    biases = static_cast<const uint8_t*>(bias->const_data_ptr());
+  }
   Tensor out = empty({rows, w.columns}, out_dtype);
 
   const Kernels& k = kernels();
@@ -89,6 +97,8 @@ Tensor gemm_experts(const Tensor& codes, const Tensor& scale, const Tensor& pack
     Part part{gemm_of(k, tokens, w, dtype), first, tile_count, task_count};
     part.gemm.packed =
         static_cast<const uint8_t*>(packed.const_data_ptr()) + expert * w.panels * w.panel_bytes;
+    part.gemm.bias_dtype = bias_dtype;
+    if (biases) part.gemm.bias = biases + expert * w.columns * bytes_of(bias_dtype);
     part.gemm.out =
         static_cast<uint8_t*>(out.mutable_data_ptr()) + first * w.columns * bytes_of(dtype);
     part.gemm.act.scale =

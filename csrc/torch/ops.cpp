@@ -27,7 +27,7 @@ QuantArgs quant_args(const char* op, const Tensor& x, Float dtype, int64_t block
   QuantArgs q{};
   q.x = x.const_data_ptr();
   q.dtype = dtype;
-  q.inputs = x.size(x.dim() - 1) / (source == Source::silu_mul ? 2 : 1);
+  q.inputs = x.size(x.dim() - 1) / (is_gated(source) ? 2 : 1);
   q.source = source;
   q.factor = scale_factor(clip, bits);
   q.norm = 1.0f;
@@ -80,13 +80,21 @@ std::tuple<Tensor, Tensor> hadamard_quant(const Tensor& x, int64_t block, double
   return quant_impl("hadamard_quant", x, block, clip, bits);
 }
 
-std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block,
-                                                   double clip, int64_t bits) {
-  constexpr const char* op = "silu_mul_hadamard_quant";
+std::tuple<Tensor, Tensor> gated_quant(const char* op, Source source, const Tensor& gate_up,
+                                       int64_t block, double clip, int64_t bits) {
   const Float dtype = check_gate_up(op, gate_up, 2, 2);
   check_bits(op, "bits", bits);
-  return quantize(quant_args(op, gate_up, dtype, block, clip, bits, Source::silu_mul),
-                  gate_up.size(0));
+  return quantize(quant_args(op, gate_up, dtype, block, clip, bits, source), gate_up.size(0));
+}
+
+std::tuple<Tensor, Tensor> silu_mul_hadamard_quant(const Tensor& gate_up, int64_t block,
+                                                   double clip, int64_t bits) {
+  return gated_quant("silu_mul_hadamard_quant", Source::silu_mul, gate_up, block, clip, bits);
+}
+
+std::tuple<Tensor, Tensor> swigluoai_hadamard_quant(const Tensor& gate_up, int64_t block,
+                                                    double clip, int64_t bits) {
+  return gated_quant("swigluoai_hadamard_quant", Source::swigluoai, gate_up, block, clip, bits);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_quant(const Tensor& x, std::optional<Tensor> weight,
@@ -201,8 +209,8 @@ Tensor linear_impl(const char* op, Source source, const Tensor& x, const Tensor&
                    double clip, int64_t act_bits, int64_t weight_bits, int64_t group_size) {
   check_bits(op, "act_bits", act_bits);
   check_bits(op, "weight_bits", weight_bits);
-  const Float dtype = source == Source::silu_mul ? check_gate_up(op, x, 1, kMostDims)
-                                                 : check_activations(op, "x", x, 1, kMostDims);
+  const Float dtype = is_gated(source) ? check_gate_up(op, x, 1, kMostDims)
+                                       : check_activations(op, "x", x, 1, kMostDims);
   const QuantArgs q = quant_args(op, x, dtype, block, clip, act_bits, source);
   const WeightLayout w =
       check_weight(op, weight_scale, q.inputs, group_size, weight_bits, act_bits);
@@ -254,6 +262,9 @@ std::string select_kernel(std::string isa) {
 STABLE_TORCH_LIBRARY(smoothrot, m) {
   smoothrot::define_ops(m);
   m.def("prepare_rotation(Tensor base_matrix, int power) -> ()");
+  m.def(
+      "swigluoai_hadamard_quant(Tensor gate_up, int block, float clip, int bits) -> (Tensor, "
+      "Tensor)");
   m.def("kernel_name() -> str");
   m.def("select_kernel(str isa) -> str");
 }
@@ -262,6 +273,7 @@ STABLE_TORCH_LIBRARY_IMPL(smoothrot, CPU, m) {
   m.impl("quant", TORCH_BOX(&smoothrot::quant));
   m.impl("hadamard_quant", TORCH_BOX(&smoothrot::hadamard_quant));
   m.impl("silu_mul_hadamard_quant", TORCH_BOX(&smoothrot::silu_mul_hadamard_quant));
+  m.impl("swigluoai_hadamard_quant", TORCH_BOX(&smoothrot::swigluoai_hadamard_quant));
   m.impl("rms_norm_quant", TORCH_BOX(&smoothrot::rms_norm_quant));
   m.impl("prepare_rotation", TORCH_BOX(&smoothrot::prepare_rotation));
   m.impl("prepack_weight", TORCH_BOX(&smoothrot::prepack_weight));

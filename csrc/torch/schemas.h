@@ -31,8 +31,9 @@ void define_ops(Library& m) {
       "block, float clip, "
       "int act_bits, int weight_bits, int group_size) -> Tensor");
   m.def(
-      "gemm_experts(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor tiles, "
-      "ScalarType out_dtype, int act_bits, int weight_bits, int group_size) -> Tensor");
+      "gemm_experts(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias, "
+      "Tensor tiles, ScalarType out_dtype, int act_bits, int weight_bits, int group_size) -> "
+      "Tensor");
   m.def(
       "combine_experts(Tensor rows, Tensor sources, Tensor weights, ScalarType out_dtype) -> "
       "Tensor");

@@ -98,7 +98,7 @@ def run(
     """Convert MODEL into the new directory OUT."""
     given = _given(context, options)
     exit_on_sigterm()
-    with reporting(as_json, debug) as show:
+    with reporting(as_json, debug, over_ranks=True) as show:
         refuse_unsupported(model)
         from smoothrot_offline.check.admit import admit
         from smoothrot_offline.convert import convert

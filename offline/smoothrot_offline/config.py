@@ -99,8 +99,8 @@ class ConvertConfig(_Calibration):
     )
     hessian: Literal["layer", "model"] = Field(
         "layer",
-        description="gptq, gptaq, qronos: tokens count alike, or by what an error there costs the"
-        " whole model.",
+        description="gptq, gptaq, qronos: tokens and output channels count alike, or by what errors"
+        " in them cost the whole model.",
     )
     act_order: bool = Field(
         True, description="gptq, gptaq, qronos: channels of large inputs first."
@@ -172,7 +172,7 @@ class ConvertConfig(_Calibration):
         groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
         parts = [
             f"W{self.weight_bits}A{self.activation_bits} {groups}",
-            f"{self.rounding}" + " by the model's loss" * self.weighs_tokens,
+            f"{self.rounding}" + " by the model's loss" * self.rounds_for_model,
             f"scales {self.scales}",
         ]
         parts += ["smoothed norms"] * self.smooths_norms
@@ -194,8 +194,8 @@ class ConvertConfig(_Calibration):
         return self.rounding in ("gptaq", "qronos")
 
     @property
-    def weighs_tokens(self) -> bool:
-        """Whether tokens count in rounding by what an error there costs the whole model."""
+    def rounds_for_model(self) -> bool:
+        """Whether errors count in rounding by what they cost the whole model."""
         return self.hessian == "model" and self.rounding != "rtn"
 
     @property

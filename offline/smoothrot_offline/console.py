@@ -5,6 +5,7 @@ object."""
 import ctypes
 import inspect
 import json
+import os
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from smoothrot_vllm.errors import SmoothRotError
+from smoothrot_vllm.errors import ConfigError, SmoothRotError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP_BELOW = 1 << 30
@@ -94,15 +95,20 @@ def _annotation(field: FieldInfo, settings: dict[str, Any]) -> Any:
 
 @contextmanager
 def reporting(
-    as_json: bool, debug: bool
+    as_json: bool, debug: bool, over_ranks: bool = False
 ) -> Iterator[Callable[[dict[str, Any], RenderableType], None]]:
     """Keep what libraries print off stdout, and turn errors into one line and exit code 1.
 
-    Yields the function that prints a result: its facts as JSON, or its display.
+    Yields the function that prints a result: its facts as JSON, or its display. ``over_ranks``
+    says that the command may be one of several processes of ``torchrun``, of which the first one
+    prints.
     """
     stdout = sys.stdout
+    rank, count = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
 
     def show(facts: dict[str, Any], display: RenderableType) -> None:
+        if rank:
+            return
         if as_json:
             print(json.dumps(facts, ensure_ascii=False), file=stdout)
         else:
@@ -112,7 +118,7 @@ def reporting(
             Console(file=stdout, markup=False, highlight=False, width=width).print(display)
 
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), _ranks(count, over_ranks):
             yield show
     except typer.Exit:
         raise
@@ -140,6 +146,23 @@ def reporting(
                 " --debug shows."
             ]
         )
+
+
+@contextmanager
+def _ranks(count: int, expected: bool) -> Iterator[None]:
+    if count < 2:
+        yield
+        return
+    if not expected:
+        raise ConfigError(
+            f"WORLD_SIZE is {count}: expected one process, as only run shares its work over those"
+            " of torchrun. Run the command by itself."
+        )
+    # Imports torch, which takes seconds.
+    from smoothrot_offline.ranks import together
+
+    with together():
+        yield
 
 
 def refuse(problems: list[str]) -> None:

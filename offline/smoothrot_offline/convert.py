@@ -5,7 +5,8 @@ First everything is decided that needs measuring (see decide/stages.py). Then, p
 embedding, each decoder layer, the final norm with the head: read its tensors; fold norms, R1, R2, S
 and R4 in float64; round; write its file. What is held in memory is one layer, the calibration's
 hidden states, and once each the embedding and the head, which are transformed a slice of rows at a
-time.
+time. Where several ranks convert, the first one writes; the others do their share of what is
+measured and rounded.
 """
 
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.check.admit import admit
 from smoothrot_offline.check.inspect import Sizes, measure, table_bytes
 from smoothrot_offline.config import ConvertConfig, stays_tied
@@ -67,6 +69,15 @@ class Conversion:
         }
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What the first rank's journal has of an interrupted run."""
+
+    done: bool
+    decided: bool
+    layers: int
+
+
 def convert(
     source: Path,
     out: Path,
@@ -101,25 +112,28 @@ def convert(
     def step(message: str) -> None:
         progress(message, next(begun), steps)
 
+    if not ranks.first():
+        with computing_on(device):
+            ranks.check_alike(conversion_identity(checkpoint, beside, config, workers))
+            _follow(SourceModel(checkpoint, spec), config, admitted.schema)
+        return ranks.from_first(None)
     with ResumableDirectory(out) as directory, computing_on(device):
         step("source digests")
         identity = conversion_identity(checkpoint, beside, config, workers)
+        ranks.check_alike(identity)
         journal = Journal(directory, identity, spec.layers + 2)
         resumed = len(journal.layers) if directory.resumed else None
+        before = ranks.from_first(
+            lambda: _Begun(journal.done, journal.decided, len(journal.layers))
+        )
         if not journal.done:
             model = SourceModel(checkpoint, spec)
-            decisions = _decisions(model, config, admitted.schema, journal, step)
-            converter = Converter(
-                model,
-                decisions.schema,
-                decisions.transform,
-                decisions.studies,
-                stays_tied(spec, config),
-            )
+            decisions = _decisions(model, config, admitted.schema, before, journal, step)
+            converter = _converter(model, config, decisions)
             step("embedding")
             if not journal.begun:
                 journal.finish_part(journal.write_part(converter.embedding()))
-            _layers(converter, decisions, config, workers, journal, step)
+            _layers(converter, decisions, config, workers, before, journal, step)
             step("head and files")
             head, head_error = converter.head()
             tensors = journal.tensors | journal.write_part(head)
@@ -137,8 +151,8 @@ def convert(
             describe(tensors=tensors)
             if config.distill_steps:
                 if not journal.distilled:
-                    # Text alone says nothing of what images pass through.
-                    left = {*spec.parameters(), *spec.kept}
+                    # Text alone says nothing of what images or drafts pass through.
+                    left = {*spec.parameters(), *spec.kept, *spec.added_to_draft()}
                     trained = {name: record for name, record in tensors.items() if name not in left}
                     with directory.openable() as rounded:
                         journal.finish_distillation(
@@ -156,12 +170,38 @@ def convert(
         name: (tuple(record.shape), DTYPES[record.dtype])
         for name, record in manifest.tensors.items()
     }
-    return Conversion(
+    done = Conversion(
         manifest,
         source_bytes=measure(spec, checkpoint.stored_bytes(spec.source_tensors())),
         output_bytes=measure(spec, table_bytes(stored)),
         seconds=time.monotonic() - started,
         resumed_layers=resumed,
+    )
+    return ranks.from_first(lambda: done)
+
+
+def _follow(model: SourceModel, config: ConvertConfig, schema: QuantizationSchema) -> None:
+    """What every rank but the first does, in step with it."""
+    before: _Begun = ranks.from_first(None)
+    if before.done:
+        return
+
+    def step(_message: str) -> None:
+        """The first one reports."""
+
+    decisions = _decisions(model, config, schema, before, None, step)
+    if config.rounding != "rtn":
+        converter = _converter(model, config, decisions)
+        _layers(converter, decisions, config, 1, before, None, step)
+
+
+def _converter(model: SourceModel, config: ConvertConfig, decisions: Decisions) -> Converter:
+    return Converter(
+        model,
+        decisions.schema,
+        decisions.transform,
+        decisions.studies,
+        stays_tied(model.spec, config),
     )
 
 
@@ -169,21 +209,27 @@ def _decisions(
     model: SourceModel,
     config: ConvertConfig,
     schema: QuantizationSchema,
-    journal: Journal,
+    before: _Begun,
+    journal: Journal | None,
     step: Callable[[str], None],
 ) -> Decisions:
-    """Everything that must be measured; of an interrupted run, what it has decided."""
-    if journal.decided:
+    """Everything that must be measured; of an interrupted run, what it has decided. The first rank
+    has a journal."""
+    if before.decided:
         for _ in range(count_steps(model.spec, config)):
             step("decided before")
     else:
         found = decide(model, config, schema, step)
         if found.tokens is None:
             return found
-        journal.finish_decisions(found)
+        if journal is not None:
+            journal.finish_decisions(found)
+        del found  # as large as what is read back
     # Read back in every run, so that an interrupted one goes on from the same bytes in the same
     # layout.
-    return journal.load_decisions(model.spec, config, model.device)
+    return ranks.from_first(
+        journal and partial(journal.load_decisions, model.spec, config, model.device)
+    )
 
 
 def _layers(
@@ -191,16 +237,17 @@ def _layers(
     decisions: Decisions,
     config: ConvertConfig,
     workers: int,
-    journal: Journal,
+    before: _Begun,
+    journal: Journal | None,
     step: Callable[[str], None],
 ) -> None:
-    """Convert the decoder layers that are not finished, in order."""
+    """Convert the decoder layers that are not finished, in order. The first rank has a journal."""
     source = converter.source
-    layers, finished = source.spec.layers, len(journal.layers)
+    layers, finished = source.spec.layers, before.layers
     for index in range(finished):
         step(f"layer {index + 1} of {layers}, finished before")
     left = range(finished, layers)
-    if workers > 1:
+    if workers > 1 and journal is not None:
         with closing(write_layers(converter, left, journal.folder, workers)) as written:
             for index in left:
                 step(f"layer {index + 1} of {layers}")
@@ -212,18 +259,35 @@ def _layers(
         rounding = SequentialRounding(
             source,
             converter.schema,
-            converter.embedded(decisions.calibration),
+            converter.embedded(ranks.share(decisions.calibration)),
             asymmetric=config.asymmetric,
             propagation=config.propagation if config.rounding == "gptaq" else 1.0,
-            token_weights=decisions.token_weights,
+            token_weights=[
+                {linear: _share(own, decisions.calibration) for linear, own in weights.items()}
+                for weights in decisions.token_weights
+            ],
             qronos=config.rounding == "qronos",
             act_order=config.act_order,
             damping=config.damping,
         )
-        if kept := journal.load_hidden():
-            rounding.restore(source.checkpoint.placed(kept))
+        if kept := ranks.from_first(journal and journal.load_hidden):
+            own = {name: ranks.share(hidden).contiguous() for name, hidden in kept.items()}
+            rounding.restore(source.checkpoint.placed(own))
     for index, loaded in source.layers(left):
         step(f"layer {index + 1} of {layers}")
-        done = converter.layer(index, loaded, None if rounding is None else rounding.layer)
-        hidden = None if rounding is None else rounding.state()
-        journal.finish_part(journal.write_part(done.tensors), done.record, hidden)
+        round_layer = None
+        if rounding is not None:
+            moments = decisions.output_moments[index] if decisions.output_moments else {}
+            round_layer = partial(
+                rounding.layer, output_moments=converter.output_moments(index, loaded, moments)
+            )
+        done = converter.layer(index, loaded, round_layer)
+        state = {} if rounding is None else rounding.state()
+        hidden = {name: ranks.gathered(own) for name, own in state.items()}
+        if journal is not None:
+            journal.finish_part(journal.write_part(done.tensors), done.record, hidden)
+
+
+def _share(weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of the weights of all ``tokens (samples, seqlen)``, those of this rank's, ``(tokens,)``."""
+    return ranks.share(weights.view(tokens.shape)).flatten()

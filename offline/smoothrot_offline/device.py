@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_vllm.errors import ConfigError, DeviceMemoryError
 
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ class DeviceChoice:
 
 
 def choose_device(option: str, workers: int = 1) -> DeviceChoice:
-    """The device that ``--device`` stands for.
+    """The device that ``--device`` stands for. Each of several ranks has a GPU of its own.
 
     Args:
         option: ``auto`` (a GPU if torch can use one, else the CPU), ``cpu``, ``cuda`` (the first
@@ -48,12 +49,15 @@ def choose_device(option: str, workers: int = 1) -> DeviceChoice:
         ConfigError: the option is none of these, or torch cannot use such a GPU.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    place = ranks.place()
     if option == "auto":
         if workers > 1:
             return DeviceChoice(CPU, f"as --workers {workers} work on it")
-        if count:
+        if not count:
+            return DeviceChoice(CPU, f"as torch {torch.__version__} can use no GPU")
+        if place is None:
             return DeviceChoice(torch.device("cuda", 0), "the first GPU")
-        return DeviceChoice(CPU, f"as torch {torch.__version__} can use no GPU")
+        option = "cuda"
     if option == "cpu":
         return DeviceChoice(CPU, "as asked for")
     match = re.fullmatch(r"cuda(?::(\d+))?", option)
@@ -62,14 +66,20 @@ def choose_device(option: str, workers: int = 1) -> DeviceChoice:
             f"--device {option}: expected auto, cpu, cuda or cuda:N, got {option!r}. Leave it out"
             " for auto."
         )
-    index = int(match[1] or 0)
+    if match[1] and place is not None:
+        raise ConfigError(
+            f"--device {option}: expected auto, cpu or cuda under torchrun, where each rank has a"
+            " GPU of its own. Choose GPUs with CUDA_VISIBLE_DEVICES."
+        )
+    index = int(match[1] or place or 0)
     if index >= count:
         raise ConfigError(
             f"--device {option}: expected GPU {index} of those that torch can use, got {count} of"
             f" them with torch {torch.__version__}. Check nvidia-smi and that torch was built for"
             " CUDA, or use --device cpu."
         )
-    return DeviceChoice(torch.device("cuda", index), "as asked for")
+    reason = "as asked for" if place is None else "one for each rank"
+    return DeviceChoice(torch.device("cuda", index), reason)
 
 
 def device_name(device: torch.device) -> str:

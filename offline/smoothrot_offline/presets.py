@@ -3,9 +3,11 @@
 reasonable time."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from smoothrot_offline import ranks
 from smoothrot_offline.check.plan import estimate_seconds
 from smoothrot_offline.config import ConvertConfig, make_config, make_schema
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
@@ -117,9 +119,8 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
     if name == "none":
         return Choice(make_config(**explicit), "options as given, no preset")
     try:
-        spec = resolve(checkpoint.config)
-        left = [*spec.drafts(checkpoint.tensors), *spec.unread(checkpoint.tensors)]
-        unused = [f"{spec.architecture.lm_head}.weight", *left]
+        spec = resolve(checkpoint.config, checkpoint.tensors)
+        unused = [f"{spec.architecture.lm_head}.weight", *spec.unread(checkpoint.tensors)]
         check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     except SmoothRotError:
         # What is wrong with the model is for the conversion to say, or for the plan.
@@ -130,7 +131,8 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
         return Choice(config, f"preset {name}, as asked for", notes)
     for candidate in reversed(PRESETS):
         config, notes = configure(candidate, explicit, spec, packing)
-        seconds = estimate_seconds(checkpoint, config)
+        # Of all ranks alike, as it follows from speeds measured for a moment.
+        seconds = ranks.from_first(partial(estimate_seconds, checkpoint, config))
         if seconds <= REASONABLE_SECONDS:
             break
     return Choice(
@@ -164,6 +166,12 @@ def configure(
     norms = {} if smooths else {"smooth_norms": False}
     options = preset.options | head | norms | {"preset": name}
     notes = []
+    if not spec.architecture.scales_products and "scales" not in explicit:
+        options |= {"scales": "none", "smooth_norms": False}
+        notes.append(
+            f"preset {name}: nothing is smoothed: experts of {spec.architecture.class_name} compute"
+            " (up + 1) * glu of a clamped up, which no scale commutes with"
+        )
     obstacle = _obstacle_to_distilling(spec, explicit, packing)
     if obstacle and options.get("distill_steps") and "distill_steps" not in explicit:
         options["distill_steps"] = 0

@@ -28,6 +28,8 @@ LOAD_FORMATS = (
 weights up."""
 TOKEN_DRAFTS = ("ngram", "ngram_gpu", "suffix", "draft_model")
 """Methods of speculative decoding whose drafts see the target's tokens only."""
+OWN_HEAD = "mtp."
+"""Beginning of the names of a model's own draft head, in vLLM's classes too."""
 CPU_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
 """What vLLM's attention for CPUs computes with; it accepts the others too."""
 STORED_KEYS = ("quantization_config", "compression_config", "tie_word_embeddings")
@@ -49,14 +51,14 @@ class Refusal:
         given: what of a configuration is refused; nothing if the value is None.
         why: what would go wrong.
         instead: what to do.
-        rotated_only: only where the residual stream is not that of the source.
+        unless: the checkpoint is one that it is right for.
     """
 
     option: str
     given: Callable[["VllmConfig"], object]
     why: str
     instead: str
-    rotated_only: bool = False
+    unless: Callable[[QuantizationSchema], bool] = lambda _: False
 
 
 def _pooling(config: "VllmConfig") -> object:
@@ -83,7 +85,7 @@ def _two_way_images(config: "VllmConfig") -> object:
 
 def _draft(config: "VllmConfig") -> object:
     speculative = config.speculative_config
-    if speculative is None or speculative.method in TOKEN_DRAFTS:
+    if speculative is None or speculative.method in TOKEN_DRAFTS or own_head(config):
         return None
     # Its class asks whether it is a head of this very conversion.
     transformed = (
@@ -93,11 +95,21 @@ def _draft(config: "VllmConfig") -> object:
     return None if transformed else speculative.method
 
 
-def _own_head(config: "VllmConfig") -> object:
+def own_head(config: "VllmConfig") -> str | None:
+    """The method by which the served model's own head is to draft, from the same directory."""
     speculative = config.speculative_config
     if speculative is None or not str(speculative.method).endswith("mtp"):
         return None
     return speculative.method if speculative.model == config.model_config.model else None
+
+
+def _holds_own_head(schema: QuantizationSchema) -> bool:
+    return OWN_HEAD in schema.ignore
+
+
+def keeps_hidden_states(schema: QuantizationSchema) -> bool:
+    """Whether the residual stream is that of the source."""
+    return schema.online.readers is not None
 
 
 def _hidden_states_connector(config: "VllmConfig") -> object:
@@ -148,20 +160,20 @@ def _cpu_cache_dtype(config: "VllmConfig") -> object:
 
 
 REFUSALS = (
-    Refusal("--runner pooling", _pooling, _ROTATED, _CONVERT_ONLINE, rotated_only=True),
+    Refusal("--runner pooling", _pooling, _ROTATED, _CONVERT_ONLINE, unless=keeps_hidden_states),
     Refusal(
         "--enable-prompt-embeds",
         lambda config: config.model_config.enable_prompt_embeds or None,
         _ROTATED,
         f"Send tokens or text. {_CONVERT_ONLINE}",
-        rotated_only=True,
+        unless=keeps_hidden_states,
     ),
     Refusal(
         "--enable-mm-embeds",
         _given_embeddings,
         _ROTATED,
         f"Send images. {_CONVERT_ONLINE}",
-        rotated_only=True,
+        unless=keeps_hidden_states,
     ),
     Refusal(
         "--limit-mm-per-prompt",
@@ -171,10 +183,11 @@ REFUSALS = (
     ),
     Refusal(
         "--speculative-config",
-        _own_head,
-        "the head of the original model that drafts (mtp.*, or layers behind the last) is no part"
-        " of a converted one",
-        f"Take one of {', '.join(TOKEN_DRAFTS)}.",
+        own_head,
+        f"it holds no head that drafts ({OWN_HEAD}*), as what it was converted from held none, or"
+        " held layers behind the last one, which are left out",
+        f"Convert a checkpoint that holds one, or take one of {', '.join(TOKEN_DRAFTS)}.",
+        unless=_holds_own_head,
     ),
     Refusal(
         "--speculative-config",
@@ -182,14 +195,14 @@ REFUSALS = (
         f"this method reads hidden states, and {_ROTATED}",
         f"Transform an EAGLE head of a Llama with smoothrot-convert draft, or take one of"
         f" {', '.join(TOKEN_DRAFTS)}. {_CONVERT_ONLINE}",
-        rotated_only=True,
+        unless=keeps_hidden_states,
     ),
     Refusal(
         "--kv-transfer-config",
         _hidden_states_connector,
         _ROTATED,
         _CONVERT_ONLINE,
-        rotated_only=True,
+        unless=keeps_hidden_states,
     ),
     Refusal(
         "--load-format",
@@ -253,7 +266,7 @@ def check_engine(config: "VllmConfig", schema: QuantizationSchema) -> None:
     """
     check_rope(config)
     for refusal in REFUSALS:
-        if refusal.rotated_only and schema.online.readers is not None:
+        if refusal.unless(schema):
             continue
         if (found := refusal.given(config)) is not None:
             raise ConfigError(

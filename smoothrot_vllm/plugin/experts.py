@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _STACKS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """What vLLM stacks into one parameter: the parts by its own shard ids."""
 
+_BIAS = "bias"
+_BIASED = {MoEActivation.SILU: False, MoEActivation.SWIGLUOAI: True}
+"""Whether experts with an activation that there is an op for have biases."""
 _GRANULE = 32
 """Inputs that enter one MMA of the CUDA kernels, csrc/cuda/launch.h."""
 
@@ -49,6 +52,7 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
     Raises:
         ConfigError: an option of the server that does not go with quantized experts.
         UnsupportedModelError: experts of another kind than the format covers.
+        UnsupportedPlatformError: biases, on a GPU.
     """
     parallel = moe.moe_parallel_config
     for option, given in {
@@ -62,11 +66,18 @@ def check_experts(prefix: str, moe: FusedMoEConfig) -> None:
                 f"{prefix}: expected no {option}, which quantized experts do not support. Serve"
                 " without it; --tensor-parallel-size divides each expert."
             )
-    if moe.activation != MoEActivation.SILU or moe.has_bias or moe.swiglu_limit is not None:
+    numbers = (moe.swiglu_limit, moe.swiglu_alpha)
+    if _BIASED.get(moe.activation) != moe.has_bias or numbers != (None, None):
         raise UnsupportedModelError(
-            f"{prefix}: expected experts of the form down(silu(gate(x)) * up(x)) without biases and"
-            f" limits, got activation {moe.activation.value}, bias {moe.has_bias}, limit"
-            f" {moe.swiglu_limit}. Serve the 16-bit model instead."
+            f"{prefix}: expected experts of the form down(silu(gate(x)) * up(x)) without biases, or"
+            f" those of gpt-oss, swigluoai with biases, got activation {moe.activation.value}, bias"
+            f" {moe.has_bias}, limit {moe.swiglu_limit}, alpha {moe.swiglu_alpha}. Serve the 16-bit"
+            " model instead."
+        )
+    if moe.has_bias and not current_platform.is_cpu():
+        raise UnsupportedPlatformError(
+            f"{prefix}: expected experts without biases, as no kernel for GPUs adds any or computes"
+            f" {moe.activation.value}. Serve on a CPU."
         )
 
 
@@ -82,7 +93,7 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             ``w3``).
 
     Raises:
-        ConfigError, UnsupportedModelError: see :func:`check_experts`.
+        ConfigError, UnsupportedModelError, UnsupportedPlatformError: see :func:`check_experts`.
     """
 
     def __init__(
@@ -158,6 +169,60 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
                 for name, value in attributes.items():
                     setattr(parameter, name, value)
                 layer.register_parameter(f"{stack}_{suffix}", parameter)
+        if self.moe.has_bias:
+            self._create_biases(
+                layer,
+                num_experts,
+                {"w13": intermediate_size_per_partition, "w2": hidden_size},
+                params_dtype,
+            )
+
+    def _create_biases(
+        self, layer: "RoutedExperts", experts: int, rows: dict[str, int], dtype: torch.dtype
+    ) -> None:
+        """Register ``w13_bias`` and ``w2_bias``; ``rows`` are this rank's of each part of a
+        stack."""
+        self.suffixes = (*self.suffixes, _BIAS)
+        for stack, parts in _STACKS.items():
+            height = rows[stack]
+            data = torch.full((experts, height * len(parts)), torch.nan, dtype=dtype)
+            parameter = torch.nn.Parameter(data, requires_grad=False)
+            parameter.weight_loader = self._bias_loader(height)  # type: ignore[attr-defined]
+            layer.register_parameter(f"{stack}_{_BIAS}", parameter)
+
+    def _bias_loader(self, height: int) -> Callable[..., bool | None]:
+        """Loads ``height`` rows, this rank's, of one expert's bias. What down gives is summed over
+        ranks, so the first one alone adds its bias."""
+
+        def loader(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            rank, is_down = self.moe.moe_parallel_config.tp_rank, shard_id == "w2"
+            own = param.data[expert_id].narrow(0, height if shard_id == "w3" else 0, height)
+
+            def load() -> None:
+                if is_down:
+                    own.copy_(loaded_weight if rank == 0 else torch.zeros_like(loaded_weight))
+                else:
+                    own.copy_(loaded_weight.narrow(0, rank * height, height))
+
+            whole = height if is_down else self.moe.intermediate_size
+            dtype = loaded_weight.dtype if loaded_weight.is_floating_point() else param.dtype
+            self.stored.take(
+                [self._name(expert_id, shard_id, _BIAS)],
+                ((whole,), dtype),
+                loaded_weight,
+                param,
+                load,
+            )
+            return True if return_success else None
+
+        return loader
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every tensor arrived with usable scales, then repack the codes for the kernels
@@ -196,8 +261,15 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
             for stack in _STACKS
             for suffix in (WEIGHT_PACKED, WEIGHT_SCALE)
         ]
+        biases = [getattr(layer, f"{stack}_{_BIAS}", None) for stack in _STACKS]
         return ops.experts(
-            x.contiguous(), topk_weights.float(), topk_ids, *stacks, *self.stored.numbers
+            x.contiguous(),
+            topk_weights.float(),
+            topk_ids,
+            *stacks,
+            *self.stored.numbers,
+            *biases,
+            self.moe.activation.value,
         )
 
     def _check_granules(self, widths: dict[str, int]) -> None:
@@ -251,6 +323,8 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
     def _check_scales(self, layer: torch.nn.Module) -> None:
         for stack, shards in _STACKS.items():
             for suffix in self.suffixes[1:]:
+                if suffix == _BIAS:
+                    continue
                 scales = layer.get_parameter(f"{stack}_{suffix}").data
                 rows = scales.shape[1] // len(shards)
 

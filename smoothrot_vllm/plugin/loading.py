@@ -91,7 +91,7 @@ class StoredTensors:
     def take(
         self,
         names: list[str],
-        expected: tuple[tuple[int, int], torch.dtype],
+        expected: tuple[tuple[int, ...], torch.dtype],
         tensor: torch.Tensor,
         parameter: torch.nn.Parameter,
         load: Callable[[], bool | None],
@@ -114,14 +114,18 @@ class StoredTensors:
         Raises:
             CheckpointError: another dtype or shape.
         """
-        (rows, columns), dtype = expected
+        (rows, *others), dtype = expected
         where, got = ", ".join(names), tuple(tensor.shape)
         advice = (
             "The checkpoint is damaged or its config.json belongs to another model: convert it"
             " again."
         )
-        if tensor.dtype != dtype or got[1:] != (columns,) or not (some_rows or got[0] == rows):
-            wanted = f"{dtype} with {columns} columns" if some_rows else f"{dtype} {expected[0]}"
+        if (
+            tensor.dtype != dtype
+            or got[1:] != tuple(others)
+            or not (some_rows or got[:1] == (rows,))
+        ):
+            wanted = f"{dtype} with {others[0]} columns" if some_rows else f"{dtype} {expected[0]}"
             raise CheckpointError(f"{where}: expected {wanted}, got {tensor.dtype} {got}. {advice}")
         misfit = CheckpointError(
             f"{where}: stored {got} does not fill this rank's {tuple(parameter.shape)} as the"

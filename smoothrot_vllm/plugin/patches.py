@@ -76,13 +76,14 @@ def wants_our_executor(config: "VllmConfig") -> bool:
 
 def _watch_workers() -> None:
     """``WorkerWrapperBase.init_device`` makes what runs a worker's model, which for a converted
-    model gets two methods of its own: :func:`_reload_weights` and :func:`_load_lora_model`.
+    model gets two methods of its own: :func:`_reload_weights` and :func:`_load_lora_model`; before
+    it, the class of the model's own draft head is named where R1 is folded.
 
     Why: on ``reload_weights`` vLLM keeps the first configuration and the tensors of layers that the
-    new weights lack, and serves on after an error; and it adds adapters of the original model to
-    weights in another basis.
+    new weights lack, and serves on after an error; it adds adapters of the original model to
+    weights in another basis; and it knows one class of each such head.
 
-    Until: a vLLM that asks the quantization method about both; 0.33 does not.
+    Until: a vLLM that asks the quantization method about all three; 0.33 does not.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -91,8 +92,10 @@ def _watch_workers() -> None:
     initialize = WorkerWrapperBase.init_device
 
     def initialize_and_watch(self: "WorkerWrapperBase") -> None:
-        initialize(self)
         config = self.vllm_config.quant_config
+        if isinstance(config, SmoothRotConfig):
+            choose_draft_class(self.vllm_config, config)
+        initialize(self)
         if isinstance(config, SmoothRotConfig):
             runner: Any = self.worker.model_runner
             for method in (_reload_weights, _load_lora_model):
@@ -100,6 +103,19 @@ def _watch_workers() -> None:
                 setattr(runner, name, partial(method, runner, config, getattr(runner, name)))
 
     WorkerWrapperBase.init_device = initialize_and_watch  # type: ignore[method-assign]
+
+
+def choose_draft_class(vllm_config: "VllmConfig", config: "SmoothRotConfig") -> None:
+    """Where R1 is folded, have the model's own head made by a class with its added linears."""
+    from smoothrot_vllm.plugin.engine_checks import keeps_hidden_states, own_head
+
+    speculative = vllm_config.speculative_config
+    if speculative is None or own_head(vllm_config) is None:
+        return
+    if not keeps_hidden_states(config.stored):
+        from smoothrot_vllm.plugin.draft import use_transformed_class
+
+        use_transformed_class(speculative.draft_model_config)
 
 
 def _reload_weights(

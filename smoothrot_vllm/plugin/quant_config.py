@@ -219,6 +219,7 @@ class SmoothRotConfig(QuantizationConfig):
 
     def _experts_method(self, layer: "RoutedExperts", prefix: str) -> QuantizeMethodBase | None:
         """How a layer's experts are computed, None for 16-bit ones."""
+        from smoothrot_vllm.plugin import gpt_oss
         from smoothrot_vllm.plugin.experts import SmoothRotExpertsMethod
 
         names = {
@@ -226,6 +227,9 @@ class SmoothRotConfig(QuantizationConfig):
             "w2": layer.ckpt_down_proj_name,
             "w3": str(layer.ckpt_up_proj_name),
         }
+        if gpt_oss.has_experts(layer):
+            gpt_oss.load_separate_experts()
+            names = gpt_oss.NAMES
         linears = [
             f"{prefix}.{expert}.{name}"
             for expert in range(layer.global_num_experts)

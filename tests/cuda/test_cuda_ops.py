@@ -291,6 +291,7 @@ def test_prepack_weight_names_a_wrong_argument(
             {"weight_scale": torch.ones(3, 40, 4)},
             r"weight_scale: expected contiguous float32 \(3, any, 1\), got",
         ),
+        ({"bias": torch.ones(3, 40)}, r"bias: expected none, as no kernel for GPUs adds one"),
         ({"tiles": torch.zeros(3, 1)}, r"tiles: expected contiguous int32 \(3, any\), got float32"),
         (
             {"tiles": torch.zeros(4, 1, dtype=torch.int32)},
@@ -313,6 +314,7 @@ def test_gemm_experts_names_a_wrong_argument(
         "scale": torch.ones(2),
         "packed": torch.zeros(3, 40, 32, dtype=torch.uint8),
         "weight_scale": torch.ones(3, 40, 1),
+        "bias": None,
         "tiles": torch.zeros(3, 1, dtype=torch.int32),
         "out_dtype": torch.float16,
         "act_bits": 8,

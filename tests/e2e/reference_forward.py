@@ -36,17 +36,15 @@ STARTS = [
 
 
 class ShardedLinear(nn.Module):
-    """A row-parallel linear: each rank quantizes its own part of the input with its own scales,
-    the sum is exact."""
+    """A row-parallel linear: each rank quantizes its own part of the input with its own scales."""
 
     def __init__(self, linear: QuantizedLinear, ranks: int) -> None:
         super().__init__()
-        assert linear.bias is None
         self.linear, self.ranks = linear, ranks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         acts, bits = self.linear.scheme.activations, self.linear.scheme.weights.bits
-        parts = []
+        parts: list[torch.Tensor] = []
         for rank, tokens in enumerate(x.reshape(-1, x.shape[-1]).chunk(self.ranks, dim=1)):
             packed = self.linear.weight_packed.chunk(self.ranks, dim=1)[rank]
             groups = self.linear.weight_group_scale
@@ -59,7 +57,9 @@ class ShardedLinear(nn.Module):
                 )
             else:
                 codes, scale = reference.quant(tokens, acts.clip, acts.bits)
-            parts.append(reference.gemm(codes, scale, *weight, None, x.dtype, acts.bits, bits))
+            # The first rank alone adds the bias.
+            bias = self.linear.bias if not parts else None
+            parts.append(reference.gemm(codes, scale, *weight, bias, x.dtype, acts.bits, bits))
         return torch.stack(parts).sum(dim=0).reshape(*x.shape[:-1], -1)
 
 
@@ -110,7 +110,7 @@ class Reference:
         self._routing_margins: list[float] = []
         for name, module in list(self.model.named_modules()):
             if isinstance(module, SparseMoe):
-                module.gate.register_forward_hook(self._watch_routing)
+                module.chooser.register_forward_hook(self._watch_routing)
             if not isinstance(module, QuantizedLinear):
                 continue
             shards = ranks if name.endswith(ROW_PARALLEL) else 1

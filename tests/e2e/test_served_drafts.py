@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import COMMAND, run_forked
 from test_served_families import ENVIRONMENT
-from tiny_heads import EagleHead, Language, save_head, save_model, trained_head, trained_model
+from tiny_heads import EagleHead, Language, save_head, save_model, train_head, trained_model
 from tiny_models import byte_tokenizer, convert
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]
@@ -40,8 +41,10 @@ def language() -> Language:
 def directories(language: Language, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The source, its conversions and heads."""
     folder = tmp_path_factory.mktemp("drafts")
-    model = trained_model(language)
-    heads = {"head": trained_head(model, language), "untrained": EagleHead(model.config)}
+    model = trained_model(language, "llama", steps=400)
+    torch.manual_seed(1)
+    heads = {"head": EagleHead(model.config), "untrained": EagleHead(model.config)}
+    train_head(heads["head"], model, language, steps=150)
     found = {name: save_head(head, model.config, folder / name) for name, head in heads.items()} | {
         "source": save_model(model, folder / "source")
     }
@@ -92,11 +95,18 @@ def results(
         }
         for name, (model, head) in cases.items()
     }
-    out = tmp_path_factory.mktemp("results") / "results.json"
+    return run_engines(given, tmp_path_factory.mktemp("results"))
+
+
+def run_engines(
+    cases: dict[str, dict[str, Any]], folder: Path, **environment: str
+) -> dict[str, dict[str, Any]]:
+    """What came of each case of the engine's script."""
+    out = folder / "results.json"
     done = subprocess.run(
         [sys.executable, str(ENGINE), str(out)],
-        input=json.dumps(given),
-        env=os.environ | ENVIRONMENT,
+        input=json.dumps(cases),
+        env=os.environ | ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -63,6 +63,11 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
     # Attention by latent states, in V3 with a fused linear that makes two of them.
     "deepseek_v2": ("--activation-bits", "8", "--lm-head-bits", "8"),
     "deepseek_v3": ("--activation-bits", "8", "--rounding", "gptq", "--hessian", "model"),
+    # With biases and limits, which no scale passes through.
+    "gpt_oss": (
+        *("--activation-bits", "8", "--scales", "none"),
+        *("--group-size", "32", "--rounding", "gptq"),
+    ),
 }
 # Whose MLPs compute their activation in the op of down_proj; Gemma's is GELU, experts that tokens
 # are routed to have an op of their own.

@@ -23,6 +23,7 @@ from packers import (
     gptq,
     gptq_config,
     pack_linears,
+    pack_mxfp4,
 )
 from safetensors.torch import save_file
 from tiny_models import FAMILIES, OWN_SIZES, byte_tokenizer
@@ -116,6 +117,10 @@ def prepare(root: Path) -> None:
     mixture = FAMILIES["mixtral"](**SIZES | {"num_local_experts": 2, "num_hidden_layers": 2})
     experts = AutoModelForCausalLM.from_config(mixture).bfloat16()
     experts.save_pretrained(root / "fused", save_original_format=False, max_shard_size="20KB")
+    mixture = FAMILIES["gpt_oss"](**SIZES | OWN_SIZES["gpt_oss"] | {"num_local_experts": 2})
+    experts = AutoModelForCausalLM.from_config(mixture).bfloat16()
+    experts.save_pretrained(root / "mxfp4", max_shard_size="20KB")
+    pack_mxfp4(root / "mxfp4")
     convert(source, root / "converted", OPTIONS)
     shutil.copy(source / "canary.py", root / "converted")
     (root / "configs").mkdir()
@@ -297,7 +302,7 @@ def run_model_config(folder: Path) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(content, dict):
-        spec = resolve(content)
+        spec = resolve(content, ["mtp."])
         make_schema(spec, OPTIONS)
         spec.source_tensors()
 
@@ -457,7 +462,7 @@ TARGETS = (
     Target("source", 0.01, "source", _one_of(*SOURCE_FILES), run_source),
     *(
         Target(f"source_{folder}", 0.01, folder, _one_of(*SOURCE_FILES), run_source)
-        for folder in (*PACKED, "fused")
+        for folder in (*PACKED, "fused", "mxfp4")
     ),
     Target("converted", 0.01, "converted", _one_of(*CONVERTED_FILES), run_converted),
     TRANSFORM,

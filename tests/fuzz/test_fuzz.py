@@ -24,6 +24,7 @@ TARGETS = (
         "source_compressed",
         "source_fp8",
         "source_fused",
+        "source_mxfp4",
         "converted",
         "transform",
         "adapter",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``ops.experts`` against its definition, and under torch.compile."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,6 +62,33 @@ def test_experts_equal_the_reference(
     expected, got = reference.experts(*defined), ops.experts(*given)
     assert got.dtype == dtype
     assert torch.equal(got, expected)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+@pytest.mark.parametrize(
+    ("tokens", "act_bits", "group_size", "block"),
+    [(1, 8, 32, 96), (13, 4, -1, 0), (200, 8, -1, 48)],
+)
+def test_experts_with_biases_equal_the_reference(
+    tokens: int,
+    act_bits: int,
+    group_size: int,
+    block: int,
+    activation: reference.Activation,
+    dtype: torch.dtype,
+) -> None:
+    """Bit for bit, with gates and ups beyond the limits; biases in the dtype and in float32."""
+    defined, given = random_experts(tokens, act_bits, 4, group_size, block, dtype)
+    generator = torch.Generator().manual_seed(5)
+    w13_bias = (8 * torch.randn(EXPERTS, 2 * INTERMEDIATE, generator=generator)).to(dtype)
+    w2_bias = torch.randn(EXPERTS, HIDDEN, generator=generator)
+    define = partial(reference.experts, biases=(w13_bias, w2_bias), activation=activation)
+    expected = define(*defined)
+    got = ops.experts(*given, w13_bias, w2_bias, activation)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, ops.experts(*given, None, None, activation))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, -1), (4, 32)])
@@ -171,7 +199,7 @@ def test_rows_of_no_tile_are_nan_and_senseless_tiles_compute_nothing() -> None:
         def multiply(*tiles: tuple[int, int, int], dtype: torch.dtype = dtype) -> torch.Tensor:
             table = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).T.contiguous()
             return torch.ops.smoothrot.gemm_experts(
-                codes, torch.ones(5), packed, scale, table, dtype, 8, 4, -1
+                codes, torch.ones(5), packed, scale, None, table, dtype, 8, 4, -1
             )
 
         y = multiply((1, 3, 5), (0, 1, 2))
@@ -193,6 +221,7 @@ def test_a_tile_holds_so_many_tokens_at_most() -> None:
         torch.ones(tokens),
         ops.prepack_weight(weight, scale, None, 4),
         scale,
+        None,
     )
     y = torch.ops.smoothrot.gemm_experts(
         *arguments, torch.tensor([[0], [0], [tokens]]).int(), torch.float32, 8, 4, -1
@@ -224,6 +253,7 @@ GEMM_EXPERTS: dict[str, Any] = {
     "scale": torch.ones(2),
     "packed": torch.zeros(3, 2, 32 * (4 + 32), dtype=torch.uint8),
     "weight_scale": torch.ones(3, 40, 1),
+    "bias": None,
     "tiles": torch.zeros(3, 1, dtype=torch.int32),
     "out_dtype": torch.float16,
     "act_bits": 8,
@@ -262,6 +292,16 @@ COMBINE_EXPERTS: dict[str, Any] = {
             "gemm_experts",
             {"weight_scale": torch.ones(3, 40, 2)},
             r"weight_scale: expected .*\(any, 1\)",
+        ),
+        (
+            "gemm_experts",
+            {"bias": torch.ones(3, 39)},
+            r"bias: expected contiguous float32 \(3, 40\), got",
+        ),
+        (
+            "gemm_experts",
+            {"bias": torch.ones(3, 40).double()},
+            r"bias: expected float32, bfloat16 or float16, got float64",
         ),
         ("gemm_experts", {"group_size": 32}, r"packed: expected .*\(2, 1216\), got .*\(2, 1152\)"),
         (

@@ -160,6 +160,18 @@ def test_silu_mul_hadamard_quant_equals_the_reference(bits: int, dtype: torch.dt
         assert_same(ops.silu_mul_hadamard_quant(gate_up, block, 0.9, bits), expected)
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swigluoai_hadamard_quant_equals_the_reference(bits: int, dtype: torch.dtype) -> None:
+    for size, block in ((14, 0), (130, 0), (576, 576), (1536, 768), (2048, 64)):
+        gate_up = torch.cat(
+            [awkward_rows(2 * size, dtype), (6 * torch.randn(9, 2 * size)).to(dtype)]
+        )
+        expected = reference.swigluoai_hadamard_quant(gate_up, block, 0.9, bits)
+        assert_same(ops.swigluoai_hadamard_quant(gate_up, block, 0.9, bits), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_silu_mul_has_the_bits_of_torch_for_every_gate(dtype: torch.dtype) -> None:
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, YARN, randomize_gemma4, scaled_queries
+from tiny_models import FAMILIES, randomize_gemma4, scaled_queries, yarn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from smoothrot_offline.source.resolve import SUPPORTED
@@ -63,7 +63,7 @@ LATENT_SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 6,
     "v_head_dim": 12,
-    "rope_parameters": YARN,
+    **yarn(16, 4.0, mscale=0.707, mscale_all_dim=0.707),
     "first_k_dense_replace": 1,
     "n_routed_experts": 6,
     "num_experts_per_tok": 2,
@@ -134,6 +134,13 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 12, "pad_token_id": 0},
     "glm4": {"head_dim": 12, "pad_token_id": 0},
     "ministral3": {"head_dim": 12, **scaled_queries(8, 2.0)},
+    "gpt_oss": {
+        "head_dim": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        **yarn(16, 4.0, truncate=False),
+    },
     "olmo2": {"head_dim": 12},
     "olmo3": WINDOWS,
     "exaone4": WINDOWS,

@@ -139,6 +139,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "olmoe": {"family": "olmoe"},
+    "gpt_oss": {"family": "gpt_oss"},
+    "gpt_oss, one key-value head": {"family": "gpt_oss", "num_key_value_heads": 1},
     "qwen2_moe": {"family": "qwen2_moe"},
     "qwen2_moe, weights of experts that sum to one, tied": {
         "family": "qwen2_moe",
@@ -194,3 +196,5 @@ FOLDED = [name for name, table in TABLES.items() if table.rotates_residual]
 """Those whose residual stream R1 is folded into."""
 NORMED = [name for name, table in TABLES.items() if table.norms]
 """Those whose linears read norms."""
+SMOOTHED = [name for name, table in TABLES.items() if table.scales_products]
+"""Those whose down_proj reads a product that S can be folded into."""

@@ -2,6 +2,7 @@
 """Models with experts whose every linear is a module of its own."""
 
 from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +24,9 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
         table, prefix = spec.layer_table(index), spec.layer_prefix(index)
         if table.experts is None:
             continue
+        if experts.interleaved:
+            _take_interleaved(model, spec, prefix, old)
+            continue
         router = model.get_submodule(prefix + experts.router)
         router.load_state_dict(old.gate.state_dict())
         weights = dict[str, torch.Tensor]()
@@ -42,3 +46,21 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
         for name, weight in weights.items():
             model.get_submodule(prefix + name).weight.data = weight.contiguous()
     return model
+
+
+def _take_interleaved(model: PreTrainedModel, spec: ModelSpec, prefix: str, old: Any) -> None:
+    """The weights and biases of gpt-oss' feed-forward."""
+    table = spec.architecture
+    assert table.experts is not None
+    model.get_submodule(prefix + table.experts.router).load_state_dict(old.router.state_dict())
+    stacks = old.experts
+    for e, (up, down) in enumerate(table.products):
+        gate = table.experts.gate.replace("{e}", str(e))
+        for name, stack, rows in (
+            (gate, "gate_up_proj", slice(0, None, 2)),
+            (up, "gate_up_proj", slice(1, None, 2)),
+            (down, "down_proj", slice(None)),
+        ):
+            linear = model.get_submodule(prefix + name)
+            linear.weight.data = getattr(stacks, stack).data[e, :, rows].T.contiguous()
+            linear.bias.data = getattr(stacks, f"{stack}_bias").data[e, rows].contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_models import YARN
+from tiny_models import LATENT_SIZES
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,6 +22,7 @@ from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_offline.source.settings import SERVER_WIDE
 from smoothrot_vllm.errors import UnsupportedModelError
 
+YARN = LATENT_SIZES["rope_parameters"]
 # Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it
 # is derived from.
 SERVERS = {
@@ -45,6 +46,7 @@ SERVERS = {
     "glm4_moe": ["glm4_moe"],
     "deepseek_v2": ["deepseek_v2"],
     "deepseek_v3": ["deepseek_v2"],
+    "gpt_oss": ["gpt_oss"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
     "gemma4_text": ["gemma4"],
@@ -78,9 +80,11 @@ INDEXER = {
 # That of Gemma 4 is read where rope_parameters has no kind of layers, which is refused.
 # Around it are one that marks where audio ends in a prompt, and one that sizes a made-up image.
 # Those of DeepSeek are read with index_topk alone, which is refused.
+# That of gpt-oss finds there what its own checkpoints of quantized experts are.
 HARMLESS = {
     "deepseek_v2": INDEXER,
     "deepseek_v3": INDEXER,
+    "gpt_oss": {"quantization_config"},
     "gemma4_text": {"rope_local_base_freq"},
     "gemma4": {"eoa_token_id", "num_channels"},
     "qwen3": {"qk_norm"},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_heads import EagleHead, save_head
+from tiny_heads import EagleHead, MtpHead, save_head
 from transformers import LlamaConfig, PreTrainedModel
 
 from smoothrot_offline.check.miniature import InFloat64
@@ -79,16 +79,19 @@ def rotated(model: PreTrainedModel, transform: ModelTransform) -> PreTrainedMode
 
 def drafts(
     model: PreTrainedModel,
-    head: EagleHead,
+    head: EagleHead | MtpHead,
     embedding: torch.Tensor,
     output: torch.Tensor | None = None,
+    read: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of several steps of a head, each reading the tokens and hidden states of the last
-    one."""
+    one; ``read`` and ``output`` are linears before and behind it."""
     tokens = torch.arange(40).reshape(2, 20) * 31 % embedding.shape[0]
     hidden, tokens = model.model(tokens).last_hidden_state[:, :-1], tokens[:, 1:]
     logits = []
     for _ in range(STEPS):
+        if read is not None:
+            hidden = hidden @ read.T
         hidden = head(embedding[tokens], hidden)
         if output is not None:
             hidden = hidden @ output.T

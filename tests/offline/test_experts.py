@@ -92,6 +92,7 @@ def options(**changes: Any) -> dict[str, Any]:
             {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
         ),
         ("deepseek_v3", {}),
+        ("gpt_oss", {}),
     ],
 )
 def test_separate_experts_compute_what_transformers_does(
@@ -103,7 +104,9 @@ def test_separate_experts_compute_what_transformers_does(
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "qwen3_next", "qwen3_5_moe", "deepseek_v3", "gpt_oss"]
+)
 def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
     make_model: MakeModel, family: str
 ) -> None:

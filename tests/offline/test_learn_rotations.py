@@ -153,7 +153,7 @@ def test_gradient_is_that_of_the_whole_graph(make_model: MakeModel, family: str)
     expected = {name: free.grad for name, free in learned.free.items()}
     for free in learned.free.values():
         free.grad = None
-    learner.backward(TOKENS, wanted)
+    learner.backward(TOKENS, wanted, len(TOKENS))
     for name, free in learned.free.items():
         torch.testing.assert_close(free.grad, expected[name], rtol=1e-3, atol=1e-7, msg=name)
     assert ("residual" in expected) == (family not in ("gemma3", "gemma4"))

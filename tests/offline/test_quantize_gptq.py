@@ -257,6 +257,71 @@ def test_qronos_is_its_definition(
         left[:, t + 1 :] = torch.linalg.lstsq(served[:, t + 1 :], wanted).solution.T
 
 
+def gradients(generator: torch.Generator, outputs: int) -> torch.Tensor:
+    """Second moment of gradients in few directions, and a little in all."""
+    few = torch.randn(TOKENS, 6, generator=generator) @ torch.randn(6, outputs, generator=generator)
+    found = few + 0.1 * torch.randn(few.shape, generator=generator)
+    return found.T @ found / TOKENS
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_output_channels_make_up_for_each_other(
+    inputs: torch.Tensor, generator: torch.Generator, group_size: Literal[-1, 32]
+) -> None:
+    scheme = WeightScheme(group_size=group_size)
+    weight = torch.randn(192, IN, generator=generator)
+    hessian, moment = hessian_of(inputs), gradients(generator, len(weight))
+    alone = quantize_gptq(weight, hessian, scheme)
+    together = quantize_gptq(weight, hessian, scheme, outputs=moment)
+    assert_same_scales(alone, together)
+
+    def loss(found: QuantizedWeight) -> float:
+        error = weight.double() - found.dequantize(torch.float64)
+        return (moment.double() @ error @ hessian @ error.T).trace().item()
+
+    assert loss(together) < 0.5 * loss(alone)
+
+
+def test_blocks_of_output_channels_are_rounded_for_what_is_least(
+    weight: torch.Tensor, inputs: torch.Tensor, generator: torch.Generator
+) -> None:
+    """The second block is rounded as the errors of the first leave it: with ``O_bb^-1 O_ba E_a``
+    added, by definition of a minimum."""
+    hessian, moment = hessian_of(inputs), gradients(generator, OUT).double()
+    found = quantize_gptq(weight, hessian, PER_CHANNEL, outputs=moment)
+    order = moment.diagonal().argsort(descending=True)
+    first, second = order[:32], order[32:]
+    moment += 0.1 * moment.diagonal().mean() * torch.eye(OUT)
+    alone = quantize_gptq(weight, hessian, PER_CHANNEL)
+    assert torch.equal(found.codes[first], alone.codes[first])
+    error = (weight - found.dequantize())[first].double()
+    within, across = moment[second][:, second], moment[second][:, first]
+    moved = weight[second].double() + torch.linalg.solve(within, across @ error)
+    # GPTQ as it is written: a channel is rounded, the others are solved for anew.
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN)
+    left = damped.diagonal().argsort(descending=True)
+    inverse, step = torch.linalg.inv(damped), found.scale[second, 0].double()
+    different = 0
+    for channel in left:
+        code = (moved[:, channel] / step).round().clamp(-8, 7)
+        different += int((code != found.codes[second, channel]).sum())
+        own = found.codes[second, channel] * step
+        update = inverse[channel] / inverse[channel, channel]
+        moved -= (moved[:, channel] - own)[:, None] * update
+        inverse -= inverse[:, channel, None] * update
+    assert different < 0.002 * found.codes[second].numel()
+
+
+def test_output_channels_without_relations_are_rounded_alone(
+    weight: torch.Tensor, inputs: torch.Tensor, generator: torch.Generator
+) -> None:
+    hessian = hessian_of(inputs)
+    moment = torch.rand(OUT, generator=generator).diag()
+    moment[3, 3] = 0
+    found = quantize_gptq(weight, hessian, PER_CHANNEL, outputs=moment)
+    assert torch.equal(found.codes, quantize_gptq(weight, hessian, PER_CHANNEL).codes)
+
+
 def test_asymmetric_calibration_of_unperturbed_inputs_is_gptq(
     weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:
@@ -285,8 +350,11 @@ def test_same_input_gives_the_same_codes_and_is_left_alone(
 def test_unusable_arguments_are_refused(weight: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match="group size 128"):
         quantize_gptq(weight, torch.eye(IN), WeightScheme(group_size=128))
-    with pytest.raises(CheckpointError, match=r"layers\.0: expected a finite Hessian"):
-        quantize_gptq(weight, torch.eye(IN) * torch.nan, PER_CHANNEL, name="layers.0")
+    for broken in ({"hessian": torch.eye(IN) * torch.nan}, {"outputs": torch.eye(OUT) * torch.nan}):
+        with pytest.raises(CheckpointError, match=r"layers\.0: expected a finite Hessian"):
+            quantize_gptq(
+                weight, scheme=PER_CHANNEL, name="layers.0", **{"hessian": torch.eye(IN)} | broken
+            )
     weight[0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="row 0, column 0"):
         quantize_gptq(weight, torch.eye(IN), PER_CHANNEL)

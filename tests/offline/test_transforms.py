@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_models import FOLDED, MODELS, NORMED, TABLES
+from family_models import FOLDED, MODELS, NORMED, SMOOTHED, TABLES
 from moe_models import with_separate_experts
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -117,7 +117,8 @@ def random_layer_scales(spec: ModelSpec, seed: int) -> LayerScales:
         norm: torch.rand(spec.hidden, dtype=torch.float64, generator=generator) + 0.5
         for norm in spec.architecture.norms
     }
-    return LayerScales(random_scales(spec, seed), norms)
+    down = random_scales(spec, seed) if spec.architecture.scales_products else None
+    return LayerScales(down, norms)
 
 
 def random_orthogonal(*shape: int) -> torch.Tensor:
@@ -232,6 +233,7 @@ def test_r2_by_its_own_matrices_is_the_default(subject: Subject) -> None:
     torch.testing.assert_close(dense, layer)
 
 
+@pytest.mark.parametrize("subject", SMOOTHED, indirect=True)
 def test_smoothing_keeps_the_logits(subject: Subject) -> None:
     subject.each_layer(
         lambda layer, i: fold(layer, smoothing(subject.spec, i, random_scales(subject.spec, i)))
@@ -309,6 +311,7 @@ def test_all_transforms_together_keep_the_logits(
     )
 
 
+@pytest.mark.parametrize("subject", SMOOTHED, indirect=True)
 def test_without_rotation_only_smoothing_is_folded(subject: Subject) -> None:
     transform = ModelTransform.of(subject.spec, make_config(rotate=False))
     before = dict(subject.tensors)

@@ -38,14 +38,6 @@ MakeModel = Callable[..., Path]
             "mixture of experts",
         ),
         (
-            {
-                "model_type": "gpt_oss",
-                "architectures": ["GptOssForCausalLM"],
-                "num_local_experts": 4,
-            },
-            "GptOssForCausalLM is a mixture of experts",
-        ),
-        (
             {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]},
             "Gemma3nForCausalLM .model_type 'gemma3n_text'. is not supported",
         ),

@@ -30,6 +30,7 @@ from smoothrot_vllm.format import (
 from smoothrot_vllm.plugin.engine_checks import (
     CPU_CACHE_DTYPES,
     LOAD_FORMATS,
+    OWN_HEAD,
     REFUSALS,
     TOKEN_DRAFTS,
     check_engine,
@@ -117,11 +118,20 @@ def test_what_is_refused_of_rope_is_wrong_in_vllm() -> None:
     assert (found - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("online", [True, False])
-def test_heads_that_a_conversion_left_out_draft_for_none(online: bool) -> None:
-    config = engine(speculative_config=drafting("mtp", "Qwen3_5MTP", "model"))
-    with pytest.raises(ConfigError, match=r"got mtp: the head .* \(mtp.\*, .*\) is no part of"):
-        check_engine(config, UNFOLDED if online else FOLDED)
+@pytest.mark.parametrize("schema", [FOLDED, UNFOLDED], ids=["folded", "online"])
+def test_a_models_own_head_drafts_if_the_checkpoint_holds_it(schema: QuantizationSchema) -> None:
+    own = engine(speculative_config=drafting("mtp", "Qwen3_5MTP", "model"))
+    with pytest.raises(ConfigError, match=r"got mtp: it holds no head that drafts \(mtp.\*\)"):
+        check_engine(own, schema)
+    check_engine(own, schema.model_copy(update={"ignore": [OWN_HEAD]}))
+
+
+def test_another_models_own_head_needs_the_sources_hidden_states() -> None:
+    other = engine(speculative_config=drafting("mtp", "Qwen3_5MTP"))
+    holding = {"ignore": [OWN_HEAD]}
+    check_engine(other, UNFOLDED.model_copy(update=holding))
+    with pytest.raises(ConfigError, match="got mtp: this method reads hidden states"):
+        check_engine(other, FOLDED.model_copy(update=holding))
 
 
 @pytest.mark.parametrize("method", sorted(literals(SpeculativeMethod)))

@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.models.gpt_oss import GptOssModel, GptOssRoutedExperts
 
 import smoothrot_vllm.plugin.experts
 from smoothrot_vllm import reference
@@ -36,9 +37,19 @@ SCHEMES = {
 Tensors = dict[str, torch.Tensor]
 
 
-def routed_experts(prefix: str, tp_size: int | None = None, **changes: Any) -> RoutedExperts:
+def routed_experts(
+    prefix: str, tp_size: int | None = None, as_gpt_oss: bool = False, **changes: Any
+) -> RoutedExperts:
     """As vLLM's model classes build them."""
+    own: dict[str, Any] = {}
+    if as_gpt_oss:
+        own = {
+            "has_bias": True,
+            "activation": "swigluoai",
+            "routed_experts_cls": GptOssRoutedExperts,
+        }
     runner = FusedMoEFactory(
+        **own,
         num_experts=EXPERTS,
         top_k=TOP_K,
         hidden_size=HIDDEN,
@@ -84,6 +95,35 @@ def stored_tensors(weights: dict[str, int]) -> Tensors:
                 scale /= 8
             tensors[f"{expert}.{name}.weight_scale"] = scale
     return tensors
+
+
+def gpt_oss_tensors(weights: dict[str, int]) -> Tensors:
+    """:func:`stored_tensors` by the names of a gpt-oss, and biases."""
+    names = {stored: own for own, stored in NAMES.items()}
+    tensors = {
+        name.replace(leaf, names[leaf]): tensor
+        for name, tensor in stored_tensors(weights).items()
+        for leaf in names
+        if leaf in name
+    }
+    generator = torch.Generator().manual_seed(4)
+    return tensors | {
+        f"{expert}.{name}.bias": torch.randn(rows, generator=generator).bfloat16()
+        for expert in range(EXPERTS)
+        for name, rows in {"w1": INTERMEDIATE, "w3": INTERMEDIATE, "w2": HIDDEN}.items()
+    }
+
+
+def load_gpt_oss(layer: RoutedExperts, tensors: Tensors) -> None:
+    """By what vLLM's class of gpt-oss asks for each tensor of an expert."""
+    prefix = "layers.0.mlp.experts."
+    params = {f"{prefix}routed_experts.{name}": p for name, p in layer.named_parameters()}
+    loaded = set[str]()
+    for name, tensor in tensors.items():
+        assert GptOssModel._try_load_streamed_expert(prefix + name, tensor, params, loaded)
+    assert loaded <= params.keys()
+    other = f"{prefix}0.w1.weight_of_others"
+    assert not GptOssModel._try_load_streamed_expert(other, tensor, params, loaded)
 
 
 def load(layer: RoutedExperts, tensors: Tensors) -> None:
@@ -139,6 +179,85 @@ def test_experts_compute_the_reference(
     }
     compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, share, chosen.int()), got)
+
+
+@pytest.mark.parametrize("weights", SCHEMES.values(), ids=list(SCHEMES))
+def test_experts_of_gpt_oss_compute_the_reference(
+    build: Callable[..., RoutedExperts], weights: dict[str, int]
+) -> None:
+    layer: Any = build(weights=weights, as_gpt_oss=True)
+    tensors = gpt_oss_tensors(weights)
+    load_gpt_oss(layer, tensors)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = 4 * torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(7))
+    share, chosen = (
+        torch.randn(7, EXPERTS, generator=torch.Generator().manual_seed(8)).softmax(-1).topk(TOP_K)
+    )
+    got = layer.forward_modular(x, share, chosen.int())
+    expected = reference.experts(
+        x,
+        share,
+        chosen,
+        reference_stack(tensors, weights, ["w1", "w3"], HIDDEN),
+        reference_stack(tensors, weights, ["w2"], INTERMEDIATE),
+        96,
+        1.0,
+        8,
+        weights["bits"],
+        (stacked(tensors, ["w1", "w3"], "bias"), stacked(tensors, ["w2"], "bias")),
+        "swigluoai",
+    )
+    assert torch.equal(got, expected)
+    compiled = torch.compile(layer.forward_modular, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, share, chosen.int()), got)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_adds_its_share_of_the_biases(
+    build: Callable[..., RoutedExperts], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    weights = SCHEMES["w4 in groups of 32"]
+    tensors = gpt_oss_tensors(weights)
+    layer: Any = build(weights=weights, as_gpt_oss=True, tp_size=2)
+    monkeypatch.setattr(layer.moe_config.moe_parallel_config, "tp_rank", rank)
+    load_gpt_oss(layer, tensors)
+    gate, up, down = (stacked(tensors, [name], "bias") for name in ("w1", "w3", "w2"))
+    own = slice(rank * INTERMEDIATE // 2, (rank + 1) * INTERMEDIATE // 2)
+    expected = torch.cat([gate[:, own], up[:, own]], dim=1).float()
+    assert torch.equal(layer.w13_bias, expected)
+    # What down gives is summed over ranks.
+    assert torch.equal(layer.w2_bias, down.float() if rank == 0 else torch.zeros_like(down).float())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("2.w3.bias"), r"none named .*experts\.2\.w3\.bias \(1 missing\)"),
+        (
+            lambda t: t.update({"1.w2.bias": t["1.w2.bias"][1:]}),
+            r"experts\.1\.w2\.bias: expected .*\(128,\), got .*\(127,\)",
+        ),
+        (
+            lambda t: t.update({"1.w1.bias": t["1.w1.bias"].int()}),
+            r"experts\.1\.w1\.bias: expected torch\.float32 .*got torch\.int32",
+        ),
+    ],
+    ids=["missing", "short", "integers"],
+)
+def test_biases_that_do_not_fit_are_named(
+    build: Callable[..., RoutedExperts], change: Callable[[Tensors], object], words: str
+) -> None:
+    weights = SCHEMES["w4 per channel"]
+    layer: Any = build(weights=weights, as_gpt_oss=True)
+    tensors = gpt_oss_tensors(weights)
+    change(tensors)
+
+    def loaded() -> None:
+        load_gpt_oss(layer, tensors)
+        layer.quant_method.process_weights_after_loading(layer)
+
+    with pytest.raises(CheckpointError, match=words):
+        loaded()
 
 
 def test_a_rank_loads_its_share_of_each_expert(
@@ -290,7 +409,17 @@ def test_options_that_do_not_go_with_experts_are_refused(
 def test_other_experts_are_refused(moe: FusedMoEConfig) -> None:
     with pytest.raises(ConfigError, match="experts: expected no --enable-lora"):
         check_experts(PREFIX, replace(moe, is_lora_enabled=True))
-    for change in ({"activation": MoEActivation.GELU}, {"has_bias": True}, {"swiglu_limit": 7.0}):
+    oai: dict[str, Any] = {"activation": MoEActivation.SWIGLUOAI, "has_bias": True}
+    changes: list[dict[str, Any]] = [
+        {"activation": MoEActivation.GELU},
+        {"has_bias": True},
+        {"activation": MoEActivation.SWIGLUOAI},
+        {"swiglu_limit": 7.0},
+        oai | {"swiglu_limit": 5.0},
+        oai | {"swiglu_alpha": 1.5},
+    ]
+    check_experts(PREFIX, replace(moe, **oai))
+    for change in changes:
         with pytest.raises(UnsupportedModelError, match="experts: expected experts of the form"):
             check_experts(PREFIX, replace(moe, **change))
 
@@ -302,6 +431,8 @@ def test_on_a_gpu_experts_are_accepted_as_far_as_the_kernels_go(
         smoothrot_vllm.plugin.experts, "current_platform", SimpleNamespace(is_cpu=lambda: False)
     )
     assert isinstance(build().quant_method, SmoothRotExpertsMethod)
+    with pytest.raises(UnsupportedPlatformError, match="experts: expected experts without biases"):
+        build(as_gpt_oss=True)
     with pytest.raises(
         UnsupportedPlatformError,
         match=r"experts: 48 channels of a rank's experts: expected a multiple of 32",

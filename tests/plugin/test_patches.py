@@ -61,7 +61,7 @@ def runner_of() -> Callable[[object], Runner]:
     def made(quant_config: object) -> Runner:
         runner = Runner()
         wrapper: Any = WorkerWrapperBase()
-        wrapper.vllm_config = SimpleNamespace(quant_config=quant_config)
+        wrapper.vllm_config = SimpleNamespace(quant_config=quant_config, speculative_config=None)
         wrapper.worker = SimpleNamespace(init_device=lambda: None, model_runner=runner)
         wrapper.init_device()
         return runner

@@ -157,6 +157,27 @@ def test_silu_of_large_inputs_is_the_input_or_nothing() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swigluoai_hadamard_quant_is_that_of_gpt_oss_activation(dtype: torch.dtype) -> None:
+    gate_up = (6 * torch.randn(16, 2 * 64)).to(dtype)
+    assert (gate_up.abs() > 7).any()
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    glu = gate.clamp(max=7.0) * torch.sigmoid(1.702 * gate.clamp(max=7.0))
+    product = ((up.clamp(-7.0, 7.0) + 1) * glu).to(dtype)
+    for block, expected in ((64, product.double() @ hadamard_matrix(64)), (0, product.double())):
+        codes, scale = reference.swigluoai_hadamard_quant(gate_up, block, 1.0, 8)
+        error = (dequantized(codes, scale) - expected).abs()
+        assert (error <= scale.double()[:, None] * 0.501).all()
+
+
+def test_swigluoai_of_what_is_not_a_number_is_not_a_number() -> None:
+    gate_up = torch.ones(3, 8)
+    gate_up[0, 1], gate_up[1, 6] = torch.nan, torch.nan
+    gate_up[2, 0], gate_up[2, 4] = torch.inf, -torch.inf
+    _, scale = reference.swigluoai_hadamard_quant(gate_up, 0, 1.0, 8)
+    assert scale.isnan().tolist() == [True, True, False]
+
+
 def test_the_exponential_errs_by_less_than_two_units_in_the_last_place() -> None:
     x = torch.linspace(-87, 88, 200001)
     exact = x.double().exp()

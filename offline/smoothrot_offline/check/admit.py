@@ -6,15 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import ConvertConfig, folds_residual, make_schema
+from smoothrot_offline.decide.study import PROBE_SAMPLES
 from smoothrot_offline.device import CPU
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import SideFiles, side_files
 from smoothrot_offline.source.layers import check_seqlen
+from smoothrot_offline.source.parts import DraftHead
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.source.text import check_calibration
+from smoothrot_offline.transform.draft import refuse_removed_channels
 from smoothrot_vllm.errors import CheckpointError, ConfigError
 from smoothrot_vllm.format import QuantizationSchema
 from smoothrot_vllm.hadamard import HadamardFactors, choose_block
@@ -46,7 +50,7 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
         CheckpointError: a tensor is missing, unexpected, of another shape or dtype, or the head
             differs.
     """
-    spec = resolve(checkpoint.config)
+    spec = resolve(checkpoint.config, checkpoint.tensors)
     prove(spec)
     head, embedding = (
         f"{name}.weight" for name in (spec.architecture.lm_head, spec.architecture.embedding)
@@ -58,7 +62,7 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
             " language model."
         )
     unused = [
-        *spec.drafts(checkpoint.tensors),
+        *spec.behind(checkpoint.tensors),
         *spec.unread(checkpoint.tensors),
         *[head] * spec.tied,
     ]
@@ -92,7 +96,8 @@ def admit(
     """Check a conversion; the arguments are those of :func:`~smoothrot_offline.convert.convert`.
 
     Raises:
-        UnsupportedModelError, CheckpointError: as :func:`admit_model`.
+        UnsupportedModelError, CheckpointError: as :func:`admit_model`, or a channel of hidden
+            states is missing that the draft head reads.
         ConfigError: the options do not fit the model or each other, or the calibration text cannot
             be had.
     """
@@ -108,6 +113,12 @@ def admit_options(
 ) -> Admitted:
     """:func:`admit` of a model that :func:`admit_model` has let pass."""
     schema = make_schema(spec, config)
+    if config.scales != "none" and not spec.architecture.scales_products:
+        raise ConfigError(
+            f"--scales {config.scales}: expected none, as experts of"
+            f" {spec.architecture.class_name} compute (up + 1) * glu of a clamped up, which no"
+            " scale commutes with. Use --scales none."
+        )
     if workers > 1 and config.rounding != "rtn":
         raise ConfigError(
             f"--workers {workers}: expected 1 with --rounding {config.rounding}, which rounds each"
@@ -119,6 +130,7 @@ def admit_options(
             f"--workers {workers}: expected 1 with --device {device}, which one process keeps busy."
             " Leave the option out, or use --device cpu."
         )
+    _admit_ranks(config)
     if config.distill_steps and checkpoint.packing is not None:
         raise ConfigError(
             f"--distill-steps {config.distill_steps}: expected 16-bit weights, as the original runs"
@@ -144,17 +156,14 @@ def admit_options(
             for name, (size, factors) in rotation_blocks(spec, config).items()
             if factors.size < min(size, SMALL_BLOCK)
         ]
-    if drafts := spec.drafts(checkpoint.tensors):
-        stored = {checkpoint.tensors[name].stored for name in drafts}
-        reason = (
-            "the hidden states it reads are the original's"
-            if folds_residual(spec, config)
-            else "no converted model holds one"
-        )
+    if spec.draft is not None:
+        notes.append(_admit_draft(checkpoint, spec, spec.draft, config))
+    if behind := spec.behind(checkpoint.tensors):
+        stored = {checkpoint.tensors[name].stored for name in behind}
         notes.append(
-            f"not copied: {len(stored)} tensors of a head that drafts tokens, such as"
-            f" {min(stored)}: {reason}. Speculate with --speculative-config by ngram or a draft"
-            " model"
+            f"not copied: {len(stored)} tensors such as {min(stored)}, of layers behind the last"
+            " one, a head that drafts tokens. Speculate with --speculative-config by ngram or a"
+            " draft model"
         )
     if unread := spec.unread(checkpoint.tensors):
         notes.append(
@@ -166,6 +175,48 @@ def admit_options(
             "not copied: " + ", ".join(f"{name} ({reason})" for name, reason in beside.left.items())
         )
     return Admitted(spec, schema, beside, notes)
+
+
+def _admit_ranks(config: ConvertConfig) -> None:
+    """Refuse ranks that would have nothing to do.
+
+    Raises:
+        ConfigError: there are more than sequences, or nothing is calibrated.
+    """
+    if ranks.count() > 1 and not config.needs_calibration:
+        raise ConfigError(
+            f"{ranks.count()} ranks: expected a conversion that calibrates, which is what they"
+            f" share, got {config.described()}. Run it without torchrun."
+        )
+    most = min(config.calib_samples, PROBE_SAMPLES)
+    if ranks.count() > most:
+        raise ConfigError(
+            f"{ranks.count()} ranks: expected at most {most}, a calibration sequence for each:"
+            f" --calib-samples is {config.calib_samples}, and clips and 8-bit layers are measured"
+            f" on {PROBE_SAMPLES}. Start fewer with torchrun's --nproc-per-node."
+        )
+
+
+def _admit_draft(
+    checkpoint: Checkpoint, spec: ModelSpec, head: DraftHead, config: ConvertConfig
+) -> str:
+    """What is to be said of a model's own draft head.
+
+    Raises:
+        CheckpointError: R1 is to be folded behind a final norm that removes channels.
+    """
+    kept = f"{head.module}.*: the head that drafts tokens stays 16-bit"
+    if config.rotate and not folds_residual(spec, config):
+        return f"{kept}, as it is"
+    norm = f"{spec.architecture.final_norm}.weight"
+    online = "" if spec.experts else "--residual online keeps it as it is"
+    if checkpoint.path.is_dir():
+        advice = f"Remove {head.module}.* from the checkpoint{online and f', or {online}'}."
+        refuse_removed_channels(spec, checkpoint.load([norm])[norm].double(), advice)
+    return (
+        f"{kept}, with two linears more for the hidden states of a converted model"
+        f"{online and f'; {online}'}"
+    )
 
 
 def rotation_blocks(

@@ -29,7 +29,7 @@ TensorTable = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 class Sizes(BaseModel):
     """Bytes: decoder linears with their scales, embedding, head (0 if tied), and the
-    rest: norms, biases, what is beside a text tower."""
+    rest: norms, biases, what is beside a text tower, a draft head."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -94,7 +94,8 @@ def open_converted(directory: Path) -> tuple[Checkpoint, ModelSpec, Quantization
             " config.json."
         )
     plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    return checkpoint, resolve(plain), parse_schema(quantization)
+    schema = parse_schema(quantization)
+    return checkpoint, resolve(plain, schema.ignore), schema
 
 
 def model_dtype(config: dict[str, Any]) -> torch.dtype:

@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict
 
 from smoothrot_offline.check.admit import admit_model, admit_options, rotation_blocks
 from smoothrot_offline.check.inspect import Sizes, measure, output_sizes
-from smoothrot_offline.config import ConvertConfig, check_shards
+from smoothrot_offline.config import ConvertConfig, check_shards, folds_residual
 from smoothrot_offline.decide.policies import SAMPLE_TOKENS
 from smoothrot_offline.decide.stages import STAGES, Cost
 from smoothrot_offline.decide.study import PROBE_SAMPLES
 from smoothrot_offline.device import CPU, device_name
 from smoothrot_offline.distill.cost import distillation_bytes, distillation_flop
-from smoothrot_offline.learn.fisher import gradients_bytes
+from smoothrot_offline.learn.fisher import gradients_bytes, moments_bytes
 from smoothrot_offline.learn.learning import learning_bytes
 from smoothrot_offline.rounding.rtn import HEAD_ROWS, quantize_rtn, store
 from smoothrot_offline.rounding.sequential import rounding_flop
@@ -38,10 +38,11 @@ TIME_METHOD = (
     " SHA-256, all three measured for a moment on this machine now"
 )
 MEMORY_METHOD = (
-    "this process now, plus twice: the calibration's hidden states, and the largest of a decoder"
-    " layer run in float32, the same layer folded in float64 with the samples that rotations are"
-    " learned from, the embedding or the head with a slice of rows in float64; or the whole model,"
-    " if it generates the text"
+    "this process now, the moments of gradients, plus twice: the calibration's hidden states, and"
+    " the largest of a decoder layer run in float32, that layer with a gradient, folded in float64"
+    " with the samples that rotations are learned from, or rounded, its Hessians counting once, the"
+    " embedding or the head with a slice of rows in float64; or the whole model, if it generates"
+    " the text"
 )
 
 
@@ -51,7 +52,7 @@ def estimate_seconds(checkpoint: Checkpoint, config: ConvertConfig) -> float:
     Raises:
         ConfigError, UnsupportedModelError: the options do not fit the model.
     """
-    spec = resolve(checkpoint.config)
+    spec = resolve(checkpoint.config, checkpoint.tensors)
     after = output_sizes(
         spec, config, source_dtype(checkpoint, f"{spec.architecture.embedding}.weight")
     )
@@ -66,49 +67,63 @@ def memory_bytes(
     a weight of a layer has ``loaded`` bytes in memory."""
     weights = spec.layer_weights()
     tokens = config.calib_samples * config.calib_seqlen if config.needs_calibration else 0
-    experts = max(1, spec.experts)
     smoothed = max(sum(spec.down_widths(index)) for index in range(spec.layers))
     sample = 4 * 4 * min(tokens, SAMPLE_TOKENS) * smoothed if config.scales != "none" else 0
     chunk = min(tokens, max(CHUNK_TOKENS, config.calib_seqlen))
+    activations = 4 * chunk * (4 * spec.widest + 10 * spec.hidden)
     hidden = 4 * tokens * spec.stream
-    running = (
-        (2 * loaded + 4) * sum(weights) + 4 * chunk * (4 * spec.widest + 10 * spec.hidden) + sample
-    )
+    running = (2 * loaded + 4) * sum(weights) + activations + sample
     # The source's layer, the next one, the float64 one, and what a rotation holds of its largest
     # linear beside it: with signs, after each of two factors, transposed. Then what is stored.
     folding = (2 * loaded + 8) * sum(weights) + 4 * 8 * max(weights)
     folding += after.linears * sum(weights) // spec.decoder_weights()
+    gradients = rounding = matrices = 0
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)
-    if config.keep_8bit or config.weighs_tokens:
+    if config.keep_8bit or config.rounds_for_model:
         probe = min(tokens, PROBE_SAMPLES * config.calib_seqlen)
-        differentiated = tokens if config.weighs_tokens else probe
-        running += gradients_bytes(spec, differentiated, config.calib_seqlen)
+        differentiated = tokens if config.rounds_for_model else probe
+        gradients = gradients_bytes(
+            spec, differentiated, config.calib_seqlen, config.rounds_for_model
+        )
     if config.rounding != "rtn":
         copies = 2 if config.asymmetric else 1
-        # The second hidden states; H and what factorizing it takes, in float64, and C and its
-        # solution.
+        # The second hidden states.
         hidden *= 1 + copies
-        # Of a layer with experts, an H (and a C) of each, and what those of a token read.
-        matrices = 9 if config.asymmetric else 6
-        read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
-        widest, routed = (max(width, spec.hidden) for width in (spec.widest, spec.intermediate))
-        entries = matrices * widest**2 + copies * (experts - 1) * routed**2
-        running += 4 * sum(weights) + 8 * entries + read * routed
+        rounding = (2 * loaded + 8 + 4 * copies) * sum(weights) + activations
+        matrices = _rounding_bytes(spec, chunk, config.asymmetric)
     head = (before.lm_head or before.embedding) + after.lm_head + 5 * 8 * HEAD_ROWS * spec.hidden
     embedding = before.embedding + after.embedding + 5 * 8 * HEAD_ROWS * spec.hidden
     if spec.kept:
-        # What is beside a text tower is stored with the embedding.
+        # What is beside a text tower or the layers is stored with the embedding.
         embedding += before.other + after.other
+    if spec.draft is not None and folds_residual(spec, config):
+        # fc, what it becomes and the linears that are added, in float64, and what folding them
+        # takes.
+        embedding += 9 * 8 * spec.hidden**2
     learning = learning_bytes(spec, config) if config.learns_rotations else 0
-    converting = hidden + max(running if tokens else 0, learning + folding, head, embedding)
+    running = running if tokens else 0
+    stages = (gradients, running, learning + folding, rounding + matrices // 2, head, embedding)
+    converting = hidden + max(stages)
     generating = before.total if config.needs_calibration and config.calib == GENERATED else 0
     resident_now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     # What the allocator cannot use again, measured: up to 0.6 of it without calibration on layers
     # of 17 to 63 million weights, up to 0.72 in 14 conversions with calibration on layers of 2
-    # million.
-    return resident_now + max(2 * max(converting, generating), distillation_bytes(spec, config))
+    # million. Matrices of one size take each other's place.
+    working = max(2 * max(converting, generating), distillation_bytes(spec, config))
+    moments = moments_bytes(spec) if config.rounds_for_model else 0
+    return resident_now + moments + working
+
+
+def _rounding_bytes(spec: ModelSpec, chunk: int, asymmetric: bool) -> int:
+    """H and what factorizing it takes, in float64, and C and its solution; of a layer with experts
+    an H (and a C) of each, and what those of a token read."""
+    copies, matrices = (2, 9) if asymmetric else (1, 6)
+    widest, routed = (max(width, spec.hidden) for width in (spec.widest, spec.intermediate))
+    entries = matrices * widest**2 + copies * (max(1, spec.experts) - 1) * routed**2
+    read = 4 * copies * chunk * spec.config.num_experts_per_tok if spec.experts else 0
+    return 8 * entries + read * routed
 
 
 def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes) -> float:
@@ -121,7 +136,7 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         costs.append(
             Cost(
                 1,
-                rounding_flop(spec, tokens, asymmetric, config.weighs_tokens),
+                rounding_flop(spec, tokens, asymmetric, config.rounds_for_model),
                 1.5 * (2 if asymmetric else 1),
             )
         )

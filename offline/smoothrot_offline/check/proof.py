@@ -112,7 +112,8 @@ def _random_scales(small: ModelSpec, index: int) -> LayerScales:
         return torch.rand(shape, generator=generator, dtype=torch.float64) * 4 + 0.25
 
     norms = {norm: draw(small.hidden) for norm in small.layer_table(index).norms}
-    return LayerScales(draw(sum(small.down_widths(index))), norms)
+    smoothed = small.architecture.scales_products
+    return LayerScales(draw(sum(small.down_widths(index))) if smoothed else None, norms)
 
 
 def _run(

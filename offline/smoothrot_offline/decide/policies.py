@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import Policy
 from smoothrot_offline.rounding.rtn import (
     Shrink,
@@ -34,27 +35,44 @@ class InputStatistics:
 
     Args:
         channels: width of the input.
-        expected_tokens: how many tokens will be shown in all; some ``SAMPLE_TOKENS`` of them are
-            kept.
+        expected_tokens: how many tokens will be shown in all, to all ranks; some ``SAMPLE_TOKENS``
+            of them are kept.
         device: that of the tokens.
+        seqlen: tokens of a sequence, of which each rank is shown whole ones; None if it is shown
+            some of them, as experts are.
     """
 
     def __init__(
-        self, channels: int, expected_tokens: int, device: torch.device | None = None
+        self,
+        channels: int,
+        expected_tokens: int,
+        device: torch.device | None = None,
+        seqlen: int | None = None,
     ) -> None:
         self.largest = torch.zeros(channels, device=device)
         self.tokens = 0
         # An odd stride meets every position of sequences whose length is a power of two.
         self.stride = max(1, expected_tokens // SAMPLE_TOKENS) | 1
         self._squares = torch.zeros(channels, dtype=torch.float64, device=device)
-        self._kept: list[torch.Tensor] = []
+        self._seqlen = seqlen
+        self._kept = [torch.empty(0, channels, device=device)]
 
     def update(self, x: torch.Tensor) -> None:
         """Add the tokens of float32 ``x (tokens, channels)``."""
         self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
         self._squares += x.square().sum(dim=0, dtype=torch.float64)
-        self._kept.append(x[-self.tokens % self.stride :: self.stride].clone())
+        seen = torch.arange(self.tokens, self.tokens + x.shape[0])
+        place = seen if self._seqlen is None else ranks.places(seen, self._seqlen)
+        self._kept.append(x[(place % self.stride == 0).to(x.device)])
         self.tokens += x.shape[0]
+
+    def reduce(self) -> None:
+        """Take in what the other ranks have seen."""
+        ranks.keep_largest(self.largest)
+        ranks.add(self._squares)
+        (tokens,) = ranks.summed(self.tokens)
+        self.tokens = int(tokens)
+        self._kept = [ranks.joined(self.sample)]
 
     @property
     def norm(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from smoothrot_offline import ranks
 from smoothrot_offline.decide.study import LayerStudy
 from smoothrot_offline.rounding.rtn import quantize_rtn
 from smoothrot_offline.rounding.served import inputs_through, output_of, quantizers, rotations
@@ -37,7 +38,7 @@ def trial_loss(
         studies: the smoothing scales of each layer.
         tokens: held-out calibration text, int64.
     """
-    spec = source.spec
+    spec, tokens = source.spec, ranks.share(tokens)
     hidden = transform.embedding(source.embed(tokens).double()).float()
     for index, loaded in source.layers():
         prefix, table = spec.layer_prefix(index), spec.layer_table(index)
@@ -74,4 +75,5 @@ def _loss(
         total += nn.functional.cross_entropy(
             source.spec.capped(rows @ head.T), targets, reduction="sum"
         ).item()
-    return total / len(states)
+    total, rows_in_all = ranks.summed(total, len(states))
+    return total / rows_in_all

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.decide.policies import (
     InputStatistics,
@@ -55,21 +56,22 @@ def smooth_layer(
         runner, config, schema: of the conversion; ``config.scales`` is not ``none``.
         index: which layer.
         layer: its tensors by names relative to it, as in the source.
-        hidden: float32 ``(samples, seqlen, spec.stream)``, what the layer reads; replaced by what
-            it returns.
+        hidden: float32 ``(samples, seqlen, spec.stream)``, what the layer reads of this rank's
+            sequences; replaced by what it returns.
         observers: of other modules of the layer, while it runs.
     """
     spec = runner.spec
     assert config.scales != "none"
-    tokens, table, widths = (
-        hidden.shape[0] * hidden.shape[1],
-        spec.layer_table(index),
-        spec.down_widths(index),
-    )
-    experts = spec.experts_in(index)
+    table, widths, seqlen = spec.layer_table(index), spec.down_widths(index), hidden.shape[1]
+    (samples,) = ranks.summed(len(hidden))
+    tokens, experts = int(samples) * seqlen, spec.experts_in(index)
     routed = tokens * spec.config.num_experts_per_tok // experts if experts else tokens
     statistics = {
-        down: InputStatistics(width, routed if number < experts else tokens, hidden.device)
+        down: (
+            InputStatistics(width, routed, hidden.device)
+            if number < experts
+            else InputStatistics(width, tokens, hidden.device, seqlen)
+        )
         for number, ((_, down), width) in enumerate(zip(table.products, widths, strict=True))
     }
     runner.run(
@@ -81,6 +83,7 @@ def smooth_layer(
     scales = torch.ones(sum(widths), dtype=torch.float64, device=hidden.device)
     records: list[SmoothingRecord | None] = []
     for own, (down, seen) in zip(scales.split(widths), statistics.items(), strict=True):
+        seen.reduce()
         if not seen.tokens:
             records.append(None)
             continue
@@ -159,6 +162,10 @@ class NormStatistics:
     def observers(self) -> dict[str, Observer]:
         """What to call with each norm's input, by the norm's name."""
         return {norm: self._observer(norm) for norm in self._gammas}
+
+    def reduce(self) -> None:
+        """Take in what the other ranks have seen."""
+        ranks.add(*self._squares.values())
 
     def scales(
         self, layer: Mapping[str, torch.Tensor], dtype: torch.dtype
@@ -242,10 +249,11 @@ def smooth_norms(
     Raises:
         CheckpointError: the model's activations are not finite.
     """
-    hidden, found = source.embed(tokens[: norm_samples(len(tokens))]), []
+    hidden, found = source.embed(ranks.share(tokens[: norm_samples(len(tokens))])), []
     for index, layer in source.layers():
         step(f"smoothing the norms of layer {index + 1} of {source.spec.layers}")
         statistics = NormStatistics(source.spec, source.spec.layer_table(index), residual, layer)
         source.run(index, layer, hidden, statistics.observers())
+        statistics.reduce()
         found.append(statistics.scales(layer, source.dtype))
     return found

@@ -9,10 +9,12 @@ Each stage says how many steps it reports, what it costs, and does it.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ConvertConfig, folds_residual
 from smoothrot_offline.decide.policies import policy_flop
 from smoothrot_offline.decide.signs import trial_loss
@@ -45,9 +47,9 @@ class Decisions:
     ``held_out`` more of them; ``studies`` has one entry for each layer; ``schema`` carries the
     overrides; ``transform`` the chosen signs and learned rotations; ``sign_losses`` the held-out
     loss of each seed tried, in nats; ``learned`` what learning led to, if there was any.
-    ``output_gradients`` and ``token_weights`` are those of
-    :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding; empty if
-    that does not ask for them.
+    ``output_gradients``, of this rank's sequences, ``token_weights`` and ``output_moments`` are
+    those of :class:`~smoothrot_offline.learn.fisher.Gradients`, for the study and for the rounding;
+    empty if that does not ask for them.
     """
 
     tokens: torch.Tensor | None
@@ -59,6 +61,7 @@ class Decisions:
     held_out: torch.Tensor | None = None
     output_gradients: list[torch.Tensor] = field(default_factory=list)
     token_weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    output_moments: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     @property
     def calibration(self) -> torch.Tensor:
@@ -112,7 +115,8 @@ class CalibrationText:
         if not config.needs_calibration:
             return
         held_out = HELD_OUT_SAMPLES if config.sign_seeds > 1 or config.learns_rotations else 0
-        tokens = load_calibration(
+        load = partial(
+            load_calibration,
             config.calib,
             source.checkpoint.path,
             config.calib_samples,
@@ -121,6 +125,7 @@ class CalibrationText:
             source.device,
             held_out,
         )
+        tokens = ranks.from_first(load)
         found.tokens, found.held_out = tokens.tensor_split([config.calib_samples])
 
 
@@ -134,20 +139,29 @@ class LossGradients:
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """The way there and back."""
         tokens = self._sequences(config) * config.calib_seqlen
-        return Cost(flop=tokens * gradients_flop(spec, config.calib_seqlen))
+        per_token = gradients_flop(spec, config.calib_seqlen, config.rounds_for_model)
+        return Cost(flop=tokens * per_token)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
         """Take them."""
         tokens = found.calibration[: self._sequences(config)]
         outputs = PROBE_SAMPLES if config.keep_8bit else 0
-        gradients = model_gradients(source, tokens, config.seed, step, outputs)
+        gradients = model_gradients(
+            source,
+            tokens,
+            config.seed,
+            step,
+            outputs=outputs,
+            linears=config.rounds_for_model,
+        )
         found.output_gradients = gradients.outputs
-        if config.weighs_tokens:
+        if config.rounds_for_model:
             found.token_weights = gradients.weights
+            found.output_moments = gradients.moments
 
     @staticmethod
     def _sequences(config: ConvertConfig) -> int:
-        if config.weighs_tokens:
+        if config.rounds_for_model:
             return config.calib_samples
         return min(config.calib_samples, PROBE_SAMPLES) if config.keep_8bit else 0
 

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import nn
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ACTIVATION_CLIP, ConvertConfig
 from smoothrot_offline.decide.smoothing import NormStatistics, smooth_layer
 from smoothrot_offline.output.manifest import SmoothingRecord
@@ -71,8 +72,8 @@ class Study:
         source, config, schema, transform: of the conversion; ``schema`` has the bits and groups
             asked for.
         tokens: calibration tokens, int64 ``(samples, seqlen)``.
-        gradients: in what each layer gives out, of the first ``PROBE_SAMPLES`` sequences, if
-            ``config.keep_8bit``.
+        gradients: in what each layer gives out, of this rank's share of the first
+            ``PROBE_SAMPLES`` sequences, if ``config.keep_8bit``.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class Study:
         self._config = config
         self._schema = schema
         self._transform = transform
-        self._hidden = hidden = source.embed(tokens)
-        self._probe = transform.embedding(hidden[:PROBE_SAMPLES].double()).float()
+        self._hidden = hidden = source.embed(ranks.share(tokens))
+        probe = tokens[:PROBE_SAMPLES]
+        self._probe = transform.embedding(hidden[: len(ranks.share(probe))].double()).float()
+        self._probe_tokens = probe.numel()
         self._gradients = gradients
 
     def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> LayerStudy:
@@ -135,6 +138,8 @@ class Study:
         found = smooth_layer(
             self._source, self._config, self._schema, index, tensors, self._hidden, observers
         )
+        if norms is not None:
+            norms.reduce()
         return (
             LayerScales(
                 found.scales, {} if norms is None else norms.scales(tensors, self._source.dtype)
@@ -172,7 +177,8 @@ class Study:
                 schemes = dict.fromkeys(linears, scheme)
                 maps = turned | quantizers(schemes, self._schema.online)
                 error = self._error(model, layer, schemes, maps, exact)
-                sensitivity[first] = float((error * gradient).sum(-1).square().mean()) / 2
+                (cost,) = ranks.summed(float((error * gradient).sum(-1).square().sum()))
+                sensitivity[first] = cost / self._probe_tokens / 2
         self._probe = exact
         return replace(study, clips=clips, sensitivity=sensitivity)
 
@@ -193,7 +199,7 @@ class Study:
             group[0]: [self._probe.new_empty(0, spec.linear_shape(group[0], table)[1])]
             for group in groups
         }
-        stride = max(1, self._probe.shape[0] * self._probe.shape[1] // CLIP_TOKENS) | 1
+        stride = max(1, self._probe_tokens // CLIP_TOKENS) | 1
 
         def watching(linear: str) -> InputMap:
             def watch(x: torch.Tensor) -> torch.Tensor:
@@ -239,8 +245,8 @@ def best_clip(read: Iterable[tuple[torch.Tensor, torch.Tensor]], scheme: Activat
     Each token counts relative to its own output, so that a massive one does not decide for all.
 
     Args:
-        read: pairs of x ``(tokens, K)`` and W ``(N, K)``, float32: one, or those of all linears
-            that must have the same clip.
+        read: pairs of x ``(tokens, K)``, in each rank its own, and W ``(N, K)``, float32: one, or
+            those of all linears that must have the same clip.
         scheme: the bits.
     """
     errors = dict.fromkeys(CLIPS, 0.0)
@@ -249,6 +255,7 @@ def best_clip(read: Iterable[tuple[torch.Tensor, torch.Tensor]], scheme: Activat
         for clip in CLIPS:
             change = fake_quantize_tokens(x, scheme.model_copy(update={"clip": clip})) - x
             errors[clip] += float(((change @ weight.T).square().sum(dim=1) / size).sum())
+    errors = dict(zip(CLIPS, ranks.summed(*errors.values()), strict=True))
     return min(CLIPS, key=errors.__getitem__)
 
 

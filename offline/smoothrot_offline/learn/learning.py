@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.distill.divergence import divergence
 from smoothrot_offline.learn.decoder import FoldedDecoder, way_back, way_there
@@ -92,7 +93,9 @@ def learn_folds(
     folds = LearnedFolds(start.transform, start.scales, source.device)
     learner = Learner(FoldedDecoder(source, schema), folds)
     step("predictions of the original")
-    wanted, wanted_held_out = learner.original(tokens), learner.original(held_out)
+    held_out = ranks.share(held_out)
+    wanted = ranks.gathered(learner.original(ranks.share(tokens)))
+    wanted_held_out = learner.original(held_out)
     step("held-out loss before learning")
     before = learner.loss(held_out, wanted_held_out)
     learner.learn(tokens, wanted, config.rotation_steps, config.seed, step)
@@ -136,8 +139,8 @@ class Learner:
 
     @torch.no_grad()
     def loss(self, tokens: torch.Tensor, wanted: torch.Tensor) -> float:
-        """Mean divergence, in nats, with what has been learned; ``wanted`` is of
-        :meth:`original`."""
+        """Mean divergence, in nats, with what has been learned, of the sequences of all ranks;
+        ``wanted`` is of :meth:`original`."""
         folded = self._folds.folded(self._folds.values())
         hidden = self._decoder.embedded(tokens, folded.transform)
         for index, layer in self._source.layers():
@@ -146,7 +149,9 @@ class Learner:
                 [self._decoder.folded_layer(index, layer, part, folded) for part in parts]
             )
         pairs = zip(hidden.split(1), wanted.split(1), strict=True)
-        return sum(float(self._divergence(*pair, folded)) for pair in pairs) / len(tokens)
+        own = sum(float(self._divergence(*pair, folded)) for pair in pairs)
+        total, samples = ranks.summed(own, len(tokens))
+        return total / samples
 
     def learn(
         self,
@@ -167,12 +172,15 @@ class Learner:
             step(f"learning rotations, step {number + 1} of {steps}")
             chosen = order[torch.arange(number * BATCH, (number + 1) * BATCH) % len(order)]
             optimizer.zero_grad()
-            self.backward(tokens[chosen], wanted[chosen.to(wanted.device)])
+            if len(own := ranks.share(chosen)):
+                self.backward(tokens[own], wanted[own.to(wanted.device)], len(chosen))
+            ranks.add_gradients(self._folds.free.values())
             optimizer.step()
             schedule.step()
 
-    def backward(self, tokens: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Add the gradient of the mean loss of ``tokens`` to that of the free parameters."""
+    def backward(self, tokens: torch.Tensor, wanted: torch.Tensor, samples: int) -> None:
+        """Add the gradient of the loss of ``tokens``, their part in the mean of ``samples``, to
+        that of the free parameters."""
         values = self._folds.values()
         # Layers meet copies, whose gradients are summed: the way on from there is gone once.
         copies = {name: value.detach().requires_grad_() for name, value in values.items()}
@@ -185,7 +193,7 @@ class Learner:
         read = way_there(self._source, embedded.detach(), run, BATCH)
         states = read.pop().requires_grad_()
         for one, target in zip(states.split(1), wanted.split(1), strict=True):
-            (self._divergence(one, target, folded) / len(tokens)).backward()
+            (self._divergence(one, target, folded) / samples).backward()
         assert states.grad is not None
         *_, gradient = way_back(self._source, read, run, states.grad, BATCH)
         if embedded.requires_grad:

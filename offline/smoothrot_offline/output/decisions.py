@@ -2,6 +2,7 @@
 """What was decided on a calibrated model, as a JSON object and named tensors, and back."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +27,9 @@ def pack_decisions(found: Decisions) -> tuple[dict[str, Any], dict[str, torch.Te
         if study.scales.down is not None:
             tensors[f"scales.{index}"] = study.scales.down
         tensors |= {f"scales.{index}.{norm}": scales for norm, scales in study.scales.norms.items()}
-    for index, weights in enumerate(found.token_weights):
-        tensors |= {f"weights.{index}.{linear}": own for linear, own in weights.items()}
+    for kind, layers in (("weights", found.token_weights), ("moments", found.output_moments)):
+        for index, layer in enumerate(layers):
+            tensors |= {f"{kind}.{index}.{linear}": own for linear, own in layer.items()}
     if isinstance(found.transform.residual, DenseRotation):
         tensors["residual"] = found.transform.residual.blocks
     tensors |= {
@@ -79,6 +81,7 @@ def unpack_decisions(
     ]
     learned = record_or_none(LearnedRecord, facts["learned"])
     schema = QuantizationSchema.model_validate(facts["schema"])
+    by_linear = partial(_by_linear, tensors, spec)
     return Decisions(
         tensors["tokens"],
         studies,
@@ -86,18 +89,19 @@ def unpack_decisions(
         transform,
         dict(facts["sign_losses"]),
         learned,
-        token_weights=_unpacked_weights(tensors, spec) if config.weighs_tokens else [],
+        token_weights=by_linear("weights") if config.rounds_for_model else [],
+        output_moments=by_linear("moments") if config.rounds_for_model else [],
     )
 
 
-def _unpacked_weights(
-    tensors: dict[str, torch.Tensor], spec: ModelSpec
+def _by_linear(
+    tensors: dict[str, torch.Tensor], spec: ModelSpec, kind: str
 ) -> list[dict[str, torch.Tensor]]:
     return [
         {
             linear: tensors[name]
             for linear in spec.layer_table(index).linears
-            if (name := f"weights.{index}.{linear}") in tensors
+            if (name := f"{kind}.{index}.{linear}") in tensors
         }
         for index in range(spec.layers)
     ]

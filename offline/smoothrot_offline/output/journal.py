@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.config import ConvertConfig
 from smoothrot_offline.decide.stages import Decisions
 from smoothrot_offline.device import CPU, device_kind
@@ -60,12 +61,13 @@ def conversion_identity(
         "options": config.model_dump(mode="json", exclude={"calib"}),
         "calibration": {"text": file_digest(text) if text.is_file() else config.calib},
         "versions": package_versions(),
-        # Sums are split over threads, and kernels differ by instruction set and device: each can
-        # change a last bit.
+        # Sums are split over threads and ranks, and kernels differ by instruction set and device:
+        # each can change a last bit.
         "machine": {
             "device": device_kind(checkpoint.device),
             "threads": torch.get_num_threads(),
             "workers": workers,
+            "ranks": ranks.count(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
         },
     }

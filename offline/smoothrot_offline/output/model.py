@@ -37,6 +37,7 @@ from smoothrot_offline.source.checkpoint import file_digest
 from smoothrot_offline.source.headers import CONFIG_NAME
 from smoothrot_offline.source.layers import LayerTensors, SourceModel, tokens_digest
 from smoothrot_offline.source.settings import server_keys
+from smoothrot_offline.transform.draft import EMBEDDING_NORM, FUSION, transform_own_head
 from smoothrot_offline.transform.record import transform_tensors
 from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.errors import CheckpointError, OutputError
@@ -77,7 +78,7 @@ class Converter:
 
     def embedding(self) -> dict[str, torch.Tensor]:
         """What is stored of all that the first layer reads, by its full name: the embedding, and
-        what is beside a text tower."""
+        what is beside a text tower, a draft head too."""
         name = self.source.embedding_name
         rows = self.source.tensor(name)
         slices = (self.transform.embedding(part.double()) for part in rows.split(HEAD_ROWS))
@@ -85,6 +86,18 @@ class Converter:
         for kept in self.source.spec.kept:
             tensor = self.transform.beside(kept, self.source.tensor(kept))
             stored[kept] = cast(tensor, self.source.dtype, kept)
+        if (head := self.source.spec.draft) is not None and self.schema.online.readers is None:
+            changed = transform_own_head(
+                self.transform,
+                self.source.tensor(self.source.norm_name).double(),
+                {
+                    name: self.source.tensor(f"{head.module}.{name}").double()
+                    for name in (FUSION, EMBEDDING_NORM)
+                },
+            )
+            for name, tensor in changed.items():
+                full = f"{head.module}.{name}"
+                stored[full] = cast(tensor, self.source.dtype, full).contiguous()
         return stored
 
     def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -118,6 +131,12 @@ class Converter:
         parts = ((part, quantize_rtn(part, scheme.weights, name)) for part in slices)
         quantized, error = store(parts, weight.shape, scheme.weights, table.lm_head)
         return stored | quantized, error
+
+    def output_moments(
+        self, index: int, loaded: LayerTensors, moments: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Those of the converted layer, of those of the original one by linear."""
+        return self.transform.output_moments(index, loaded, self.studies[index].scales, moments)
 
     def layer(
         self, index: int, loaded: LayerTensors, round_layer: RoundLayer | None = None

@@ -3,9 +3,11 @@
 layers' errors, and the statistics of the inputs that both need."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
+from smoothrot_offline import ranks
 from smoothrot_offline.rounding.rtn import QuantizedWeight, check_weight
 from smoothrot_offline.rounding.scales import search_scales
 from smoothrot_vllm.errors import CheckpointError
@@ -60,6 +62,12 @@ class HessianAccumulator:
             assert full_precision is not None
             self._cross += (full_precision.flatten(0, -2).float() - x).T @ weighed
 
+    def reduce(self) -> None:
+        """Take in what the other ranks have added."""
+        ranks.add(self._hessian, *([] if self._cross is None else [self._cross]))
+        (tokens,) = ranks.summed(self._tokens)
+        self._tokens = int(tokens)
+
     @property
     def tokens(self) -> int:
         """How many were added."""
@@ -80,6 +88,9 @@ _log = logging.getLogger(__name__)
 
 _BLOCK = 128
 _DAMPING_STEP = 10.0
+_OUTPUT_DAMPING = 0.1
+_FEWEST_ROWS = 32
+_OUTPUT_BLOCKS = 32
 
 
 def quantize_gptq(
@@ -91,6 +102,7 @@ def quantize_gptq(
     damping: float = 0.01,
     cross: torch.Tensor | None = None,
     qronos: bool = False,
+    outputs: torch.Tensor | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
     """Round one input channel after the other, each rounding error made up for by the channels
@@ -107,6 +119,11 @@ def quantize_gptq(
     the first channel for the others as they are in W: ``w_1 + (W C)_1 / H_11`` (section 3, equation
     of q_1).
 
+    With ``outputs`` it minimizes ``tr(O (W - Q) H (W - Q)^T)``: what errors of several output
+    channels cost together (YAQA, arXiv 2505.22988). Output channels are then rounded in blocks one
+    after the other, from the largest diagonal of O to the smallest, and each block makes up for the
+    errors of those before it, as input channels do.
+
     Args:
         weight: ``(N, K)``, any float dtype, in the basis of the run-time input.
         hessian: symmetric positive semi-definite ``(K, K)``; see :class:`HessianAccumulator`.
@@ -118,6 +135,8 @@ def quantize_gptq(
         cross: C ``(K, K)``, or a share of it: all of it also follows the noise of the calibration
             text (GPTAQ takes a quarter). None for plain GPTQ.
         qronos: take the first step of Qronos; needs ``cross``.
+        outputs: O, symmetric positive semi-definite ``(N, N)``: the second moment of the loss's
+            gradient in what the linear gives out. None is the identity.
         name: the tensor's name, for messages.
 
     Raises:
@@ -125,19 +144,21 @@ def quantize_gptq(
         CheckpointError: the weight, the Hessian or the correction is not finite.
     """
     check_weight(weight, scheme, name)
-    if not hessian.isfinite().all() or (cross is not None and not cross.isfinite().all()):
+    statistics = [hessian, *(one for one in (cross, outputs) if one is not None)]
+    if not all(one.isfinite().all() for one in statistics):
         raise CheckpointError(
             f"{name}: expected a finite Hessian, got a NaN or an infinity. Check the calibration"
             " text."
         )
-    hessian = _with_inactive_channels(hessian)
-    diagonal = hessian.diagonal()
+    diagonal = _of_active_channels(hessian)
     order = (
         diagonal.argsort(descending=True, stable=True)
         if act_order
         else torch.arange(len(diagonal), device=weight.device)
     )
-    damped, inverse_root = _factorize(hessian[order][:, order], damping, name)
+    damped, inverse_root = _factorize(
+        hessian[order[:, None], order], diagonal[order], damping, name
+    )
     first = None
     if cross is not None:
         if qronos:
@@ -148,42 +169,84 @@ def quantize_gptq(
         check_weight(weight, scheme, name)
     scales = search_scales(weight, scheme)
     steps = scales.steps.repeat_interleave(weight.shape[1] // scales.steps.shape[1], dim=1)
-    codes = _round_in_order(
-        weight.float()[:, order],
-        steps[:, order],
-        inverse_root.float(),
-        quant_max(scheme.bits),
-        first,
-    )
+    wanted, steps, inverse_root = weight.float()[:, order], steps[:, order], inverse_root.float()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows, moved in _output_blocks(wanted, steps, codes, outputs, name):
+        codes[rows] = _round_in_order(
+            moved,
+            steps[rows],
+            inverse_root,
+            quant_max(scheme.bits),
+            None if first is None else first[rows] + moved[:, 0] - wanted[rows, 0],
+        )
     return QuantizedWeight(codes[:, order.argsort()], *scales)
 
 
-def _with_inactive_channels(hessian: torch.Tensor) -> torch.Tensor:
-    """A copy with 1 on the diagonal of channels never seen active: they are rounded to nearest
-    and touch no other."""
-    hessian = hessian.clone()
+def _output_blocks(
+    weight: torch.Tensor,
+    steps: torch.Tensor,
+    codes: torch.Tensor,
+    outputs: torch.Tensor | None,
+    name: str,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows to be rounded together, and their weights as the errors of earlier rows move them: all
+    at once for ``outputs`` None.
+
+    With ``O = U U^T``, U upper triangular, the loss is that of ``U^T E`` row by row, where E is the
+    error: a block b leaves least of its rows of it at ``E_b = -(U_ab U_bb^-1)^T E_a``, a being the
+    rows before it.
+
+    Args:
+        weight, steps: ``(N, K)``.
+        codes: of the rows that were given, once the next are asked for.
+        outputs, name: see :func:`quantize_gptq`.
+    """
+    if outputs is None:
+        yield torch.arange(len(weight), device=weight.device), weight
+        return
+    diagonal = _of_active_channels(outputs)
+    order = diagonal.argsort(descending=True, stable=True)
+    _, upper = _upper_factor(outputs[order[:, None], order], diagonal[order], _OUTPUT_DAMPING, name)
+    upper = upper.float()
+    errors = torch.zeros_like(weight)
+    for first in range(0, len(weight), size := max(_FEWEST_ROWS, len(weight) // _OUTPUT_BLOCKS)):
+        block = slice(first, first + size)
+        feedback = torch.linalg.solve_triangular(
+            upper[block, block], upper[:first, block], upper=True, left=False
+        )
+        rows = order[block]
+        yield rows, weight[rows] + feedback.T @ errors[:first]
+        errors[block] = weight[rows] - codes[rows] * steps[rows]
+
+
+def _of_active_channels(hessian: torch.Tensor) -> torch.Tensor:
+    """The diagonal, with 1 for channels never seen active: they are rounded to nearest and touch no
+    other."""
     diagonal = hessian.diagonal()
-    diagonal[diagonal <= 0] = 1.0
-    return hessian
+    return diagonal.where(diagonal > 0, 1.0)
 
 
 def _factorize(
-    hessian: torch.Tensor, damping: float, name: str
+    hessian: torch.Tensor, diagonal: torch.Tensor, damping: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped H, and the upper-triangular R with ``H^-1 = R^T R``, from one Cholesky factorization.
+    """H with another diagonal, damped, in place; and the upper-triangular R with ``H^-1 = R^T R``,
+    from one Cholesky factorization: with ``H = U U^T`` it is ``U^-1``, and no inverse is formed and
+    factorized again."""
+    damped, upper = _upper_factor(hessian, diagonal, damping, name)
+    return damped, _inverse_of_upper(upper)
 
-    Factorizing H with both axes reversed gives ``H = U U^T`` with U upper triangular, hence ``R =
-    U^-1``: no inverse is formed and factorized again.
-    """
-    mean = hessian.diagonal().mean()
+
+def _upper_factor(
+    hessian: torch.Tensor, diagonal: torch.Tensor, damping: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """H with another diagonal, damped, in place; and the upper-triangular U with ``H = U U^T``: the
+    Cholesky factor of H with both axes reversed."""
+    mean = diagonal.mean()
     while True:
-        damped = hessian + torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device) * (
-            damping * mean
-        )
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        hessian.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            upper = lower.flip(0, 1)
-            return damped, _inverse_of_upper(upper)
+            return hessian, lower.flip(0, 1)
         damping = max(damping, 1e-6) * _DAMPING_STEP
         _log.warning(
             "%s: the Hessian is not positive definite; damping raised to %g of its mean diagonal",

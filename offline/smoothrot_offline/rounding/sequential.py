@@ -11,9 +11,12 @@ ones before it produce.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from smoothrot_offline import ranks
+from smoothrot_offline.learn.fisher import MOST_OUTPUTS
 from smoothrot_offline.rounding.gptq import HessianAccumulator, quantize_gptq
 from smoothrot_offline.rounding.rtn import QuantizedWeight
 from smoothrot_offline.rounding.served import BuiltLayer, quantizers, rotations
@@ -32,7 +35,7 @@ class SequentialRounding:
         runner: builds single decoder layers.
         schema: how each linear is quantized.
         hidden: float32 ``(samples, seqlen, spec.stream)``, the transformed embedding of the
-            calibration tokens; it is changed.
+            calibration tokens, of this rank's sequences; it is changed.
         asymmetric: aim at the full-precision model's outputs (GPTAQ, arXiv 2504.02692; Qronos,
             arXiv 2505.11695) rather than at those of the rounded model's own inputs (GPTQ, arXiv
             2210.17323).
@@ -79,12 +82,20 @@ class SequentialRounding:
         self._hidden = state["hidden"]
         self._exact = state.get("exact", self._hidden)
 
-    def layer(self, index: int, tensors: dict[str, torch.Tensor]) -> dict[str, QuantizedWeight]:
+    def layer(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        output_moments: Mapping[str, torch.Tensor],
+    ) -> dict[str, QuantizedWeight]:
         """Round decoder layer ``index`` and move the hidden states past it.
 
         Args:
             index: which layer; call in order.
             tensors: the transformed layer's tensors by names relative to it, any float dtype.
+            output_moments: by linear, what ``outputs`` of
+                :func:`~smoothrot_offline.rounding.gptq.quantize_gptq` is; output channels of a
+                linear that is not named are rounded each by itself.
 
         Returns:
             The codes and scales of each quantized linear, named relative to the layer.
@@ -114,7 +125,7 @@ class SequentialRounding:
                 key: HessianAccumulator(
                     tensors[f"{key}.weight"].shape[1], self._asymmetric, self._hidden.device
                 )
-                for key in set(own.values())
+                for key in dict.fromkeys(own.values())
             }
             first = 0
             for chunk in inputs:
@@ -122,11 +133,21 @@ class SequentialRounding:
                 for key, found in statistics.items():
                     found.add(*chunk, weights=weights[key][first:last] if key in weights else None)
                 first = last
-            for linear in quantized:
-                rounded[linear] = self._round(
-                    prefix + linear, tensors[f"{linear}.weight"], statistics[own[linear]]
+            for found in statistics.values():
+                found.reduce()
+            pieces = (
+                partial(
+                    self._round,
+                    prefix + linear,
+                    tensors[f"{linear}.weight"],
+                    statistics[own[linear]],
+                    outputs=output_moments.get(linear),
                 )
-                copies[0].set_weight(linear, rounded[linear].dequantize())
+                for linear in quantized
+            )
+            for linear, done in zip(quantized, ranks.shared_out(pieces), strict=True):
+                rounded[linear] = done
+                copies[0].set_weight(linear, done.dequantize())
 
         def inputs_of(
             part: Callable[[BuiltLayer, torch.Tensor], torch.Tensor],
@@ -185,20 +206,42 @@ class SequentialRounding:
                 ]
                 for first, x in inputs.items():
                     statistics[first].add(x, *(target[first] for target in targets))
-            for expert, group in enumerate(groups):
-                seen = statistics.pop(group[0])
-                if seen.tokens < channels:
-                    few[expert] = seen.tokens
-                for linear in group:
-                    name = self._spec.layer_prefix(index) + linear
-                    rounded[linear] = self._round(
-                        name, tensors[f"{linear}.weight"], seen, channels / max(1, seen.tokens)
-                    )
-                    served.set_weight(linear, rounded[linear].dequantize())
+            pieces = self._expert_pieces(index, tensors, groups, statistics, few)
+            linears = [linear for group in groups for linear in group]
+            for linear, done in zip(linears, ranks.shared_out(pieces), strict=True):
+                rounded[linear] = done
+                served.set_weight(linear, done.dequantize())
         _warn_of_few_tokens(index, few)
 
+    def _expert_pieces(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        groups: Sequence[tuple[str, ...]],
+        statistics: dict[str, HessianAccumulator],
+        few: dict[int, int],
+    ) -> Iterator[Callable[[], QuantizedWeight]]:
+        """The rounding of each linear; ``statistics``, by the first of a group, are let go of, and
+        ``few`` gets the tokens of experts that had too few."""
+        for expert, group in enumerate(groups):
+            seen = statistics.pop(group[0])
+            seen.reduce()
+            channels = tensors[f"{group[0]}.weight"].shape[1]
+            if seen.tokens < channels:
+                few[expert] = seen.tokens
+            for linear in group:
+                name, weight = self._spec.layer_prefix(index) + linear, tensors[f"{linear}.weight"]
+                shortage = channels / max(1, seen.tokens)
+                yield partial(self._round, name, weight, seen, shortage=shortage)
+
     def _round(
-        self, name: str, weight: torch.Tensor, statistics: HessianAccumulator, shortage: float = 1.0
+        self,
+        name: str,
+        weight: torch.Tensor,
+        statistics: HessianAccumulator,
+        *,
+        shortage: float = 1.0,
+        outputs: torch.Tensor | None = None,
     ) -> QuantizedWeight:
         """Round for what was gathered; ``shortage`` above one multiplies the damping."""
         scheme = self._schema.scheme(name)
@@ -212,6 +255,7 @@ class SequentialRounding:
             damping=self._damping * max(1.0, shortage),
             cross=None if cross is None else cross * self._propagation,
             qronos=self._qronos,
+            outputs=outputs,
             name=f"{name}.weight",
         )
 
@@ -223,20 +267,31 @@ class SequentialRounding:
         return zip(*(stream.split(step) for stream in streams), strict=True)
 
 
+_FACTORIZING = 3
+"""Operations in float32 that take as long as factorizing a matrix in float64 and inverting the
+factor, by the cube of its order: as measured on one core for orders of 4096 and 8192."""
+
+
 def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool) -> float:
     """Floating-point operations of error-compensated rounding beside the passes of the tokens: an
-    H, or two, of each input, or of each linear where tokens are weighed, and of each expert one
-    that is factorized and inverted."""
+    H, or two, of each input, or of each linear where tokens are weighed; then for each linear, and
+    each expert's, its factorization, and the errors carried, between output channels too where they
+    are weighed."""
 
     def gathered_of(table: Architecture) -> int:
         shapes = [spec.linear_shape(linear, table) for linear in table.linears]
         return sum(shape[1] ** 2 for shape in (shapes if weighed else set(shapes)))
 
-    inputs = max(map(gathered_of, spec.tables))
+    def rounded_of(table: Architecture) -> float:
+        shapes = [spec.linear_shape(linear, table) for linear in table.linears]
+        found = sum(_FACTORIZING * k**3 + 2 * n * k**2 for n, k in shapes)
+        related = ((n, k) for n, k in shapes if weighed and n <= MOST_OUTPUTS)
+        return found + sum(n**3 / 3 + k * n**2 for n, k in related)
+
+    inputs, rounded = max(map(gathered_of, spec.tables)), max(map(rounded_of, spec.tables))
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
-    gathered = (2 if asymmetric else 1) * spec.layers * tokens * 2 * inputs * chosen
-    inverted = spec.sparse_layers * spec.experts * (spec.hidden**3 + spec.intermediate**3)
-    return gathered + 2 * inverted / 3
+    matrices = 2 if asymmetric else 1
+    return matrices * spec.layers * (tokens * 2 * inputs * chosen + rounded)
 
 
 def _attending(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:

@@ -200,8 +200,9 @@ class BuiltLayer:
 
     def _fed_forward(self, middle: torch.Tensor) -> torch.Tensor:
         """What the feed-forward gives out."""
-        found: torch.Tensor = self._feed_forward(self._norm(middle[..., : self._hidden]))
-        return found
+        found = self._feed_forward(self._norm(middle[..., : self._hidden]))
+        fed: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return fed
 
     def _stopped(self, linear: str, run: Callable[[], object]) -> torch.Tensor:
         """What ``linear`` multiplies by its weight while ``run`` runs; it is run no further."""

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Self
 
 from smoothrot_offline.source.parts import (
+    DraftHead,
     Experts,
     HeadSizes,
     LatentAttention,
@@ -55,7 +56,8 @@ class Architecture:
     a sum over tokens is between the two, which leaves no place for R2."""
     output: str
     up: str
-    """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x."""
+    """Produces, in its last rows, the factor of ``act(gate(x)) * up(x)`` that is linear in x, if
+    :attr:`scales_products`."""
     down: str
     """Consumes that product."""
     settings: Mapping[str, tuple[Any, ...]]
@@ -86,6 +88,9 @@ class Architecture:
     """What the server must be told, and transformers' class always computes."""
     named_head_dim: bool = False
     """The server has no width of heads unless it is given."""
+    alternating_yarn: bool = False
+    """The server reads neither ``layer_types`` nor the kind of RoPE: every other layer has a
+    window, from the first on, and RoPE is YaRN."""
     pre_norms: bool = True
     """There is a norm between the residual stream and its readers."""
     post_norms: tuple[str, ...] = ()
@@ -111,11 +116,11 @@ class Architecture:
     """The server has no head beside the embedding."""
     plain_head: bool = False
     """The server does not quantize the head."""
-    drafts: tuple[str, ...] = ()
-    """Beginnings of the full names of heads that predict further tokens from hidden states. They
-    are no part of the model, and left out."""
-    draft_layers: str = ""
-    """Configuration key of how many layers behind the last one are such heads."""
+    draft: DraftHead | None = None
+    """It stays 16-bit."""
+    layers_behind: str = ""
+    """Configuration key of how many layers behind the last one are heads that predict further
+    tokens from hidden states. They are no part of the model, and left out."""
     sixteen_bit: tuple[str, ...] = ()
     """Linears beside a router that are too small to quantize."""
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -179,6 +184,12 @@ class Architecture:
         return not (self.head_is_embedding or self.plain_head)
 
     @property
+    def scales_products(self) -> bool:
+        """Whether down reads a product that is linear in what up gives out, so that S and the signs
+        of R4 can be folded there."""
+        return self.experts is None or self.experts.activation == "silu"
+
+    @property
     def rotates_residual(self) -> bool:
         """Whether R1 can be folded. A norm between a writer and the residual stream does not
         commute with a rotation."""
@@ -201,6 +212,10 @@ class Architecture:
             readers={
                 norm: tuple(e for name in names for e in each(name))
                 for norm, names in self.readers.items()
+            },
+            biases={
+                flag: tuple(expert for name in names for expert in each(name))
+                for flag, names in self.biases.items()
             },
             writers=tuple(expert for name in self.writers for expert in each(name)),
             products=(
@@ -233,9 +248,13 @@ class Architecture:
                 gated[experts.shared.gate] = ("one", "hidden")
             downs[shared_down] = ("hidden", "shared")
         kept = {name: shape for name, shape in table.linears.items() if name in attention}
+        biases = dict(table.biases)
+        if experts.biased:
+            biases[""] = (*biases.get("", ()), *gated, *downs)
         return replace(
             table,
             linears=kept | gated | downs,
+            biases=biases,
             readers={**table.readers, table.mlp_norm: tuple(gated)},
             writers=(table.output, *downs),
         )

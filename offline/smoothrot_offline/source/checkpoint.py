@@ -111,6 +111,8 @@ class Checkpoint:
                         if info.part is None
                         else tensors.get_slice(info.stored)[info.part]
                     )
+                    if info.turned:
+                        loaded[name] = loaded[name].T.contiguous()
         for name, tensor in loaded.items():
             self._check_finite(name, tensor)
         return loaded

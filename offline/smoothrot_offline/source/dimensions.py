@@ -16,6 +16,7 @@ def dimensions(spec: ModelSpec, table: Architecture) -> dict[str, int]:
     query, values = spec.heads * head_dim, kv_heads * head_dim
     sizes = {
         "hidden": spec.hidden,
+        "two_hidden": 2 * spec.hidden,
         "intermediate": spec.intermediate,
         "query": query,
         "gated_query": 2 * query,
@@ -23,6 +24,7 @@ def dimensions(spec: ModelSpec, table: Architecture) -> dict[str, int]:
         "query_key_value": query + 2 * values,
         "gate_up": 2 * spec.intermediate,
         "experts": spec.experts,
+        "heads": spec.heads,
         "shared": spec.shared,
         "dense": spec.dense,
         "one": 1,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of experts as modules: a linear for each weight of the source, under the source's
-names."""
+"""A mixture of experts as modules: a linear for each weight, under the names of the family's
+table."""
 
 from collections.abc import Iterable
 
@@ -10,26 +10,41 @@ from transformers import PreTrainedConfig
 
 from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.parts import Experts
+from smoothrot_vllm.reference import SWIGLU_ALPHA, SWIGLU_LIMIT
+
+
+def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(gate) * up
+
+
+def _swigluoai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate = gate.clamp(max=SWIGLU_LIMIT)
+    return (up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1) * (gate * (SWIGLU_ALPHA * gate).sigmoid())
+
+
+_ACTIVATIONS = {"silu": _silu_mul, "swigluoai": _swigluoai}
+"""What makes one of gate and up, in their dtype."""
 
 
 class Expert(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, each linear a submodule under the last part of its name
-    in the family's table."""
+    """``down(act(gate(x), up(x)))``, each linear a submodule under the last part of its name in the
+    family's table."""
 
     def __init__(self, table: Architecture, hidden: int, intermediate: int) -> None:
         super().__init__()
         assert table.experts is not None
-        self._gate, self._up, self._down = (
-            _leaf(name) for name in (table.experts.gate, table.up, table.down)
-        )
-        self.add_module(self._gate, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module(self._up, nn.Linear(hidden, intermediate, bias=False))
-        self.add_module(self._down, nn.Linear(intermediate, hidden, bias=False))
+        self._activation = _ACTIVATIONS[table.experts.activation]
+        names = (table.experts.gate, table.up, table.down)
+        self._gate, self._up, self._down = map(_leaf, names)
+        bias = table.experts.biased
+        self.add_module(self._gate, nn.Linear(hidden, intermediate, bias))
+        self.add_module(self._up, nn.Linear(hidden, intermediate, bias))
+        self.add_module(self._down, nn.Linear(intermediate, hidden, bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(tokens, hidden)`` to the same."""
         gate, up, down = (self.get_submodule(name) for name in (self._gate, self._up, self._down))
-        y: torch.Tensor = down(nn.functional.silu(gate(x)) * up(x))
+        y: torch.Tensor = down(self._activation(gate(x), up(x)))
         return y
 
 
@@ -43,7 +58,7 @@ class Router(nn.Linear):
 
     def __init__(self, names: Experts, config: PreTrainedConfig) -> None:
         count, routing = getattr(config, names.count), names.routing
-        super().__init__(config.hidden_size, count, bias=False)
+        super().__init__(config.hidden_size, count, names.biased)
         self.top_k = config.num_experts_per_tok
         self._normalizes = not names.normalizes or getattr(config, names.normalizes)
         self._routing = routing
@@ -110,11 +125,13 @@ class SparseMoe(nn.Module):
         names = table.experts
         assert names is not None
         intermediate = getattr(config, names.intermediate)
-        self.gate = Router(names, config)
+        self._router = _leaf(names.router)
+        self.add_module(self._router, Router(names, config))
         self.experts = nn.ModuleList(
             Expert(table, config.hidden_size, intermediate)
             for _ in range(getattr(config, names.count))
         )
+        self._gives_scores = names.gives_scores
         self._shared = self._shared_gate = ""
         if (shared := names.shared) is not None:
             width = getattr(config, shared.intermediate)
@@ -124,18 +141,26 @@ class SparseMoe(nn.Module):
         if self._shared_gate:
             self.add_module(self._shared_gate, nn.Linear(config.hidden_size, 1, bias=False))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(..., hidden)`` to the same; weighed and summed in float32, or in float64 for such
-        inputs."""
+    @property
+    def chooser(self) -> Router:
+        """The router."""
+        router = self.get_submodule(self._router)
+        assert isinstance(router, Router)
+        return router
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        """``(..., hidden)`` to the same, or to a pair that begins with it where transformers' layer
+        reads one; weighed and summed in float32, or in float64 for such inputs."""
         tokens = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
         total = self._of_all(tokens).to(wide)
-        weights, chosen = self.gate.choose(self.gate(tokens))
+        weights, chosen = self.chooser.choose(self.chooser(tokens))
         for number, expert in enumerate(self.experts):
             token, place = (chosen == number).nonzero(as_tuple=True)
             if token.numel():
                 total.index_add_(0, token, expert(tokens[token]) * weights[token, place, None])
-        return total.to(x.dtype).view(x.shape)
+        given = total.to(x.dtype).view(x.shape)
+        return (given, None) if self._gives_scores else given
 
     def _of_all(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the shared expert makes of ``(tokens, hidden)``, zeros without one."""

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Self
 
 from smoothrot_offline.source.architecture import DENSE, SPARSE, Architecture, Shape, sharing
 from smoothrot_offline.source.dimensions import dimensions
-from smoothrot_offline.source.parts import HeadSizes
+from smoothrot_offline.source.parts import DraftHead, HeadSizes
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that these take
     import torch
@@ -29,8 +29,9 @@ class ModelSpec:
     ``shared`` the one of an expert beside them, ``dense`` that of layers without, 0 where there are
     none. Of a text tower ``config`` is its
     own, ``outer`` that around it; ``composite`` is the table of the whole, and ``kept`` has the
-    shapes of the tensors beside the tower, or beside the layers. Where heads differ by layer,
-    ``kv_heads`` and ``head_dim`` are the first layer's.
+    shapes of the tensors beside the tower, or beside the layers. With its own ``draft`` head these
+    are among them. Where heads differ by layer, ``kv_heads`` and ``head_dim`` are the first
+    layer's.
     """
 
     architecture: Architecture
@@ -49,6 +50,21 @@ class ModelSpec:
     composite: Composite | None = None
     outer: PreTrainedConfig | None = None
     kept: Mapping[str, Shape] = field(default_factory=dict)
+    draft: DraftHead | None = None
+
+    def with_draft(self, head: DraftHead, layers: int) -> Self:
+        """The specification with a draft head of that many layers."""
+        sizes = self.dimensions(self.architecture)
+        shapes: dict[str, Shape] = {
+            f"{head.module}.{name}": tuple(sizes[dimension] for dimension in dimensions)
+            for name, dimensions in head.tensors.items()
+        }
+        for index in range(layers):
+            shapes |= {
+                f"{head.module}.layers.{index}.{name}": shape
+                for name, shape in self._tensors_of(self.architecture.kinds[head.kind]).items()
+            }
+        return replace(self, kept={**self.kept, **shapes}, draft=head)
 
     def down_widths(self, index: int) -> list[int]:
         """Width of the input of each down_proj of decoder layer ``index``, in the order of
@@ -246,6 +262,8 @@ class ModelSpec:
             for index in range(self.layers)
             for linear in self.layer_table(index).unquantized
         )
+        if self.draft is not None:
+            beside = (*beside, self.draft.module)
         return [*linears, *alone, *(f"{module}." for module in beside)]
 
     def parameters(self) -> set[str]:
@@ -309,17 +327,26 @@ class ModelSpec:
                 found |= {self.layer_prefix(index) + name for name in left}
         return [name for name in tensors if name in found]
 
-    def drafts(self, tensors: Iterable[str]) -> list[str]:
-        """Those of a checkpoint's ``tensors`` that are of its draft heads."""
-        heads = range(self.layers, self.layers + self._size(self.architecture.draft_layers))
+    def behind(self, tensors: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's ``tensors`` that are of layers behind the last one, heads that
+        draft tokens."""
+        heads = range(self.layers, self.layers + self._size(self.architecture.layers_behind))
         layers = f"{self.architecture.layers}."
 
-        def drafts(name: str) -> bool:
+        def is_behind(name: str) -> bool:
             number = name.removeprefix(layers).partition(".")[0]
-            behind = name.startswith(layers) and number.isdecimal() and int(number) in heads
-            return behind or name.startswith(self.architecture.drafts)
+            return name.startswith(layers) and number.isdecimal() and int(number) in heads
 
-        return [name for name in tensors if drafts(name)]
+        return [name for name in tensors if is_behind(name)]
+
+    def added_to_draft(self) -> list[str]:
+        """Full names of the tensors that its own draft head gets, unless hidden states stay the
+        source's."""
+        from smoothrot_vllm.format import DRAFT_INPUT, DRAFT_OUTPUT
+
+        if self.draft is None:
+            return []
+        return [f"{self.draft.module}.{linear}.weight" for linear in (DRAFT_INPUT, DRAFT_OUTPUT)]
 
     def output_linears(self, tied: bool) -> Iterator[tuple[str, int, int]]:
         """``(full name, out_features, in_features)`` of each linear of the output; the head
@@ -347,6 +374,8 @@ class ModelSpec:
         tensors = {name: (shape, dtype) for name, shape in self.source_tensors().items()}
         for name in self.parameters():
             tensors[name] = (tensors[name][0], torch.float32)
+        if schema.online.readers is None:
+            tensors |= dict.fromkeys(self.added_to_draft(), ((self.hidden, self.hidden), dtype))
         for name, out, inputs in self.output_linears(tied):
             scheme = schema.scheme(name)
             if scheme is None:

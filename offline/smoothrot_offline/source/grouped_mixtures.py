@@ -55,7 +55,7 @@ GLM4_MOE = _GLM_DENSE.with_sparse_feed_forward(
     model_type="glm4_moe",
     class_name="Glm4MoeForCausalLM",
     parameters={"mlp.gate.e_score_correction_bias": ("experts",)},
-    draft_layers="num_nextn_predict_layers",
+    layers_behind="num_nextn_predict_layers",
     of_config=_with_head_norms,
     settings={
         **WITHOUT_WINDOWS,
@@ -159,7 +159,7 @@ DEEPSEEK_V3 = _DENSE.with_sparse_feed_forward(
     model_type="deepseek_v3",
     class_name="DeepseekV3ForCausalLM",
     parameters=GLM4_MOE.parameters,
-    draft_layers="num_nextn_predict_layers",
+    layers_behind="num_nextn_predict_layers",
     of_config=_of_config,
     settings={
         **_SETTINGS,

@@ -5,7 +5,7 @@ attention."""
 from dataclasses import replace
 
 from smoothrot_offline.source.families import LLAMA
-from smoothrot_offline.source.parts import LinearAttention
+from smoothrot_offline.source.parts import DraftHead, LinearAttention
 
 # A gate between attention and o_proj leaves no place for R2.
 _GATED_ATTENTION = replace(
@@ -30,7 +30,7 @@ _GATED_ATTENTION = replace(
     },
     same={},
     partial_rotary=True,
-    drafts=("mtp.",),
+    draft=DraftHead(layers="mtp_num_hidden_layers"),
     rotary_sections=True,
 )
 
@@ -83,6 +83,7 @@ _FUSED_DELTA_LINEARS = {
 QWEN3_NEXT_DENSE = replace(
     _GATED_ATTENTION,
     rotary_sections=False,
+    draft=DraftHead(layers="num_nextn_predict_layers"),
     plain_head=True,
     # vLLM has no tied head.
     settings=_GATED_ATTENTION.settings | {"tie_word_embeddings": (False,)},

@@ -140,6 +140,41 @@ OLMOE = LLAMA.with_sparse_feed_forward(
 )
 
 
+GPT_OSS = LLAMA.with_sparse_feed_forward(
+    Experts(
+        count="num_local_experts",
+        intermediate="intermediate_size",
+        router="mlp.router",
+        # vLLM's class would take a down_proj for a tensor of its own.
+        gate="mlp.experts.{e}.w1",
+        activation="swigluoai",
+        biased=True,
+        interleaved=True,
+        gives_scores=True,
+    ),
+    up="mlp.experts.{e}.w3",
+    down="mlp.experts.{e}.w2",
+    model_type="gpt_oss",
+    class_name="GptOssForCausalLM",
+    biases={"": LLAMA.biases["attention_bias"]},
+    parameters={"self_attn.sinks": ("heads",)},
+    layer_types=True,
+    alternating_yarn=True,
+    plain_head=True,
+    attention="eager",
+    # vLLM's class reads none of these, but computes with these values.
+    settings={
+        "hidden_act": ("silu",),
+        "attention_bias": (True,),
+        "swiglu_alpha": (1.702,),
+        "swiglu_limit": (7.0,),
+        "rms_norm_eps": (1e-5,),
+        "tie_word_embeddings": (False,),
+    },
+    same={},
+)
+
+
 MIXTURES = {
     table.model_type: table
     for table in (
@@ -149,6 +184,7 @@ MIXTURES = {
         QWEN3_NEXT,
         QWEN3_5_MOE,
         OLMOE,
+        GPT_OSS,
         GLM4_MOE,
         DEEPSEEK_V2,
         DEEPSEEK_V3,

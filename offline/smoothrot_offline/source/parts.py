@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a family's table says of experts and of attention."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # it imports torch
+    from smoothrot_vllm.reference import Activation
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Experts:
     which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
     values of keys that say that every layer has experts. ``dense`` is the key of how many of the
     first layers have none, "" where all have. ``shared`` is an expert beside them.
+    ``activation`` is what makes one of an expert's gate and up; ``biased`` says that an expert's
+    linears and the router have biases. ``interleaved`` says that transformers stores fused
+    experts ``(experts, inputs, outputs)``, gates and ups taking turns, ``gives_scores`` that its
+    feed-forward gives out a pair, the router's scores second.
     """
 
     count: str
@@ -63,6 +72,10 @@ class Experts:
     dense: str = ""
     shared: SharedExpert | None = None
     routing: Routing = Routing()
+    activation: Activation = "silu"
+    biased: bool = False
+    interleaved: bool = False
+    gives_scores: bool = False
 
 
 class HeadSizes(NamedTuple):
@@ -99,6 +112,33 @@ class LatentAttention:
     keys: str
     rotary: str
     values: str
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """A head that predicts further tokens from what the final norm gives out and from their
+    embeddings (multi-token prediction). A checkpoint of the family may have it or not.
+
+    ``layers`` is the configuration key of how many decoder layers it has, one without the key, and
+    ``kind`` which they are. ``tensors`` are the dimensions of the others, named relative to
+    ``module``.
+    """
+
+    layers: str
+    module: str = "mtp"
+    kind: str = "full_attention"
+    tensors: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "fc.weight": ("hidden", "two_hidden"),
+            "pre_fc_norm_embedding.weight": ("hidden",),
+            "pre_fc_norm_hidden.weight": ("hidden",),
+            "norm.weight": ("hidden",),
+        }
+    )
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor or a module by its full name is one of the head."""
+        return name.startswith(f"{self.module}.")
 
 
 @dataclass(frozen=True)

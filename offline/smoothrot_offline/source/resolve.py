@@ -2,6 +2,7 @@
 """From config.json to a model that can be converted: its family and sizes, and the refusal of
 everything else by name."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,15 +79,26 @@ names is run either."""
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
 
-def resolve(config: dict[str, Any]) -> ModelSpec:
+def resolve(config: dict[str, Any], names: Iterable[str] = ()) -> ModelSpec:
     """The family and the sizes of a model.
 
     Args:
         config: ``config.json`` as read.
+        names: of its tensors, or of modules, which tell whether it has a draft head of its own.
 
     Raises:
         UnsupportedModelError: the model cannot be converted exactly; the message names the reason.
     """
+    spec = _resolve(config)
+    head = spec.architecture.draft
+    if head is None or not any(map(head.has, names)):
+        return spec
+    most = min(MAX_LAYERS, MAX_EXPERTS // max(1, spec.experts))
+    layers = check_size(head.layers, getattr(spec.config, head.layers, 1), most)
+    return spec.with_draft(head, layers)
+
+
+def _resolve(config: dict[str, Any]) -> ModelSpec:
     # It imports torch and transformers, which a refusal by name must not wait for.
     from smoothrot_offline.source.models import beside_text, parse_config
 

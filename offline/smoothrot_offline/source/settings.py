@@ -37,6 +37,10 @@ _ROPE_KEYS = ("mrope_section", "mrope_interleaved", "xdrope_section", "use_fope"
 """Keys of rope_parameters that vLLM computes by and transformers does not."""
 _SECTION_KEYS = _ROPE_KEYS[:2]
 """Those of them that both compute by, where positions are those of images."""
+_YARN_NUMBERS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+"""What a server that knows RoPE as YaRN alone reads of it, beside ``truncate``."""
+_YARN_FACTORS = ("attention_factor", "mscale", "mscale_all_dim")
+"""What it leaves to follow from these."""
 MAX_SIZE = (1 << 31) - 1
 """Of a width or a count in a configuration."""
 
@@ -98,6 +102,8 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         _check_layer_vocabulary(spec)
     if table.scaled_queries:
         _check_scaled_queries(spec, config)
+    if table.alternating_yarn:
+        _check_alternating_yarn(spec)
 
 
 def check_values(
@@ -240,6 +246,25 @@ def _check_scaled_queries(spec: ModelSpec, config: dict[str, Any]) -> None:
             f"none, or {expected} as in rope_parameters",
             found,
         )
+
+
+def _check_alternating_yarn(spec: ModelSpec) -> None:
+    name, rope = spec.architecture.class_name, spec.config.rope_parameters
+    if rope.get("rope_type") != "yarn":
+        raise _refused(name, "rope_parameters: rope_type", "yarn", rope.get("rope_type"))
+    for key in _YARN_NUMBERS:
+        if type(rope.get(key)) not in (int, float):
+            raise _refused(name, f"rope_parameters: {key}", "a number", rope.get(key))
+    for key in _YARN_FACTORS:
+        if rope.get(key) is not None:
+            raise _refused(name, f"rope_parameters: {key}", "none", rope[key])
+    window, kinds = spec.config.sliding_window, spec.config.layer_types
+    if type(window) is not int or window < 1:
+        raise _refused(name, "sliding_window", "a whole number from 1 on", window)
+    for index, kind in enumerate(kinds):
+        expected = ("sliding_attention", "full_attention")[index % 2]
+        if kind != expected:
+            raise _refused(name, f"layer_types of layer {index}", expected, kind)
 
 
 def server_keys(spec: ModelSpec) -> dict[str, Any]:

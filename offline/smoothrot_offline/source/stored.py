@@ -10,11 +10,13 @@ class TensorInfo:
     ``stored`` its name in the file.
 
     ``part`` chooses from a stored tensor of which this one is a part: the entry of its first
-    dimension and the rows of that.
+    dimension, the rows of that, and the columns. ``turned`` says that these are the columns and the
+    rows of this one.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     stored: str
-    part: tuple[int, slice] | None = None
+    part: tuple[int | slice, ...] | None = None
+    turned: bool = False

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EAGLE heads for a converted model with R1 folded: they read and draft its hidden states.
+"""EAGLE heads, and a model's own, for a converted model with R1 folded: they read and draft its
+hidden states.
 
 vLLM hands such a head what the final norm gives out, the base's embedding, and the base's output
 head, and takes what it gives out for the next hidden state. With gamma the weight that the final
@@ -8,9 +9,15 @@ output head ``W diag(gamma) Q``. So the columns of ``fc`` that read the embeddin
 Q, those that read hidden states by ``diag(gamma) Q``, and all within the head stays as it was. What
 it gives out has to become ``(x / gamma) Q`` too. That cannot be folded into its last layer, whose
 norm reads the same sum, so it is a linear more, which the plugin's model class has.
+
+A model's own head (multi-token prediction) reads both through norms. That of the embedding, whose
+length no rotation changes, is folded into ``fc`` like any other. That of hidden states divides by
+the length of gamma x, which ``(x / gamma) Q`` does not have, so they are first taken back to what
+the original's are, by one linear more.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +35,13 @@ from smoothrot_offline.transform.companions import (
     write_companion,
 )
 from smoothrot_offline.transform.record import RecordedTransform
+from smoothrot_offline.transform.sides import ModelTransform
 from smoothrot_vllm.errors import CheckpointError, ConfigError, UnsupportedModelError
-from smoothrot_vllm.format import DRAFT_ARCHITECTURE, DRAFT_OUTPUT
+from smoothrot_vllm.format import DRAFT_ARCHITECTURE, DRAFT_INPUT, DRAFT_OUTPUT
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 FUSION, EMBEDDING = "fc.weight", "embed_tokens.weight"
+EMBEDDING_NORM = "pre_fc_norm_embedding.weight"
 _UNCHANGED = re.compile(r"layers\.\d+\..+")
 _ONLINE = "Convert the base with --residual online, which serves the head as it is."
 
@@ -114,15 +123,8 @@ def transform_head(
         CheckpointError: the final norm removed a channel, which the head could not give back.
     """
     transform = recorded.transform
-    norm = transform.spec.architecture.final_norm
-    gamma = recorded.norms[norm].double()
-    multiplier = gamma + transform.spec.architecture.norm_offset
-    if (zeros := int((multiplier == 0).sum())) > 0:
-        raise CheckpointError(
-            f"{norm}.weight of the base: expected a multiplier other than 0 for every channel, got"
-            f" 0 for {zeros}: what the head drafts in these is in no hidden state of the converted"
-            f" model. {_ONLINE}"
-        )
+    gamma = recorded.norms[transform.spec.architecture.final_norm].double()
+    refuse_removed_channels(transform.spec, gamma, _ONLINE)
     embedded, hidden = fusion.chunk(2, dim=1)
     changed = {
         FUSION: torch.cat([transform.embedding(embedded), transform.head(hidden, gamma)], dim=1),
@@ -131,6 +133,45 @@ def transform_head(
     if embedding is not None:
         changed[EMBEDDING] = transform.embedding(embedding)
     return changed
+
+
+def transform_own_head(
+    transform: ModelTransform, gamma: torch.Tensor, head: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a model's own head that its transform changes or adds, by names after its
+    module.
+
+    Args:
+        transform: the model's.
+        gamma: the weight that its final norm had, float64 ``(hidden,)``.
+        head: float64 :data:`FUSION` ``(hidden, 2 hidden)``, reads what the norm of the embedding
+            gives out, then that of the hidden state; and :data:`EMBEDDING_NORM` ``(hidden,)``.
+    """
+    embedded, hidden = head[FUSION].chunk(2, dim=1)
+    norm, identity = head[EMBEDDING_NORM], torch.eye(len(gamma)).to(gamma)
+    return {
+        # The norm's weight and R1 go into what reads it, as the final norm's go into the head.
+        FUSION: torch.cat([transform.head(embedded, norm), hidden], dim=1),
+        EMBEDDING_NORM: transform.final_norm(norm),
+        f"{DRAFT_INPUT}.weight": transform.head(identity, gamma),
+        f"{DRAFT_OUTPUT}.weight": transform.hidden(identity, gamma).T,
+    }
+
+
+def refuse_removed_channels(spec: ModelSpec, gamma: torch.Tensor, advice: str) -> None:
+    """Refuse a final norm, of stored weight ``gamma (hidden,)``, whose output says nothing of some
+    channels.
+
+    Raises:
+        CheckpointError: it multiplies them by 0; what else can be done is ``advice``.
+    """
+    table = spec.architecture
+    if (zeros := int((gamma + table.norm_offset == 0).sum())) > 0:
+        raise CheckpointError(
+            f"{table.final_norm}.weight of the base: expected a multiplier other than 0 for every"
+            f" channel, got 0 for {zeros}: what the head drafts in these is in no hidden state of"
+            f" the converted model. {advice}"
+        )
 
 
 def _llama_config(path: Path, spec: ModelSpec) -> dict[str, Any]:

@@ -79,10 +79,15 @@ def random_rotation(size: int, seed: int) -> Rotation:
     return Rotation(random_signs(size, seed, "R1"), choose_block(size).size)
 
 
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose."""
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 def random_signs(size: int, seed: int, purpose: str) -> torch.Tensor:
     """Float64 ``(size,)`` of +1 and -1, a function of ``seed`` and ``purpose`` alone."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator().manual_seed(seed_for(seed, purpose))
     return torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
 
 

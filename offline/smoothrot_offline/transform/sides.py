@@ -167,14 +167,17 @@ def down_rotation(spec: ModelSpec, index: int, seed: int, online: Online) -> Sid
 
     The gated product ``act(gate) * up`` is linear in ``up``, so what the server has left to do is
     the Hadamard transform of down_proj's input, without signs. The experts of a layer share the
-    signs.
+    signs. A product that is not linear in ``up`` is rotated without any.
     """
     sides: Sides = {}
-    for up, down in spec.layer_table(index).products:
+    table = spec.layer_table(index)
+    for up, down in table.products:
         if (rotation := online.rotation(down)) is not None:
-            signs = _scaled(random_signs(rotation.size, seed, f"R4/{index}"))
-            sides[up] = [Factor(signs, output=True, last=rotation.size)]
-            sides[down] = [Factor(signs), Factor(_turned(rotation.block), online=True)]
+            sides[down] = [Factor(_turned(rotation.block), online=True)]
+            if table.scales_products:
+                signs = _scaled(random_signs(rotation.size, seed, f"R4/{index}"))
+                sides[up] = [Factor(signs, output=True, last=rotation.size)]
+                sides[down].insert(0, Factor(signs))
     return sides
 
 
@@ -249,11 +252,36 @@ class ModelTransform:
 
     def layer(self, index: int, tensors: Tensors, scales: LayerScales) -> None:
         """Transform the float64 tensors of decoder layer ``index``, in place; ``scales`` are S."""
-        table = self.spec.layer_table(index)
-        gammas = {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.norms}
+        gammas = self._gammas(index, tensors)
         fold(tensors, self.sides(index, gammas, scales))
         for norm, gamma in self.norms(gammas, scales).items():
-            tensors[f"{norm}.weight"] = gamma - table.norm_offset
+            tensors[f"{norm}.weight"] = gamma - self.spec.layer_table(index).norm_offset
+
+    def _gammas(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+        """What each norm of a layer multiplies by."""
+        table = self.spec.layer_table(index)
+        return {norm: tensors[f"{norm}.weight"] + table.norm_offset for norm in table.norms}
+
+    def output_moments(
+        self,
+        index: int,
+        tensors: Mapping[str, torch.Tensor],
+        scales: LayerScales,
+        moments: Mapping[str, torch.Tensor],
+    ) -> Tensors:
+        """Second moments of the gradients in what linears of decoder layer ``index`` give out, as
+        the transformed ones give it out: ``M^-1 O M^-T`` where ``y`` becomes ``y M``.
+
+        Args:
+            tensors: the layer's, not transformed.
+            scales: S.
+            moments: by linear, ``(out, out)``.
+        """
+        sides = self.sides(index, self._gammas(index, tensors), scales)
+        return {
+            linear: _of_changed_output(moment.double(), sides[linear])
+            for linear, moment in moments.items()
+        }
 
     def norms(
         self, gammas: Mapping[str, torch.Tensor], scales: LayerScales
@@ -309,6 +337,15 @@ def _among_keys(rotate: Rows, keys: int, head_dim: int) -> Rows:
         return torch.cat([heads[..., :keys], turned], dim=-1).flatten(-2)
 
     return times
+
+
+def _of_changed_output(moment: torch.Tensor, factors: Sequence[Factor]) -> torch.Tensor:
+    changed = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    for factor in factors:
+        if factor.output:
+            changed = factor.of_weight(changed)
+    half = torch.linalg.solve(changed.T, moment)
+    return torch.linalg.solve(changed.T, half.T)
 
 
 def _scaled(factors: torch.Tensor) -> Rows:

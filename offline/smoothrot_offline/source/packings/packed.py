@@ -21,6 +21,7 @@ FLOATS = ("BF16", "F16", "F32")
 """Dtypes of scales."""
 INT32 = ("I32",)
 WORD_BITS = 32
+_NUMBERS = {2: "two", 3: "three"}
 _OTHER_SCALES = {
     "input_scale": "inputs",
     "input_zero_point": "inputs",
@@ -58,13 +59,14 @@ class Packing(ABC):
 
     ``title`` names it to people, as in "4-bit GPTQ weights"; ``notes`` is what else they should
     know. A weight is known by a tensor whose role is the first of ``roles``, of ``dtype`` unless
-    that is None.
+    that is None, and of so many ``dimensions``.
     """
 
     title: str
     notes: tuple[str, ...] = ()
     roles: ClassVar[tuple[str, ...]]
     dtype: ClassVar[str | None] = None
+    dimensions: ClassVar[int] = 2
 
     @abstractmethod
     def layout(self, there: Mapping[str, Shape]) -> Layout:
@@ -72,7 +74,7 @@ class Packing(ABC):
 
         Args:
             there: shapes of the tensors that there are, by their roles; that of the one it is
-                known by has two dimensions.
+                known by has :attr:`dimensions`.
         """
 
     @abstractmethod
@@ -109,10 +111,10 @@ class Packing(ABC):
                     f"tensor {weight}: expected the weight once, got {name}, the same in"
                     f" {self.title}, too. Remove one of them from the checkpoint."
                 )
-            if len(info.shape) != 2:
+            if len(info.shape) != self.dimensions:
                 raise CheckpointError(
-                    f"tensor {name}: expected two dimensions, got {info.shape}. Fetch the"
-                    " checkpoint again."
+                    f"tensor {name}: expected {_NUMBERS[self.dimensions]} dimensions, got"
+                    f" {info.shape}. Fetch the checkpoint again."
                 )
             there = {
                 role: tensors[f"{module}.{role}"].shape

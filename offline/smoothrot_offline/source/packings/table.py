@@ -8,6 +8,7 @@ from smoothrot_offline.source.packings.awq import parse_awq
 from smoothrot_offline.source.packings.compressed import parse_compressed
 from smoothrot_offline.source.packings.fp8 import parse_fp8
 from smoothrot_offline.source.packings.gptq import parse_gptq
+from smoothrot_offline.source.packings.mxfp4 import parse_mxfp4
 from smoothrot_offline.source.packings.packed import Packing
 
 PACKINGS: Mapping[str, Callable[[Mapping[str, Any]], Packing]] = {
@@ -15,6 +16,7 @@ PACKINGS: Mapping[str, Callable[[Mapping[str, Any]], Packing]] = {
     "gptq": parse_gptq,
     "awq": parse_awq,
     "compressed-tensors": parse_compressed,
+    "mxfp4": parse_mxfp4,
 }
 
 
