@@ -61,11 +61,15 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(
     router = f"{table.feed_forward}.gate"
     normed = copy.feed_forward_input(router, middle).flatten(0, -2)
     torch.testing.assert_close(routing, normed @ tensors[f"{router}.weight"].T)
-    # Another routing, which leaves the last expert out.
+    chooser = layer.get_submodule(router)
+    _, chosen_of_own = chooser.choose(routing)
+    # Another routing, which leaves the last expert out: a correction alone must not choose it.
+    for correction in chooser.buffers():
+        correction[-1] = -1.0
     other = routing.roll(1, dims=1).index_fill(1, torch.tensor([spec.experts - 1]), -torch.inf)
     forced, _ = copy.expert_inputs(middle, linears, other)
-    for found, logits in ((own, routing), (forced, other)):
-        _, chosen = layer.get_submodule(router).choose(logits)
+    _, chosen_of_other = chooser.choose(other)
+    for found, chosen in ((own, chosen_of_own), (forced, chosen_of_other)):
         for expert, ((gate, up), (down,)) in enumerate(zip(gated, downs, strict=True)):
             x = normed[(chosen == expert).any(dim=-1)]
             assert (gate in found) == (down in found) == (len(x) > 0)
