@@ -10,12 +10,15 @@ from forked import COMMAND, run_forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GptOssConfig,
     GraniteConfig,
@@ -79,13 +82,17 @@ FAMILIES = {
     "olmo3": Olmo3Config,
     "exaone4": Exaone4Config,
     "olmoe": OlmoeConfig,
+    "glm4_moe": Glm4MoeConfig,
+    # As the Lite model of the family, whose queries have no latent state, and as V3.
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
     "gpt_oss": GptOssConfig,
 }
 
 
-def yarn(context: int, factor: float) -> dict[str, Any]:
+def yarn(context: int, factor: float, **own: Any) -> dict[str, Any]:
     """Settings of a model that was trained on ``context`` tokens and reads ``factor`` times as
-    many."""
+    many; ``own`` are further rotary parameters of its family."""
     return {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -94,7 +101,7 @@ def yarn(context: int, factor: float) -> dict[str, Any]:
             "original_max_position_embeddings": context,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
-            "truncate": False,
+            **own,
         },
     }
 
@@ -146,6 +153,22 @@ SHARED_SIZES = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 96,
     "shared_expert_intermediate_size": 224,
+}
+# vLLM's kernel for CPUs takes these ranks and parts with RoPE alone.
+LATENT_SIZES: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 48,
+    **yarn(16, 4.0, mscale=0.707, mscale_all_dim=0.707),
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+    "tie_word_embeddings": False,
 }
 # Caps of logits are low enough to matter; so are the factors of longrope, on the rotated half of
 # each head of 32.
@@ -215,13 +238,28 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "intermediate_size": 96,
         "tie_word_embeddings": False,
     },
+    "glm4_moe": {
+        "head_dim": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 96,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "tie_word_embeddings": False,
+    },
+    "deepseek_v2": LATENT_SIZES | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT_SIZES | {"q_lora_rank": 48, "n_group": 2, "topk_group": 1},
     "gpt_oss": {
         "head_dim": 64,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "sliding_window": 16,
         "tie_word_embeddings": False,
-        **yarn(128, 4.0),
+        **yarn(128, 4.0, truncate=False),
     },
     "olmo2": {"hidden_size": 160, "head_dim": 64},
     "olmo3": {
@@ -297,6 +335,9 @@ def save_tiny_model(directory: Path, family: str) -> Path:
                 parameter.uniform_(0.5, 1.5).sub_(0.0 if "linear_attn" in name else offset)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.1)
         randomize_gemma4(model)
     model.bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import DRAFT_ARCHITECTURE, QuantizationSchema
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ REFUSALS = (
     Refusal(
         "--speculative-config",
         own_head,
-        f"it holds no head that drafts ({OWN_HEAD}*), as what it was converted from held none",
+        f"it holds no head that drafts ({OWN_HEAD}*), as what it was converted from held none, or"
+        " held layers behind the last one, which are left out",
         f"Convert a checkpoint that holds one, or take one of {', '.join(TOKEN_DRAFTS)}.",
         unless=_holds_own_head,
     ),
@@ -261,7 +262,9 @@ def check_engine(config: "VllmConfig", schema: QuantizationSchema) -> None:
 
     Raises:
         ConfigError: the first setting of :data:`REFUSALS` that is given.
+        UnsupportedModelError: see :func:`check_rope`.
     """
+    check_rope(config)
     for refusal in REFUSALS:
         if refusal.unless(schema):
             continue
@@ -270,3 +273,23 @@ def check_engine(config: "VllmConfig", schema: QuantizationSchema) -> None:
                 f"{refusal.option}: not with this converted model, got {found}: {refusal.why}."
                 f" {refusal.instead}"
             )
+
+
+def check_rope(config: "VllmConfig") -> None:
+    """Refuse what vLLM's kernel for CPUs computes wrongly, for 16-bit models too: RoPE that is not
+    scaled, of queries that are given head by head, as attention by latent states gives them.
+
+    Raises:
+        UnsupportedModelError: the model is served on a CPU and has both.
+    """
+    from vllm.platforms import current_platform
+
+    model = config.model_config
+    if not current_platform.is_cpu() or not model.is_deepseek_mla:
+        return
+    if (kind := model.hf_text_config.rope_parameters["rope_type"]) == "default":
+        raise UnsupportedModelError(
+            "config.json: rope_parameters: rope_type: expected yarn where latent states"
+            f" (kv_lora_rank) are served on a CPU, got {kind}, which vLLM's kernel for CPUs"
+            " computes wrongly for them. Serve the model on a GPU."
+        )

@@ -128,8 +128,14 @@ class SmoothRotExpertsMethod(FusedMoEMethodBase):
         Raises:
             ConfigError: the experts' width, or a rank's share of it, does not suit the Hadamard
                 block or the group size.
+            UnsupportedModelError: what experts read is multiplied by their weights.
             UnsupportedPlatformError: a width does not suit the CUDA kernels that are to compute it.
         """
+        if layer.apply_router_weight_on_input:
+            raise UnsupportedModelError(
+                f"{self.prefix}: apply_router_weight_on_input: expected False, what experts give"
+                " out multiplied by their weights, got True. Serve the 16-bit model instead."
+            )
         self.stored.begin(self.moe.intermediate_size, intermediate_size_per_partition)
         if not current_platform.is_cpu():
             self._check_granules(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smoothrot_offline.report.model import QuantizedLinear, load_model
-from smoothrot_offline.source.experts import SparseMoe
+from smoothrot_offline.source.experts import Router, SparseMoe
 from smoothrot_vllm import reference
 
 ROW_PARALLEL = ("o_proj", "down_proj", "w2")
@@ -84,8 +84,8 @@ class Greedy:
 
     ``margin`` is the smallest lead of a chosen token over the runner-up, in nats; ``tie_distance``
     that of the function of this name over all 4-bit inputs; ``routing_margin`` the smallest lead of
-    a chosen expert's logit over that of another. A code of 8 bits that falls on the other side of a
-    tie moves the answer little.
+    a chosen expert, or group of them, over another by what they are chosen by. A code of 8 bits
+    that falls on the other side of a tie moves the answer little.
     """
 
     tokens: list[int]
@@ -110,8 +110,7 @@ class Reference:
         self._routing_margins: list[float] = []
         for name, module in list(self.model.named_modules()):
             if isinstance(module, SparseMoe):
-                router = module.get_submodule(module.router_name)
-                router.register_forward_hook(partial(self._watch_routing, module.top_k))
+                module.chooser.register_forward_hook(self._watch_routing)
             if not isinstance(module, QuantizedLinear):
                 continue
             shards = ranks if name.endswith(ROW_PARALLEL) else 1
@@ -125,11 +124,14 @@ class Reference:
     ) -> None:
         self._tie_distances.append(tie_distance(inputs[0], linear, ranks))
 
-    def _watch_routing(
-        self, top_k: int, _: nn.Module, _inputs: object, logits: torch.Tensor
-    ) -> None:
-        ordered = logits.sort(dim=-1, descending=True).values
-        self._routing_margins.append(float((ordered[:, top_k - 1] - ordered[:, top_k]).min()))
+    def _watch_routing(self, router: Router, _inputs: object, logits: torch.Tensor) -> None:
+        ranked = [(router.preferences(logits), router.top_k)]
+        if router.kept_groups < router.groups:
+            ranked.append((router.group_preferences(logits), router.kept_groups))
+        for found, chosen in ranked:
+            ordered = found.sort(dim=-1, descending=True).values
+            lead = ordered[:, chosen - 1] - ordered[:, chosen]
+            self._routing_margins.append(float(lead.min()))
 
     @torch.inference_mode()
     def greedy(

@@ -58,6 +58,11 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
         "--smooth-norms",
     ),
     "qwen3_moe": ("--activation-bits", "8", "--group-size", "32"),
+    # Behind a layer without experts; groups of them.
+    "glm4_moe": ("--activation-bits", "8", "--rounding", "gptq", "--hessian", "model"),
+    # Attention by latent states, in V3 with a fused linear that makes two of them.
+    "deepseek_v2": ("--activation-bits", "8", "--lm-head-bits", "8"),
+    "deepseek_v3": ("--activation-bits", "8", "--rounding", "gptq", "--hessian", "model"),
     # With biases and limits, which no scale passes through.
     "gpt_oss": (
         *("--activation-bits", "8", "--scales", "none"),
@@ -80,6 +85,9 @@ FUSED = {
     "olmo3",
     "exaone4",
     "qwen2_moe",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
 }
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(6)]
 ENGINE = Path(__file__).with_name("serve_in_process.py")

@@ -57,6 +57,20 @@ SHARED_SIZES = {
     "moe_intermediate_size": 80,
     "shared_expert_intermediate_size": 112,
 }
+LATENT_SIZES: dict[str, Any] = {
+    "num_key_value_heads": 9,
+    "kv_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 12,
+    **yarn(16, 4.0, mscale=0.707, mscale_all_dim=0.707),
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 80,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.5,
+}
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "gemma3": GEMMA_SIZES,
     "gemma4": GEMMA4_SIZES
@@ -85,6 +99,19 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": DELTA_SIZES | SHARED_SIZES,
     "qwen3_next": DELTA_SIZES | SHARED_SIZES,
     "phi3": {"pad_token_id": 0},
+    # A layer without experts, then two with them; groups of experts, of which one is left out.
+    "glm4_moe": {
+        "head_dim": 12,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 80,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v2": LATENT_SIZES | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT_SIZES | {"q_lora_rank": 28, "n_group": 2, "topk_group": 1},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 76},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": SHARED_SIZES,
@@ -112,7 +139,7 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "sliding_window": 5,
-        **yarn(16, 4.0),
+        **yarn(16, 4.0, truncate=False),
     },
     "olmo2": {"head_dim": 12},
     "olmo3": WINDOWS,
@@ -144,6 +171,11 @@ def random_model(
                 parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                # Which the published models have in float32.
+                buffer.data = buffer.to(torch.promote_types(dtype, torch.float32))
+                buffer.normal_(std=0.1)
     randomize_gemma4(model)
     return model.eval()
 

@@ -157,6 +157,37 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": {"family": "qwen3_5_moe"},
     "qwen3_5_moe, tied": {"family": "qwen3_5_moe", "tie_word_embeddings": True},
+    "glm4_moe": {"family": "glm4_moe"},
+    "glm4_moe, head norms, biases, weights of experts as they are": {
+        "family": "glm4_moe",
+        "use_qk_norm": True,
+        "attention_bias": True,
+        "norm_topk_prob": False,
+        "first_k_dense_replace": 2,
+    },
+    "glm4_moe, experts in every layer and in one group": {
+        "family": "glm4_moe",
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "n_shared_experts": 1,
+        "num_key_value_heads": 1,
+    },
+    "deepseek_v2": {"family": "deepseek_v2"},
+    "deepseek_v2, latent queries, groups of experts, plain RoPE": {
+        "family": "deepseek_v2",
+        "q_lora_rank": 28,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {"family": "deepseek_v3"},
+    "deepseek_v3, no latent queries, experts in every layer": {
+        "family": "deepseek_v3",
+        "q_lora_rank": None,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+    },
     "qwen3_moe, tied": {"family": "qwen3_moe", "tie_word_embeddings": True},
 }
 

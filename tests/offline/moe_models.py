@@ -17,24 +17,28 @@ def with_separate_experts(model: PreTrainedModel, spec: ModelSpec) -> PreTrained
     experts = spec.architecture.experts
     if experts is None:
         return model
-    stacked = [layer.mlp for layer in model.model.layers]
-    separate_experts(model.model.layers, spec.architecture, model.config)
+    layers = model.model.layers
+    stacked = [layer.mlp for layer in layers]
+    separate_experts(layers, spec.architecture, model.config)
     for index, old in enumerate(stacked):
-        prefix = spec.layer_prefix(index)
+        table, prefix = spec.layer_table(index), spec.layer_prefix(index)
+        if table.experts is None:
+            continue
         if experts.interleaved:
             _take_interleaved(model, spec, prefix, old)
             continue
-        model.get_submodule(prefix + experts.router).weight.data = old.gate.weight.data
+        router = model.get_submodule(prefix + experts.router)
+        router.load_state_dict(old.gate.state_dict())
         weights = dict[str, torch.Tensor]()
-        for e, (up, down) in enumerate(spec.architecture.products[: spec.experts]):
+        for e, (up, down) in enumerate(table.products[: spec.experts]):
             gate_rows, up_rows = old.experts.gate_up_proj.data[e].chunk(2)
             weights |= {
                 experts.gate.replace("{e}", str(e)): gate_rows,
                 up: up_rows,
                 down: old.experts.down_proj.data[e],
             }
-        common = [*chain.from_iterable(spec.architecture.common_groups())]
-        if experts.shared is not None:
+        common = [*chain.from_iterable(table.common_groups())]
+        if experts.shared is not None and experts.shared.gate:
             common.append(experts.shared.gate)
         weights |= {
             name: old.get_submodule(name.removeprefix("mlp.")).weight.data for name in common

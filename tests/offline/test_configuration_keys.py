@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import transformers
+from tiny_models import LATENT_SIZES
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -21,6 +22,7 @@ from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_offline.source.settings import SERVER_WIDE
 from smoothrot_vllm.errors import UnsupportedModelError
 
+YARN = LATENT_SIZES["rope_parameters"]
 # Modules of vllm/model_executor/models whose classes a family is served with: its own, and those it
 # is derived from.
 SERVERS = {
@@ -41,6 +43,9 @@ SERVERS = {
     "ministral3": ["mistral", "llama"],
     "exaone4": ["exaone4"],
     "olmoe": ["olmoe"],
+    "glm4_moe": ["glm4_moe"],
+    "deepseek_v2": ["deepseek_v2"],
+    "deepseek_v3": ["deepseek_v2"],
     "gpt_oss": ["gpt_oss"],
     "gemma2": ["gemma2"],
     "gemma3_text": ["gemma3"],
@@ -62,12 +67,23 @@ COMPOSITE_SERVERS = {
 # Read, and without a say in what is computed: sizes of a draft model, names of the loader, methods
 # of the configuration.
 SILENT = {"target_layer_count", "ada_rms_norm_t_cond_dim", "get_text_config", "dtype", "update"}
+INDEXER = {
+    "index_head_dim",
+    "index_n_heads",
+    "index_skip_topk_offset",
+    "index_topk_freq",
+    "index_topk_pattern",
+    "indexer_rope_interleave",
+}
 # vllm/model_executor/models/qwen3.py has an attention of its own, which has no qk_norm to choose.
 # Those of Qwen3.5 have layers with experts too, which model_type chooses.
 # That of Gemma 4 is read where rope_parameters has no kind of layers, which is refused.
 # Around it are one that marks where audio ends in a prompt, and one that sizes a made-up image.
+# Those of DeepSeek are read with index_topk alone, which is refused.
 # That of gpt-oss finds there what its own checkpoints of quantized experts are.
 HARMLESS = {
+    "deepseek_v2": INDEXER,
+    "deepseek_v3": INDEXER,
     "gpt_oss": {"quantization_config"},
     "gemma4_text": {"rope_local_base_freq"},
     "gemma4": {"eoa_token_id", "num_channels"},
@@ -135,6 +151,39 @@ STRAY: list[tuple[str, str, Any]] = [
     ("glm", "sliding_window", 8),
     ("glm4", "num_nextn_predict_layers", 1),
     ("glm4", "sliding_window", 8),
+    ("glm4_moe", "sliding_window", 8),
+    ("glm4_moe", "tie_word_embeddings", True),
+    ("glm4_moe", "layer_types", ["full_attention"] * 3),
+    ("glm4_moe", "hidden_act", "gelu"),
+    ("glm4_moe", "first_k_dense_replace", 3),
+    ("glm4_moe", "n_shared_experts", 0),
+    ("glm4_moe", "n_group", 4),
+    ("glm4_moe", "n_group", 6),
+    ("glm4_moe", "topk_group", 3),
+    ("glm4_moe", "num_experts_per_tok", 4),
+    ("glm4_moe", "per_layer_config", {"1": {"head_dim": 20}}),
+    ("deepseek_v2", "attention_bias", True),
+    ("deepseek_v2", "mlp_bias", True),
+    ("deepseek_v2", "norm_topk_prob", True),
+    ("deepseek_v2", "scoring_func", "sigmoid"),
+    ("deepseek_v2", "topk_method", "noaux_tc"),
+    ("deepseek_v2", "n_group", 2),
+    ("deepseek_v2", "n_group", None),
+    ("deepseek_v2", "num_key_value_heads", 3),
+    ("deepseek_v2", "rms_norm_eps", 1e-5),
+    ("deepseek_v2", "moe_layer_freq", 2),
+    ("deepseek_v2", "tie_word_embeddings", True),
+    ("deepseek_v2", "rope_parameters", {**YARN, "mscale": None}),
+    ("deepseek_v2", "rope_parameters", {**YARN, "attention_factor": 1.0}),
+    ("deepseek_v2", "rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    ("deepseek_v3", "topk_method", "greedy"),
+    ("deepseek_v3", "scoring_func", "softmax"),
+    ("deepseek_v3", "rope_interleave", False),
+    ("deepseek_v3", "head_dim", 12),
+    ("deepseek_v3", "kv_lora_rank", 0),
+    ("deepseek_v3", "q_lora_rank", 0),
+    ("deepseek_v3", "index_topk", 4),
+    ("deepseek_v3", "sliding_window", 8),
     ("ernie4_5", "use_bias", True),
     ("ernie4_5", "attention_bias", True),
     ("ernie4_5", "mlp_bias", True),
@@ -340,6 +389,26 @@ def test_what_the_server_reads_by_another_key_is_written_for_it(
     context = "original_max_position_embeddings"
     assert written["llama_4_scaling"] == {"beta": 0.5, context: rope[context]}
     resolve({key: value for key, value in written.items() if key != "quantization_config"})
+
+
+def test_what_transformers_always_computes_is_written_for_the_server(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model("deepseek_v3")
+    convert(source, tmp_path / "out", make_config(scales="none"))
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["topk_method"], written["scoring_func"]) == ("noaux_tc", "sigmoid")
+
+
+def test_a_width_of_heads_that_the_server_has_no_default_for_is_written(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = make_model("glm4_moe", head_dim=8)
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("head_dim") == config["hidden_size"] // config["num_attention_heads"]
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out", make_config(scales="none"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["head_dim"] == 8
 
 
 @pytest.mark.parametrize(

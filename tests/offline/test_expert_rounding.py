@@ -25,7 +25,7 @@ from smoothrot_offline.source.resolve import resolve
 
 MakeModel = Callable[..., Path]
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -50,20 +50,26 @@ def test_inputs_of_experts_follow_the_routing_that_is_given(
 ) -> None:
     checkpoint = open_checkpoint(make_model(family, dtype=torch.float32))
     spec, name = resolve(checkpoint.config), "model.embed_tokens.weight"
-    tensors = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors(0))
-    middle = embed(TOKENS, checkpoint.load([name])[name])
-    copy = BuiltLayer(*LayerRunner(spec).build(0, tensors), spec, spec.architecture, {})
-    gated, downs = spec.architecture.expert_groups()
+    index = spec.layers - 1
+    tensors = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors(index))
+    middle, table = embed(TOKENS, checkpoint.load([name])[name]), spec.layer_table(index)
+    model, layer = LayerRunner(spec).build(index, tensors)
+    copy = BuiltLayer(model, layer, spec, table, {})
+    gated, downs = table.expert_groups()
     linears = [group[0] for group in gated + downs]
     own, routing = copy.expert_inputs(middle, linears)
-    router = f"{spec.architecture.feed_forward}.gate"
+    router = f"{table.feed_forward}.gate"
     normed = copy.feed_forward_input(router, middle).flatten(0, -2)
     torch.testing.assert_close(routing, normed @ tensors[f"{router}.weight"].T)
-    # Another routing, which leaves the last expert out.
+    chooser = layer.get_submodule(router)
+    _, chosen_of_own = chooser.choose(routing)
+    # Another routing, which leaves the last expert out: a correction alone must not choose it.
+    for correction in chooser.buffers():
+        correction[-1] = -1.0
     other = routing.roll(1, dims=1).index_fill(1, torch.tensor([spec.experts - 1]), -torch.inf)
     forced, _ = copy.expert_inputs(middle, linears, other)
-    for found, logits in ((own, routing), (forced, other)):
-        chosen = logits.topk(spec.config.num_experts_per_tok, dim=-1).indices
+    _, chosen_of_other = chooser.choose(other)
+    for found, chosen in ((own, chosen_of_own), (forced, chosen_of_other)):
         for expert, ((gate, up), (down,)) in enumerate(zip(gated, downs, strict=True)):
             x = normed[(chosen == expert).any(dim=-1)]
             assert (gate in found) == (down in found) == (len(x) > 0)

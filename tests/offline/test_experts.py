@@ -36,10 +36,19 @@ FAMILIES = {
     "mixtral": "block_sparse_moe.experts.{}.w2",
     "qwen2_moe": "mlp.experts.{}.down_proj",
     "qwen3_moe": "mlp.experts.{}.down_proj",
+    # Behind a layer without experts.
+    "glm4_moe": "mlp.experts.{}.down_proj",
+    "deepseek_v2": "mlp.experts.{}.down_proj",
 }
 """Name of an expert's down_proj by family."""
-SHARED = {"qwen2_moe": "mlp.shared_expert.down_proj"}
+SHARED = {
+    "qwen2_moe": "mlp.shared_expert.down_proj",
+    "glm4_moe": "mlp.shared_experts.down_proj",
+    "deepseek_v2": "mlp.shared_experts.down_proj",
+}
 """That of the expert that every token goes through, where there is one."""
+SPARSE = {name: {"first_k_dense_replace": 0} for name in ("glm4_moe", "deepseek_v2")}
+"""What gives the first layer experts."""
 TOKENS = torch.arange(40).reshape(2, 20) * 31 % 96
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*requires_grad.*:UserWarning")
@@ -73,6 +82,16 @@ def options(**changes: Any) -> dict[str, Any]:
         ("qwen3_next", {}),
         ("qwen3_next", {"norm_topk_prob": False}),
         ("qwen3_5_moe", {}),
+        ("glm4_moe", {}),
+        ("glm4_moe", {"norm_topk_prob": False, "first_k_dense_replace": 0}),
+        ("glm4_moe", {"n_group": 3, "topk_group": 2, "n_shared_experts": 1}),
+        ("glm4_moe", {"n_group": 1, "use_qk_norm": True}),
+        ("deepseek_v2", {}),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+        ),
+        ("deepseek_v3", {}),
         ("gpt_oss", {}),
     ],
 )
@@ -85,7 +104,9 @@ def test_separate_experts_compute_what_transformers_does(
     assert (got - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "qwen3_5_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "qwen3_next", "qwen3_5_moe", "deepseek_v3", "gpt_oss"]
+)
 def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
     make_model: MakeModel, family: str
 ) -> None:
@@ -110,7 +131,8 @@ def test_a_layer_built_from_the_sources_tensors_is_transformers_layer(
 def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, family: str) -> None:
     checkpoint = open_checkpoint(make_model(family, dtype=torch.float32))
     spec, config = resolve(checkpoint.config), make_config(scales="max", rotate=False)
-    layer = checkpoint.load_relative(spec.layer_prefix(0), spec.layer_tensors(0))
+    index = spec.layers - 1
+    layer = checkpoint.load_relative(spec.layer_prefix(index), spec.layer_tensors(index))
     hidden = embed(
         TOKENS, checkpoint.load(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
     )
@@ -118,14 +140,15 @@ def test_scales_of_an_expert_come_from_its_own_tokens(make_model: MakeModel, fam
     downs = [FAMILIES[family].format(e) for e in range(spec.experts)]
     downs += [SHARED[family]] if family in SHARED else []
     observers = {down: lambda x, down=down: seen.update({down: x.clone()}) for down in downs}
-    LayerRunner(spec).run(0, layer, hidden.clone(), observers)
-    found = smooth_layer(LayerRunner(spec), config, make_schema(spec, config), 0, layer, hidden, {})
+    LayerRunner(spec).run(index, layer, hidden.clone(), observers)
+    schema = make_schema(spec, config)
+    found = smooth_layer(LayerRunner(spec), config, schema, index, layer, hidden, {})
     common = len(downs) - spec.experts
     assert len(found.scales) == spec.experts * spec.intermediate + common * spec.shared
     assert sum(x.shape[0] for x in seen.values()) == TOKENS.numel() * (
         spec.config.num_experts_per_tok + common
     )
-    rows = found.scales.split(spec.down_widths(0))
+    rows = found.scales.split(spec.down_widths(index))
     for row, record, down in zip(rows, found.records, downs, strict=True):
         if down not in seen:
             assert record is None
@@ -147,8 +170,10 @@ def test_a_conversion_is_whole_and_runs_as_defined(
     assert verify(out).ok
     compared = compare_with_source(out, source)
     spec = resolve(open_checkpoint(source).config)
-    mlps = spec.experts + (family in SHARED)
-    assert (compared.codes, compared.problems) == (2 * (4 + 3 * mlps), [])
+    # A layer without experts has one MLP, as one of a shared expert alone would have.
+    mlps = sum(spec.experts_in(index) + (family in SHARED) for index in range(2))
+    attention = 3 if family == "deepseek_v2" else 4  # kv_b_proj has no codes
+    assert (compared.codes, compared.problems) == (2 * attention + 3 * mlps, [])
     scales = read_transform(out).scales[1].down
     assert scales is not None
     assert scales.shape == (sum(spec.down_widths(1)),)
@@ -169,7 +194,7 @@ def test_a_conversion_is_whole_and_runs_as_defined(
 def test_gptq_rounds_each_expert_for_its_own_tokens(
     make_model: MakeModel, tmp_path: Path, family: str
 ) -> None:
-    source = make_model(family, num_hidden_layers=1)
+    source = make_model(family, num_hidden_layers=1, **SPARSE.get(family, {}))
     found = {}
     for rounding in ("rtn", "gptq"):
         out = tmp_path / rounding
@@ -279,7 +304,8 @@ def test_other_options_convert_too(
 def test_clips_and_eight_bits_are_the_same_for_all_experts_of_a_layer(
     make_model: MakeModel, tmp_path: Path, family: str
 ) -> None:
-    source, out = make_model(family, num_hidden_layers=2), tmp_path / "out"
+    source = make_model(family, num_hidden_layers=2, **SPARSE.get(family, {}))
+    out = tmp_path / "out"
     # All but the experts of one layer.
     convert(source, out, make_config(**options(clip_search=True, keep_8bit=0.8)))
     assert verify(out).ok

@@ -120,7 +120,9 @@ def test_linears_have_their_gradients_in_the_whole_model(
             )
 
 
-@pytest.mark.parametrize("family", ["phi3", "gemma4", "qwen3_5", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["phi3", "gemma4", "qwen3_5", "qwen2_moe", "glm4_moe", "deepseek_v3"]
+)
 def test_each_linear_is_rounded_by_its_own_weights(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

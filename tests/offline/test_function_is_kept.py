@@ -135,6 +135,18 @@ def test_eight_bit_experts_with_linear_attention_keep_the_function(
     assert error_at_eight_bits(source, tmp_path / "out", **options) < 0.2
 
 
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_tp": 2, "lm_head_bits": 8}], ids=["default", "tp2-head8"]
+)
+def test_eight_bit_experts_behind_dense_layers_keep_the_function(
+    make_model: MakeModel, tmp_path: Path, options: dict[str, object], family: str
+) -> None:
+    """The noise of 8 bits sends a token here and there to another group of experts."""
+    source = make_model(family, dtype=torch.float16)
+    assert error_at_eight_bits(source, tmp_path / "out", **options) < 0.2
+
+
 def error_at_eight_bits(source: Path, out: Path, **options: object) -> float:
     """Relative error of the logits of a valid 8-bit conversion."""
     calibration = {"calib_samples": 2, "calib_seqlen": 16}

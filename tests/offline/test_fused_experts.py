@@ -40,6 +40,8 @@ def fuse(source: Path, shard: str = "1GB") -> Path:
         ("qwen3_moe", "60KB"),
         ("qwen3_5_moe", "1GB"),
         ("olmoe", "1GB"),
+        ("glm4_moe", "1GB"),
+        ("deepseek_v3", "1GB"),
     ],
 )
 def test_fused_experts_give_the_bytes_of_separate_ones(

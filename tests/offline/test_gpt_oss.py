@@ -211,7 +211,7 @@ def test_scales_are_refused(make_model: MakeModel, tmp_path: Path) -> None:
         convert(source, tmp_path / "out", make_config())
 
 
-ROPE = yarn(16, 4.0)["rope_parameters"]
+ROPE = yarn(16, 4.0, truncate=False)["rope_parameters"]
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,17 @@ import torch
 from family_models import MODELS
 from transformers import PreTrainedModel
 
-from smoothrot_offline.check.miniature import EXPERTS, VOCAB, miniature
+from smoothrot_offline.check.miniature import EXPERTS, GROUPS, VOCAB, miniature
 from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
-from smoothrot_offline.source.architecture import Multipliers
+from smoothrot_offline.source.parts import Multipliers
 from smoothrot_offline.source.resolve import SUPPORTED, resolve
 from smoothrot_vllm.errors import UnsupportedModelError
 
-LLAMA, GEMMA3, QWEN2, QWEN2_MOE, QWEN3, PHI3 = (
-    SUPPORTED[name] for name in ("llama", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "phi3")
+LLAMA, GEMMA3, QWEN2, QWEN2_MOE, QWEN3, PHI3, GLM4_MOE = (
+    SUPPORTED[name]
+    for name in ("llama", "gemma3_text", "qwen2", "qwen2_moe", "qwen3", "phi3", "glm4_moe")
 )
 LEAST: dict[str, Any] = {"scales": "none", "rounding": "rtn"}
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -102,6 +103,24 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "layers.0.mlp.shared_expert_gate",
     ),
+    "a writer of layers without experts left out": (
+        "glm4_moe",
+        {
+            "kinds": GLM4_MOE.kinds
+            | {"dense": replace(GLM4_MOE.kinds["dense"], writers=("self_attn.o_proj",))}
+        },
+        "layers.1.self_attn.q_proj",
+    ),
+    "layers without experts forgotten": (
+        "glm4_moe",
+        {"kinds": dict.fromkeys(GLM4_MOE.kinds, GLM4_MOE.kinds["sparse"])},
+        "tensor model.layers.0.mlp.down_proj.weight",
+    ),
+    "the correction of a router's choice forgotten": (
+        "glm4_moe",
+        {"kinds": GLM4_MOE.kinds | {"sparse": replace(GLM4_MOE.kinds["sparse"], parameters={})}},
+        "tensor model.layers.1.mlp.gate.e_score_correction_bias",
+    ),
     "values not last": ("phi3", {"value": "mlp.gate_up_proj"}, "layers.0.self_attn.o_proj"),
 }
 
@@ -122,7 +141,7 @@ def test_the_model_of_a_proof_is_small(
 ) -> None:
     large = resolve(build_model(**MODELS[name]).config.to_dict())
     small = miniature(large)
-    assert small.experts <= EXPERTS
+    assert small.experts <= GROUPS * EXPERTS
     assert small.vocab == VOCAB
     assert small.architecture.model_type == large.architecture.model_type
 

@@ -262,6 +262,35 @@ def test_supported_families_resolve_with_their_sizes(make_model: MakeModel) -> N
     assert spec.biased() == {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("glm4_moe", "model.layers.3.eh_proj.weight", (72, 144)),
+        ("glm4_moe", "model.layers.3.mlp.experts.gate_up_proj", (6, 160, 72)),
+        ("deepseek_v3", "model.layers.3.eh_proj.weight", (72, 144)),
+    ],
+)
+def test_layers_behind_the_last_are_left_out_by_name(
+    make_model: MakeModel, tmp_path: Path, family: str, name: str, shape: tuple[int, ...]
+) -> None:
+    source = make_model(family)
+    edit_weights(source, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    plain = make_config(scales="none")
+    notes = admit(open_checkpoint(source), plain).notes
+    assert f"not copied: 1 tensors such as {name}, of layers behind the last one" in notes[-1]
+    convert(source, tmp_path / "out", plain)
+    converted = open_checkpoint(tmp_path / "out").tensors
+    assert not any(name.startswith("model.layers.3.") for name in converted)
+
+
+def test_layers_behind_the_last_that_are_no_draft_head_are_refused(make_model: MakeModel) -> None:
+    source = make_model("glm4_moe")
+    name = "model.layers.4.eh_proj.weight"
+    edit_weights(source, lambda tensors: tensors.update({name: torch.ones(72, 144)}))
+    with pytest.raises(CheckpointError, match=name):
+        admit(open_checkpoint(source), make_config(scales="none"))
+
+
 def test_keys_and_values_that_no_layer_reads_are_left_out_by_name(
     make_model: MakeModel, tmp_path: Path
 ) -> None:

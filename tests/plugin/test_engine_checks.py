@@ -9,15 +9,18 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 from tiny_models import REPOSITORY
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.cache import CacheDType
 from vllm.config.load import LoadConfig
 from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.model_loader import LoadFormats
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from smoothrot_vllm.errors import ConfigError
+from smoothrot_vllm.errors import ConfigError, UnsupportedModelError
 from smoothrot_vllm.format import (
     DRAFT_ARCHITECTURE,
     Online,
@@ -66,6 +69,7 @@ def engine(**changes: Any) -> Any:
             quantization_config=None,
             multimodal_config=None,
             is_mm_prefix_lm=False,
+            is_deepseek_mla=False,
         ),
         "load_config": LoadConfig(),
         "cache_config": SimpleNamespace(cache_dtype="auto"),
@@ -83,6 +87,35 @@ def drafting(method: str, architecture: str, model: str = "head") -> Any:
         model=model,
         draft_model_config=SimpleNamespace(architectures=[architecture]),
     )
+
+
+def latent(rope_type: str) -> Any:
+    """Of a model whose keys and values are made of latent states."""
+    config = engine()
+    config.model_config.is_deepseek_mla = True
+    config.model_config.hf_text_config = SimpleNamespace(rope_parameters={"rope_type": rope_type})
+    return config
+
+
+def test_rope_that_is_computed_wrongly_on_cpus_is_refused() -> None:
+    check_engine(latent("yarn"), FOLDED)
+    with pytest.raises(UnsupportedModelError, match=r"rope_type: expected yarn .*, got default"):
+        check_engine(latent("default"), FOLDED)
+
+
+def test_what_is_refused_of_rope_is_wrong_in_vllm() -> None:
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(
+            64,
+            max_position=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            is_neox_style=False,
+            dtype=torch.float32,
+        )
+    positions, queries = torch.arange(10), torch.randn(10, 4, 64)
+    expected, _ = rope.forward_native(positions, queries.clone(), queries[:, :1].clone())
+    found, _ = rope.forward_cpu(positions, queries.clone(), queries[:, :1].clone())
+    assert (found - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("schema", [FOLDED, UNFOLDED], ids=["folded", "online"])

@@ -38,12 +38,16 @@ Tensors = dict[str, torch.Tensor]
 
 
 def routed_experts(
-    prefix: str, tp_size: int | None = None, as_gpt_oss: bool = False, **changes: Any
+    prefix: str,
+    tp_size: int | None = None,
+    as_gpt_oss: bool = False,
+    weighs_inputs: bool = False,
+    **changes: Any,
 ) -> RoutedExperts:
     """As vLLM's model classes build them."""
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"apply_router_weight_on_input": weighs_inputs}
     if as_gpt_oss:
-        own = {
+        own |= {
             "has_bias": True,
             "activation": "swigluoai",
             "routed_experts_cls": GptOssRoutedExperts,
@@ -422,6 +426,15 @@ def test_other_experts_are_refused(moe: FusedMoEConfig) -> None:
     for change in changes:
         with pytest.raises(UnsupportedModelError, match="experts: expected experts of the form"):
             check_experts(PREFIX, replace(moe, **change))
+
+
+def test_experts_whose_inputs_are_weighed_are_refused(
+    build: Callable[..., RoutedExperts],
+) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=r"experts: apply_router_weight_on_input: .*got True"
+    ):
+        build(weighs_inputs=True)
 
 
 def test_on_a_gpu_experts_are_accepted_as_far_as_the_kernels_go(

@@ -11,11 +11,11 @@ from smoothrot_offline.check.proof import prove
 from smoothrot_offline.config import ConvertConfig, folds_residual, make_schema
 from smoothrot_offline.decide.study import PROBE_SAMPLES
 from smoothrot_offline.device import CPU
-from smoothrot_offline.source.architecture import DraftHead
 from smoothrot_offline.source.checkpoint import Checkpoint, check_source
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.headers import SideFiles, side_files
 from smoothrot_offline.source.layers import check_seqlen
+from smoothrot_offline.source.parts import DraftHead
 from smoothrot_offline.source.resolve import resolve
 from smoothrot_offline.source.text import check_calibration
 from smoothrot_offline.transform.draft import refuse_removed_channels
@@ -61,7 +61,11 @@ def admit_model(checkpoint: Checkpoint) -> ModelSpec:
             f" none: an embedding model, which has no head ({checkpoint.renamed}). Convert a causal"
             " language model."
         )
-    unused = [*spec.unread(checkpoint.tensors), *[head] * spec.tied]
+    unused = [
+        *spec.behind(checkpoint.tensors),
+        *spec.unread(checkpoint.tensors),
+        *[head] * spec.tied,
+    ]
     check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     stored_twice = spec.tied and head in checkpoint.tensors and checkpoint.path.is_dir()
     if stored_twice and not torch.equal(*checkpoint.load([head, embedding]).values()):
@@ -154,6 +158,13 @@ def admit_options(
         ]
     if spec.draft is not None:
         notes.append(_admit_draft(checkpoint, spec, spec.draft, config))
+    if behind := spec.behind(checkpoint.tensors):
+        stored = {checkpoint.tensors[name].stored for name in behind}
+        notes.append(
+            f"not copied: {len(stored)} tensors such as {min(stored)}, of layers behind the last"
+            " one, a head that drafts tokens. Speculate with --speculative-config by ngram or a"
+            " draft model"
+        )
     if unread := spec.unread(checkpoint.tensors):
         notes.append(
             f"not copied: {len(unread)} tensors such as {min(unread)}, of layers that share"

@@ -6,22 +6,27 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from smoothrot_offline.source.architecture import LinearAttention
+from smoothrot_offline.source.architecture import DENSE
 from smoothrot_offline.source.experts import separate_experts
 from smoothrot_offline.source.family import ModelSpec
 from smoothrot_offline.source.models import make_model
+from smoothrot_offline.source.parts import Experts, LatentAttention, LinearAttention
 from smoothrot_offline.source.resolve import resolve
 
 HEAD_DIM, OTHER_HEAD_DIM = 16, 32
 GROUPS = 2
-"""Query heads of a key-value head, where the model has several."""
+"""Query heads of a key-value head, and groups of experts, where the model has several."""
 KV_HEADS = 2
 # No two widths alike, so that one taken for the other is seen, and each with a Hadamard transform.
-HIDDEN, INTERMEDIATE, SHARED, VOCAB, EXPERTS, WINDOW = 80, 56, 40, 48, 3, 5
+HIDDEN, INTERMEDIATE, SHARED, DENSE_WIDTH, VOCAB, EXPERTS, WINDOW = 80, 56, 40, 72, 48, 3, 5
+SHARED_COUNT = 2
+"""Experts of the width of the others that stand side by side in a shared one."""
 LAYER_EMBEDDING = 12
 """Of what each layer is given of a token."""
+LATENT, LATENT_QUERIES, LATENT_KEYS, LATENT_ROTARY = 20, 28, 12, 8
+"""Widths of latent states, and of what is in a head beside its values."""
 DELTA_KEY, DELTA_VALUE = 6, 10
 """Widths of heads of linear attention."""
 _FACTORS = ("short_factor", "long_factor")
@@ -49,13 +54,12 @@ def miniature(spec: ModelSpec) -> ModelSpec:
     if own_width:
         sizes["head_dim"] = HEAD_DIM
     if (experts := spec.architecture.experts) is not None:
-        sizes |= {experts.count: EXPERTS, experts.intermediate: INTERMEDIATE}
-        sizes["num_experts_per_tok"] = min(spec.config.num_experts_per_tok, EXPERTS - 1)
-        if experts.shared is not None:
-            sizes[experts.shared.intermediate] = SHARED
+        sizes |= _small_experts(experts, spec.config)
     for table in spec.tables:
         if (keys := table.linear_attention) is not None:
             sizes |= _small_linear_attention(keys, config)
+    if (latent := spec.tables[0].latent_attention) is not None:
+        sizes |= _small_latent_attention(latent, config)
     if spec.layer_embedding:
         sizes |= {
             spec.architecture.layer_embedding: LAYER_EMBEDDING,
@@ -84,6 +88,8 @@ def miniature(spec: ModelSpec) -> ModelSpec:
         key: [value[index] for index in chosen] for key, value in by_layer.items()
     }
     layers.pop("kind", None)
+    if experts is not None and experts.dense:
+        sizes[experts.dense] = sum(spec.kind(index) == DENSE for index in chosen)
     if spec.config.is_heterogeneous:
         layers["per_layer_config"] = _small_heads(spec, chosen)
     if shared := spec.architecture.shared_layers:
@@ -112,6 +118,37 @@ def miniature(spec: ModelSpec) -> ModelSpec:
 def _of_text(sizes: Mapping[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """Sizes with the values of the text tower's keys that they name."""
     return {key: text[value] if isinstance(value, str) else value for key, value in sizes.items()}
+
+
+def _small_experts(experts: Experts, config: PreTrainedConfig) -> dict[str, int]:
+    sizes = {"intermediate_size": DENSE_WIDTH, experts.intermediate: INTERMEDIATE}
+    groups, routing = 1, experts.routing
+    if routing.groups:
+        known, kept = getattr(config, routing.groups), getattr(config, routing.kept_groups)
+        groups = min(known, GROUPS)
+        sizes |= {routing.groups: groups, routing.kept_groups: groups if kept == known else 1}
+    sizes |= {
+        experts.count: groups * EXPERTS,
+        "num_experts_per_tok": min(config.num_experts_per_tok, EXPERTS - 1),
+    }
+    if experts.shared is not None and experts.shared.count:
+        sizes[experts.shared.count] = SHARED_COUNT
+    elif experts.shared is not None:
+        sizes[experts.shared.intermediate] = SHARED
+    return sizes
+
+
+def _small_latent_attention(keys: LatentAttention, config: dict[str, Any]) -> dict[str, int]:
+    sizes = {
+        keys.rank: LATENT,
+        keys.keys: LATENT_KEYS,
+        keys.rotary: LATENT_ROTARY,
+        keys.values: HEAD_DIM,
+        "head_dim": LATENT_ROTARY,  # which transformers computes RoPE by
+    }
+    if config[keys.query_rank] is not None:
+        sizes[keys.query_rank] = LATENT_QUERIES
+    return sizes
 
 
 def _small_linear_attention(keys: LinearAttention, config: dict[str, Any]) -> dict[str, int]:
@@ -207,6 +244,8 @@ def random_model(spec: ModelSpec, tied: bool) -> PreTrainedModel:
 def _randomize(name: str, parameter: torch.Tensor, norm_offset: float) -> None:
     if parameter.dim() > 1:
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    elif name.endswith("correction_bias"):
+        parameter.normal_(std=0.1)  # small, so that no expert is left without a token
     elif name.endswith("bias"):
         parameter.normal_(std=0.5)
     else:

@@ -75,7 +75,8 @@ def memory_bytes(
     running = (2 * loaded + 4) * sum(weights) + activations + sample
     # The source's layer, the next one, the float64 one, and what a rotation holds of its largest
     # linear beside it: with signs, after each of two factors, transposed. Then what is stored.
-    folding = (2 * loaded + 8) * sum(weights) + 4 * 8 * max(weights) + after.linears // spec.layers
+    folding = (2 * loaded + 8) * sum(weights) + 4 * 8 * max(weights)
+    folding += after.linears * sum(weights) // spec.decoder_weights()
     gradients = rounding = matrices = 0
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.

@@ -24,7 +24,7 @@ TOLERANCE = 1e-10
 """Largest relative error of the logits, and of what each linear gives out."""
 _FIRST_TOKEN = 8
 """Those before it may stand for an image."""
-_TOKENS = (2, 12)
+_TOKENS = (4, 12)
 """Sequences, and tokens of each: more than the small model's window."""
 
 Outputs = dict[str, torch.Tensor]

@@ -263,11 +263,13 @@ def policy_flop(spec: ModelSpec, policy: Policy, tokens: int) -> float:
     searched = len(list(_grid()))
     trials = {"search": searched, "learned": searched + 3 * STEPS}.get(policy, 2)
     sampled = min(tokens, SAMPLE_TOKENS)
-    products = sampled * (spec.shared if spec.experts else spec.intermediate)
-    if spec.experts:
-        routed = tokens * spec.config.num_experts_per_tok // spec.experts
-        products += spec.experts * min(routed, SAMPLE_TOKENS) * spec.intermediate
-    return trials * products * 2 * spec.layers * spec.hidden
+    chosen = spec.config.num_experts_per_tok if spec.experts else 0
+    routed = min(tokens * chosen // max(1, spec.experts), SAMPLE_TOKENS)
+    products = 0
+    for index in range(spec.layers):
+        widths, experts = spec.down_widths(index), spec.experts_in(index)
+        products += routed * sum(widths[:experts]) + sampled * sum(widths[experts:])
+    return trials * products * 2 * spec.hidden
 
 
 def _grid() -> Iterator[tuple[Statistic, float, float | None]]:

@@ -64,12 +64,12 @@ def smooth_layer(
     assert config.scales != "none"
     table, widths, seqlen = spec.layer_table(index), spec.down_widths(index), hidden.shape[1]
     (samples,) = ranks.summed(len(hidden))
-    tokens = int(samples) * seqlen
-    routed = tokens * spec.config.num_experts_per_tok // spec.experts if spec.experts else tokens
+    tokens, experts = int(samples) * seqlen, spec.experts_in(index)
+    routed = tokens * spec.config.num_experts_per_tok // experts if experts else tokens
     statistics = {
         down: (
             InputStatistics(width, routed, hidden.device)
-            if number < spec.experts
+            if number < experts
             else InputStatistics(width, tokens, hidden.device, seqlen)
         )
         for number, ((_, down), width) in enumerate(zip(table.products, widths, strict=True))

@@ -105,7 +105,7 @@ class Study:
         study = LayerStudy()
         if self._config.scales != "none":
             scales, found = self._smoothed(index, tensors)
-            experts = self._source.spec.experts
+            experts = self._source.spec.experts_in(index)
             study = LayerStudy(scales, next(iter(found[experts:]), None), experts=found[:experts])
         return (
             self._probed(index, self._folded(index, tensors, study.scales), study)

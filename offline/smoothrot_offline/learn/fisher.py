@@ -115,7 +115,7 @@ def model_gradients(
 def _weighed(spec: ModelSpec, index: int) -> Iterable[str]:
     """The quantized linears of a layer that read all tokens."""
     table = spec.layer_table(index)
-    groups = [*table.input_groups()[:2], *table.common_groups()]
+    groups = [*table.attention_groups(), *table.common_groups()]
     return (linear for group in groups for linear in group if linear not in table.unquantized)
 
 

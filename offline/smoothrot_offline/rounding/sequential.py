@@ -156,9 +156,11 @@ class SequentialRounding:
             for chunk in self._chunks():
                 yield [part(copy, hidden) for copy, hidden in zip(copies, chunk, strict=True)]
 
-        qkv, output, *_ = table.input_groups()
+        qkv, *inner, output = table.attention_groups()
         with torch.no_grad():
             round_group(qkv, inputs_of(BuiltLayer.attention_input))
+            for group in inner:
+                round_group(group, inputs_of(_attending(group[0])))
             attended = list(inputs_of(BuiltLayer.output_input))
             round_group(output, attended)
             for chunk, inputs in zip(self._chunks(), attended, strict=True):
@@ -167,7 +169,7 @@ class SequentialRounding:
             del attended
             for group in table.common_groups():
                 round_group(group, inputs_of(_reading(group[0])))
-            if self._spec.experts:
+            if table.experts is not None:
                 self._round_experts(index, tensors, copies, rounded)
             for chunk in self._chunks():
                 for copy, hidden in zip(copies, chunk, strict=True):
@@ -290,6 +292,10 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool)
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
     matrices = 2 if asymmetric else 1
     return matrices * spec.layers * (tokens * 2 * inputs * chosen + rounded)
+
+
+def _attending(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:
+    return lambda copy, hidden: copy.attention_part_input(linear, hidden)
 
 
 def _reading(linear: str) -> Callable[[BuiltLayer, torch.Tensor], torch.Tensor]:

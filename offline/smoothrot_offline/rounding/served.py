@@ -121,12 +121,17 @@ class BuiltLayer:
         """What q, k and v multiply by their weights, ``(samples, seqlen, hidden)``, when the
         layer reads ``hidden``, like all here ``(samples, seqlen, spec.stream)``."""
         query = self._table.readers[self._table.attention_norm][0]
-        return self._stopped(query, lambda: output_of(self._model, hidden))
+        return self.attention_part_input(query, hidden)
 
     def output_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What o_proj multiplies by its weight, ``(samples, seqlen, query width)``, when the
         layer reads ``hidden``."""
-        return self._stopped(self._table.output, lambda: output_of(self._model, hidden))
+        return self.attention_part_input(self._table.output, hidden)
+
+    def attention_part_input(self, linear: str, hidden: torch.Tensor) -> torch.Tensor:
+        """What a linear of attention multiplies by its weight, ``(samples, seqlen, channels)``,
+        when the layer reads ``hidden``."""
+        return self._stopped(linear, lambda: output_of(self._model, hidden))
 
     def middle(self, hidden: torch.Tensor, output_input: torch.Tensor) -> torch.Tensor:
         """The residual stream between the halves, from what the layer reads and what o_proj

@@ -6,125 +6,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, Self
 
-if TYPE_CHECKING:  # it imports torch
-    from smoothrot_vllm.reference import Activation
+from smoothrot_offline.source.parts import (
+    DraftHead,
+    Experts,
+    HeadSizes,
+    LatentAttention,
+    LinearAttention,
+    Multipliers,
+)
 
 Shape = tuple[int, ...]
 
 EXPERT = "{e}"
 """Stands for an expert's number in a family's names."""
+DENSE, SPARSE = "dense", "sparse"
+"""Kinds of layers of a family whose first ones have no experts."""
 
 
 def sharing(kind: str) -> str:
     """The kind of layers that are as ``kind`` but for keys and values, which are another
     layer's."""
     return f"{kind} with shared keys and values"
-
-
-@dataclass(frozen=True)
-class SharedExpert:
-    """What every token goes through beside the experts that are chosen for it.
-
-    ``module`` is its name, whose linears are called like those of an expert; ``intermediate`` the
-    configuration key of its width; ``gate`` the linear whose sigmoid its output is multiplied by,
-    which stays 16-bit.
-    """
-
-    module: str
-    intermediate: str
-    gate: str
-
-
-@dataclass(frozen=True)
-class Experts:
-    """What the table of a family with a mixture of experts says beside the names of its linears.
-
-    ``count`` and ``intermediate`` are the configuration keys of the number of experts and of the
-    width of one. ``router`` is the linear that chooses among them, which stays 16-bit; ``gate`` the
-    linear of an expert that the activation follows. ``normalizes`` is the configuration flag under
-    which the weights of a token's experts are made to sum to one ("" = always), ``everywhere`` the
-    values of keys that say that every layer has experts. ``shared`` is an expert beside them.
-    ``activation`` is what makes one of an expert's gate and up; ``biased`` says that an expert's
-    linears and the router have biases. ``interleaved`` says that transformers stores fused
-    experts ``(experts, inputs, outputs)``, gates and ups taking turns, ``gives_scores`` that its
-    feed-forward gives out a pair, the router's scores second.
-    """
-
-    count: str
-    intermediate: str
-    router: str
-    gate: str
-    normalizes: str = ""
-    everywhere: Mapping[str, Any] = field(default_factory=dict)
-    shared: SharedExpert | None = None
-    activation: Activation = "silu"
-    biased: bool = False
-    interleaved: bool = False
-    gives_scores: bool = False
-
-
-class HeadSizes(NamedTuple):
-    """How many heads keys and values have in a layer, and how wide all heads are there."""
-
-    kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class LinearAttention:
-    """Configuration keys of the sizes of layers whose attention is a recurrence over a state, the
-    gated delta rule: how many key and value heads, their widths, and how many tokens the
-    convolution before it sees."""
-
-    key_heads: str
-    value_heads: str
-    key_head_dim: str
-    value_head_dim: str
-    kernel: str
-
-
-@dataclass(frozen=True)
-class DraftHead:
-    """A head that predicts further tokens from what the final norm gives out and from their
-    embeddings (multi-token prediction). A checkpoint of the family may have it or not.
-
-    ``layers`` is the configuration key of how many decoder layers it has, one without the key, and
-    ``kind`` which they are. ``tensors`` are the dimensions of the others, named relative to
-    ``module``.
-    """
-
-    layers: str
-    module: str = "mtp"
-    kind: str = "full_attention"
-    tensors: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: {
-            "fc.weight": ("hidden", "two_hidden"),
-            "pre_fc_norm_embedding.weight": ("hidden",),
-            "pre_fc_norm_hidden.weight": ("hidden",),
-            "norm.weight": ("hidden",),
-        }
-    )
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor or a module by its full name is one of the head."""
-        return name.startswith(f"{self.module}.")
-
-
-@dataclass(frozen=True)
-class Multipliers:
-    """Configuration keys of single numbers that a model computes with, "" where it has none. They
-    commute with every fold.
-
-    ``embedding`` multiplies what the first layer reads, embeddings given from outside too;
-    ``residual`` what a writer adds to the residual stream; ``logits`` divides what the head gives
-    out.
-    """
-
-    embedding: str = ""
-    residual: str = ""
-    logits: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +63,8 @@ class Architecture:
     settings: Mapping[str, tuple[Any, ...]]
     """Values of a configuration key that transformers and the server both compute, the one of a
     key that is not there first."""
+    inner: tuple[tuple[str, ...], ...] = ()
+    """Linears of attention that read something of its own: groups of those that read the same."""
     same: Mapping[str, str] = field(default_factory=dict)
     """Keys of the server's alone that must say what another says."""
     partial_rotary: bool = False
@@ -178,6 +84,10 @@ class Architecture:
     """The server has the same window in all layers."""
     head_dim_from_hidden: bool = False
     """The server has no other width of heads than ``hidden_size / num_attention_heads``."""
+    server_keys: Mapping[str, Any] = field(default_factory=dict)
+    """What the server must be told, and transformers' class always computes."""
+    named_head_dim: bool = False
+    """The server has no width of heads unless it is given."""
     alternating_yarn: bool = False
     """The server reads neither ``layer_types`` nor the kind of RoPE: every other layer has a
     window, from the first on, and RoPE is YaRN."""
@@ -195,7 +105,7 @@ class Architecture:
     """A norm multiplies by this plus its stored weight."""
     scaled_embedding: bool = False
     """The embedding is multiplied by the square root of the hidden size."""
-    multipliers: Multipliers = Multipliers()
+    multipliers: Multipliers = field(default_factory=Multipliers)
     layer_types: bool = False
     """The configuration chooses each layer's kind of attention."""
     attention: str = "sdpa"
@@ -208,12 +118,16 @@ class Architecture:
     """The server does not quantize the head."""
     draft: DraftHead | None = None
     """It stays 16-bit."""
+    layers_behind: str = ""
+    """Configuration key of how many layers behind the last one are heads that predict further
+    tokens from hidden states. They are no part of the model, and left out."""
     sixteen_bit: tuple[str, ...] = ()
     """Linears beside a router that are too small to quantize."""
     parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Dimensions of the tensors of a layer that are neither linears nor norms of ``readers``,
     ``post_norms`` and ``head_norms``. No transform concerns them, and they are kept in float32."""
     linear_attention: LinearAttention | None = None
+    latent_attention: LatentAttention | None = None
     kinds: Mapping[str, Architecture] = field(default_factory=dict)
     """The table of each kind of layer, by its name in ``layer_types``, or by :func:`sharing` of it
     for layers that share keys and values; empty where all layers have the tensors that this one
@@ -319,7 +233,7 @@ class Architecture:
             up, down: of an expert.
             own: other fields that differ.
         """
-        attention = {self.value, self.output, *self.readers[self.attention_norm]}
+        attention = {self.value, *chain.from_iterable(self.attention_groups())}
         gated = {
             experts.router: ("experts", "hidden"),
             experts.gate: ("intermediate", "hidden"),
@@ -329,11 +243,9 @@ class Architecture:
         table = replace(self, up=up, down=down, experts=experts, **own)
         if experts.shared is not None:
             ((shared_gate, shared_up, shared_down),) = table._shared_linears()
-            gated |= {
-                shared_gate: ("shared", "hidden"),
-                shared_up: ("shared", "hidden"),
-                experts.shared.gate: ("one", "hidden"),
-            }
+            gated |= {shared_gate: ("shared", "hidden"), shared_up: ("shared", "hidden")}
+            if experts.shared.gate:
+                gated[experts.shared.gate] = ("one", "hidden")
             downs[shared_down] = ("hidden", "shared")
         kept = {name: shape for name, shape in table.linears.items() if name in attention}
         biases = dict(table.biases)
@@ -346,6 +258,16 @@ class Architecture:
             readers={**table.readers, table.mlp_norm: tuple(gated)},
             writers=(table.output, *downs),
         )
+
+    def behind_dense_layers(self, dense: Architecture) -> Self:
+        """The table of a family whose layers have experts, as here, but the first, which are as in
+        ``dense``."""
+        widths = {"intermediate": "dense"}
+        linears = {
+            name: (widths.get(out, out), widths.get(inputs, inputs))
+            for name, (out, inputs) in dense.linears.items()
+        }
+        return replace(self, kinds={DENSE: replace(dense, linears=linears), SPARSE: self})
 
     @property
     def feed_forward(self) -> str:
@@ -387,9 +309,8 @@ class Architecture:
         if self.experts is None:
             return [[self._quantized(group)] for group in self.input_groups()]
         gated, down = self.expert_groups()
-        attention = self._quantized(self.readers[self.attention_norm])
-        common = [[group] for group in self.common_groups()]
-        return [[attention], [(self.output,)], *common, gated + down]
+        common = [*self.attention_groups(), *self.common_groups()]
+        return [*([self._quantized(group)] for group in common), gated + down]
 
     def _quantized(self, group: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(linear for linear in group if linear not in self.sixteen_bit)
@@ -400,11 +321,16 @@ class Architecture:
         expert."""
         if self.experts is None:
             return self.sixteen_bit
-        shared = () if self.experts.shared is None else (self.experts.shared.gate,)
-        return (*self.sixteen_bit, self.experts.router, *shared)
+        shared = self.experts.shared
+        gate = (shared.gate,) if shared is not None and shared.gate else ()
+        return (*self.sixteen_bit, self.experts.router, *gate)
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Linears that read the same tensor, in the order data reaches them: attention first,
         then the feed-forward."""
-        read = [self.readers[self.attention_norm], (self.output,), self.readers[self.mlp_norm]]
-        return [*read, *((down,) for _, down in self.products)]
+        downs = ((down,) for _, down in self.products)
+        return [*self.attention_groups(), self.readers[self.mlp_norm], *downs]
+
+    def attention_groups(self) -> list[tuple[str, ...]]:
+        """Those of attention."""
+        return [self.readers[self.attention_norm], *self.inner, (self.output,)]

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.parts import Experts
 from smoothrot_vllm.reference import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 
@@ -47,9 +48,72 @@ class Expert(nn.Module):
         return y
 
 
+class Router(nn.Linear):
+    """Gives out a logit of each expert, ``(tokens, experts)``, by which :meth:`choose` chooses.
+
+    Args:
+        names: what the family's table says of experts.
+        config: of the model.
+    """
+
+    def __init__(self, names: Experts, config: PreTrainedConfig) -> None:
+        count, routing = getattr(config, names.count), names.routing
+        super().__init__(config.hidden_size, count, names.biased)
+        self.top_k = config.num_experts_per_tok
+        self._normalizes = not names.normalizes or getattr(config, names.normalizes)
+        self._routing = routing
+        self.groups, self.kept_groups = (
+            getattr(config, key) if key else 1 for key in (routing.groups, routing.kept_groups)
+        )
+        self._scale = getattr(config, routing.scale) if routing.scale else 1.0
+        if routing.correction:
+            # A buffer, as in transformers: a model of 16 bits has it in float32.
+            self.register_buffer(routing.correction, torch.zeros(count))
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the outputs of the chosen experts of each token are multiplied by, and their
+        numbers: ``(tokens, top_k)``; in float32, or in float64 for such logits."""
+        scores = self._scores(logits)
+        chosen = self.preferences(logits).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self._normalizes:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights * self._scale, chosen
+
+    def preferences(self, logits: torch.Tensor) -> torch.Tensor:
+        """What experts are chosen by, ``(tokens, experts)``: the largest; those of groups that are
+        left out have minus infinity."""
+        found = self._ranks(logits)
+        if self.groups == 1:
+            return found
+        kept = self.group_preferences(logits).topk(self.kept_groups, dim=-1).indices
+        left_out = torch.ones(len(found), self.groups, dtype=torch.bool, device=found.device)
+        left_out = left_out.scatter(1, kept, False)
+        return found.masked_fill(
+            left_out.repeat_interleave(found.shape[1] // self.groups, dim=1), -torch.inf
+        )
+
+    def group_preferences(self, logits: torch.Tensor) -> torch.Tensor:
+        """What groups of experts are kept by, ``(tokens, groups)``: the largest."""
+        grouped = self._ranks(logits).unflatten(-1, (self.groups, -1))
+        return grouped.topk(self._routing.of_group, dim=-1).values.sum(dim=-1)
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        if self._routing.sigmoid:
+            return logits.to(wide).sigmoid()
+        return logits.softmax(dim=-1, dtype=wide)
+
+    def _ranks(self, logits: torch.Tensor) -> torch.Tensor:
+        """What a router without groups chooses by. Without a correction scores are in the order of
+        logits, which are farther apart."""
+        name = self._routing.correction
+        return self._scores(logits) + self.get_buffer(name) if name else logits
+
+
 class SparseMoe(nn.Module):
-    """The router, and the weighted sum of the ``top_k`` experts that it chooses for a token; beside
-    them the shared expert, times the sigmoid of its gate.
+    """The router, and the weighted sum of the experts that it chooses for a token; beside them the
+    shared expert, times the sigmoid of its gate if there is one.
 
     Args:
         table: a family with experts.
@@ -60,21 +124,29 @@ class SparseMoe(nn.Module):
         super().__init__()
         names = table.experts
         assert names is not None
-        count, intermediate = getattr(config, names.count), getattr(config, names.intermediate)
-        self.top_k = config.num_experts_per_tok
-        self.normalizes = not names.normalizes or getattr(config, names.normalizes)
-        self._gives_scores = names.gives_scores
-        self.router_name = _leaf(names.router)
-        self.add_module(self.router_name, nn.Linear(config.hidden_size, count, names.biased))
+        intermediate = getattr(config, names.intermediate)
+        self._router = _leaf(names.router)
+        self.add_module(self._router, Router(names, config))
         self.experts = nn.ModuleList(
-            Expert(table, config.hidden_size, intermediate) for _ in range(count)
+            Expert(table, config.hidden_size, intermediate)
+            for _ in range(getattr(config, names.count))
         )
-        self._shared = ("", "")
+        self._gives_scores = names.gives_scores
+        self._shared = self._shared_gate = ""
         if (shared := names.shared) is not None:
             width = getattr(config, shared.intermediate)
-            self._shared = own, gate = _leaf(shared.module), _leaf(shared.gate)
-            self.add_module(own, Expert(table, config.hidden_size, width))
-            self.add_module(gate, nn.Linear(config.hidden_size, 1, bias=False))
+            width *= getattr(config, shared.count) if shared.count else 1
+            self._shared, self._shared_gate = _leaf(shared.module), _leaf(shared.gate)
+            self.add_module(self._shared, Expert(table, config.hidden_size, width))
+        if self._shared_gate:
+            self.add_module(self._shared_gate, nn.Linear(config.hidden_size, 1, bias=False))
+
+    @property
+    def chooser(self) -> Router:
+        """The router."""
+        router = self.get_submodule(self._router)
+        assert isinstance(router, Router)
+        return router
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
         """``(..., hidden)`` to the same, or to a pair that begins with it where transformers' layer
@@ -82,10 +154,7 @@ class SparseMoe(nn.Module):
         tokens = x.flatten(0, -2)
         wide = torch.promote_types(x.dtype, torch.float32)
         total = self._of_all(tokens).to(wide)
-        logits = self.get_submodule(self.router_name)(tokens)
-        weights, chosen = logits.softmax(dim=-1, dtype=wide).topk(self.top_k, dim=-1)
-        if self.normalizes:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights, chosen = self.chooser.choose(self.chooser(tokens))
         for number, expert in enumerate(self.experts):
             token, place = (chosen == number).nonzero(as_tuple=True)
             if token.numel():
@@ -95,10 +164,11 @@ class SparseMoe(nn.Module):
 
     def _of_all(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the shared expert makes of ``(tokens, hidden)``, zeros without one."""
-        if not any(self._shared):
+        if not self._shared:
             return torch.zeros_like(tokens)
-        expert, gate = map(self.get_submodule, self._shared)
-        found: torch.Tensor = expert(tokens) * gate(tokens).sigmoid()
+        found: torch.Tensor = self.get_submodule(self._shared)(tokens)
+        if self._shared_gate:
+            found = found * self.get_submodule(self._shared_gate)(tokens).sigmoid()
         return found
 
 
@@ -122,7 +192,7 @@ def separate_experts(
     layers: Iterable[nn.Module], table: Architecture, config: PreTrainedConfig
 ) -> None:
     """Put a :class:`SparseMoe` with new weights, on the device and in the dtype of the old, into
-    each decoder layer.
+    each decoder layer that has experts.
 
     Args:
         layers: decoder layers of transformers' model, whose feed-forward is called ``mlp``.
@@ -131,9 +201,14 @@ def separate_experts(
     if table.experts is None:
         return
     for layer in layers:
-        old = next(layer.get_submodule("mlp").parameters())
+        replaced = layer.get_submodule("mlp")
+        if not hasattr(replaced, "experts"):
+            continue
+        old = next(replaced.parameters())
         with torch.device(old.device):
             moe = SparseMoe(table, config).to(old.dtype)
+        for buffer in moe.buffers():
+            buffer.data = buffer.to(torch.promote_types(old.dtype, torch.float32))
         name = table.experts.router.rpartition(".")[0]
         layer.add_module("mlp", _Elsewhere(moe))
         layer.add_module(name, moe)

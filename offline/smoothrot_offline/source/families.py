@@ -3,7 +3,8 @@
 
 from dataclasses import replace
 
-from smoothrot_offline.source.architecture import Architecture, Multipliers
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.parts import Multipliers
 
 LLAMA = Architecture(
     model_type="llama",

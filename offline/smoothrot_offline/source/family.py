@@ -9,13 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
-from smoothrot_offline.source.architecture import (
-    Architecture,
-    DraftHead,
-    HeadSizes,
-    Shape,
-    sharing,
-)
+from smoothrot_offline.source.architecture import DENSE, SPARSE, Architecture, Shape, sharing
+from smoothrot_offline.source.dimensions import dimensions
+from smoothrot_offline.source.parts import DraftHead, HeadSizes
 
 if TYPE_CHECKING:  # the tables must be there without the seconds that these take
     import torch
@@ -30,7 +26,8 @@ class ModelSpec:
     """One model: its family's table and its sizes.
 
     ``intermediate`` is the width of down_proj's input, with ``experts`` that of each of them;
-    ``shared`` the one of an expert beside them, 0 without one. Of a text tower ``config`` is its
+    ``shared`` the one of an expert beside them, ``dense`` that of layers without, 0 where there are
+    none. Of a text tower ``config`` is its
     own, ``outer`` that around it; ``composite`` is the table of the whole, and ``kept`` has the
     shapes of the tensors beside the tower, or beside the layers. With its own ``draft`` head these
     are among them. Where heads differ by layer, ``kv_heads`` and ``head_dim`` are the first
@@ -49,6 +46,7 @@ class ModelSpec:
     tied: bool
     experts: int = 0
     shared: int = 0
+    dense: int = 0
     composite: Composite | None = None
     outer: PreTrainedConfig | None = None
     kept: Mapping[str, Shape] = field(default_factory=dict)
@@ -77,15 +75,27 @@ class ModelSpec:
     @property
     def widest(self) -> int:
         """The largest width of a down_proj's input."""
-        return max(self.intermediate, self.shared)
+        return max(self.intermediate, self.shared, self.dense)
 
     def other_widths(self) -> dict[str, int]:
         """Width of the input of each down_proj that is not ``intermediate``, by the name of the
         module it is in."""
-        experts = self.architecture.experts
-        if experts is None or experts.shared is None:
-            return {}
-        return {experts.shared.module.rpartition(".")[2]: self.shared}
+        experts, widths = self.architecture.experts, dict[str, int]()
+        if experts is not None and experts.shared is not None:
+            widths[experts.shared.module.rpartition(".")[2]] = self.shared
+        if self.dense:
+            module = self.architecture.kinds[DENSE].feed_forward
+            widths[module.rpartition(".")[2]] = self.dense
+        return widths
+
+    def experts_in(self, index: int) -> int:
+        """How many experts tokens are routed to in decoder layer ``index``."""
+        return 0 if self.layer_table(index).experts is None else self.experts
+
+    @property
+    def sparse_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(count for table, count in self._tables() if table.experts is not None)
 
     @property
     def embedding_scale(self) -> float:
@@ -149,7 +159,7 @@ class ModelSpec:
         ``seqlen``: it meets only the experts it is routed to."""
         chosen = self.config.num_experts_per_tok if self.experts else 0
         idle = 3 * (self.experts - chosen) * self.intermediate * self.hidden
-        total = 2 * (self.decoder_weights() - self.layers * idle)
+        total = 2 * (self.decoder_weights() - self.sparse_layers * idle)
         for table, count in self._tables():
             if table.linear_attention is None:
                 attention = 4 * seqlen * self.heads * self.head_sizes(table).head_dim
@@ -173,6 +183,9 @@ class ModelSpec:
 
     def kind(self, index: int) -> str:
         """The kind of decoder layer ``index``, of a family that has several."""
+        experts = self.architecture.experts
+        if experts is not None and experts.dense:
+            return DENSE if index < getattr(self.config, experts.dense) else SPARSE
         kind: str = self.config.layer_types[index]
         return kind if index < self._own_values else sharing(kind)
 
@@ -220,46 +233,7 @@ class ModelSpec:
 
     def dimensions(self, table: Architecture) -> dict[str, int]:
         """What the names of dimensions in a table of this model stand for."""
-        kv_heads, head_dim = self.head_sizes(table)
-        query, values = self.heads * head_dim, kv_heads * head_dim
-        sizes = {
-            "hidden": self.hidden,
-            "two_hidden": 2 * self.hidden,
-            "intermediate": self.intermediate,
-            "query": query,
-            "gated_query": 2 * query,
-            "value": values,
-            "query_key_value": query + 2 * values,
-            "gate_up": 2 * self.intermediate,
-            "experts": self.experts,
-            "heads": self.heads,
-            "shared": self.shared,
-            "one": 1,
-        }
-        if width := self.layer_embedding:
-            sizes |= {
-                "layer_vocab": self.config.vocab_size_per_layer_input,
-                "layer_embedding": width,
-                "layer_embeddings": self.layers * width,
-            }
-        if (keys := table.linear_attention) is not None:
-            heads, width = (
-                getattr(self.config, key) for key in (keys.value_heads, keys.value_head_dim)
-            )
-            key_heads, key_width = (
-                getattr(self.config, key) for key in (keys.key_heads, keys.key_head_dim)
-            )
-            sizes |= {
-                "delta_heads": heads,
-                "delta_key_head": key_width,
-                "delta_value_head": width,
-                "delta_value": heads * width,
-                "delta_query_key_value": (queries := 2 * key_heads * key_width) + heads * width,
-                "delta_query_key_value_gate": queries + 2 * heads * width,
-                "two_delta_heads": 2 * heads,
-                "delta_kernel": getattr(self.config, keys.kernel),
-            }
-        return sizes
+        return dimensions(self, table)
 
     def linear_shape(self, linear: str, table: Architecture | None = None) -> tuple[int, int]:
         """``(out_features, in_features)`` of a decoder linear, named relative to a layer with this
@@ -352,6 +326,18 @@ class ModelSpec:
                 left = self._tensors_of(whole).keys() - self.layer_tensors(index).keys()
                 found |= {self.layer_prefix(index) + name for name in left}
         return [name for name in tensors if name in found]
+
+    def behind(self, tensors: Iterable[str]) -> list[str]:
+        """Those of a checkpoint's ``tensors`` that are of layers behind the last one, heads that
+        draft tokens."""
+        heads = range(self.layers, self.layers + self._size(self.architecture.layers_behind))
+        layers = f"{self.architecture.layers}."
+
+        def is_behind(name: str) -> bool:
+            number = name.removeprefix(layers).partition(".")[0]
+            return name.startswith(layers) and number.isdecimal() and int(number) in heads
+
+        return [name for name in tensors if is_behind(name)]
 
     def added_to_draft(self) -> list[str]:
         """Full names of the tensors that its own draft head gets, unless hidden states stay the

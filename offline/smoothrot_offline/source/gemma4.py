@@ -4,8 +4,9 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from smoothrot_offline.source.architecture import Architecture, HeadSizes, sharing
+from smoothrot_offline.source.architecture import Architecture, sharing
 from smoothrot_offline.source.families import GEMMA3
+from smoothrot_offline.source.parts import HeadSizes
 from smoothrot_offline.source.settings import check_size
 from smoothrot_vllm.errors import UnsupportedModelError
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from smoothrot_offline.device import CPU
+from smoothrot_offline.source.architecture import DENSE
 from smoothrot_offline.source.checkpoint import Checkpoint, source_dtype
 from smoothrot_offline.source.experts import separate_experts
 from smoothrot_offline.source.family import ModelSpec
@@ -120,6 +121,8 @@ class LayerRunner:
             config.num_key_value_heads, config.head_dim = heads
         if shared := self.spec.architecture.shared_layers:
             setattr(config, shared, int(self.spec.values_of(index) != index))
+        if (experts := self.spec.architecture.experts) is not None and experts.dense:
+            setattr(config, experts.dense, int(self.spec.kind(index) == DENSE))
         config.num_hidden_layers = 1
         for setting in _SETTINGS_BY_LAYER:
             if getattr(config, setting, None):

@@ -4,8 +4,8 @@ attention."""
 
 from dataclasses import replace
 
-from smoothrot_offline.source.architecture import DraftHead, LinearAttention
 from smoothrot_offline.source.families import LLAMA
+from smoothrot_offline.source.parts import DraftHead, LinearAttention
 
 # A gate between attention and o_proj leaves no place for R2.
 _GATED_ATTENTION = replace(

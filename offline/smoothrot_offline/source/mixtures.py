@@ -4,9 +4,17 @@
 from dataclasses import replace
 from typing import Any
 
-from smoothrot_offline.source.architecture import Architecture, Experts, SharedExpert
-from smoothrot_offline.source.families import LLAMA, MISTRAL, OLMO2, QWEN2, QWEN3
+from smoothrot_offline.source.architecture import Architecture
+from smoothrot_offline.source.families import (
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    QWEN2,
+    QWEN3,
+)
+from smoothrot_offline.source.grouped_mixtures import DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE
 from smoothrot_offline.source.linear_attention import QWEN3_5, QWEN3_NEXT_DENSE
+from smoothrot_offline.source.parts import Experts, SharedExpert
 
 MAX_EXPERTS = 1 << 16
 """Of all layers: several times the largest model's, and what names of tensors can be written out
@@ -169,5 +177,16 @@ GPT_OSS = LLAMA.with_sparse_feed_forward(
 
 MIXTURES = {
     table.model_type: table
-    for table in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN3_5_MOE, OLMOE, GPT_OSS)
+    for table in (
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
+        OLMOE,
+        GPT_OSS,
+        GLM4_MOE,
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+    )
 }

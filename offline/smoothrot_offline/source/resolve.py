@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from smoothrot_offline.source.architecture import Architecture, Experts, LinearAttention
+from smoothrot_offline.source.architecture import Architecture
 from smoothrot_offline.source.composite import Composite
 from smoothrot_offline.source.composites import COMPOSITES
 from smoothrot_offline.source.families import (
@@ -34,6 +34,7 @@ from smoothrot_offline.source.gemma4 import GEMMA4
 from smoothrot_offline.source.linear_attention import QWEN3_5
 from smoothrot_offline.source.mixtures import MAX_EXPERTS, MIXTURES
 from smoothrot_offline.source.packings.table import PACKINGS, find_packing
+from smoothrot_offline.source.parts import Experts, LatentAttention, LinearAttention, Routing
 from smoothrot_offline.source.settings import (
     MAX_SIZE,
     OUTER_WIDE,
@@ -144,15 +145,18 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         getattr(first, "head_dim", 0) is None
     ):  # which some of transformers' classes take for a number
         first.head_dim = hidden // heads
-    if table.kinds:
+    if table.kinds and (table.experts is None or not table.experts.dense):
         _check_kinds(table, parsed)
     if table.of_config is not None:
         table = table.of_config(table, parsed)
-    experts = shared = 0
+    experts = shared = dense = 0
     if table.experts is not None:
         experts = _count_experts(table.experts, parsed, layers)
-        if table.experts.shared is not None:
-            shared = _size(parsed, table.experts.shared.intermediate)
+        if (beside := table.experts.shared) is not None:
+            shared = _size(parsed, beside.intermediate)
+            shared *= _size(parsed, beside.count) if beside.count else 1
+        if table.experts.dense:
+            dense = _size(parsed, "intermediate_size")
     spec = ModelSpec(
         architecture=table.with_experts(experts),
         config=parsed,
@@ -173,7 +177,11 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
         tied=bool(parsed.tie_word_embeddings),
         experts=experts,
         shared=shared,
+        dense=dense,
     )
+    if (latent := table.latent_attention) is not None:
+        spec = replace(spec, head_dim=_size(parsed, latent.values))
+        _check_latent_attention(latent, parsed)
     for kind_of_layer in spec.tables:
         if kind_of_layer.linear_attention is not None:
             _check_linear_attention(kind_of_layer.linear_attention, parsed)
@@ -186,10 +194,9 @@ def _resolve_text(config: dict[str, Any], table: Architecture) -> ModelSpec:
     if spec.layer_embedding:
         _size(parsed, spec.architecture.layer_embedding)
     check_settings(spec, config)
-    sizes = spec.dimensions(spec.architecture)
-    beside = spec.architecture.beside.items()
+    sizes, kept = spec.dimensions(spec.architecture), spec.architecture.beside.items()
     return replace(
-        spec, kept={name: tuple(sizes[dimension] for dimension in of) for name, of in beside}
+        spec, kept={name: tuple(sizes[dimension] for dimension in of) for name, of in kept}
     )
 
 
@@ -203,6 +210,20 @@ def _check_kinds(table: Architecture, parsed: "PreTrainedConfig") -> None:
             raise UnsupportedModelError(
                 f"config.json: layer_types: expected one of {', '.join(table.kinds)} for each layer"
                 f" of {table.class_name}, got {kind!r} for layer {index}."
+            )
+
+
+def _check_latent_attention(keys: LatentAttention, parsed: "PreTrainedConfig") -> None:
+    for key in (keys.rank, keys.keys, keys.rotary):
+        _size(parsed, key)
+    if getattr(parsed, keys.query_rank) is not None:
+        _size(parsed, keys.query_rank)
+    for key, same in (("num_key_value_heads", "num_attention_heads"), ("head_dim", keys.rotary)):
+        expected, found = getattr(parsed, same), getattr(parsed, key)
+        if found != expected:
+            raise UnsupportedModelError(
+                f"config.json: {key}: expected {same}, {expected}, got {found!r}. Fetch config.json"
+                " again."
             )
 
 
@@ -235,7 +256,26 @@ def _count_experts(experts: Experts, parsed: "PreTrainedConfig", layers: int) ->
                 f"config.json: {key}: expected {value!r}, experts in every layer, got {found!r}: a"
                 " model that mixes layers with and without experts is not converted."
             )
+    first = getattr(parsed, experts.dense) if experts.dense else 0
+    if type(first) is not int or not 0 <= first < layers:
+        raise UnsupportedModelError(
+            f"config.json: {experts.dense}: expected how many of the first layers have no experts,"
+            f" fewer than num_hidden_layers = {layers}, got {first!r}. Fetch config.json again."
+        )
+    if experts.routing.groups:
+        _check_groups(experts.routing, parsed, count, chosen)
     return int(count)
+
+
+def _check_groups(routing: Routing, parsed: "PreTrainedConfig", count: int, chosen: int) -> None:
+    groups, kept = (_size(parsed, key) for key in (routing.groups, routing.kept_groups))
+    of_group = count // groups
+    if count % groups or of_group < routing.of_group or kept > groups or kept * of_group < chosen:
+        raise UnsupportedModelError(
+            f"config.json: expected {routing.groups}, {groups}, to divide {count} experts into"
+            f" groups of {routing.of_group} or more, and {routing.kept_groups}, {kept}, of them to"
+            f" hold num_experts_per_tok, {chosen}. Fetch config.json again."
+        )
 
 
 def supported_table(config: dict[str, Any], packed: bool = False) -> Architecture:

@@ -70,10 +70,12 @@ def check_settings(spec: ModelSpec, config: dict[str, Any]) -> None:
         UnsupportedModelError: a setting is not one that both compute; the message names its key.
     """
     parsed, table = spec.config, spec.architecture
-    by_layer = () if table.of_config is None else _BY_LAYER
+    by_layer = _BY_LAYER if any(kind.head_sizes for kind in spec.tables) else ()
     wide = {key: values for key, values in SERVER_WIDE.items() if key not in by_layer}
     for rope in _rope_parameters(parsed.rope_parameters or {}):
         _check_rope(rope, table)
+        if any(kind.latent_attention for kind in spec.tables):
+            _check_latent_rope(rope)
     check_values(table.class_name, parsed, config, wide, table.settings)
     for key, other in table.same.items():
         if key in config and bool(config[key]) != bool(getattr(parsed, other, False)):
@@ -148,6 +150,28 @@ def _check_rope(parameters: dict[str, Any], table: Architecture) -> None:
                 f"config.json: rope_parameters: {key}: expected {value or 'none'} (the server and"
                 f" transformers do not compute the same by it), got {parameters[key]!r}."
             )
+
+
+def _check_latent_rope(parameters: dict[str, Any]) -> None:
+    """The server has one scaling for all kinds of RoPE but the default, yarn."""
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "yarn"):
+        raise UnsupportedModelError(
+            "config.json: rope_parameters: rope_type: expected default or yarn (the server takes"
+            f" any other for yarn), got {kind!r}."
+        )
+    for key in ("attention_factor", "attn_factor", "truncate"):
+        if parameters.get(key) is not None:
+            raise UnsupportedModelError(
+                f"config.json: rope_parameters: {key}: expected none (the server and transformers"
+                f" do not compute the same by it), got {parameters[key]!r}."
+            )
+    one, all_dim = (parameters.get(key) for key in ("mscale", "mscale_all_dim"))
+    if bool(one) != bool(all_dim):
+        raise UnsupportedModelError(
+            "config.json: rope_parameters: mscale and mscale_all_dim: expected both or neither"
+            f" (transformers ignores one alone), got {one!r} and {all_dim!r}."
+        )
 
 
 def _rope_parameters(parameters: Any) -> list[dict[str, Any]]:
@@ -246,11 +270,14 @@ def _check_alternating_yarn(spec: ModelSpec) -> None:
 def server_keys(spec: ModelSpec) -> dict[str, Any]:
     """What the server reads by keys of its own where transformers reads others: a conversion writes
     both into the text model's configuration."""
-    if not spec.architecture.scaled_queries:
-        return {}
-    rope, context = spec.config.rope_parameters, "original_max_position_embeddings"
-    scaling = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
-    return {"llama_4_scaling": scaling}
+    keys = dict(spec.architecture.server_keys)
+    if spec.architecture.named_head_dim:
+        keys["head_dim"] = spec.head_dim
+    if spec.architecture.scaled_queries:
+        rope, context = spec.config.rope_parameters, "original_max_position_embeddings"
+        scaling = {"beta": rope["llama_4_scaling_beta"], context: rope[context]}
+        keys["llama_4_scaling"] = scaling
+    return keys
 
 
 def _refused(class_name: str, key: str, expected: str, found: Any) -> UnsupportedModelError:

@@ -153,7 +153,11 @@ def head_rotation(spec: ModelSpec, index: int, matrices: torch.Tensor | None = N
     width = kv_heads * head_dim
     values, outputs = head_rotations(width, spec.heads * head_dim, head_dim, matrices)
     sides = {table.output: [Factor(outputs.rotate)]}
-    if table.value:
+    if table.latent_attention is not None:
+        keys = getattr(spec.config, table.latent_attention.keys)
+        among = _among_keys(values.rotate, keys, head_dim)
+        sides[table.value] = [Factor(among, output=True)]
+    elif table.value:
         sides[table.value] = [Factor(values.rotate, output=True, last=width)]
     return sides
 
@@ -322,6 +326,17 @@ class ModelTransform:
             if self.residual is None
             else torch.full_like(gamma, 1 - self.spec.architecture.norm_offset)
         )
+
+
+def _among_keys(rotate: Rows, keys: int, head_dim: int) -> Rows:
+    """``rotate`` of the values of all heads, each of which is behind ``keys`` channels of keys."""
+
+    def times(rows: torch.Tensor) -> torch.Tensor:
+        heads = rows.unflatten(-1, (-1, keys + head_dim))
+        turned = rotate(heads[..., keys:].flatten(-2)).unflatten(-1, (-1, head_dim))
+        return torch.cat([heads[..., :keys], turned], dim=-1).flatten(-2)
+
+    return times
 
 
 def _of_changed_output(moment: torch.Tensor, factors: Sequence[Factor]) -> torch.Tensor:
