@@ -104,6 +104,7 @@ def _steps(activations: str, bits: tuple[str, ...]) -> tuple[Recipe, ...]:
         other,
         ("GPTAQ, scales search", ("--rounding", "gptaq", "--scales", "search")),
         ("tokens counted alike", ("--hessian", "layer")),
+        ("output channels together", ("--hessian", "model")),
         ("learned rotations", LEARNED),
         ("not distilled", NOT_DISTILLED),
         ("per channel, no 8-bit layers", PER_CHANNEL),

@@ -97,10 +97,10 @@ class ConvertConfig(_Calibration):
         description="Weight rounding: to nearest, error-compensated, or towards the full-precision"
         " model as well, by a share of the error (gptaq) or all of it (qronos).",
     )
-    hessian: Literal["layer", "model"] = Field(
+    hessian: Literal["layer", "tokens", "model"] = Field(
         "layer",
-        description="gptq, gptaq, qronos: tokens and output channels count alike, or by what errors"
-        " in them cost the whole model.",
+        description="gptq, gptaq, qronos: tokens count alike, or by what an error there costs the"
+        " whole model; or output channels as well.",
     )
     act_order: bool = Field(
         True, description="gptq, gptaq, qronos: channels of large inputs first."
@@ -172,7 +172,9 @@ class ConvertConfig(_Calibration):
         groups = "per channel" if self.group_size == -1 else f"groups of {self.group_size}"
         parts = [
             f"W{self.weight_bits}A{self.activation_bits} {groups}",
-            f"{self.rounding}" + " by the model's loss" * self.rounds_for_model,
+            f"{self.rounding}"
+            + " by the model's loss" * self.weighs_tokens
+            + ", output channels together" * self.relates_outputs,
             f"scales {self.scales}",
         ]
         parts += ["smoothed norms"] * self.smooths_norms
@@ -194,8 +196,13 @@ class ConvertConfig(_Calibration):
         return self.rounding in ("gptaq", "qronos")
 
     @property
-    def rounds_for_model(self) -> bool:
-        """Whether errors count in rounding by what they cost the whole model."""
+    def weighs_tokens(self) -> bool:
+        """Whether tokens count in rounding by what an error there costs the whole model."""
+        return self.hessian != "layer" and self.rounding != "rtn"
+
+    @property
+    def relates_outputs(self) -> bool:
+        """Whether output channels make up for each other by what that gains the whole model."""
         return self.hessian == "model" and self.rounding != "rtn"
 
     @property

@@ -67,7 +67,7 @@ PRESETS = {
             "scales": "l2",
             "smooth_norms": True,
             "rounding": "gptq",
-            "hessian": "model",
+            "hessian": "tokens",
             "clip_search": True,
             "keep_8bit": 0.1,
             "lm_head_bits": 8,

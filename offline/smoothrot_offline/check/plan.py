@@ -81,12 +81,10 @@ def memory_bytes(
     if config.keep_8bit:
         # The weights of a group of linears, rounded and as they were: all experts are one group.
         running += 4 * sum(weights)
-    if config.keep_8bit or config.rounds_for_model:
+    if config.keep_8bit or config.weighs_tokens:
         probe = min(tokens, PROBE_SAMPLES * config.calib_seqlen)
-        differentiated = tokens if config.rounds_for_model else probe
-        gradients = gradients_bytes(
-            spec, differentiated, config.calib_seqlen, config.rounds_for_model
-        )
+        differentiated = tokens if config.weighs_tokens else probe
+        gradients = gradients_bytes(spec, differentiated, config.calib_seqlen, config.weighs_tokens)
     if config.rounding != "rtn":
         copies = 2 if config.asymmetric else 1
         # The second hidden states.
@@ -112,7 +110,7 @@ def memory_bytes(
     # of 17 to 63 million weights, up to 0.72 in 14 conversions with calibration on layers of 2
     # million. Matrices of one size take each other's place.
     working = max(2 * max(converting, generating), distillation_bytes(spec, config))
-    moments = moments_bytes(spec) if config.rounds_for_model else 0
+    moments = moments_bytes(spec) if config.relates_outputs else 0
     return resident_now + moments + working
 
 
@@ -136,7 +134,9 @@ def seconds(spec: ModelSpec, config: ConvertConfig, before: Sizes, after: Sizes)
         costs.append(
             Cost(
                 1,
-                rounding_flop(spec, tokens, asymmetric, config.rounds_for_model),
+                rounding_flop(
+                    spec, tokens, asymmetric, config.weighs_tokens, config.relates_outputs
+                ),
                 1.5 * (2 if asymmetric else 1),
             )
         )

@@ -139,7 +139,7 @@ class LossGradients:
     def cost(self, spec: ModelSpec, config: ConvertConfig) -> Cost:
         """The way there and back."""
         tokens = self._sequences(config) * config.calib_seqlen
-        per_token = gradients_flop(spec, config.calib_seqlen, config.rounds_for_model)
+        per_token = gradients_flop(spec, config.calib_seqlen, config.relates_outputs)
         return Cost(flop=tokens * per_token)
 
     def run(self, source: SourceModel, config: ConvertConfig, found: Decisions, step: Step) -> None:
@@ -152,16 +152,17 @@ class LossGradients:
             config.seed,
             step,
             outputs=outputs,
-            linears=config.rounds_for_model,
+            linears=config.weighs_tokens,
+            moments=config.relates_outputs,
         )
         found.output_gradients = gradients.outputs
-        if config.rounds_for_model:
+        if config.weighs_tokens:
             found.token_weights = gradients.weights
             found.output_moments = gradients.moments
 
     @staticmethod
     def _sequences(config: ConvertConfig) -> int:
-        if config.rounds_for_model:
+        if config.weighs_tokens:
             return config.calib_samples
         return min(config.calib_samples, PROBE_SAMPLES) if config.keep_8bit else 0
 

@@ -59,6 +59,7 @@ def model_gradients(
     *,
     outputs: int,
     linears: bool,
+    moments: bool,
 ) -> Gradients:
     """Run the original model there and back.
 
@@ -69,7 +70,8 @@ def model_gradients(
         step: told of every :data:`AT_ONCE` sequences.
         outputs: of how many of the sequences, the first ones, the gradients in the layers' outputs
             are kept.
-        linears: take weights and moments; they are empty otherwise.
+        linears: take weights; they are empty otherwise.
+        moments: take them too.
     """
     numbers = ranks.share(torch.arange(len(tokens)))
     tokens, outputs = ranks.share(tokens), len(ranks.share(torch.arange(outputs)))
@@ -77,7 +79,8 @@ def model_gradients(
     layers = range(source.spec.layers)
     kept: list[list[torch.Tensor]] = [[] for _ in layers]
     seen = [
-        {linear: _Seen() for linear in _weighed(source.spec, index) if linears} for index in layers
+        {linear: _Seen(moments) for linear in _weighed(source.spec, index) if linears}
+        for index in layers
     ]
 
     def run(index: int, layer: LayerTensors, hidden: torch.Tensor) -> torch.Tensor:
@@ -126,7 +129,8 @@ class _Seen:
     the squares, and they alone are too few to round for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, moments: bool) -> None:
+        self._most = MOST_OUTPUTS if moments else 0
         self._squares: list[torch.Tensor] = []
         self._moment: torch.Tensor | None = None
 
@@ -135,7 +139,7 @@ class _Seen:
         tokens = gradient.flatten(0, -2).float()
         squares = tokens.square().mean(-1)
         self._squares.append(squares)
-        if tokens.shape[-1] <= MOST_OUTPUTS:
+        if tokens.shape[-1] <= self._most:
             product = (tokens / _positive(squares).sqrt()[:, None]).T @ tokens
             self._moment = product if self._moment is None else self._moment.add_(product)
 
@@ -178,11 +182,11 @@ def _watched(layer: nn.Module, seen: Mapping[str, _Seen]) -> Iterator[None]:
             handle.remove()
 
 
-def gradients_flop(spec: ModelSpec, seqlen: int, linears: bool) -> float:
+def gradients_flop(spec: ModelSpec, seqlen: int, moments: bool) -> float:
     """Floating-point operations of :func:`model_gradients` for each token: forward, and once more
-    with the way back, which is twice as long, and the moments of linears."""
+    with the way back, which is twice as long, and moments of linears."""
     passes = 4 * spec.token_flop(seqlen) + 6 * spec.vocab * spec.hidden
-    return passes + (2 * _moment_entries(spec) if linears else 0)
+    return passes + (2 * _moment_entries(spec) if moments else 0)
 
 
 def gradients_bytes(spec: ModelSpec, tokens: int, seqlen: int, linears: bool) -> int:

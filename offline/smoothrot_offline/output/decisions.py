@@ -89,8 +89,8 @@ def unpack_decisions(
         transform,
         dict(facts["sign_losses"]),
         learned,
-        token_weights=by_linear("weights") if config.rounds_for_model else [],
-        output_moments=by_linear("moments") if config.rounds_for_model else [],
+        token_weights=by_linear("weights") if config.weighs_tokens else [],
+        output_moments=by_linear("moments") if config.relates_outputs else [],
     )
 
 

@@ -272,11 +272,13 @@ _FACTORIZING = 3
 factor, by the cube of its order: as measured on one core for orders of 4096 and 8192."""
 
 
-def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool) -> float:
+def rounding_flop(
+    spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool, related: bool
+) -> float:
     """Floating-point operations of error-compensated rounding beside the passes of the tokens: an
     H, or two, of each input, or of each linear where tokens are weighed; then for each linear, and
-    each expert's, its factorization, and the errors carried, between output channels too where they
-    are weighed."""
+    each expert's, its factorization, and the errors carried, between output channels too where
+    those are related."""
 
     def gathered_of(table: Architecture) -> int:
         shapes = [spec.linear_shape(linear, table) for linear in table.linears]
@@ -285,8 +287,8 @@ def rounding_flop(spec: ModelSpec, tokens: int, asymmetric: bool, weighed: bool)
     def rounded_of(table: Architecture) -> float:
         shapes = [spec.linear_shape(linear, table) for linear in table.linears]
         found = sum(_FACTORIZING * k**3 + 2 * n * k**2 for n, k in shapes)
-        related = ((n, k) for n, k in shapes if weighed and n <= MOST_OUTPUTS)
-        return found + sum(n**3 / 3 + k * n**2 for n, k in related)
+        most = MOST_OUTPUTS if related else 0
+        return found + sum(n**3 / 3 + k * n**2 for n, k in shapes if n <= most)
 
     inputs, rounded = max(map(gathered_of, spec.tables)), max(map(rounded_of, spec.tables))
     chosen = spec.config.num_experts_per_tok if spec.experts else 1
