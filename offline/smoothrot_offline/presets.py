@@ -120,7 +120,8 @@ def _choose(name: PresetName, explicit: dict[str, Any], checkpoint: Checkpoint) 
         return Choice(make_config(**explicit), "options as given, no preset")
     try:
         spec = resolve(checkpoint.config, checkpoint.tensors)
-        unused = [f"{spec.architecture.lm_head}.weight", *spec.unread(checkpoint.tensors)]
+        left = [*spec.behind(checkpoint.tensors), *spec.unread(checkpoint.tensors)]
+        unused = [f"{spec.architecture.lm_head}.weight", *left]
         check_source(checkpoint, spec.source_tensors(), ignorable=unused)
     except SmoothRotError:
         # What is wrong with the model is for the conversion to say, or for the plan.

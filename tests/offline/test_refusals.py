@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from smoothrot_offline.check.admit import admit
 from smoothrot_offline.config import make_config
 from smoothrot_offline.convert import convert
+from smoothrot_offline.presets import choose_preset
 from smoothrot_offline.source.checkpoint import open_checkpoint
 from smoothrot_offline.source.headers import resolve_source
 from smoothrot_offline.source.layers import embed
@@ -275,6 +276,8 @@ def test_layers_behind_the_last_are_left_out_by_name(
 ) -> None:
     source = make_model(family)
     edit_weights(source, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    # Nor do they keep the model from a preset.
+    assert choose_preset("fast", {}, open_checkpoint(source)).config.preset == "fast"
     plain = make_config(scales="none")
     notes = admit(open_checkpoint(source), plain).notes
     assert f"not copied: 1 tensors such as {name}, of layers behind the last one" in notes[-1]
